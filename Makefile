@@ -1,0 +1,36 @@
+# make demo   install, build and pretrain a small ViT on an embedded data set; prints what it learnt
+# make test   install, build and run the tests
+# make lint   style check
+# Everything goes into .venv; a torch that python3 already has is used, otherwise TORCH is installed there.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+
+HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)" 2>/dev/null
+SITE := $(shell $(PYTHON) $(HAS_TORCH) && echo --system-site-packages)
+CODE := $(shell find csrc -type f) setup.py pyproject.toml
+
+.PHONY: demo test lint install clean
+
+demo: install
+	$(RUN) -m dinofast demo
+
+test: install
+	$(RUN) -m pytest
+
+lint: install
+	$(RUN) -m ruff check .
+
+install: $(VENV)/installed
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(SITE) $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python $(CODE)
+	$(RUN) $(HAS_TORCH) || $(RUN) -m pip install --quiet "$(TORCH)"
+	$(RUN) -m pip install --quiet --editable ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info dinofast/*.so

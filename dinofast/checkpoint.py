@@ -1,0 +1,197 @@
+"""Checkpoints in the official layout: written whole or not at all, read without running anything that is inside."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import __version__, vit
+from .config import VITS, Config
+from .model import Model, build_backbone
+
+# What official files hold besides tensors and plain containers: the parsed arguments and float64 learning rates.
+_SAFE = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType,
+         np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
+# Options that change neither the weights nor the trajectory, so that another value on resuming is nobody's concern.
+_FREE = {"data_path", "output_dir", "saveckp_freq", "saveckp_steps", "log_steps", "num_workers", "device", "dist_url", "local_rank",
+         "gpu", "rank", "world_size", "dist_backend", "max_refused"}
+_VIT_OF_WIDTH = {64: "vit_nano", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
+
+
+@dataclass
+class Position:
+    """Where a run stands: `step` optimiser steps are done. The sums make the epoch's log line exact after a resume."""
+
+    step: int = 0
+    epoch: int = 0
+    images_in_epoch: int = 0
+    n_images: int = 0
+    sums: list[float] = field(default_factory=list)
+
+
+def save(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, cfg: Config,
+         position: Position) -> None:
+    """Write the official keys (`student` named `module.*`, `teacher`, `optimizer`, `epoch` = the next one, `args`, `dino_loss`,
+    `fp16_scaler` where used) and one more, `dinofast`, through a temporary file in the same folder and a rename."""
+    state = {
+        "student": {f"module.{name}": value for name, value in model.student.state_dict().items()},
+        "teacher": model.teacher.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": position.epoch,
+        "args": cfg.to_dict(),
+        "dino_loss": model.dino_loss.state_dict(),
+        "dinofast": {"version": __version__, **asdict(position)},
+    }
+    if scaler is not None:
+        state["fp16_scaler"] = scaler.state_dict()
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path)
+
+
+def keep(path: Path, name: Path) -> None:
+    """A second, lasting name for the checkpoint just written: a hard link where the file system has them, else a copy."""
+    temporary = name.with_name(name.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, name)
+    _sync_folder(name)
+
+
+def _sync_folder(path: Path) -> None:
+    """The rename itself must survive a power cut."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The contents of a checkpoint, on the CPU. Only tensors, containers, numbers and the official arguments are admitted.
+
+    Raises `ValueError` for a file that is missing, truncated, or no checkpoint; the file is left as it is.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint at '{path}'.")
+    try:
+        with torch.serialization.safe_globals(_SAFE):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = ("it is empty" if not path.stat().st_size else
+                  "it holds something other than tensors, numbers and text" if isinstance(error, pickle.UnpicklingError) else
+                  "it is truncated or damaged")
+        raise ValueError(f"'{path}' cannot be read as a checkpoint, {reason}: it was left as it is; move it away, or choose another "
+                         "file or --output_dir.") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"'{path}' holds a {type(state).__name__}, not a checkpoint: it was left as it is.")
+    return dict(state)
+
+
+def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None,
+            cfg: Config) -> tuple[Position, list[str]]:
+    """Load a training checkpoint, ours or an official one, into freshly built parts.
+
+    Returns where the run stands (`n_images` 0 when the file does not tell: an official one, to go on at the start of its epoch)
+    and sentences about options that have changed. Raises `ValueError` when the file does not fit; nothing is half loaded then.
+    """
+    state = read(path)
+    missing = [key for key in ("student", "teacher", "optimizer", "epoch", "dino_loss") if key not in state]
+    if missing:
+        raise ValueError(f"'{path}' is no DINO training checkpoint (it lacks {', '.join(missing)}): it was left as it is; "
+                         "choose another --output_dir or move the file away.")
+    saved_args = _arguments(state)
+    parts = ((model.student, strip_prefix(state["student"], "module."), "student"),
+             (model.teacher, strip_prefix(state["teacher"], "module."), "teacher"),
+             (model.dino_loss, state["dino_loss"], "dino_loss"))
+    for module, weights, what in parts:
+        _check_fit(path, module, weights, what, saved_args)
+    for module, weights, _ in parts:
+        module.load_state_dict(weights)
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError as error:
+        raise ValueError(f"'{path}' was saved with another optimiser ({error}): resume with the one it had "
+                         f"(--optimizer {saved_args.get('optimizer', '?')}).") from error
+    if scaler is not None and "fp16_scaler" in state:
+        scaler.load_state_dict(state["fp16_scaler"])
+    ours = state.get("dinofast")
+    known = Position.__dataclass_fields__
+    position = Position(**{k: v for k, v in ours.items() if k in known}) if ours else Position(epoch=int(state["epoch"]))
+    now = cfg.to_dict()
+    changed = [f"--{name} was {saved_args[name]} and is now {now[name]}" for name in now
+               if name in saved_args and name not in _FREE and _plain(saved_args[name]) != _plain(now[name])]
+    return position, changed
+
+
+def load_backbone(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None) -> nn.Module:
+    """The backbone of a checkpoint, in eval mode on the CPU: images (B, 3, h, w) -> features (B, D).
+
+    path: a training checkpoint of ours or of the official code, or a bare state dict of a backbone. key: "teacher" or "student".
+    arch, patch_size: only needed when the file does not tell. Raises `ValueError` when the weights do not fit.
+    """
+    path = Path(path)
+    state = read(path)
+    saved = _arguments(state)
+    if key in state:
+        state = state[key]
+    elif "teacher" in state or "student" in state:
+        raise ValueError(f"'{path}' has no '{key}': choose from {', '.join(k for k in ('teacher', 'student') if k in state)}.")
+    weights = strip_prefix(state, "module.")
+    if any(name.startswith("backbone.") for name in weights):
+        weights = {name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")}
+    arch = (arch or saved.get("arch") or "").replace("deit", "vit")
+    if "patch_embed.proj.weight" in weights and "pos_embed" in weights and arch in (*VITS, ""):
+        width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+        arch = arch or _VIT_OF_WIDTH.get(width, "")
+        if arch not in VITS:
+            raise ValueError(f"'{path}' does not tell its architecture (width {width}): name it with --arch.")
+        side = round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch
+        backbone = getattr(vit, arch)(patch_size=patch, img_size=(side,))
+    else:
+        if not arch:
+            raise ValueError(f"'{path}' does not tell its architecture: name it with --arch.")
+        backbone = build_backbone(Config(arch=arch, patch_size=patch_size or saved.get("patch_size", 16)), 0.0)
+    _check_fit(path, backbone, weights, "backbone", saved)
+    backbone.load_state_dict(weights)
+    return backbone.eval()
+
+
+def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def _arguments(state: Mapping[str, Any]) -> dict[str, Any]:
+    args = state.get("args", {})
+    return dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+def _check_fit(path: Path, module: nn.Module, weights: Mapping[str, Any], what: str, saved: Mapping[str, Any]) -> None:
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
+    for name in [*wanted, *given]:
+        if wanted.get(name) != given.get(name):
+            origin = "".join(f", saved with --{k} {saved[k]}" for k in ("arch", "patch_size", "out_dim") if k in saved)
+            raise ValueError(f"'{path}' does not fit this {what}: '{name}' is {given.get(name, 'absent')} in the file and "
+                             f"{wanted.get(name, 'absent')} here{origin}. Use the options it was saved with, or another --output_dir.")

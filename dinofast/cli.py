@@ -1,0 +1,152 @@
+"""The command line: `dinofast pretrain | knn | sample-data | demo | doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+from .config import add_arguments, from_arguments, nearest, parse_bool
+
+USAGE, INTERRUPTED = 2, 128                                   # exit codes; a signal's number is added to the second
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, with the nearest right word, instead of printing the whole usage."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. See {self.prog} --help.")
+
+    def parse_known_args(self, args=None, namespace=None):          # type: ignore[override]
+        namespace, unknown = super().parse_known_args(args, namespace)
+        for word in unknown:
+            if word.startswith("-"):
+                flags = [flag for action in self._actions for flag in action.option_strings]
+                raise ValueError(f"there is no flag {word.split('=')[0]}.{nearest(word.split('=')[0], flags)} See {self.prog} --help.")
+        return namespace, unknown
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code: 0 done, 1 failed on the way, 2 a wrong option, path or file, 128 + n ended by signal n."""
+    try:
+        options = vars(_parser().parse_args(argv))
+        run: Callable[[dict[str, Any]], None] = options.pop("run")
+        run(options)
+    except ValueError as error:
+        return _say(f"dinofast: {error}", USAGE)
+    except (OSError, RuntimeError) as error:
+        from .log import Diverged, Interrupted
+
+        if isinstance(error, Interrupted):
+            return _say(str(error), INTERRUPTED + error.signum)
+        if not isinstance(error, Diverged | OSError):
+            raise                                                   # a fault of ours, or of torch: the traceback is worth more
+        return _say(f"dinofast: {error}", 1)
+    except KeyboardInterrupt:
+        return _say("dinofast: ended at once; what was last saved stands.", INTERRUPTED + 2)
+    return 0
+
+
+def _say(text: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0" or code == 1:             # under torchrun one process speaks for all
+        print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="dinofast", description="DINO pretraining (arXiv 2104.14294), exactly as published and fast.")
+    parser.add_argument("--version", action="version", version=f"dinofast {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    pretrain = commands.add_parser(
+        "pretrain", help="train a backbone on a folder of images without labels", description="Train a backbone on a folder of images "
+        "without labels. A run found in --output_dir is resumed.\n\nrecipes:\n  vanilla    --data_path DIR\n"
+        "  boosted    --epochs 300 --teacher_temp 0.07 --warmup_teacher_temp_epochs 30 --norm_last_layer false\n"
+        "  ResNet-50  --arch resnet50 --optimizer sgd --lr 0.03 --weight_decay 1e-4 --weight_decay_end 1e-4\n"
+        "             --global_crops_scale 0.14 1 --local_crops_scale 0.05 0.14\n"
+        "  small data (thousands of images): --out_dim 4096 --momentum_teacher 0.99 --warmup_teacher_temp 0.03\n\n"
+        "several GPUs: torchrun --nproc_per_node N -m dinofast pretrain ...")
+    add_arguments(pretrain)
+    pretrain.set_defaults(run=_pretrain)
+
+    knn = commands.add_parser("knn", help="k-NN accuracy of a checkpoint on labelled folders",
+                              description="Weighted k-NN classification of frozen features, the protocol of the official eval_knn.py.")
+    knn.add_argument("--pretrained_weights", required=True, metavar="FILE", help="A checkpoint of dinofast or of the official code.")
+    knn.add_argument("--data_path", required=True, metavar="DIR", help="Folder with train/ and val/ holding class folders, or class "
+                     "folders alone: then every fourth image of a class is held out.")
+    knn.add_argument("--checkpoint_key", default="teacher", help="teacher or student (default: teacher)")
+    knn.add_argument("--arch", help="Only where the checkpoint does not tell its architecture.")
+    knn.add_argument("--patch_size", type=int, help="Likewise.")
+    knn.add_argument("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], metavar="K", help="(default: 10 20 100 200)")
+    knn.add_argument("--temperature", type=float, default=0.07, help="Of the votes, exp(similarity / temperature) (default: 0.07)")
+    knn.add_argument("--resize", type=int, default=256, help="Shorter side before the centre crop, in pixels (default: 256)")
+    knn.add_argument("--crop", type=int, default=224, help="Side of the centre crop, in pixels (default: 224)")
+    knn.add_argument("--batch_size_per_gpu", type=int, default=128, help="(default: 128)")
+    knn.add_argument("--num_workers", type=int, default=10, help="(default: 10, at most one per core)")
+    knn.add_argument("--device", choices=("cuda", "cpu"), help="(default: a GPU if there is one)")
+    knn.add_argument("--use_cuda", type=parse_bool, help=argparse.SUPPRESS)     # official name, says where features are kept
+    knn.set_defaults(run=_knn)
+
+    sample = commands.add_parser("sample-data", help="write a small labelled data set to try things on",
+                                 description="Write ordinary JPEG files in class folders: objects of ten kinds on cluttered ground.")
+    sample.add_argument("folder", metavar="DIR")
+    sample.add_argument("--n_images", type=int, default=4000, help="(default: 4000)")
+    sample.add_argument("--size", type=int, default=48, help="Side in pixels (default: 48)")
+    sample.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    sample.set_defaults(run=_sample_data)
+
+    demo = commands.add_parser("demo", help="pretrain a small ViT on the sample data and show what it learnt")
+    demo.add_argument("--output_dir", default="runs/demo", metavar="DIR", help="(default: runs/demo)")
+    demo.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    demo.add_argument("--device", choices=("cuda", "cpu"), help="(default: a GPU if there is one)")
+    demo.set_defaults(run=_demo)
+
+    doctor = commands.add_parser("doctor", help="what is installed, and which path each part takes")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _pretrain(given: dict[str, Any]) -> None:
+    cfg = from_arguments(given)
+    if not os.path.exists(cfg.data_path):                           # before torch is even imported
+        raise ValueError(f"--data_path '{cfg.data_path}' does not exist: give a folder of images, or a text file of image paths.")
+    if Path(cfg.output_dir).exists() and not Path(cfg.output_dir).is_dir():
+        raise ValueError(f"--output_dir '{cfg.output_dir}' is a file: give a folder.")
+    from .train import train
+
+    train(cfg)
+
+
+def _knn(options: dict[str, Any]) -> None:
+    from .evaluate.knn import knn
+
+    options.pop("use_cuda")
+    knn(**options)
+
+
+def _sample_data(options: dict[str, Any]) -> None:
+    from .sample_data import write
+
+    write(**options)
+    print(f"{options['n_images']} images in '{options['folder']}': train/ and val/ with class folders, masks/ of the objects")
+
+
+def _demo(options: dict[str, Any]) -> None:
+    from .demo import run
+
+    run(**options)
+
+
+def _doctor(options: dict[str, Any]) -> None:
+    from .doctor import report
+
+    with contextlib.suppress(BrokenPipeError):
+        print(report())

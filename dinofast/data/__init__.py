@@ -1,0 +1,207 @@
+"""The data path: `make_loader` gives the crops of a pretraining run, batch by batch, on the device."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from dinofast.config import Config, cores
+from dinofast.data import index, pil, plan
+
+Task = tuple[int, np.ndarray]  # epoch, samples (B,)
+Refusals = list[tuple[str, str]]  # path, reason
+
+
+def make_loader(cfg: Config, *, rank: int = 0, world: int = 1, start_step: int = 0, device: str | torch.device = "cpu",
+                on_progress: Callable[[int, int], None] | None = None) -> Loader:
+    """The crops of process `rank` of `world`, from optimiser step `start_step` on; see `Loader`.
+
+    Looks at every file first, calling `on_progress(done, total)` now and then. Raises `ValueError` if the source is missing or
+    holds no images, if more than the share `cfg.max_refused` of them is unreadable, or if they do not fill one step.
+    """
+    return Loader(cfg, rank, world, start_step, torch.device(device), on_progress)
+
+
+class Loader:
+    """Endless iterator over micro-batches, across epochs.
+
+    `next(loader)` gives one tensor per resolution, crop-major (crop 0 of all images, crop 1 of all images, ...), float32,
+    normalised, on the device: [(2B, 3, G, G), ((V-2)B, 3, L, L)], or the first alone without local crops. An optimiser step
+    takes `cfg.accumulate` of them. The crops depend only on the images, the seed and the global batch, so a run that starts at
+    step s, on any number of processes with the same global batch, sees what an unbroken run sees from step s on.
+
+    A file that fails to decode is replaced by the next one in the index that decodes, drawn as that sample is drawn. It goes
+    into `refused` and `output_dir/refused.txt`; more of them than `cfg.max_refused` allows raise `ValueError`.
+
+    n_images: images found usable by the index pass. steps_per_epoch: optimiser steps; an incomplete last batch is left out.
+    refused: (path, reason) of each file refused so far in this process. wait_s: seconds spent blocked in `next`.
+    """
+
+    def __init__(self, cfg: Config, rank: int, world: int, start_step: int, device: torch.device,
+                 on_progress: Callable[[int, int], None] | None) -> None:
+        found, self.refused = index.build(cfg.data_path, cfg.max_refused, on_progress)
+        self.n_images = len(found)
+        global_batch = cfg.batch_size_per_gpu * world * cfg.accumulate
+        self.steps_per_epoch = self.n_images // global_batch
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"--data_path {cfg.data_path} has {self.n_images:,} usable images but one step takes {global_batch:,} "
+                f"(--batch_size_per_gpu {cfg.batch_size_per_gpu} x {world} processes x --accumulate {cfg.accumulate}): "
+                "lower --batch_size_per_gpu.")
+        self.wait_s = 0.0
+        self._max_refused, self._n_listed = cfg.max_refused, self.n_images + len(self.refused)
+        self._refused_file = os.path.join(cfg.output_dir, "refused.txt")
+        os.makedirs(cfg.output_dir, exist_ok=True)
+        if rank == 0:
+            _record(self._refused_file, self.refused, anew=True)
+        self._device, self._step, self._batches = device, start_step, None
+        self._mean, self._std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std))
+        self._workers = dict(
+            dataset=Crops(found, cfg.seed, views(cfg)), batch_size=None, collate_fn=_as_it_is, worker_init_fn=_ignore_signals,
+            num_workers=min(cfg.num_workers, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world)))),
+            pin_memory=device.type == "cuda")
+        self._tasks = partial(tasks, cfg, rank, world, n=self.n_images, steps_per_epoch=self.steps_per_epoch)
+
+    def seek(self, step: int) -> None:
+        """Go on from this optimiser step of the run. Costs nothing before the first batch, which starts the workers."""
+        if self._batches is not None:
+            self.close()
+        self._step, self._batches = step, None
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> list[torch.Tensor]:
+        start = time.perf_counter()
+        if self._batches is None:
+            self._start()
+        crops, refusals = next(self._batches)
+        self.wait_s += time.perf_counter() - start
+        if refusals:
+            self._refuse(refusals)
+        if not crops:
+            raise ValueError(f"None of the {self.n_images:,} images decodes any more: see {self._refused_file} for reasons.")
+        return [self._normalise(c) for c in crops]
+
+    def _start(self) -> None:
+        generator = torch.Generator()  # iter() takes a number from it: leave the global generator alone
+        self._batches = iter(DataLoader(sampler=self._tasks(start_step=self._step), generator=generator, **self._workers))
+
+    def close(self) -> None:
+        """End the worker processes. Only `seek` makes the loader usable again."""
+        batches, self._batches = self._batches, iter(())
+        if hasattr(batches, "_workers"):  # torch has no public way to end them at a known moment
+            batches._shutdown_workers()  # waits for the batch at hand, a few seconds at most
+            for worker in batches._workers:  # a stuck one ignores the SIGTERM that torch sends
+                worker.kill()
+                worker.join()
+
+    def _normalise(self, crops: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, S, S, 3) to float32 (N, 3, S, S) on the device, in the steps of torchvision's ToTensor and Normalize."""
+        crops = crops.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        return crops.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(self._mean).div_(self._std)
+
+    def _refuse(self, refusals: Refusals) -> None:
+        known = dict(self.refused)
+        new = [(path, reason) for path, reason in refusals if path not in known]  # each worker meets a bad file on its own
+        self.refused += new
+        _record(self._refused_file, new)
+        index.check_share(self.refused, self._n_listed, self._max_refused)
+
+
+class Crops(Dataset):
+    """uint8 crops of a micro-batch, one array (crops x B, S, S, 3) per resolution, and the files refused on the way."""
+
+    def __init__(self, found: index.Index, seed: int, views: tuple[plan.View, ...]) -> None:
+        self.index, self.seed, self.views = found, seed, views
+        self.bad: set[int] = set()  # samples that failed, so that each is tried once
+
+    def __getitem__(self, task: Task) -> tuple[list[torch.Tensor], Refusals]:
+        epoch, samples = task
+        draw = partial(plan.draw, self.seed, epoch, views=self.views)
+        drawn = draw(samples, self.index.sizes[samples])
+        groups = [g for g in (self.views[:2], self.views[2:]) if g]
+        crops = [np.empty((len(g), len(samples), g[0].size, g[0].size, 3), np.uint8) for g in groups]
+        places = [place for c in crops for place in c]  # V arrays (B, S, S, 3)
+        refusals: Refusals = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
+            for b, sample in enumerate(samples.tolist()):
+                image, used = self._decode(sample, refusals)
+                if image is None:
+                    return [], refusals
+                row = drawn[b] if used == sample else draw(np.array([used]), self.index.sizes[[used]])[0]
+                for place, view in zip(places, row, strict=True):
+                    place[b] = pil.render(image, view)
+        return [torch.from_numpy(c).flatten(0, 1) for c in crops], refusals
+
+    def _decode(self, sample: int, refusals: Refusals) -> tuple[Image.Image | None, int]:
+        """The image of the first sample, from this one on and round the index, that decodes, and which it is."""
+        for used in itertools.chain(range(sample, len(self.index)), range(sample)):
+            if used in self.bad:
+                continue
+            path = self.index.path(used)
+            try:
+                image = pil.decode(path)
+                if image.size[::-1] != tuple(self.index.sizes[used]):  # the plan's boxes would not fit
+                    raise pil.Refused("its size has changed since the index pass")
+                return image, used
+            except pil.Refused as reason:
+                self.bad.add(used)
+                refusals.append((path, str(reason)))
+        return None, sample
+
+
+def views(cfg: Config) -> tuple[plan.View, ...]:
+    """The official kinds of crop: two global ones, which differ in blur and solarisation, and the local ones."""
+    big, small, blur = cfg.global_crops_size, cfg.local_crops_size, cfg.blur_radius
+    first = plan.View(big, cfg.global_crops_scale, blur_p=1.0, solarise_p=0.0, blur_radius=blur)
+    second = plan.View(big, cfg.global_crops_scale, blur_p=0.1, solarise_p=0.2, blur_radius=blur)
+    local = plan.View(small, cfg.local_crops_scale, blur_p=0.5, solarise_p=0.0, blur_radius=blur)
+    return first, second, *[local] * cfg.local_crops_number
+
+
+def tasks(cfg: Config, rank: int, world: int, start_step: int, n: int, steps_per_epoch: int) -> Iterator[Task]:
+    """The micro-batches of one process: number m of rank r takes B rows of the global batch, from row (m world + r) B on."""
+    b, drawn = cfg.batch_size_per_gpu, -1
+    for step in itertools.count(start_step):
+        epoch, row = divmod(step, steps_per_epoch)
+        if epoch != drawn:
+            order, drawn = plan.epoch_order(cfg.seed, epoch, n), epoch
+        for m in range(cfg.accumulate):
+            start = ((row * cfg.accumulate + m) * world + rank) * b
+            yield epoch, order[start : start + b]
+
+
+def _record(path: str, refusals: Refusals, anew: bool = False) -> None:
+    """Add refused files to the list at `path`, once each, whichever process comes first; `anew` clears it before."""
+    with open(path, "a+", encoding="utf-8", errors="surrogateescape") as file:
+        with suppress(OSError):  # some network file systems have no locks: at worst a file is listed twice
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if anew:
+            file.truncate(0)
+        file.seek(0)
+        listed = {line.split("\t")[0] for line in file}
+        file.writelines(f"{path}\t{reason}\n" for path, reason in dict(refusals).items() if path not in listed)
+
+
+def _as_it_is(batch: object) -> object:
+    return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent answers them and then calls `close`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,70 @@
+"""Processes: who am I, and where do I compute."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among `world` ones, and its device. `is_main` is the one that writes files and speaks."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank where `flag` is true on any. Waits for the others."""
+        if self.world == 1:
+            return flag
+        total = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(total, op=dist.ReduceOp.MAX)
+        return bool(total.item())
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(value)
+            value /= self.world
+        return value
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def session(device: str | None = None, dist_url: str = "env://") -> Iterator[Process]:
+    """Join the processes that torchrun started (one alone otherwise): nccl on GPUs, gloo on CPUs.
+
+    device: "cuda", "cpu" or None for a GPU where there is one. Raises `ValueError` when cuda is asked for and absent.
+    """
+    world, rank, local = (int(os.environ.get(name, default)) for name, default in
+                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu, or see what `dinofast doctor` says.")
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    if use_cuda and local >= torch.cuda.device_count():
+        raise ValueError(f"process {local} of this machine finds only {torch.cuda.device_count()} GPU(s): start at most one a GPU.")
+    where = torch.device("cuda", local) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(where)
+    started = world > 1 and not dist.is_initialized()
+    if started:
+        dist.init_process_group("nccl" if use_cuda else "gloo", init_method=dist_url, rank=rank, world_size=world)
+    try:
+        yield Process(rank, world, where)
+    finally:
+        if started:
+            dist.destroy_process_group()

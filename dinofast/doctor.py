@@ -1,0 +1,50 @@
+"""`dinofast doctor`: what is installed, which path each part takes, and why not a faster one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from . import __version__, ops
+from .config import cores
+
+_PACKAGES = ("numpy", "pillow", "rich", "triton", "xformers", "nvidia-dali-cuda130", "torchvision", "timm")
+
+
+def report() -> str:
+    """Plain text, one fact a line."""
+    lines = [f"dinofast {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}",
+             "packages: " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
+             f"CPU: {cores()} core(s) for this process, torch uses {torch.get_num_threads()} thread(s), "
+             f"vector instructions {torch.backends.cpu.get_cpu_capability()}",
+             f"GPU: {_gpus()}", ""]
+    for device in ("cpu", "cuda"):
+        lines.append(f"on {device}:" if device == "cpu" or torch.cuda.is_available() else "on cuda (none here):")
+        lines += [f"  {name:22} {paths[device]}" for name, paths in ops.paths().items()]
+        lines += [f"  {name:22} {what}" for name, what in _ELSEWHERE.items()]
+    required = os.environ.get("DINOFAST_REQUIRE")
+    lines += ["", f"DINOFAST_REQUIRE: {required or 'not set; name paths there (for example cpp) to make their absence an error'}"]
+    return "\n".join(lines)
+
+
+_ELSEWHERE = {
+    "attention": "torch scaled_dot_product_attention, per crop size",
+    "optimiser and EMA": "torch, tensor by tensor",
+    "decoding, crops, colour": "PIL in worker processes",
+}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return f"none that torch sees (torch is built {'for CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'})"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))

@@ -1,0 +1,1 @@
+"""Evaluation of a frozen backbone: k-NN classification and attention maps. Nothing here trains a backbone."""

@@ -1,0 +1,107 @@
+"""Weighted k-NN classification of frozen features (arXiv 1805.01978, section 3.4), as in the official evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoint import load_backbone
+from ..config import cores
+from .images import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, LabelledImages, train_and_val
+
+CHUNK_ELEMENTS = 2**26      # of the similarity matrix held at a time: 256 MiB in fp32
+
+
+def knn_classify(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, k: int,
+                 temperature: float = 0.07, n_classes: int | None = None) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy in percent of the k-NN classifier.
+
+        for each test image: s = cosine with every training image; the k largest vote for their class with exp(s / temperature)
+
+    train_features (M, D) and test_features (N, D), any float dtype, L2-normalised here; labels (M,) and (N,) int64 from 0.
+    n_classes: left alone, one more than the largest label. Top-5 looks at min(5, k, n_classes) classes, as the official code
+    does; of classes with equal votes the first comes first. Raises ValueError when k is not within 1..M or a set is empty.
+    """
+    similarity, neighbours = nearest(train_features, test_features, k)
+    n_classes = n_classes or int(torch.cat((train_labels, test_labels)).max()) + 1
+    return vote(similarity, train_labels[neighbours], test_labels, temperature, n_classes)
+
+
+def nearest(train_features: Tensor, test_features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosine of the k nearest training images, largest first, (N, k) fp32, and their rows (N, k)."""
+    n_train, n_test = len(train_features), len(test_features)
+    if not n_test:
+        raise ValueError("There are 0 images to classify: give at least one.")
+    if not 1 <= k <= n_train:
+        raise ValueError(f"k is {k} but there are {n_train} training images: choose k between 1 and {n_train}.")
+    train = F.normalize(train_features.float(), dim=1).t()
+    chunks = F.normalize(test_features.float(), dim=1).split(max(1, CHUNK_ELEMENTS // n_train))
+    found = [(chunk @ train).topk(k) for chunk in chunks]
+    return torch.cat([values for values, _ in found]), torch.cat([rows for _, rows in found])
+
+
+def vote(similarity: Tensor, labels: Tensor, truth: Tensor, temperature: float, n_classes: int) -> tuple[float, float]:
+    """Top-1 and top-5 in percent from the neighbours' similarity and labels (N, k) and the true labels (N,)."""
+    k, hits = labels.shape[1], torch.zeros(2, dtype=torch.long, device=labels.device)
+    rows = max(1, CHUNK_ELEMENTS // 4 // n_classes)
+    for s, label, target in zip(similarity.split(rows), labels.split(rows), truth.split(rows), strict=True):
+        votes = torch.zeros(len(s), n_classes, dtype=torch.float64, device=s.device)
+        weights = (s.double() / temperature).exp()
+        for j in range(k):                      # one at a time: no (N, k, classes) tensor, and sums in a fixed order
+            votes.scatter_add_(1, label[:, j:j + 1], weights[:, j:j + 1])
+        correct = votes.sort(dim=1, descending=True, stable=True).indices[:, :min(5, k)] == target[:, None]
+        hits += torch.stack((correct[:, 0].sum(), correct.sum()))
+    top1, top5 = (100.0 * hits / len(truth)).tolist()
+    return top1, top5
+
+
+@torch.no_grad()
+def extract_features(backbone: nn.Module, images: LabelledImages, device: str | torch.device = "cpu", batch_size: int = 128,
+                     num_workers: int = 0) -> tuple[Tensor, Tensor]:
+    """Features (N, D) fp32 and labels (N,) on the CPU, in the order of the files. Unreadable images are named and left out."""
+    backbone = backbone.to(device).eval()
+    features, rows = [], []
+    for batch, index, refused in images.batches(batch_size, num_workers):
+        for path, reason in refused:
+            print(f"Left out, cannot be read: {path} ({reason})")
+        if len(index):
+            features.append(backbone(batch.to(device, non_blocking=True)).float().cpu())
+            rows.append(index)
+    if not features:
+        raise ValueError(f"None of the {len(images)} images can be read: look at the reasons above.")
+    return torch.cat(features), torch.tensor(images.labels)[torch.cat(rows)]
+
+
+def knn(pretrained_weights: str | Path, data_path: str | Path, *, checkpoint_key: str = "teacher", arch: str | None = None,
+        patch_size: int | None = None, nb_knn: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07, resize: int = 256,
+        crop: int = 224, mean: tuple[float, float, float] = IMAGENET_MEAN, std: tuple[float, float, float] = IMAGENET_STD,
+        batch_size_per_gpu: int = 128, num_workers: int = 10, device: str | None = None) -> dict[int, tuple[float, float]]:
+    """Classify `data_path/val` by its neighbours in `data_path/train` and print one line for each k in `nb_knn`.
+
+    The backbone comes from `checkpoint.load_backbone(pretrained_weights, checkpoint_key, arch, patch_size)`. Without train/ and
+    val/ every fourth image of each class folder is held out. device: left alone, a GPU if there is one.
+    Returns {k: (top-1, top-5)} in percent; k larger than the training set are left out. Raises ValueError if none remains.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    train, val, sentence = train_and_val(data_path, EvalTransform(resize, crop, mean, std))
+    print(sentence)
+    backbone = load_backbone(pretrained_weights, checkpoint_key, arch, patch_size)
+    (train_features, train_labels), (test_features, test_labels) = (
+        extract_features(backbone, images, device, batch_size_per_gpu, min(num_workers, cores())) for images in (train, val))
+    fitting = [k for k in nb_knn if k <= len(train_labels)]
+    if not fitting:
+        raise ValueError(f"--nb_knn is {' '.join(map(str, nb_knn))} but there are only {len(train_labels)} training images: "
+                         "give a smaller number.")
+    if left_out := [k for k in nb_knn if k not in fitting]:
+        print(f"Left out: k = {', '.join(map(str, left_out))}, more than the {len(train_labels)} training images.")
+    similarity, neighbours = nearest(train_features.to(device), test_features.to(device), max(fitting))
+    labels, truth = train_labels.to(device)[neighbours], test_labels.to(device)
+    results = {}
+    for k in fitting:
+        top1, top5 = results[k] = vote(similarity[:, :k], labels[:, :k], truth, temperature, len(train.classes))
+        print(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
+    return results

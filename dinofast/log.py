@@ -1,0 +1,210 @@
+"""What a person sees of a run and what is written of it: progress, log.txt, warnings in words, signals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+METRICS = ("loss", "teacher_entropy", "kl", "center_norm", "grad_norm")
+PLAIN_LINE_S = 10.0                   # without a terminal, one line at most so often
+GIVE_UP_AFTER = 20                    # steps in a row without a finite loss or gradient
+
+
+class Diverged(RuntimeError):
+    """Training cannot go on: the loss or the gradient has not been finite for many steps in a row."""
+
+
+class Interrupted(RuntimeError):
+    """A signal asked the run to stop; everything is saved."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class StopSignal:
+    """SIGINT and SIGTERM ask for an orderly end instead of ending the process; a second SIGINT ends it at once."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[signum] = signal.signal(signum, self._caught)
+            except ValueError:                                 # not in the main thread: signals are the caller's affair there
+                break
+        return self
+
+    def _caught(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    def __exit__(self, *exc: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)                     # type: ignore[arg-type]
+
+
+class EpochSums:
+    """Running sums of the metrics over an epoch, on the device: adding to them never waits."""
+
+    def __init__(self, device: torch.device, saved: list[float]) -> None:
+        values = saved if len(saved) == len(METRICS) + 1 else [0.0] * (len(METRICS) + 1)
+        self._sums = torch.tensor(values, dtype=torch.float64, device=device)
+
+    def add(self, metrics: Tensor) -> None:
+        """metrics (5,), in the order of METRICS; a step with a value that is not finite does not count."""
+        row = torch.cat((metrics.double(), metrics.new_ones(1, dtype=torch.float64)))
+        self._sums += torch.where(torch.isfinite(row).all(), row, 0.0)
+
+    def read(self) -> list[float]:
+        """Sums and count; waits for the device."""
+        return self._sums.tolist()
+
+    def clear(self) -> None:
+        self._sums.zero_()
+
+
+class Run:
+    """Speaks for the main process and stays silent on the others; all of them keep the sums and find trouble together."""
+
+    def __init__(self, output_dir: Path, is_main: bool, *, steps_per_epoch: int, epochs: int, images_per_step: int, out_dim: int) -> None:
+        self.path = output_dir / "log.txt"
+        self.is_main = is_main
+        self.steps_per_epoch, self.epochs, self.images_per_step = steps_per_epoch, epochs, images_per_step
+        self.log_k = math.log(out_dim)
+        self._last = [0.0] * (len(METRICS) + 1)
+        self._clock = self._wait_s = self._spoken = 0.0
+        self._first_step = self._last_step = 0
+        self._seen_skipped = self._bad_in_a_row = 0
+        self._start = 0.0
+        self._progress = None
+
+    # ---- words
+    def say(self, text: str) -> None:
+        if not self.is_main:
+            return
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    @contextmanager
+    def live(self, step: int, sums: list[float]) -> Iterator[None]:
+        """The progress bar around the loop, which begins at `step` with the given sums of its epoch."""
+        self._first_step = self._last_step = step
+        self._last = list(sums)
+        self._start = self._clock = time.perf_counter()
+        if self.is_main and sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("epoch {task.fields[epoch]}/" + str(self.epochs)), BarColumn(bar_width=24),
+                       TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[numbers]}"), TextColumn("ETA"),
+                       TimeRemainingColumn(elapsed_when_finished=True))
+            with Progress(*columns, refresh_per_second=4) as self._progress:
+                self._task = self._progress.add_task("train", total=self.epochs * self.steps_per_epoch, completed=step,
+                                                     epoch=step // self.steps_per_epoch + 1, numbers="")
+                try:
+                    yield
+                finally:
+                    self._progress, bar = None, self._progress
+                    bar.refresh()
+        else:
+            yield
+
+    def show(self, step: int, sums: list[float], skipped: int, lr: float, wait_s: float) -> None:
+        """Called at logging points with what was just read from the device; `step` steps are done. Raises `Diverged`."""
+        new_steps = step - self._last_step
+        bad = skipped - self._seen_skipped
+        self._bad_in_a_row = self._bad_in_a_row + bad if bad == new_steps else 0
+        self._seen_skipped = skipped
+        if self._bad_in_a_row >= GIVE_UP_AFTER:
+            raise Diverged(f"the loss or its gradient has not been finite for {self._bad_in_a_row} steps in a row; the weights are "
+                           "those of the last good step. Try --precision fp32, a lower --lr, or a smaller --clip_grad.")
+        now = time.perf_counter()
+        counted = sums[-1] - self._last[-1]
+        elapsed = max(now - self._clock, 1e-9)
+        if counted > 0:
+            loss = (sums[0] - self._last[0]) / counted
+            rate = new_steps * self.images_per_step / elapsed
+            waiting = min(max((wait_s - self._wait_s) / elapsed, 0.0), 1.0)
+            numbers = f"loss {loss:.4f}  lr {lr:.2e}  {rate:,.1f} images/s  data wait {waiting:.0%}"
+        else:
+            numbers = "loss not finite"
+        epoch = (step - 1) // self.steps_per_epoch
+        if bad and self.is_main:
+            self.say(f"step {step}: {bad} step(s) skipped, their loss or gradient was not finite; weights, teacher and centre kept")
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, epoch=epoch + 1, numbers=numbers)
+        elif self.is_main and (now - self._spoken >= PLAIN_LINE_S or step == self.epochs * self.steps_per_epoch):
+            left_s = (now - self._start) / max(step - self._first_step, 1) * (self.epochs * self.steps_per_epoch - step)
+            print(f"epoch {epoch + 1}/{self.epochs}  step {step}  {numbers}  ETA {_duration(left_s)}", flush=True)
+            self._spoken = now
+        self._last, self._clock, self._wait_s, self._last_step = list(sums), now, wait_s, step
+
+    # ---- log.txt
+    def drop_after(self, epoch: int) -> None:
+        """On a resume at `epoch`: lines of it and of later epochs are written again, so they must go; also a torn last line."""
+        if not self.is_main or not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < epoch]
+        if not kept and epoch == 0 and self.path.stat().st_size:
+            self.path.replace(self.path.with_name("log.old.txt"))         # a log without its checkpoint is not ours to delete
+            return
+        temporary = self.path.with_name("log.txt.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.path)
+
+    def end_epoch(self, epoch: int, sums: list[float], lr: float, weight_decay: float) -> None:
+        """Append the epoch's line (means over its steps) and say in words when training looks collapsed."""
+        self._last = [0.0] * len(self._last)
+        if not self.is_main:
+            return
+        count = sums[-1]
+        means = {name: value / count if count else None for name, value in zip(METRICS, sums, strict=False)}
+        line = {"train_loss": means["loss"], "train_lr": lr, "train_wd": weight_decay, "epoch": epoch,
+                **{f"train_{name}": means[name] for name in METRICS[1:]}, "skipped_steps": self.steps_per_epoch - round(count)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        warning = collapse_warning(means["loss"], means["teacher_entropy"], self.log_k) if count else None
+        if warning:
+            self.say(f"warning, epoch {epoch + 1}: {warning}")
+
+
+def collapse_warning(loss: float, teacher_entropy: float, log_k: float) -> str | None:
+    """A sentence when the teacher says nothing (every prototype alike) or always the same (one prototype for all images)."""
+    if log_k == 0:
+        return None
+    if loss > 0.99 * log_k and teacher_entropy > 0.99 * log_k:
+        return (f"the loss {loss:.3f} sits at log K = {log_k:.3f}: teacher and student have collapsed to a uniform output. If it stays, "
+                "lower --teacher_temp and --warmup_teacher_temp (0.03), lower --out_dim for small data, raise --lr or its batch.")
+    if teacher_entropy < 0.01 * log_k:
+        return (f"the teacher's entropy {teacher_entropy:.4f} is near 0: it gives one prototype to nearly everything. If it stays, raise "
+                "--teacher_temp, raise --momentum_teacher, or lower --lr.")
+    return None
+
+
+def _epoch_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}"

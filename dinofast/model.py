@@ -1,0 +1,140 @@
+"""Student, teacher, head and loss behind one forward."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import vit
+from .config import VITS, Config, nearest
+from .head import DINOHead
+from .loss import DINOLoss
+
+_CLASSIFIERS = ("fc", "head", "heads", "classifier")        # where torchvision keeps the layer that makes class scores
+
+
+class MultiCropWrapper(nn.Module):
+    """A backbone and a head over crops of several sizes: one backbone pass per run of equal sizes, one pass of the head.
+
+    forward: a tensor (n, 3, h, w) or a list of them -> logits (sum of n, K), rows in the order of the list. A backbone that
+    returns a tuple is taken by its first element.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
+        runs: list[list[Tensor]] = []
+        for crop in [crops] if isinstance(crops, Tensor) else crops:
+            if runs and runs[-1][0].shape[-2:] == crop.shape[-2:]:
+                runs[-1].append(crop)
+            else:
+                runs.append([crop])
+        features = [self.backbone(run[0] if len(run) == 1 else torch.cat(run)) for run in runs]
+        features = [f[0] if isinstance(f, tuple) else f for f in features]
+        return self.head(features[0] if len(features) == 1 else torch.cat(features))
+
+
+class Model(nn.Module):
+    """The whole of DINO: `model(crops, teacher_temp)` gives the loss (arXiv 2104.14294, figure 2 and algorithm 1).
+
+    student, teacher: `MultiCropWrapper`s of equal shape; the teacher starts as a copy of the student and takes no gradient.
+    """
+
+    def __init__(self, student: MultiCropWrapper, teacher: MultiCropWrapper, dino_loss: DINOLoss) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        self.dino_loss = dino_loss
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+
+    def forward(self, crops: Sequence[Tensor], teacher_temp: float | Tensor) -> Tensor:
+        """crops: one tensor per size, crop-major: (2 B, 3, G, G) of the global crops, then (n B, 3, L, L) of the local ones. Loss ()."""
+        with torch.no_grad():
+            teacher_output = self.teacher(crops[0])
+        return self.dino_loss.accumulate(self.student(crops), teacher_output, teacher_temp)
+
+    def last_layer_parameters(self) -> list[nn.Parameter]:
+        """The student's parameters that `freeze_last_layer` holds fixed."""
+        return [p for name, p in self.student.named_parameters() if "last_layer" in name and p.requires_grad]
+
+    @classmethod
+    def from_config(cls, cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Model:
+        """Build from options; `backbone` makes any other module that maps images (B, 3, h, w) to features (B, D)."""
+        torch.manual_seed(cfg.seed)
+        student_backbone = backbone() if backbone else build_backbone(cfg, cfg.drop_path_rate)
+        teacher_backbone = copy.deepcopy(student_backbone) if backbone else build_backbone(cfg, 0.0)
+        width = feature_width(student_backbone, cfg.global_crops_size)
+
+        def head(norm_last_layer: bool) -> DINOHead:
+            return DINOHead(width, cfg.out_dim, cfg.use_bn_in_head, norm_last_layer, cfg.head_layers, cfg.head_hidden_dim,
+                            cfg.head_bottleneck_dim)
+
+        loss = DINOLoss(cfg.out_dim, cfg.n_crops, cfg.warmup_teacher_temp, cfg.teacher_temp, cfg.warmup_teacher_temp_epochs,
+                        cfg.epochs, cfg.student_temp, cfg.center_momentum)
+        return cls(MultiCropWrapper(student_backbone, head(cfg.norm_last_layer)), MultiCropWrapper(teacher_backbone, head(True)), loss)
+
+
+def build_backbone(cfg: Config, drop_path_rate: float) -> nn.Module:
+    """A ViT, or a torchvision or timm model without its classifier. Raises `ValueError` for an unknown name."""
+    if cfg.arch in VITS:
+        make = getattr(vit, cfg.arch)
+        return make(patch_size=cfg.patch_size, drop_path_rate=drop_path_rate, img_size=(cfg.global_crops_size,))
+    makers = {"torchvision": _from_torchvision, "timm": _from_timm}
+    missing = []
+    for package, make in makers.items():
+        try:
+            library = importlib.import_module(f"{package}.models" if package == "torchvision" else package)
+        except ImportError as error:
+            missing.append(f"{package} ({error})")
+            continue
+        model = make(library, cfg.arch)
+        if model is not None:
+            return model
+    hint = f" Names of other packages need them installed; not importable: {'; '.join(missing)}." if missing else ""
+    raise ValueError(f"--arch '{cfg.arch}' is not known: choose from {', '.join(VITS)}.{nearest(cfg.arch, list(VITS))}{hint}")
+
+
+def _from_torchvision(library, arch: str) -> nn.Module | None:
+    if not (arch.islower() and inspect.isfunction(getattr(library, arch, None))):
+        return None
+    model = getattr(library, arch)(weights=None)
+    for name in _CLASSIFIERS:
+        if isinstance(getattr(model, name, None), nn.Module):
+            setattr(model, name, nn.Identity())
+            return model
+    raise ValueError(f"--arch {arch}: this torchvision model has no classifier that could be taken off; pass it through the "
+                     "Python API, dinofast.train(cfg, backbone=...).")
+
+
+def _from_timm(library, arch: str) -> nn.Module | None:
+    if not library.is_model(arch):
+        return None
+    try:
+        return library.create_model(arch, pretrained=False, num_classes=0, dynamic_img_size=True)   # transformers: crops of two sizes
+    except TypeError:
+        return library.create_model(arch, pretrained=False, num_classes=0)
+
+
+@torch.no_grad()
+def feature_width(backbone: nn.Module, image_size: int) -> int:
+    """D, the length of a backbone's features: declared by the module, or found by a trial image."""
+    for name in ("embed_dim", "num_features"):
+        if isinstance(getattr(backbone, name, None), int):
+            return getattr(backbone, name)
+    training = backbone.training
+    backbone.eval()                                                      # batch statistics must not see the trial
+    features = backbone(torch.zeros(1, 3, image_size, image_size))
+    backbone.train(training)
+    features = features[0] if isinstance(features, tuple) else features
+    if features.ndim != 2:
+        raise ValueError(f"the backbone returns features of shape {tuple(features.shape)}: expected (B, D), one row per image.")
+    return features.shape[1]

@@ -1,0 +1,199 @@
+"""The seam between Python and the kernels. Per operation: the torch.library schema, CPU implementation (C++), fake, backward, and
+the public function with its checks. A call that no kernel can take goes to `dinofast.reference`.
+
+Axes: B images, V student crops (the first two global), K prototypes.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import reference
+
+try:
+    from . import _C
+except ImportError as error:  # no compiler when the package was installed
+    _C, _NO_CPP = None, f"the C++ core dinofast._C does not load ({error}); install again on a machine with a C++17 compiler"
+else:
+    _NO_CPP = ""
+
+_KERNELS = {"dino_loss": {"cpu": "cpp"}}  # operation -> device type -> the implementation that is faster than the reference
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_IMPLS = (None, "reference", "cpp")
+
+_library = torch.library.Library("dinofast", "DEF")
+
+
+def paths() -> dict[str, dict[str, str]]:
+    """Operation -> device type ("cpu", "cuda") -> the implementation it takes there and why not a faster one."""
+    def path(kernel: str | None) -> str:
+        if kernel is None:
+            return "reference (plain torch): no kernel for this device"
+        return f"reference (plain torch): {_missing(kernel)}" if _missing(kernel) else kernel
+    return {op: {device: path(kernels.get(device)) for device in ("cpu", "cuda")} for op, kernels in _KERNELS.items()}
+
+
+def _missing(kernel: str) -> str:
+    """Why this kind of kernel cannot run here; empty if it can."""
+    return {"cpp": _NO_CPP}[kernel]
+
+
+def _choose(op: str, impl: str | None, *tensors: Tensor) -> str:
+    device = tensors[0].device.type
+    kernel = _KERNELS[op].get(device)
+    takes_dtypes = all(t.dtype in _KERNEL_DTYPES for t in tensors)
+    if impl is None:
+        if kernel is None or not takes_dtypes:
+            return "reference"
+        if reason := _missing(kernel):
+            if kernel in os.environ.get("DINOFAST_REQUIRE", "").split(","):
+                raise RuntimeError(f"DINOFAST_REQUIRE names {kernel}, but {reason}.")
+            if not torch.compiler.is_compiling():  # which cannot trace a warning
+                warnings.warn(f"dinofast.{op} runs in plain torch, many times slower: {reason}.", stacklevel=1)
+            return "reference"
+        return kernel
+    if impl not in _IMPLS:
+        raise ValueError(f"impl is {impl!r}: use one of {', '.join(map(repr, _IMPLS))}.")
+    if impl == "reference":
+        return impl
+    if impl != kernel:
+        raise ValueError(f"impl={impl!r} has no {op} for {device} tensors: leave impl out to take the best there is.")
+    if not takes_dtypes:
+        raise ValueError(f"impl={impl!r} takes float32, bfloat16 and float16, not {[str(t.dtype) for t in tensors]}: "
+                         "use impl='reference'.")
+    if reason := _missing(impl):
+        raise RuntimeError(f"impl={impl!r} was asked for, but {reason}.")
+    return impl
+
+
+def _is_known(number: float | Tensor) -> bool:
+    """Whether its value can be looked at without waiting for a device; not while being traced."""
+    return not isinstance(number, Tensor) or (
+        type(number) is Tensor and number.device.type == "cpu" and not torch.compiler.is_compiling())
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """The memory of x, bfloat16 as uint16."""
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).detach().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------- dino_loss
+
+# The kernel has the gradient in hand while it reads the logits, so the operation returns it, for an upstream of 1, and backward
+# only multiplies. In float16 it would underflow before the loss scale could lift it: there it is kept as
+# 2^14 (n_v softmax - Q_v), and backward applies the rest of the factor together with the upstream gradient.
+_library.define("dino_loss(Tensor student, Tensor teacher, Tensor center, float student_temp, Tensor teacher_temp, bool with_grad)"
+                " -> (Tensor loss, Tensor entropy, Tensor teacher_sum, Tensor grad)")
+_HALF_GRAD_SCALE = 2.0 ** 14
+
+
+def _gradient_scale(student: Tensor, student_temp: float) -> float:
+    """1 / (B P student_temp), the factor before (n_v softmax - Q_v)."""
+    crops, images = student.shape[:2]
+    return 1 / (images * 2 * (crops - 1) * student_temp)
+
+
+def _dino_loss_cpu(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: Tensor,
+                   with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    student, teacher = (x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher))
+    teacher_sum = torch.empty(student.shape[2], dtype=torch.float32)
+    grad = torch.empty(student.shape if with_grad else 0, dtype=student.dtype)                          # (V, B, K)
+    loss, entropy = _C.dino_loss(
+        _array(student), _array(teacher), _array(center.float().contiguous()), student_temp, teacher_temp.item(),
+        _array(teacher_sum), _array(grad) if with_grad else None,
+        _HALF_GRAD_SCALE if student.dtype == torch.float16 else _gradient_scale(student, student_temp), torch.get_num_threads())
+    return torch.scalar_tensor(loss, dtype=torch.float32), torch.scalar_tensor(entropy, dtype=torch.float32), teacher_sum, grad
+
+
+def _dino_loss_fake(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: Tensor,
+                    with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def stat(*shape: int) -> Tensor:
+        return student.new_empty(shape, dtype=torch.float32)
+    return stat(), stat(), stat(student.shape[2]), student.new_empty(student.shape if with_grad else (0,))
+
+
+def _below_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.dinofast.dino_loss.default(*args)
+
+
+def _dino_loss_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (_DinoLoss.apply if args[-1] else _below_autograd)(*args)
+
+
+class _DinoLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: Tensor,
+                with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = _below_autograd(student, teacher, center, student_temp, teacher_temp, with_grad)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # or backward would be handed zeros of the size of the logits
+        ctx.save_for_backward(output[3])
+        ctx.scale = _gradient_scale(student, student_temp) / _HALF_GRAD_SCALE if student.dtype == torch.float16 else 1.0
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 5
+        if upstream is None:
+            return None, *nothing
+        if torch.is_grad_enabled():
+            raise NotImplementedError("dino_loss has no second derivative (create_graph=True): use impl='reference'.")
+        grad, = ctx.saved_tensors
+        if _is_known(upstream) and upstream.item() * ctx.scale == 1:  # the usual case, and a pass over the gradient saved
+            return grad, *nothing
+        return grad * (upstream * ctx.scale), *nothing
+
+
+_library.impl("dino_loss", _dino_loss_cpu, "CPU")
+torch.library.register_fake("dinofast::dino_loss", _dino_loss_fake, lib=_library)
+_library.impl("dino_loss", _dino_loss_autograd, "Autograd")
+
+
+def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float | Tensor,
+              impl: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The DINO loss over materialised logits (arXiv 2104.14294, equation 2 with multi-crop); see `reference.dino_loss`.
+
+    student (V, B, K) with V >= 2, teacher (2, B, K), center (K,): float32, bfloat16, float16 or float64, all on one device; rows
+    may be strided. student_temp and teacher_temp > 0; teacher_temp may be a tensor of one number, which under torch.compile saves
+    recompiling when it changes. impl: None takes the fastest; "reference" or "cpp" that one or an error.
+    Returns the loss (), differentiable once in `student` only; the mean teacher entropy () in nats; the sum of the 2 B teacher
+    rows (K,). All float32 (float64 for a float64 student), whatever autocast says. NaN or infinity gives a loss that is not
+    finite, unless it means a probability of 0 (-inf in `teacher`, inf in `center`). The number of threads changes no bit.
+    Raises ValueError for shapes, dtypes, devices, temperatures and `impl` that do not fit; RuntimeError if an implementation
+    asked for by `impl` or DINOFAST_REQUIRE is absent.
+    """
+    if student.ndim != 3 or student.shape[0] < 2 or student.shape[1] < 1 or student.shape[2] < 1:
+        raise ValueError(f"student has shape {tuple(student.shape)}: expected (V, B, K) with V of 2 or more, B and K not 0.")
+    _, images, prototypes = student.shape
+    if teacher.shape != (2, images, prototypes):
+        raise ValueError(f"teacher has shape {tuple(teacher.shape)}: expected {(2, images, prototypes)} to go with student "
+                         f"{tuple(student.shape)}.")
+    if center.shape != (prototypes,):
+        raise ValueError(f"center has shape {tuple(center.shape)}: expected ({prototypes},).")
+    for name, x in (("student", student), ("teacher", teacher), ("center", center)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name} is {x.dtype}: expected a floating-point tensor.")
+        if x.device != student.device:
+            raise ValueError(f"{name} is on {x.device} but student is on {student.device}: move them to one device.")
+    if not student_temp > 0:
+        raise ValueError(f"student_temp is {student_temp}: expected a number above 0.")
+    if isinstance(teacher_temp, Tensor) and teacher_temp.numel() != 1:
+        raise ValueError(f"teacher_temp has shape {tuple(teacher_temp.shape)}: expected one number.")
+    if _is_known(teacher_temp) and not teacher_temp > 0:
+        raise ValueError(f"teacher_temp is {float(teacher_temp)}: expected a number above 0.")
+    teacher, center = teacher.detach(), center.detach()
+    if _choose("dino_loss", impl, student, teacher) == "reference":
+        return reference.dino_loss(student, teacher, center, student_temp, teacher_temp)
+    if not isinstance(teacher_temp, Tensor):
+        teacher_temp = torch.scalar_tensor(teacher_temp, dtype=torch.float64)
+    with_grad = student.requires_grad and torch.is_grad_enabled()
+    loss, entropy, teacher_sum, _ = torch.ops.dinofast.dino_loss(
+        student, teacher, center, student_temp, teacher_temp.detach(), with_grad)
+    return loss, entropy, teacher_sum

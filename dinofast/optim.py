@@ -1,0 +1,182 @@
+"""Optimisers that clip, update the student and average the teacher in one call: AdamW, SGD, LARS.
+
+The whole step is decided on the device: a gradient that is not finite leaves parameters, moments and teacher as they are, and
+nothing waits for the device to find out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+
+
+def param_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The official two groups: weights with decay, then biases and one-dimensional tensors without; frozen ones are left out."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [name.endswith(".bias") or p.ndim == 1 for name, p in named]
+    return [{"params": [p for (_, p), is_plain in zip(named, plain, strict=True) if not is_plain]},
+            {"params": [p for (_, p), is_plain in zip(named, plain, strict=True) if is_plain], "weight_decay": 0.0}]
+
+
+class _StudentTeacherOptimizer(torch.optim.Optimizer):
+    """What the three have in common: norms and clip, the decision to skip, the teacher's average.
+
+    params: parameters or groups, as for any torch optimiser. student, teacher: modules with the same parameters in the same
+    order; `teacher <- momentum teacher + (1 - momentum) student` follows every step, for frozen parameters too, not for buffers.
+    clip_grad: largest L2 norm of each gradient tensor, 0 for none.
+
+    After a step `grad_norm` () is the norm of the whole gradient before clipping, `skipped` () the number of steps left out
+    because a gradient was not finite; both stay on the device. `lr` and `weight_decay` of a group may be floats or tensors ().
+    """
+
+    _step_supports_amp_scaling = True          # torch.amp.GradScaler then leaves unscaling and the skip to us, without a sync
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], student: nn.Module | None, teacher: nn.Module | None,
+                 clip_grad: float) -> None:
+        if (student is None) != (teacher is None):
+            raise ValueError("student and teacher go together: give both modules, or neither.")
+        if clip_grad < 0:
+            raise ValueError(f"clip_grad is {clip_grad}: it must not be negative; 0 switches clipping off.")
+        super().__init__(params, defaults)
+        pairs = list(zip(student.parameters(), teacher.parameters(), strict=True)) if student is not None else []
+        for s, t in pairs:
+            if s.shape != t.shape:
+                raise ValueError(f"student and teacher differ: a parameter is {tuple(s.shape)} here and {tuple(t.shape)} there.")
+        self._teacher_of = dict(pairs)
+        self.clip_grad = clip_grad
+        device = self.param_groups[0]["params"][0].device
+        self.grad_norm = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None, *, momentum: float | Tensor | None = None,
+             skip: Tensor | None = None) -> Tensor | None:
+        """One step. momentum: of the teacher's average, needed when there is a teacher. skip: bool tensor (), leave this one out."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._teacher_of and momentum is None:
+            raise ValueError("this optimiser averages a teacher: give step(momentum=...), for example 0.996.")
+        active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        bad = torch.zeros((), dtype=torch.bool, device=self.grad_norm.device) if skip is None else skip
+        coefficient = {}
+        if active:
+            scale = getattr(self, "grad_scale", None)          # GradScaler sets these two around its call of step
+            found_inf = getattr(self, "found_inf", None)
+            inv_scale = 1.0 if scale is None else 1.0 / scale
+            norms, clip = reference.clip_coefficients([p.grad for p in active], self.clip_grad, inv_scale)
+            self.grad_norm = norms.norm()
+            bad = bad | ~torch.isfinite(self.grad_norm)
+            if found_inf is not None:
+                bad = bad | (found_inf > 0)
+            coefficient = dict(zip(active, (clip * inv_scale).unbind(0), strict=True))
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            if trained:
+                self._update(group, trained, torch.stack([coefficient[p] for p in trained]), bad, momentum)
+        self._average_the_rest(bad, momentum, coefficient)
+        self.skipped += bad
+        return loss
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], coefficients: Tensor, skip: Tensor,
+                momentum: float | Tensor | None) -> None:
+        raise AssertionError("a child defines this")
+
+    def _average_the_rest(self, skip: Tensor, momentum: float | Tensor | None, averaged: dict[Tensor, Tensor]) -> None:
+        for student, teacher in self._teacher_of.items():
+            if student not in averaged:
+                reference.ema_(teacher, student, _share(momentum, skip))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's own: numbers instead of device scalars, so that any optimiser of the same kind can load it."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group.update({k: v.item() for k, v in group.items() if isinstance(v, Tensor)})
+        return state
+
+
+def _share(momentum: float | Tensor, skip: Tensor) -> Tensor:
+    return (1 - momentum) * (1.0 - skip.double())
+
+
+class AdamWEMA(_StudentTeacherOptimizer):
+    """AdamW with per-tensor clipping and the teacher's average; its state_dict is interchangeable with `torch.optim.AdamW`'s."""
+
+    def __init__(self, params: Iterable[Any], lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 1e-2, *, student: nn.Module | None = None,
+                 teacher: nn.Module | None = None, clip_grad: float = 0.0) -> None:
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=False, maximize=False, foreach=None,
+                        capturable=False, differentiable=False, fused=None, decoupled_weight_decay=True)
+        super().__init__(params, defaults, student, teacher, clip_grad)
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], coefficients: Tensor, skip: Tensor,
+                momentum: float | Tensor | None) -> None:
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), device=p.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            elif state["step"].device != p.device:                   # torch keeps the counter of a loaded state on the host
+                state["step"] = state["step"].to(p.device)
+        states = [self.state[p] for p in params]
+        reference.adamw_ema_(
+            params, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
+            [s["step"] for s in states], [self._teacher_of.get(p) for p in params], coefficients, skip,
+            lr=group["lr"], weight_decay=group["weight_decay"], betas=group["betas"], eps=group["eps"],
+            momentum=1.0 if momentum is None else momentum)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        state["state"] = {i: {**s, "step": s["step"].cpu()} for i, s in state["state"].items()}
+        return state
+
+
+class SGDEMA(_StudentTeacherOptimizer):
+    """SGD with momentum, per-tensor clipping and the teacher's average; state as `torch.optim.SGD`'s."""
+
+    def __init__(self, params: Iterable[Any], lr: float | Tensor = 0.0, momentum: float = 0.9, weight_decay: float = 0.0, *,
+                 student: nn.Module | None = None, teacher: nn.Module | None = None, clip_grad: float = 0.0) -> None:
+        defaults = dict(lr=lr, momentum=momentum, dampening=0, weight_decay=weight_decay, nesterov=False, maximize=False,
+                        foreach=None, differentiable=False, fused=None)
+        super().__init__(params, defaults, student, teacher, clip_grad)
+
+    _buffer = "momentum_buffer"
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], coefficients: Tensor, skip: Tensor,
+                momentum: float | Tensor | None) -> None:
+        for p, coefficient in zip(params, coefficients.unbind(0), strict=True):
+            state = self.state[p]
+            if not state:
+                state[self._buffer] = torch.zeros_like(p)
+            self._apply(group, p, p.grad * coefficient, state[self._buffer], skip)
+            if p in self._teacher_of:
+                reference.ema_(self._teacher_of[p], p, _share(momentum, skip))
+
+    def _apply(self, group: dict[str, Any], p: Tensor, grad: Tensor, buffer: Tensor, skip: Tensor) -> None:
+        reference.sgd_(p, grad, buffer, skip, lr=group["lr"], weight_decay=group["weight_decay"], momentum=group["momentum"])
+
+
+class LARSEMA(SGDEMA):
+    """LARS as the official code has it, with per-tensor clipping and the teacher's average."""
+
+    def __init__(self, params: Iterable[Any], lr: float | Tensor = 0.0, momentum: float = 0.9, weight_decay: float = 0.0,
+                 eta: float = 0.001, *, student: nn.Module | None = None, teacher: nn.Module | None = None,
+                 clip_grad: float = 0.0) -> None:
+        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta, weight_decay_filter=None,
+                        lars_adaptation_filter=None)
+        _StudentTeacherOptimizer.__init__(self, params, defaults, student, teacher, clip_grad)
+
+    _buffer = "mu"
+
+    def _apply(self, group: dict[str, Any], p: Tensor, grad: Tensor, buffer: Tensor, skip: Tensor) -> None:
+        reference.lars_(p, grad, buffer, skip, lr=group["lr"], weight_decay=group["weight_decay"], momentum=group["momentum"],
+                        eta=group["eta"])
+
+
+OPTIMIZERS: dict[str, type[_StudentTeacherOptimizer]] = {"adamw": AdamWEMA, "sgd": SGDEMA, "lars": LARSEMA}

@@ -1,0 +1,124 @@
+"""The specification: every operation of dinofast in plain torch. Never fast, always right.
+
+Kernels, tests and benchmarks are compared with these functions; `ops` falls back to them. Axes: B images, V student crops
+(the first two global), K prototypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float,
+              teacher_temp: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The DINO loss over materialised logits (arXiv 2104.14294, equation 2 with multi-crop, and section 3.1).
+
+        q[t, b, :] = softmax((teacher[t, b, :] - center) / teacher_temp)                     t = 0, 1; no gradient
+        for t in 0, 1:
+            for v in 0 .. V-1, v != t:
+                loss += mean_b sum_k -q[t, b, k] log_softmax(student[v, b, :] / student_temp)[k]
+        loss /= 2 (V - 1)
+
+    student (V, B, K), teacher (2, B, K): any float dtype, statistics in fp32 (fp64 for fp64); center (K,).
+    Returns three tensors: the loss (); the mean entropy () of the rows of q in nats, without gradient; and the sum over all
+    2 B rows of `teacher` (K,), from which the next centre is made, without gradient.
+    """
+    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    n_crops = student.shape[0]
+    log_p = torch.log_softmax(student.to(wide) / student_temp, dim=-1)                      # (V, B, K)
+    with torch.no_grad():
+        t = teacher.to(wide)                                                                # (2, B, K)
+        log_q = torch.log_softmax((t - center.to(wide)) / teacher_temp, dim=-1)             # (2, B, K)
+        q = log_q.exp()
+        entropy = -(q * log_q.clamp_min(torch.finfo(wide).min)).sum(-1).mean()              # 0 log 0 is 0
+        teacher_sum = t.sum((0, 1))                                                         # (K,)
+    loss = log_p.new_zeros(())
+    for i in range(2):
+        for v in range(n_crops):
+            if v != i:
+                loss = loss - (q[i] * log_p[v]).sum(-1).mean()
+    return loss / (2 * (n_crops - 1)), entropy, teacher_sum
+
+
+def center_update(center: Tensor, batch_center: Tensor, momentum: float) -> Tensor:
+    """`center <- momentum center + (1 - momentum) batch_center`; both (1, K) or (K,), fp32 (arXiv 2104.14294, equation 4)."""
+    return center * momentum + batch_center * (1 - momentum)
+
+
+def clip_coefficients(grads: Sequence[Tensor], max_norm: float, inv_scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Norm and clip factor of each tensor on its own, as the official `clip_gradients`: `min(1, max_norm / (norm + 1e-6))`.
+
+    grads: n tensors of any shape and float dtype. inv_scale: one over the loss scale the gradients still carry.
+    Returns norms (n,) of the unscaled gradients and coefficients (n,), fp32. `max_norm` 0 clips nothing.
+    """
+    norms = torch.stack(torch._foreach_norm([g.detach() for g in grads])).float() * inv_scale
+    if not max_norm:
+        return norms, torch.ones_like(norms)
+    return norms, (max_norm / (norms + 1e-6)).clamp(max=1.0)
+
+
+def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+               steps: Sequence[Tensor], teachers: Sequence[Tensor | None], coefficients: Tensor, skip: Tensor, *,
+               lr: float | Tensor, weight_decay: float | Tensor, betas: tuple[float, float], eps: float,
+               momentum: float | Tensor) -> None:
+    """AdamW (arXiv 1711.05101) on clipped gradients, then the teacher's average, in place.
+
+        for each tensor i, unless skip:
+            g = coefficients[i] grad;  step += 1
+            p = (1 - lr weight_decay) p
+            m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
+            p = p - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+            teacher = momentum teacher + (1 - momentum) p
+
+    params, grads, exp_avgs, exp_avg_sqs, teachers: n tensors of equal shapes; a teacher may be None. steps: n fp32 tensors ().
+    coefficients (n,): clip factor over loss scale. skip (): bool, decided on the device; where true nothing changes, because
+    every factor becomes that of the identity.
+    """
+    beta1, beta2 = betas
+    one = 1.0 - skip.double()                                                               # 0 makes each line the identity
+    rate, decay = lr * one, weight_decay * one
+    share = (1 - momentum) * one
+    for i, (p, m, v, step) in enumerate(zip(params, exp_avgs, exp_avg_sqs, steps, strict=True)):
+        g = torch.where(skip, 0.0, grads[i].to(p.dtype) * coefficients[i].to(p.dtype))
+        step.add_(one.to(step.dtype))
+        t = step.double().clamp(min=1)
+        p.mul_(1 - rate * decay)
+        m.lerp_(g, ((1 - beta1) * one).to(m.dtype))
+        v.mul_(1 - (1 - beta2) * one).addcmul_(g, g, value=1 - beta2)
+        denominator = v.sqrt().div_((1 - beta2**t).sqrt()).add_(eps)
+        p.sub_(m.div(denominator).mul_(rate / (1 - beta1**t)))
+        if teachers[i] is not None:
+            ema_(teachers[i], p, share)
+
+
+def ema_(teacher: Tensor, student: Tensor, share: float | Tensor) -> None:
+    """`teacher <- (1 - share) teacher + share student`, in place; any shape, equal for both. share = 1 - momentum."""
+    teacher.mul_(1 - share).add_(student * share)
+
+
+def sgd_(param: Tensor, grad: Tensor, buffer: Tensor, skip: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor,
+         momentum: float) -> None:
+    """SGD with momentum as torch's: `b = momentum b + grad + weight_decay p; p = p - lr b`, in place; the identity where skip."""
+    one = 1.0 - skip.double()
+    update = torch.where(skip, 0.0, grad + weight_decay * param)
+    buffer.mul_(1 - (1 - momentum) * one).add_(update)
+    param.sub_(buffer * (lr * one))
+
+
+def lars_(param: Tensor, grad: Tensor, buffer: Tensor, skip: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor,
+          momentum: float, eta: float) -> None:
+    """LARS (arXiv 1708.03888) as the official code has it, in place; the identity where skip.
+
+    Tensors with one dimension get neither decay nor adaptation; the others have `grad + weight_decay p` scaled by
+    `eta ||p|| / ||grad + weight_decay p||` (1 where either norm is 0).
+    """
+    one = 1.0 - skip.double()
+    if param.ndim != 1:
+        grad = grad + weight_decay * param
+        p_norm, g_norm = param.norm(), grad.norm()
+        grad = grad * torch.where((p_norm > 0) & (g_norm > 0), eta * p_norm / g_norm, 1.0)
+    buffer.mul_(1 - (1 - momentum) * one).add_(torch.where(skip, 0.0, grad))
+    param.sub_(buffer * (lr * one))

@@ -1,0 +1,54 @@
+"""What changes from step to step: learning rate, weight decay, teacher momentum, teacher temperature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import Config
+
+
+def cosine(base: float, final: float, epochs: int, steps_per_epoch: int, warmup_epochs: int = 0, start: float = 0.0) -> np.ndarray:
+    """One float64 value per step: linear from `start` to `base` (both included) over the warm-up, then half a cosine to `final`."""
+    warmup_steps = warmup_epochs * steps_per_epoch
+    rest = epochs * steps_per_epoch - warmup_steps
+    falling = final + 0.5 * (base - final) * (1 + np.cos(np.pi * np.arange(rest) / max(rest, 1)))
+    return np.concatenate((np.linspace(start, base, warmup_steps), falling))
+
+
+def teacher_temps(warmup_temp: float, temp: float, warmup_epochs: int, epochs: int) -> np.ndarray:
+    """One float64 value per epoch: linear from `warmup_temp` to `temp` over the warm-up epochs, then constant."""
+    return np.concatenate((np.linspace(warmup_temp, temp, warmup_epochs), np.full(epochs - warmup_epochs, temp)))
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """The scalars of one step: float64 tensors () on the training device, so that reading them never waits for it."""
+
+    lr: Tensor
+    weight_decay: Tensor
+    momentum: Tensor
+
+
+class Schedule:
+    """All tables of a run, one entry per optimiser step (temperatures: per epoch).
+
+    `lr`, `weight_decay`, `momentum` are float64 arrays on the host; `at(step)` gives the same numbers on the device.
+    """
+
+    def __init__(self, cfg: Config, steps_per_epoch: int, world: int, device: torch.device | str = "cpu") -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.total = cfg.epochs * steps_per_epoch
+        peak = cfg.lr * cfg.batch_size_per_gpu * cfg.accumulate * world / 256
+        self.lr = cosine(peak, cfg.min_lr, cfg.epochs, steps_per_epoch, cfg.warmup_epochs)
+        self.weight_decay = cosine(cfg.weight_decay, cfg.weight_decay_end, cfg.epochs, steps_per_epoch)
+        self.momentum = cosine(cfg.momentum_teacher, 1.0, cfg.epochs, steps_per_epoch)
+        temps = teacher_temps(cfg.warmup_teacher_temp, cfg.teacher_temp, cfg.warmup_teacher_temp_epochs, cfg.epochs)
+        self.teacher_temp = torch.from_numpy(temps).float().to(device)
+        self._tables = torch.from_numpy(np.stack((self.lr, self.weight_decay, self.momentum))).to(device)
+
+    def at(self, step: int) -> StepValues:
+        return StepValues(*self._tables[:, step].unbind(0))

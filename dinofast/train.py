@@ -1,0 +1,164 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import checkpoint, dist, ops
+from .config import Config
+from .data import Loader, make_loader
+from .log import EpochSums, Interrupted, Run, StopSignal
+from .model import Model
+from .optim import OPTIMIZERS, param_groups
+from .schedule import Schedule
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
+    """Pretrain as `cfg` says, resuming what `cfg.output_dir` holds; returns the path of the last checkpoint.
+
+    backbone: makes any module that maps images (B, 3, h, w) to features (B, D), instead of `cfg.arch`.
+    Raises `ValueError` for options, data or a checkpoint that cannot be right (before anything is written), `log.Interrupted`
+    after SIGINT or SIGTERM with everything saved, `log.Diverged` when the loss stays non-finite.
+    """
+    cfg.check()
+    with StopSignal() as stop, dist.session(cfg.device, cfg.dist_url) as process:
+        return _train(cfg, backbone, process, stop)
+
+
+def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.Process, stop: StopSignal) -> Path:
+    output_dir = Path(cfg.output_dir)
+    path = output_dir / "checkpoint.pth"
+    device = process.device
+    precision = cfg.precision_on(device.type)
+
+    # ---- model, data, optimiser
+    model = Model.from_config(cfg, backbone).to(device)
+    parallel = _distribute(model, process)
+    optimizer = OPTIMIZERS[cfg.optimizer](param_groups(model.student), student=model.student, teacher=model.teacher, clip_grad=cfg.clip_grad)
+    scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
+    position, changed = checkpoint.restore(path, model, optimizer, scaler, cfg) if path.exists() else (checkpoint.Position(), [])
+    process.barrier()                                     # nobody writes here before everybody has read
+    output_dir.mkdir(parents=True, exist_ok=True)
+    loader = make_loader(cfg, rank=process.rank, world=process.world, device=device)
+    per_epoch, batch = loader.steps_per_epoch, cfg.batch_size_per_gpu * cfg.accumulate * process.world
+    schedule = Schedule(cfg, per_epoch, process.world, device)
+    start, restart_note = _first_step(position, loader.n_images, per_epoch, batch)
+    loader.seek(start)
+    sums = EpochSums(device, position.sums if start % per_epoch else [])
+    run = Run(output_dir, process.is_main, steps_per_epoch=per_epoch, epochs=cfg.epochs, images_per_step=batch, out_dim=cfg.out_dim)
+    run.drop_after(start // per_epoch)
+    _introduce(run, cfg, process, model, loader, precision, start, path, changed + restart_note)
+
+    def save(step: int, keep: bool = False) -> None:
+        if process.is_main:
+            epoch, inside = divmod(step, per_epoch)
+            where = checkpoint.Position(step, epoch, inside * batch, loader.n_images, sums.read() if inside else [])
+            checkpoint.save(path, model, optimizer, scaler, cfg, where)
+            if keep:
+                checkpoint.keep(path, output_dir / f"checkpoint{epoch - 1:04}.pth")
+
+    # ---- the loop
+    try:
+        with run.live(start, sums.read()):
+            for step in range(start, schedule.total):
+                epoch, values = step // per_epoch, schedule.at(step)
+                for group, decay in zip(optimizer.param_groups, (values.weight_decay, 0.0), strict=True):
+                    group["lr"], group["weight_decay"] = values.lr, decay
+
+                for micro in range(cfg.accumulate):
+                    crops = next(loader)                                      # on the device already
+                    torch.manual_seed(_step_seed(cfg.seed, step, micro, process.rank))    # drop path: the same after a resume
+                    last = micro == cfg.accumulate - 1
+                    with nullcontext() if last or process.world == 1 else parallel.no_sync():
+                        with torch.autocast(device.type, _DTYPES.get(precision), enabled=precision != "fp32"):
+                            loss = parallel(crops, schedule.teacher_temp[epoch]) / cfg.accumulate
+                        (scaler.scale(loss) if scaler else loss).backward()
+                if epoch < cfg.freeze_last_layer:
+                    for p in model.last_layer_parameters():
+                        p.grad = None
+                stats = model.dino_loss.step()                                # all-reduce; the centre moves
+                bad = ~torch.isfinite(stats.loss)
+                if scaler:
+                    scaler.step(optimizer, momentum=values.momentum, skip=bad)
+                    scaler.update()
+                else:
+                    optimizer.step(momentum=values.momentum, skip=bad)        # clip, update, teacher average
+                optimizer.zero_grad(set_to_none=True)
+                sums.add(torch.stack((stats.loss, stats.teacher_entropy, stats.kl, model.dino_loss.center.norm(),
+                                      optimizer.grad_norm.float())))
+
+                done = step + 1
+                ends_epoch = done % per_epoch == 0
+                if done % cfg.log_steps == 0 or ends_epoch:
+                    now = sums.read()                                         # the only wait for the device
+                    run.show(done, now, int(optimizer.skipped), schedule.lr[step], loader.wait_s)
+                    if ends_epoch:
+                        this = slice(epoch * per_epoch, done)
+                        run.end_epoch(epoch, now, schedule.lr[this].mean(), schedule.weight_decay[this].mean())
+                        sums.clear()
+                        save(done, keep=bool(cfg.saveckp_freq) and epoch % cfg.saveckp_freq == 0)
+                    elif process.world > 1 and process.any(bool(stop.signum)):
+                        stop.signum = stop.signum or 15
+                if not ends_epoch and cfg.saveckp_steps and done % cfg.saveckp_steps == 0:
+                    save(done)
+                if stop.signum and (process.world == 1 or done % cfg.log_steps == 0 or ends_epoch):
+                    save(done)
+                    raise Interrupted(stop.signum, f"stopped after step {done} of {schedule.total}, saved in '{path}'; the same command "
+                                                   "goes on from there.")
+    finally:
+        loader.close()
+    run.say(f"done: {schedule.total} steps, teacher and student in '{path}'")
+    return path
+
+
+def _distribute(model: Model, process: dist.Process) -> nn.Module:
+    """Gradients averaged over processes; batch statistics too where torch can (on GPUs)."""
+    if process.world == 1:
+        return model
+    on_gpu = process.device.type == "cuda"
+    if on_gpu:
+        model.student, model.teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (model.student, model.teacher))
+    return nn.parallel.DistributedDataParallel(model, device_ids=[process.device] if on_gpu else None, broadcast_buffers=False,
+                                               gradient_as_bucket_view=True)
+
+
+def _first_step(position: checkpoint.Position, n_images: int, per_epoch: int, batch: int) -> tuple[int, list[str]]:
+    """Where to go on: the exact step when data and batch are as they were, else the nearest earlier place in the same epoch."""
+    if position.n_images == 0:                                                # an official checkpoint, or a new run
+        return position.epoch * per_epoch, []
+    start = position.epoch * per_epoch
+    if position.n_images != n_images:
+        return start, [f"the data set had {position.n_images} images and has {n_images} now: epoch {position.epoch + 1} starts anew"]
+    inside, rest = divmod(position.images_in_epoch, batch)
+    if rest:
+        return start + inside, [f"the global batch is now {batch}: the last {rest} images before the save are seen again"]
+    return start + min(inside, per_epoch), []
+
+
+def _step_seed(seed: int, step: int, micro: int, rank: int) -> int:
+    """A seed of its own for every forward pass, so that a resumed run draws what an unbroken one draws."""
+    digest = hashlib.blake2b(f"{seed} {step} {micro} {rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _introduce(run: Run, cfg: Config, process: dist.Process, model: Model, loader: Loader, precision: str, start: int, path: Path,
+               notes: list[str]) -> None:
+    parameters = sum(p.numel() for p in model.student.parameters())
+    name = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    run.say(f"{loader.n_images} images, {loader.steps_per_epoch} steps an epoch, {run.images_per_step} images a step; "
+            f"{cfg.arch}: {parameters / 1e6:.2f} M parameters; {name}, {precision}, {process.world} process(es)")
+    run.say(f"loss: {ops.paths()['dino_loss'][process.device.type]}")
+    if loader.refused:
+        run.say(f"{len(loader.refused)} unreadable image(s) left out, listed in '{Path(cfg.output_dir) / 'refused.txt'}'")
+    if start:
+        run.say(f"resumed from '{path}' after step {start} (epoch {start // loader.steps_per_epoch + 1} of {cfg.epochs})")
+    for note in notes:
+        run.say(f"note: {note}")

@@ -1,0 +1,26 @@
+"""Builds the C++ core `dinofast._C`. Everything else about the package is in pyproject.toml."""
+
+from __future__ import annotations
+
+import sys
+from glob import glob
+
+import pybind11
+from setuptools import Extension, setup
+
+# errno and trapping maths keep loops with a condition from being vectorised; nothing here relaxes the arithmetic itself.
+flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"]
+openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has no OpenMP: one thread there
+
+core = Extension(
+    "dinofast._C",
+    sources=sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+    depends=sorted(glob("csrc/cpu/*.h")),
+    include_dirs=[pybind11.get_include()],
+    extra_compile_args=flags + openmp,
+    extra_link_args=openmp,
+    language="c++",
+    optional=True,  # without a compiler the package installs all the same, and `dinofast doctor` says what is missing
+)
+
+setup(packages=["dinofast", "dinofast.data", "dinofast.evaluate", "dinofast.kernels"], ext_modules=[core])

@@ -1,0 +1,142 @@
+import os
+import pickle
+
+import golden
+import pytest
+import torch
+
+from dinofast import AdamWEMA, DINOHead, checkpoint, load_backbone, param_groups, vit_tiny
+from dinofast.config import Config
+from dinofast.model import Model
+
+CFG = Config(arch="vit_nano", patch_size=4, out_dim=32, head_hidden_dim=16, head_bottleneck_dim=8, local_crops_number=2,
+             global_crops_size=16, local_crops_size=8, norm_last_layer=False)
+
+
+def parts(cfg=CFG):
+    model = Model.from_config(cfg)
+    optimizer = AdamWEMA(param_groups(model.student), student=model.student, teacher=model.teacher)
+    return model, optimizer
+
+
+def saved(folder, cfg=CFG):
+    model, optimizer = parts(cfg)
+    model([torch.randn(4, 3, 16, 16), torch.randn(4, 3, 8, 8)], 0.04).backward()
+    optimizer.step(momentum=0.9)
+    model.dino_loss.step()
+    path = folder / "checkpoint.pth"
+    checkpoint.save(path, model, optimizer, torch.amp.GradScaler("cpu"), cfg, checkpoint.Position(7, 1, 12, 40, [1.5] * 6))
+    return path, model, optimizer
+
+
+def test_layout_is_the_official_one(tmp_path):
+    path, model, optimizer = saved(tmp_path)
+    ours = torch.load(path)                       # the default, weights only: what the official evaluation scripts do today
+    with torch.serialization.safe_globals(checkpoint._SAFE):
+        theirs = torch.load(golden.DATA / "official_checkpoint.pth")
+    assert set(theirs) | {"dinofast", "fp16_scaler"} == set(ours)
+    assert all(name.startswith("module.") for name in ours["student"]) and "backbone.cls_token" in ours["teacher"]
+    assert list(ours["dino_loss"]) == ["center"] and ours["epoch"] == 1
+    assert ours["optimizer"]["param_groups"][0].keys() == theirs["optimizer"]["param_groups"][0].keys()
+    assert ours["optimizer"]["state"][0].keys() == theirs["optimizer"]["state"][0].keys()
+    assert type(ours["args"]) is dict and ours["args"]["global_crops_scale"] == (0.4, 1.0)
+    torch.optim.AdamW(param_groups(model.student)).load_state_dict(ours["optimizer"])
+    # as the official evaluation does
+    state = {k.replace("module.", "").replace("backbone.", ""): v for k, v in ours["teacher"].items()}
+    assert not model.student.backbone.load_state_dict(state, strict=False).missing_keys
+
+
+def test_restore_is_exact(tmp_path):
+    path, model, optimizer = saved(tmp_path)
+    other = Config(**{**CFG.to_dict(), "seed": 5, "lr": 0.1})
+    model2, optimizer2 = parts(other)
+    position, changed = checkpoint.restore(path, model2, optimizer2, None, other)
+    assert position == checkpoint.Position(7, 1, 12, 40, [1.5] * 6)
+    assert changed == ["--lr was 0.0005 and is now 0.1", "--seed was 0 and is now 5"]
+    torch.testing.assert_close(model2.state_dict(), model.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(optimizer2.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path, model, optimizer = saved(tmp_path)
+    before = path.read_bytes()
+    monkeypatch.setattr(torch, "save", lambda state, file: (file.write(b"half"), (_ for _ in ()).throw(OSError("disk full")))[0])
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(path, model, optimizer, None, CFG, checkpoint.Position())
+    assert path.read_bytes() == before
+
+
+def test_kept_copies_survive_the_next_save(tmp_path):
+    path, model, optimizer = saved(tmp_path)
+    checkpoint.keep(path, tmp_path / "checkpoint0000.pth")
+    checkpoint.save(path, model, optimizer, None, CFG, checkpoint.Position(step=9))
+    assert checkpoint.read(tmp_path / "checkpoint0000.pth")["dinofast"]["step"] == 7
+    assert checkpoint.read(path)["dinofast"]["step"] == 9
+
+
+class Malicious:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda o, p: p.write_bytes(pickle.dumps(o))])
+def test_nothing_inside_a_file_is_run(save, tmp_path):
+    path = tmp_path / "bad.pth"
+    save({"student": {}, "args": Malicious(str(tmp_path / "owned"))}, path)
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        checkpoint.read(path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_foreign_contents_are_named(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds a list"):
+        checkpoint.read(tmp_path / "list.pth")
+    torch.save({"state_dict": {}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="no DINO training checkpoint .it lacks student, teacher, optimizer, epoch, dino_loss"):
+        checkpoint.restore(tmp_path / "other.pth", *parts(), None, CFG)
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        checkpoint.read(tmp_path / "absent.pth")
+
+
+def test_nothing_is_half_loaded(tmp_path):
+    path, _, _ = saved(tmp_path)
+    wider = Config(**{**CFG.to_dict(), "out_dim": 33})
+    model, optimizer = parts(wider)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"does not fit this student: 'head.last_layer.weight_g' is \(32, 1\) in the file and \(33, 1\) "
+                                         "here, saved with --arch vit_nano"):
+        checkpoint.restore(path, model, optimizer, None, wider)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("key", ["teacher", "student"])
+def test_backbone_of_our_checkpoint(key, tmp_path):
+    path, model, _ = saved(tmp_path)
+    backbone = load_backbone(path, key)
+    x = torch.randn(2, 3, 16, 16)
+    assert not backbone.training
+    torch.testing.assert_close(backbone(x), getattr(model.eval(), key).backbone(x), rtol=0, atol=0)
+
+
+def test_backbone_of_published_weights(tmp_path):
+    """The official releases hold the bare state of the backbone; the width tells which ViT it is."""
+    published = vit_tiny(patch_size=8, img_size=[32])
+    torch.save(published.state_dict(), tmp_path / "dino_vit.pth")
+    backbone = load_backbone(tmp_path / "dino_vit.pth")
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(backbone(x), published(x), rtol=0, atol=0)
+
+
+def test_backbone_that_does_not_fit_is_named(tmp_path):
+    with pytest.raises(ValueError, match="does not fit this backbone: 'cls_token'"):
+        load_backbone(golden.DATA / "official_checkpoint.pth")                      # says vit_tiny, is 48 wide
+    path, _, _ = saved(tmp_path)
+    with pytest.raises(ValueError, match="has no 'pupil': choose from teacher, student"):
+        load_backbone(path, "pupil")
+    torch.save(DINOHead(4, 8, hidden_dim=4, bottleneck_dim=4).state_dict(), tmp_path / "head.pth")
+    with pytest.raises(ValueError, match="does not tell its architecture"):
+        load_backbone(tmp_path / "head.pth")

@@ -1,0 +1,135 @@
+import subprocess
+import sys
+
+import pytest
+
+from dinofast import cli
+from dinofast.config import Config
+
+OFFICIAL_DEFAULTS = {
+    "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True, "momentum_teacher": 0.996, "use_bn_in_head": False,
+    "warmup_teacher_temp": 0.04, "teacher_temp": 0.04, "warmup_teacher_temp_epochs": 0, "use_fp16": True, "weight_decay": 0.04,
+    "weight_decay_end": 0.4, "clip_grad": 3.0, "batch_size_per_gpu": 64, "epochs": 100, "freeze_last_layer": 1, "lr": 0.0005,
+    "warmup_epochs": 10, "min_lr": 1e-6, "optimizer": "adamw", "drop_path_rate": 0.1, "global_crops_scale": (0.4, 1.0),
+    "local_crops_number": 8, "local_crops_scale": (0.05, 0.4), "output_dir": ".", "saveckp_freq": 20, "seed": 0, "num_workers": 10,
+    "dist_url": "env://", "local_rank": 0, "data_path": "/path/to/imagenet/train/",
+}
+RECIPES = {
+    "vanilla": "",
+    "boosted": "--epochs 300 --teacher_temp 0.07 --warmup_teacher_temp_epochs 30 --norm_last_layer false",
+    "ResNet-50": "--arch resnet50 --optimizer sgd --lr 0.03 --weight_decay 1e-4 --weight_decay_end 1e-4 "
+                 "--global_crops_scale 0.14 1 --local_crops_scale 0.05 0.14",
+}
+
+
+@pytest.fixture
+def pretrain(monkeypatch, tmp_path):
+    """Parse a `pretrain` command as the program does; what would be trained comes back."""
+    import dinofast.train
+
+    seen = []
+    monkeypatch.setattr(dinofast.train, "train", seen.append)
+
+    def parse(line):
+        code = cli.main(["pretrain", "--data_path", str(tmp_path), *line.split()])
+        return seen.pop() if seen else code
+
+    return parse
+
+
+def test_defaults_are_the_official_ones():
+    assert {name: getattr(Config(), name) for name in OFFICIAL_DEFAULTS} == OFFICIAL_DEFAULTS
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_official_recipes_parse_unchanged(pretrain, name):
+    cfg = pretrain(RECIPES[name])
+    given = RECIPES[name].split("--")[1:]
+    assert len(given) == {"vanilla": 0, "boosted": 4, "ResNet-50": 7}[name]
+    for flag, *values in map(str.split, given):
+        value = getattr(cfg, flag)
+        assert [str(v).lower() for v in (value if isinstance(value, tuple) else (value,))] == [
+            v if not v[0].isdigit() else str(type(value[0] if isinstance(value, tuple) else value)(v)) for v in values]
+
+
+@pytest.mark.parametrize("text, value", [("true", True), ("ON", True), ("1", True), ("false", False), ("off", False), ("0", False)])
+def test_booleans_as_the_official_ones(pretrain, text, value):
+    assert pretrain(f"--norm_last_layer {text}").norm_last_layer is value
+
+
+def test_dashes_and_old_names(pretrain):
+    cfg = pretrain("--batch-size-per-gpu 8 --arch deit_tiny --local-rank 3")
+    assert (cfg.batch_size_per_gpu, cfg.arch, cfg.local_rank) == (8, "vit_tiny", 3)
+
+
+@pytest.mark.parametrize("line, on_gpu, on_cpu", [
+    ("", "bf16", "fp32"), ("--use_fp16 true", "fp16", "fp16"), ("--use_fp16 false", "fp32", "fp32"),
+    ("--precision bf16", "bf16", "bf16"), ("--use_fp16 true --precision fp32", "fp32", "fp32"),
+])
+def test_precision(pretrain, line, on_gpu, on_cpu):
+    cfg = pretrain(line)
+    assert (cfg.precision_on("cuda"), cfg.precision_on("cpu")) == (on_gpu, on_cpu)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--epcohs 3", "there is no flag --epcohs. Did you mean --epochs?"),
+    ("--epochs three", "argument --epochs: invalid int value: 'three'"),
+    ("--epochs 5", "--warmup_epochs is 10 but --epochs is only 5"),
+    ("--epochs 20 --warmup_teacher_temp_epochs 30", "--warmup_teacher_temp_epochs is 30 but --epochs is only 20"),
+    ("--epochs 0", "--epochs is 0: it must be at least 1"),
+    ("--norm_last_layer maybe", "'maybe' is not a truth value"),
+    ("--optimizer adam", "invalid choice: 'adam'"),
+    ("--global_crops_size 225", "--global_crops_size 225 is not a multiple of --patch_size 16: take 224 or 240"),
+    ("--local_crops_size 8", "take 16"),
+    ("--patch_size 0", "--patch_size is 0"),
+    ("--local_crops_number -1", "--local_crops_number is -1"),
+    ("--global_crops_scale 0.5", "expected 2 arguments"),
+    ("--global_crops_scale 1 0.4", "--global_crops_scale is 1.0 0.4"),
+    ("--teacher_temp 0", "--teacher_temp is 0.0: it must be above 0"),
+    ("--momentum_teacher 1.5", "--momentum_teacher is 1.5"),
+    ("--drop_path_rate 1", "--drop_path_rate is 1.0"),
+    ("--lr nan", "--lr is nan"),
+    ("--arch vit_smal", "--arch 'vit_smal' is not known"),
+    ("stray", "unrecognized arguments: stray"),
+])
+def test_what_cannot_be_right_is_said_in_one_sentence(line, words, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    assert cli.main(["pretrain", "--data_path", str(folder), "--output_dir", str(tmp_path / "out"), *line.split()]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and said.startswith("dinofast: ")
+    assert not (tmp_path / "out").exists()                                   # nothing was allocated or written
+
+
+def test_missing_paths(tmp_path, capsys):
+    assert cli.main(["pretrain", "--data_path", str(tmp_path / "none")]) == 2
+    assert "none' does not exist: give a folder of images" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert cli.main(["pretrain", "--data_path", str(tmp_path), "--output_dir", str(tmp_path / "file")]) == 2
+    assert "is a file: give a folder" in capsys.readouterr().err
+
+
+def test_unknown_command_and_none(capsys):
+    assert cli.main(["pretrian"]) == 2 and "invalid choice: 'pretrian'" in capsys.readouterr().err
+    assert cli.main([]) == 2 and "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["pretrain", "knn", "sample-data", "demo", "doctor"])
+def test_help_of_every_command(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and "usage:" in text
+    if command == "pretrain":
+        assert all(f"--{name}" in text for name in OFFICIAL_DEFAULTS) and "0.9995" in text and "(default: 0.4 1.0)" in text
+
+
+def test_module_is_the_same_program():
+    done = subprocess.run([sys.executable, "-m", "dinofast", "pretrain", "--epcohs", "3"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "Did you mean --epochs?" in done.stderr
+
+
+def test_doctor_says_what_and_why(capsys):
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "torch" in text and "GPU" in text and "dino_loss" in text

@@ -1,0 +1,269 @@
+"""dino_loss: the C++ kernel and the reference, against float64, against the official code, and against what can be worked out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dinofast import ops, reference
+from dinofast.testing import LOSS_KINDS, assert_no_worse, loss_inputs
+
+IMPLS = ("reference", "cpp")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [              # (V, B, K)
+    (2, 3, 1),          # nothing to choose from
+    (2, 64, 3),         # shorter than any vector; no local crops
+    (3, 33, 37),        # one local crop; not a multiple of a vector
+    (10, 5, 4097),      # the official number of crops; one past a block of sums
+    (4, 1, 65537),      # one past the official K; fewer images than threads
+]
+
+
+@pytest.fixture(autouse=True)
+def cpp_is_built(request: pytest.FixtureRequest) -> None:
+    if "reference" not in request.node.name and ops.paths()["dino_loss"]["cpu"] != "cpp":
+        pytest.skip(ops.paths()["dino_loss"]["cpu"])
+
+
+def run(student: Tensor, teacher: Tensor, center: Tensor, impl: str | None, upstream: float = 1.0, student_temp: float = 0.1,
+        teacher_temp: float | Tensor = 0.04) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, entropy, teacher_sum, gradient of the student."""
+    student = student.detach().requires_grad_()
+    loss, entropy, teacher_sum = ops.dino_loss(student, teacher, center, student_temp, teacher_temp, impl)
+    loss.backward(torch.tensor(upstream, dtype=loss.dtype))
+    assert student.grad.dtype == student.dtype
+    return loss.detach(), entropy, teacher_sum, student.grad
+
+
+GOLDEN_CALLS = [(name, i) for name, calls in (("loss_multicrop", 3), ("loss_two_crops", 3), ("loss_wide", 2)) for i in range(calls)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("name", "call"), GOLDEN_CALLS)
+def test_official_results(name: str, call: int, impl: str) -> None:
+    data = np.load(Path(__file__).parent / "data" / f"{name}.npz")
+    student, teacher, center, grad, center_after = (
+        torch.from_numpy(data[f"{key}{call}"]) for key in ("student", "teacher", "center_before", "grad", "center_after"))
+    warmup = int(data["warmup_teacher_temp_epochs"])
+    epoch, last = int(data[f"epoch{call}"]), float(data["teacher_temp"])
+    temp = np.linspace(float(data["warmup_teacher_temp"]), last, warmup)[epoch] if epoch < warmup else last
+    crops = int(data["ncrops"])
+    loss, _, teacher_sum, ours = run(student.unflatten(0, (crops, -1)), teacher.unflatten(0, (2, -1)), center[0], impl,
+                                     teacher_temp=float(temp))
+    torch.testing.assert_close(loss, torch.tensor(data[f"loss{call}"]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.flatten(0, 1), grad, rtol=1e-4, atol=1e-6 * grad.abs().max().item())
+    torch.testing.assert_close(reference.center_update(center[0], teacher_sum / len(teacher), 0.9), center_after[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LOSS_KINDS)
+def test_no_worse_than_eager(kind: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    inputs = loss_inputs(kind, *shape, dtype=dtype)
+    exact = run(*(x.double() for x in inputs), "reference")
+    results = zip(run(*inputs, "cpp"), run(*inputs, "reference"), exact, strict=True)
+    crops, images, _ = shape
+    for terms, (ours, eager, truth) in zip((1, 1, 0, 10 / (images * (crops - 1))), results, strict=True):
+        assert_no_worse(ours, eager, truth, terms=terms)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_upstream_gradient(dtype: torch.dtype, impl: str) -> None:
+    inputs = loss_inputs("peaked", 4, 3, 37, dtype=dtype)
+    exact = run(*(x.double() for x in inputs), "reference")[3]
+    rtol = 4 * torch.finfo(dtype).eps  # a gradient kept in 16 bits is rounded twice
+    for upstream in (0.0, -1.7, 1e3):
+        ours = run(*inputs, impl, upstream)[3].double()
+        torch.testing.assert_close(ours, upstream * exact, rtol=rtol, atol=1e-6 * max(1, abs(upstream)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_uniform_logits_give_log_k(impl: str) -> None:
+    for k in (1, 2, 1000):
+        loss, entropy, teacher_sum, grad = run(torch.full((3, 2, k), 7.0), torch.full((2, 2, k), 0.25), torch.zeros(k), impl)
+        assert loss.item() == pytest.approx(math.log(k), rel=1e-6, abs=1e-6)
+        assert entropy.item() == pytest.approx(math.log(k), rel=1e-6, abs=1e-6)
+        assert (teacher_sum == 1).all() and grad.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_shift_of_rows_changes_nothing(impl: str) -> None:
+    student, teacher, center = loss_inputs("peaked", 4, 3, 50)
+    student, teacher, center = ((x * 1024).round() / 1024 for x in (student, teacher, center))  # so that the shift is exact
+    plain, shifted = run(student, teacher, center, impl), run(student + 8, teacher - 4, center + 2, impl)
+    torch.testing.assert_close(shifted[0], plain[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(shifted[1], plain[1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(shifted[3], plain[3], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_certain_and_wrong(impl: str) -> None:
+    """Teacher and student sure of different prototypes: the loss is the gap over the temperature, however large."""
+    student, teacher = torch.full((2, 1, 5), -1e4), torch.full((2, 1, 5), -1e4)
+    student[..., 0], teacher[..., 3] = 1e4, 1e4
+    loss, entropy, _, grad = run(student, teacher, torch.zeros(5), impl)
+    assert loss.item() == pytest.approx(2e5, rel=1e-6) and entropy.item() == 0
+    torch.testing.assert_close(grad, torch.tensor([5.0, 0, 0, -5, 0]).expand(2, 1, 5))  # 1 / (B P student_temp) = 5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize("which", range(3), ids=("student", "teacher", "center"))
+def test_bad_numbers_are_not_hidden(which: int, bad: float, impl: str) -> None:
+    for at in (0, 36):
+        inputs = loss_inputs("peaked", 3, 2, 37)
+        inputs[which][..., at].view(-1)[-1:].fill_(bad) if which < 2 else inputs[2][at].fill_(bad)
+        loss, entropy, teacher_sum, _ = run(*inputs, impl)
+        if (which, bad) in ((1, -math.inf), (2, math.inf)):  # a probability of exactly 0
+            assert loss.isfinite() and entropy.isfinite()
+        else:
+            assert not loss.isfinite()
+        assert which != 1 or not teacher_sum[at].isfinite()
+
+
+def test_strided_rows() -> None:
+    student, teacher, center = loss_inputs("peaked", 4, 3, 40)
+    expected = run(student, teacher, center, "cpp")
+    padded = torch.zeros(4, 3, 64)
+    padded[..., 5:45] = student
+    image_major = student.transpose(0, 1).contiguous().transpose(0, 1)
+    columns = student.transpose(1, 2).contiguous().transpose(1, 2)  # the last axis is not contiguous
+    for same in (padded[..., 5:45], image_major, columns):
+        assert not same.is_contiguous()
+        for ours, theirs in zip(run(same, teacher, center, "cpp"), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    wide_teacher = torch.cat((teacher, teacher), -1)[..., 40:]
+    repeated = center[:1].expand(40)
+    assert torch.equal(run(student, wide_teacher, repeated, "cpp")[3], run(student, teacher, repeated.clone(), "cpp")[3])
+    one_for_all = student[:1].expand(4, 3, 40)
+    assert torch.equal(run(one_for_all, teacher, center, "cpp")[0], run(one_for_all.contiguous(), teacher, center, "cpp")[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
+    inputs = loss_inputs("peaked", 4, 7, 5003, dtype=dtype)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(run(*inputs, "cpp"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_half_types_are_read_and_written_exactly(dtype: torch.dtype) -> None:
+    every = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    teacher = torch.stack((every, torch.zeros_like(every)))[:, None]
+    student = torch.zeros(2, 1, len(every), dtype=dtype)
+    assert torch.equal(run(student, teacher, torch.zeros(len(every)), "cpp")[2], every.float())
+    # 1 / (B P student_temp) is 1: nothing but the last rounding separates the gradients.
+    student, teacher, center = loss_inputs("peaked", 2, 2, 5000, dtype=dtype)
+    narrow, wide = (run(x * 8, teacher, center, "cpp", student_temp=0.25)[3] for x in (student, student.float()))
+    scale = 2.0 ** 14 if dtype == torch.float16 else 1.0  # ops keeps float16 gradients scaled up
+    assert torch.equal(narrow, (wide * scale).to(dtype).mul(1 / scale))
+    assert 0 < narrow[narrow != 0].abs().min() < 1e-6
+
+
+def test_float16_gradients_survive_a_loss_scale() -> None:
+    inputs = loss_inputs("flat", 10, 8, 4099, dtype=torch.float16)
+    exact = run(*(x.double() for x in inputs), "reference", upstream=65536.0)
+    ours, eager = (run(*inputs, impl, upstream=65536.0) for impl in ("cpp", "reference"))
+    assert_no_worse(ours[3], eager[3], exact[3])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_mixed_dtypes(impl: str) -> None:
+    student, teacher, center = loss_inputs("peaked", 3, 2, 37)
+    expected = run(student.bfloat16().float(), teacher, center.half().float(), impl)
+    for ours, theirs in zip(run(student.bfloat16(), teacher, center.half(), impl), expected, strict=True):
+        torch.testing.assert_close(ours.float(), theirs, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-6, atol=1e-5)
+
+
+def test_float64_goes_to_the_reference() -> None:
+    inputs = tuple(x.double() for x in loss_inputs("peaked", 3, 2, 37))
+    assert all(torch.equal(a, b) for a, b in zip(run(*inputs, None), run(*inputs, "reference"), strict=True))
+    assert run(*inputs, None)[0].dtype == torch.float64
+
+
+def test_reference_gradient() -> None:
+    student, teacher, center = (x.double() for x in loss_inputs("peaked", 3, 2, 5))
+    assert torch.autograd.gradcheck(lambda x: ops.dino_loss(x, teacher, center, 0.1, 0.04, "reference")[0],
+                                    student.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_grad", (True, False))
+def test_opcheck(dtype: torch.dtype, with_grad: bool) -> None:
+    student, teacher, center = loss_inputs("peaked", 3, 2, 37, dtype=dtype)
+    torch.library.opcheck(torch.ops.dinofast.dino_loss.default,
+                          (student.requires_grad_(with_grad), teacher, center, 0.1, torch.tensor(0.04), with_grad))
+
+
+def test_compiles_as_one_graph() -> None:
+    student, teacher, center = loss_inputs("peaked", 3, 2, 37)
+    expected = run(student, teacher, center, "cpp", upstream=2.5)
+
+    @torch.compile(fullgraph=True)
+    def compiled(student: Tensor, teacher_temp: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.dino_loss(student, teacher, center, 0.1, teacher_temp)
+
+    for temp in (0.04, torch.tensor(0.04)):
+        leaf = student.clone().requires_grad_()
+        loss, *rest = compiled(leaf, temp)
+        (loss * 2.5).backward()
+        for ours, theirs in zip((loss.detach(), *rest, leaf.grad), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradient_modes(impl: str) -> None:
+    student, teacher, center = loss_inputs("peaked", 3, 2, 37)
+    expected = run(student, teacher, center, impl)
+    leaf, teacher = student.clone().requires_grad_(), teacher.requires_grad_()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            loss, *_ = ops.dino_loss(leaf, teacher, center, 0.1, 0.04, impl)
+        assert not loss.requires_grad and torch.equal(loss, expected[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, entropy, teacher_sum = ops.dino_loss(leaf, teacher, center, 0.1, torch.tensor(0.04), impl)
+    assert loss.dtype == torch.float32 and not entropy.requires_grad and not teacher_sum.requires_grad
+    torch.testing.assert_close(loss, expected[0])
+    for times in (1, 2, 3):  # the gradient that is kept must not be touched by what is done with it
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(leaf.grad, times * expected[3])
+    assert teacher.grad is None
+    assert not ops.dino_loss(student, teacher, center, 0.1, 0.04, impl)[0].requires_grad  # only the teacher requires it
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_several_in_one_graph(impl: str) -> None:
+    student, teacher, center = loss_inputs("peaked", 3, 2, 37)
+    leaf = student.clone().requires_grad_()
+    first, second = (ops.dino_loss(leaf * factor, teacher, center, 0.1, 0.04, impl)[0] for factor in (1, 2))
+    (first + 3 * second).backward()
+    expected = run(student, teacher, center, impl)[3] + 6 * run(2 * student, teacher, center, impl)[3]
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_nothing_is_kept_without_gradient() -> None:
+    student, teacher, center = loss_inputs("peaked", 3, 2, 37)
+    grad = torch.ops.dinofast.dino_loss(student, teacher, center, 0.1, torch.tensor(0.04), False)[3]
+    assert grad.numel() == 0
+
+
+def test_second_derivative_is_refused() -> None:
+    student, teacher, center = loss_inputs("peaked", 3, 2, 37)
+    loss, *_ = ops.dino_loss(student.requires_grad_(), teacher, center, 0.1, 0.04, "cpp")
+    with pytest.raises(NotImplementedError, match="second derivative.*impl='reference'"):
+        torch.autograd.grad(loss, student, create_graph=True)

@@ -1,0 +1,109 @@
+"""Rules of the house: layers, cheap import, sizes of files."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dinofast"
+SERVICES = {"config", "schedule", "dist", "log", "data", "sample_data"}
+LAYERS = [
+    {"_C"},
+    {"reference", "kernels", "testing"},
+    {"ops"},
+    {"attention"},
+    {"vit", "head", "loss", "optim"},
+    {"model"},
+    {"checkpoint"},
+    {"evaluate"},
+    {"train"},
+    {"demo", "doctor"},
+    {"cli"},
+    {"__main__"},
+]
+FREE = {"config", "dinofast"}                                # the options and the version may be read from anywhere above
+
+
+def files():
+    return sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.relative_to(PACKAGE).parts[:-1])
+
+
+def room(path: Path) -> str:
+    """The layer's member a file belongs to: data/pil.py belongs to data."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of dinofast that a file imports, anywhere in it."""
+    inside = path.relative_to(PACKAGE).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("dinofast.")}
+        elif isinstance(node, ast.ImportFrom):
+            base = (node.module or "").split(".") if node.module else []
+            if node.level:
+                base = list(inside[:len(inside) - node.level + 1]) + base
+            elif base[0] != "dinofast":
+                continue
+            else:
+                base = base[1:]
+            found |= {base[0]} if base else {a.name for a in node.names if not a.name.startswith("__")}
+    return found
+
+
+def level(name: str) -> int:
+    return next(i for i, layer in enumerate(LAYERS) if name in layer)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_only_point_down(path):
+    me = room(path)
+    if me in ("__init__", "_version"):
+        return
+    for other in imports(path) - {me} - FREE:
+        if me in SERVICES:
+            assert other in FREE, f"{me} is a service and imports {other}"
+        elif other in SERVICES:
+            assert level(me) >= level("checkpoint"), f"{me} imports the service {other}"
+        else:
+            assert level(other) < level(me), f"{me} imports {other}, which stands no lower"
+
+
+def test_every_file_has_a_layer():
+    rooms = {room(p) for p in files()} - {"__init__"} - SERVICES
+    assert rooms <= set().union(*LAYERS)
+
+
+def test_only_the_named_files_read_the_configuration():
+    readers = {room(p) for p in files() if "config" in imports(p)} - {"__init__"}
+    assert readers <= {"model", "data", "schedule", "train", "cli", "demo", "checkpoint", "doctor", "evaluate"}
+
+
+def test_no_file_outgrows_its_room():
+    for path in [*files(), *(ROOT / "kernels").glob("*.py"), *(ROOT / "csrc").rglob("*.*")]:
+        assert len(path.read_text().splitlines()) <= 450, path
+    assert len((PACKAGE / "train.py").read_text().splitlines()) <= 200
+    assert len((ROOT / "setup.py").read_text().splitlines()) <= 80
+
+
+def test_importing_has_no_effect():
+    """Nothing beyond torch and numpy, no CUDA, no output, no thread."""
+    code = ("import sys, threading, dinofast\n"
+            "from dinofast import DINOLoss, AdamWEMA, vit_small, Config, load_backbone, Model\n"
+            "import torch\n"
+            "assert not torch.cuda.is_initialized()\n"
+            "late = {'PIL', 'rich', 'triton', 'xformers', 'nvidia.dali', 'torchvision', 'timm'} & set(sys.modules)\n"
+            "assert not late, late\n"
+            "assert threading.active_count() == 1\n")
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stdout and not done.stderr, done.stderr
+
+
+def test_plain_import_takes_no_notable_time():
+    """It does not even import torch: that waits for the first name that is used."""
+    code = "import sys, dinofast; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,0 +1,301 @@
+"""The loader: which images and crops come out, whatever the workers, the processes and the files do."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_index import bad_images, odd_images, photograph
+
+from dinofast.config import Config
+from dinofast.data import _record, make_loader, pil, plan, tasks, views
+
+SMALL = dict(global_crops_size=16, local_crops_size=8, local_crops_number=2, batch_size_per_gpu=4, num_workers=0, patch_size=8)
+N = 19
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    for i in range(N):
+        photograph(folder / f"{i:02}.png", seed=i)
+    return folder
+
+
+@pytest.fixture
+def config(photographs, tmp_path):
+    """A small run on N photographs; its output folder is of this test alone."""
+    return lambda **options: Config(**{**SMALL, "data_path": str(photographs), "output_dir": str(tmp_path / "run"), **options})
+
+
+def take(cfg, steps, **where):
+    """The micro-batches of so many calls, as lists of tensors."""
+    loader = make_loader(cfg, **where)
+    batches = [next(loader) for _ in range(steps)]
+    loader.close()
+    return batches
+
+
+def same(a, b):
+    return len(a) == len(b) and all(len(x) == len(y) and all(torch.equal(s, t) for s, t in zip(x, y, strict=True))
+                                    for x, y in zip(a, b, strict=True))
+
+
+def images_of(micro_batch, crops):
+    """The micro-batch's tensors as one (crops, B, ...) tensor per resolution, so that images can be picked."""
+    return [tensor.unflatten(0, (n, -1)) for tensor, n in zip(micro_batch, crops, strict=True)]
+
+
+def spoil(path):
+    """Break a PNG's pixels and leave its header and end as they are, so that only decoding finds out."""
+    data = bytearray(path.read_bytes())
+    middle = data.index(b"IDAT") + 4
+    data[middle : middle + 40] = b"\xff" * 40
+    path.write_bytes(data)
+
+
+def test_crops_are_the_plan_executed_and_normalised(config, photographs):
+    cfg = config()
+    loader = make_loader(cfg, start_step=5)  # epoch 1, step 1
+    assert (loader.n_images, loader.steps_per_epoch, loader.refused) == (N, 4, [])
+    big, small = next(loader)
+    assert big.shape == (2 * 4, 3, 16, 16) and small.shape == (2 * 4, 3, 8, 8)
+    assert big.dtype == small.dtype == torch.float32 and big.is_contiguous() and small.is_contiguous()
+    assert loader.wait_s > 0
+    samples = plan.epoch_order(cfg.seed, 1, N)[4:8]
+    drawn = plan.draw(cfg.seed, 1, samples, np.tile([30, 40], (4, 1)), views(cfg))
+    for b, sample in enumerate(samples):
+        image = pil.decode(str(photographs / f"{sample:02}.png"))
+        for v in range(4):
+            crop = pil.render(image, drawn[b, v]).transpose(2, 0, 1)
+            for c, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)):
+                want = (torch.from_numpy(crop[c].copy()).float() / 255 - mean) / std
+                assert torch.equal((big, small)[v // 2][v % 2 * 4 + b, c], want), (v, b, c)
+
+
+def test_views_are_the_official_ones():
+    first, second, *rest = views(Config())
+    assert first == plan.View(224, (0.4, 1.0), blur_p=1.0, solarise_p=0.0, blur_radius=(0.1, 2.0))
+    assert second == plan.View(224, (0.4, 1.0), blur_p=0.1, solarise_p=0.2, blur_radius=(0.1, 2.0))
+    assert len(rest) == 8 and set(rest) == {plan.View(96, (0.05, 0.4), 0.5, 0.0, (0.1, 2.0))}
+
+
+def test_without_local_crops_there_is_one_tensor(config):
+    [(big,)] = take(config(local_crops_number=0, image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0)), 1)
+    assert big.shape == (8, 3, 16, 16) and big.min() >= 0 and big.max() <= 1
+
+
+def test_an_epoch_sees_each_image_once_and_the_next_differs(config):
+    stream = tasks(config(accumulate=2), 0, 1, 0, N, 2)  # 8 images a step, 2 steps an epoch, 3 of 19 left out
+    epochs = [[next(stream) for _ in range(4)] for _ in range(3)]
+    seen = [np.concatenate([samples for _, samples in epoch]) for epoch in epochs]
+    assert all(len(set(s.tolist())) == 16 and 0 <= s.min() and s.max() < N for s in seen)
+    assert (seen[0] != seen[1]).any() and len(set(np.concatenate(seen).tolist())) > 16  # others are left out in turn
+    assert [[epoch for epoch, _ in e] for e in epochs] == [[0] * 4, [1] * 4, [2] * 4]
+
+
+def test_an_image_is_drawn_anew_in_each_epoch(config, tmp_path):
+    photograph(tmp_path / "data" / "only.png")
+    first, second = take(config(data_path=str(tmp_path / "data"), batch_size_per_gpu=1), 2)
+    assert not torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
+
+
+def test_workers_change_nothing_and_none_is_left(config):
+    alone = take(config(), 10)
+    assert same(take(config(num_workers=8), 10), alone)
+    assert not multiprocessing.active_children()
+
+
+def test_the_global_generator_is_left_alone(config):
+    before = torch.random.get_rng_state()
+    take(config(num_workers=1), 2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_resume_continues_bit_for_bit(config):
+    whole = take(config(accumulate=2), 10)  # 2 steps an epoch: 5 steps
+    assert same(take(config(accumulate=2), 4, start_step=3), whole[6:])
+
+
+def test_seek_is_starting_there(config):
+    whole = take(config(), 8)
+    loader = make_loader(config(num_workers=1))
+    for step in (5, 2):  # before the first batch, and while the workers run
+        loader.seek(step)
+        assert same([next(loader), next(loader)], whole[step : step + 2])
+    loader.close()
+    assert not multiprocessing.active_children()
+
+
+def test_starting_deep_costs_nothing(config):
+    start = time.perf_counter()
+    take(config(), 1, start_step=10**9)  # a loop over the steps before would take days
+    assert time.perf_counter() - start < 5
+
+
+def test_other_divisions_of_the_global_batch_give_the_same_crops(config):
+    whole = take(config(batch_size_per_gpu=8), 5)  # crosses into the third epoch
+    halves = [take(config(batch_size_per_gpu=4), 5, rank=r, world=2) for r in (0, 1)]
+    turns = take(config(batch_size_per_gpu=4, accumulate=2), 10)
+    quarters = [take(config(batch_size_per_gpu=2, accumulate=2), 10, rank=r, world=2) for r in (0, 1)]
+    for step in range(5):
+        for division in ([halves[0][step], halves[1][step]], turns[2 * step : 2 * step + 2],
+                         [quarters[r][2 * step + m] for m in (0, 1) for r in (0, 1)]):
+            parts = [images_of(batch, (2, 2)) for batch in division]
+            joined = [torch.cat(p, 1) for p in zip(*parts, strict=True)]
+            assert same([joined], [images_of(whole[step], (2, 2))])
+
+
+def test_an_epoch_over_odd_and_bad_files(config, tmp_path):
+    (tmp_path / "data").mkdir()
+    odd, bad = odd_images(tmp_path / "data"), bad_images(tmp_path / "data")
+    cfg = config(data_path=str(tmp_path / "data"), batch_size_per_gpu=1)
+    calls = []
+    loader = make_loader(cfg, on_progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(len(odd) + len(bad),) * 2]
+    assert loader.n_images == loader.steps_per_epoch == len(odd)
+    for _ in odd:
+        assert all(torch.isfinite(t).all() for t in next(loader))
+    assert {path for path, _ in loader.refused} == set(bad)
+    lines = (tmp_path / "run" / "refused.txt").read_text().splitlines()
+    assert [tuple(line.split("\t")) for line in lines] == loader.refused
+
+
+@pytest.fixture
+def spoilt(config, tmp_path):
+    """Twelve photographs of which 03, 04 and 11 pass the index pass and then fail to decode."""
+    for i in range(12):
+        photograph(tmp_path / "data" / f"{i:02}.png", seed=i)
+    for i in (3, 4, 11):
+        spoil(tmp_path / "data" / f"{i:02}.png")
+    return lambda **options: config(data_path=str(tmp_path / "data"), **options)
+
+
+def test_a_file_that_fails_late_is_replaced_by_the_next_that_decodes(spoilt, tmp_path):
+    loader = make_loader(spoilt(batch_size_per_gpu=12))
+    assert loader.n_images == 12 and not loader.refused
+    big, small = images_of(next(loader), (2, 2))
+    place = {int(sample): b for b, sample in enumerate(plan.epoch_order(0, 0, 12))}
+    for bad, good in ((3, 5), (4, 5), (11, 0)):
+        assert torch.equal(big[:, place[bad]], big[:, place[good]]) and torch.equal(small[:, place[bad]], small[:, place[good]])
+    names = [f"{tmp_path}/data/{i:02}.png" for i in (3, 4, 11)]
+    next(loader)
+    assert sorted(path for path, _ in loader.refused) == names and all(reason for _, reason in loader.refused)
+    assert sorted(line.split("\t")[0] for line in (tmp_path / "run" / "refused.txt").read_text().splitlines()) == names
+
+
+def test_replacements_do_not_depend_on_workers_or_processes(spoilt, tmp_path):
+    whole = take(spoilt(), 9)
+    assert same(take(spoilt(num_workers=2), 9), whole)
+    assert same(take(spoilt(), 4, start_step=5), whole[5:])
+    pairs = [take(spoilt(batch_size_per_gpu=2), 9, rank=r, world=2) for r in (0, 1)]
+    for step in range(9):
+        parts = [images_of(pairs[r][step], (2, 2)) for r in (0, 1)]
+        assert same([[torch.cat(p, 1) for p in zip(*parts, strict=True)]], [images_of(whole[step], (2, 2))])
+    assert len((tmp_path / "run" / "refused.txt").read_text().splitlines()) == 3  # both processes met them; each is listed once
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_late_failures_stop_the_run(spoilt, workers):
+    loader = make_loader(spoilt(num_workers=workers, max_refused=0.2))
+    with pytest.raises(ValueError, match="3 of 12 images are refused and --max_refused is 0.2: .*png"):
+        for _ in range(3):
+            next(loader)
+    loader.close()
+
+
+def test_when_nothing_decodes_the_run_stops(spoilt, tmp_path):
+    for path in (tmp_path / "data").iterdir():
+        photograph(path), spoil(path)
+    loader = make_loader(spoilt(max_refused=1.0))
+    with pytest.raises(ValueError, match="12 of 12 images are refused"):
+        next(loader)
+    with pytest.raises(ValueError, match="None of the 12 images decodes any more: see .*refused.txt"):
+        next(loader)  # nothing new is refused, and still there is nothing to give
+
+
+def test_an_image_that_changed_after_the_index_pass_is_refused(config, tmp_path):
+    for i in range(4):
+        photograph(tmp_path / "data" / f"{i}.png", seed=i)
+    loader = make_loader(config(data_path=str(tmp_path / "data")))
+    photograph(tmp_path / "data" / "2.png", (10, 10))
+    next(loader)
+    assert loader.refused == [(f"{tmp_path}/data/2.png", "its size has changed since the index pass")]
+
+
+def test_the_list_of_refused_files_starts_anew_and_repeats_nothing(tmp_path):
+    path = str(tmp_path / "refused.txt")
+    _record(path, [("old", "gone")], anew=True)
+    _record(path, [("a", "1"), ("b", "2"), ("a", "1")], anew=True)
+    _record(path, [("b", "2"), ("c\udce9", "3")])
+    assert Path(path).read_bytes() == b"a\t1\nb\t2\nc\xe9\t3\n"
+
+
+def test_fewer_images_than_a_step_takes(config):
+    with pytest.raises(ValueError, match=r"has 19 usable images but one step takes 24 \(--batch_size_per_gpu 4 x 3 processes x "
+                                         r"--accumulate 2\): lower --batch_size_per_gpu"):
+        make_loader(config(accumulate=2), world=3)
+
+
+def runs(pid):
+    """Whether a process is alive. A zombie is not: in a container nobody may reap it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc to see the processes")
+def test_workers_answer_to_their_parent_alone(config, tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text("import multiprocessing, time\n"
+                      "from dinofast.config import Config\nfrom dinofast.data import make_loader\n"
+                      f"loader = make_loader(Config(**{config(num_workers=1).to_dict()!r}))\nnext(loader)\n"
+                      "print(*[p.pid for p in multiprocessing.active_children()], flush=True)\ntime.sleep(60)\n")
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
+                              env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    try:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(workers) == 1
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(workers[0], number)
+        time.sleep(0.3)
+        assert runs(workers[0])
+    finally:
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + 20
+    while runs(workers[0]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not runs(workers[0])
+
+
+def test_close_does_not_wait_for_a_stuck_worker(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    image = photograph(tmp_path / "data" / "only.png")
+
+    def replace_by_a_pipe(done, total):  # after the index pass; whoever opens it waits for a writer
+        image.unlink(), os.mkfifo(image)
+
+    cfg = config(data_path=str(tmp_path / "data"), batch_size_per_gpu=1, num_workers=1)
+    loader = make_loader(cfg, on_progress=replace_by_a_pipe)
+    loader._start()
+    assert len(multiprocessing.active_children()) == 1
+    writer = None
+    deadline = time.monotonic() + 10
+    while writer is None and time.monotonic() < deadline:
+        with suppress(OSError):  # as long as the worker has not opened it
+            writer = os.open(image, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.05)
+    assert writer is not None  # the worker reads, and will wait until the writer writes or closes
+    start = time.monotonic()
+    loader.close()
+    assert time.monotonic() - start < 5 and not multiprocessing.active_children()
+    os.close(writer)

@@ -1,0 +1,123 @@
+import json
+import math
+import signal
+
+import pytest
+import torch
+
+from dinofast.log import METRICS, Diverged, EpochSums, Run, StopSignal, collapse_warning
+
+
+def run(folder, **changes):
+    return Run(folder, True, **{"steps_per_epoch": 4, "epochs": 3, "images_per_step": 8, "out_dim": 64, **changes})
+
+
+def test_sums_leave_out_what_is_not_finite_and_go_on_after_a_save():
+    sums = EpochSums(torch.device("cpu"), [])
+    sums.add(torch.tensor([1.0, 2, 3, 4, 5]))
+    sums.add(torch.tensor([1.0, 2, math.nan, 4, 5]))
+    resumed = EpochSums(torch.device("cpu"), sums.read())
+    resumed.add(torch.tensor([2.0, 2, 3, 4, 5]))
+    assert resumed.read() == [3, 4, 6, 8, 10, 2]
+
+
+def test_epoch_line(tmp_path, capsys):
+    run(tmp_path).end_epoch(1, [8.0, 4.0, 4.0, 2.0, 6.0, 4], 0.1, 0.2)
+    line = json.loads((tmp_path / "log.txt").read_text())
+    assert line == {"train_loss": 2.0, "train_lr": 0.1, "train_wd": 0.2, "epoch": 1, "train_teacher_entropy": 1.0, "train_kl": 1.0,
+                    "train_center_norm": 0.5, "train_grad_norm": 1.5, "skipped_steps": 0}
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_epoch_without_a_single_good_step(tmp_path):
+    run(tmp_path).end_epoch(0, [0.0] * 6, 0.1, 0.2)
+    line = json.loads((tmp_path / "log.txt").read_text())
+    assert line["train_loss"] is None and line["skipped_steps"] == 4
+
+
+def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
+    (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    run(tmp_path).drop_after(2)
+    assert (tmp_path / "log.txt").read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+
+
+def test_a_log_without_checkpoint_is_set_aside(tmp_path):
+    (tmp_path / "log.txt").write_text('{"epoch": 0}\n')
+    run(tmp_path).drop_after(0)
+    assert not (tmp_path / "log.txt").exists() and (tmp_path / "log.old.txt").read_text() == '{"epoch": 0}\n'
+
+
+LOG_K = math.log(4096)
+
+
+@pytest.mark.parametrize("loss, entropy, words", [
+    (LOG_K, LOG_K, "sits at log K = 8.318"), (LOG_K, 0.5, None), (4.0, 3.0, None), (0.01, 0.001, "near 0"), (5.0, 0.01, "near 0"),
+])
+def test_collapse_is_said_in_words(loss, entropy, words):
+    said = collapse_warning(loss, entropy, LOG_K)
+    assert (words is None and said is None) or (words in said and "If it stays" in said and "--teacher_temp" in said)
+
+
+def test_collapse_is_shown_at_the_end_of_an_epoch(tmp_path, capsys):
+    uniform = math.log(64)
+    run(tmp_path).end_epoch(0, [4 * uniform, 4 * uniform, 0.0, 0.0, 0.0, 4], 0.1, 0.2)
+    assert "warning, epoch 1: the loss 4.159 sits at log K" in capsys.readouterr().out
+
+
+def test_plain_lines_say_what_a_person_wants_to_know(tmp_path, capsys):
+    r = run(tmp_path)
+    with r.live(0, [0.0] * 6):
+        r.show(12, [24.0, 0, 0, 0, 0, 12], 0, 0.001, 0.0)
+    line = capsys.readouterr().out
+    assert "epoch 3/3  step 12  loss 2.0000  lr 1.00e-03" in line and "images/s  data wait 0%  ETA 0:00:00" in line
+
+
+def test_live_bar_on_a_terminal(tmp_path):
+    """Under a pseudo terminal the rich bar shows the same numbers."""
+    import os
+    import pty
+    import subprocess
+    import sys
+
+    code = ("from pathlib import Path; from dinofast.log import Run; "
+            "r = Run(Path('.'), True, steps_per_epoch=4, epochs=3, images_per_step=8, out_dim=64)\n"
+            "with r.live(0, [0.0] * 6): r.show(4, [8.0, 0, 0, 0, 0, 4], 0, 0.001, 0.0); r.say('a word [in] between')")
+    main, other = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=other, stderr=other, cwd=tmp_path,
+                               env={**os.environ, "COLUMNS": "150", "TERM": "xterm"})
+    os.close(other)
+    said = b""
+    while True:
+        try:
+            block = os.read(main, 4096)
+        except OSError:
+            break
+        if not block:
+            break
+        said += block
+    assert process.wait(timeout=30) == 0, said
+    assert b"loss 2.0000" in said and b"4/12" in said and b"a word [in] between" in said and b"ETA" in said
+
+
+def test_gives_up_after_many_bad_steps(tmp_path):
+    r = run(tmp_path, steps_per_epoch=100)
+    with r.live(0, [0.0] * 6):
+        r.show(10, [0.0] * 6, 10, 0.001, 0.0)
+        r.show(15, [5.0, 0, 0, 0, 0, 1], 14, 0.001, 0.0)          # one good step in between
+        r.show(25, [5.0, 0, 0, 0, 0, 1], 24, 0.001, 0.0)
+        with pytest.raises(Diverged, match="20 steps in a row"):
+            r.show(35, [5.0, 0, 0, 0, 0, 1], 34, 0.001, 0.0)
+
+
+def test_signals_are_noted_and_handed_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_metrics_and_sums_agree():
+    assert len(EpochSums(torch.device("cpu"), []).read()) == len(METRICS) + 1

@@ -1,0 +1,108 @@
+import math
+
+import golden
+import pytest
+import torch
+
+from dinofast import DINOLoss
+
+ARGS = ("out_dim", "ncrops", "warmup_teacher_temp", "teacher_temp", "warmup_teacher_temp_epochs", "nepochs")
+
+
+@pytest.mark.parametrize("name", ["loss_multicrop", "loss_two_crops", "loss_wide"])
+def test_official_calls_in_a_row(name):
+    case = golden.load(f"{name}.npz")
+    loss_fn = DINOLoss(*(case[a].item() for a in ARGS))
+    for i in range(3):
+        if f"student{i}" not in case:
+            assert i == 2
+            break
+        torch.testing.assert_close(loss_fn.center, case[f"center_before{i}"], rtol=1e-5, atol=1e-7)
+        student = case[f"student{i}"].requires_grad_()
+        loss = loss_fn(student, case[f"teacher{i}"], int(case[f"epoch{i}"]))
+        loss.backward()
+        assert loss.item() == pytest.approx(case[f"loss{i}"].item(), rel=1e-5)
+        torch.testing.assert_close(student.grad, case[f"grad{i}"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(loss_fn.center, case[f"center_after{i}"], rtol=1e-5, atol=1e-7)
+
+
+def make(**changes):
+    return DINOLoss(**{"out_dim": 11, "ncrops": 4, "warmup_teacher_temp": 0.04, "teacher_temp": 0.07,
+                       "warmup_teacher_temp_epochs": 2, "nepochs": 5, **changes})
+
+
+def test_state_is_the_centre_alone_and_loads_official_state():
+    loss_fn = make()
+    assert list(loss_fn.state_dict()) == ["center"] and loss_fn.center.shape == (1, 11) and not loss_fn.center.any()
+    loss_fn.load_state_dict({"center": torch.ones(1, 11)})
+    assert (loss_fn.center == 1).all()
+
+
+def test_constructor_as_the_official_one():
+    assert make().teacher_temp_schedule == pytest.approx([0.04, 0.07, 0.07, 0.07, 0.07])
+    assert (make().student_temp, make().center_momentum) == (0.1, 0.9)
+
+
+def test_micro_batches_give_the_centre_of_the_whole_batch():
+    torch.manual_seed(0)
+    teacher = torch.randn(2, 6, 11)
+    student = torch.randn(4, 6, 11)
+    whole, parts = make(), make()
+    loss = whole(student.flatten(0, 1), teacher.flatten(0, 1), 0)
+    halves = [parts.accumulate(student[:, half].flatten(0, 1), teacher[:, half].flatten(0, 1), 0.04)
+              for half in (slice(0, 3), slice(3, 6))]
+    stats = parts.step()
+    torch.testing.assert_close(torch.stack(halves).mean(), loss)
+    torch.testing.assert_close(stats.loss, loss)
+    torch.testing.assert_close(parts.center, whole.center)
+    torch.testing.assert_close(stats.kl + stats.teacher_entropy, stats.loss)
+    with pytest.raises(RuntimeError, match="nothing to average"):
+        parts.step()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_never_reaches_the_centre(bad):
+    loss_fn = make()
+    student, teacher = torch.randn(8, 11), torch.randn(4, 11)
+    loss_fn(student, teacher, 0)
+    before = loss_fn.center.clone()
+    teacher[1, 3] = bad
+    assert not torch.isfinite(loss_fn(student, teacher, 0))
+    assert torch.equal(loss_fn.center, before) and before.any()
+
+
+def test_teacher_gets_no_gradient_and_the_loss_scales_with_upstream():
+    loss_fn = make()
+    student, teacher = torch.randn(8, 11, requires_grad=True), torch.randn(4, 11, requires_grad=True)
+    (3 * loss_fn(student, teacher, 0)).backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("student, teacher, epoch, words", [
+    ((8, 11), (4, 11), 5, "epoch is 5 .* nepochs=5"),
+    ((8, 11), (4, 11), -1, "epoch is -1"),
+    ((7, 11), (4, 11), 0, r"\(7, 11\) and teacher_output \(4, 11\) do not fit"),
+    ((8, 10), (4, 10), 0, r"expected \(4 B, 11\) and \(2 B, 11\)"),
+    ((8, 11), (3, 11), 0, r"\(3, 11\)"),
+    ((0, 11), (0, 11), 0, r"\(0, 11\)"),
+])
+def test_what_does_not_fit_is_named(student, teacher, epoch, words):
+    with pytest.raises(ValueError, match=words):
+        make()(torch.zeros(student), torch.zeros(teacher), epoch)
+
+
+def test_impossible_constructors():
+    with pytest.raises(ValueError, match="ncrops is 1"):
+        make(ncrops=1)
+    with pytest.raises(ValueError, match="warmup_teacher_temp_epochs is 6 but nepochs is only 5"):
+        make(warmup_teacher_temp_epochs=6)
+
+
+def test_runs_under_autocast_with_fp32_statistics():
+    loss_fn = make(out_dim=300)
+    student, teacher = torch.randn(8, 300), torch.randn(4, 300)
+    exact = loss_fn(student, teacher, 0)
+    loss_fn.center.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = loss_fn(student.bfloat16(), teacher.bfloat16(), 0)
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(exact.item(), rel=1e-2)

@@ -1,0 +1,62 @@
+"""Two gloo processes under torchrun against one with the same global batch."""
+
+import json
+import signal
+
+import pytest
+import torch
+from runs import assert_same_run, finish, start
+from test_resume import wait_for
+
+from dinofast import checkpoint
+
+# Sums run in another order, and Adam's first steps turn rounding of gradients near zero into whole steps of the learning rate
+# (0.1 x 8 / 256 = 3e-3 at its peak), so weights are held to a tenth of that and the losses to 1e-4.
+OPTIONS = ("--drop_path_rate", "0", "--optimizer", "sgd", "--lr", "0.5")
+
+
+@pytest.fixture(scope="module")
+def alone(photographs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    finish(photographs, out, "--batch_size_per_gpu", "8", *OPTIONS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def together(photographs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("together")
+    said = finish(photographs, out, "--batch_size_per_gpu", "4", *OPTIONS, processes=2)
+    assert said.count("images a step") == 1 and "2 process(es)" in said           # one of them speaks
+    return out
+
+
+def losses(out):
+    return [json.loads(line)["train_loss"] for line in (out / "log.txt").read_text().splitlines()]
+
+
+def test_same_trajectory_as_one_process(alone, together):
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
+    one, two = (checkpoint.read(out / "checkpoint.pth") for out in (alone, together))
+    start_of_run = torch.zeros(1)
+    for part in ("student", "teacher", "dino_loss"):
+        for name, value in one[part].items():
+            torch.testing.assert_close(two[part][name], value, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert one["dino_loss"]["center"].norm() > start_of_run
+
+
+def test_a_run_may_change_its_number_of_processes(alone, photographs, tmp_path):
+    """Stopped with two processes in the middle of an epoch, finished by one."""
+    process = start(photographs, tmp_path, "--batch_size_per_gpu", "4", "--saveckp_steps", "1", "--log_steps", "1", *OPTIONS, processes=2)
+    wait_for(tmp_path / "checkpoint.pth", process)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    step = checkpoint.read(tmp_path / "checkpoint.pth")["dinofast"]["step"]
+    assert 0 < step <= 18, said
+    finish(photographs, tmp_path, "--batch_size_per_gpu", "8", *OPTIONS)
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-4)
+
+
+def test_two_processes_repeat_bitwise(together, photographs, tmp_path):
+    finish(photographs, tmp_path, "--batch_size_per_gpu", "4", *OPTIONS, processes=2)
+    assert_same_run(together, tmp_path)

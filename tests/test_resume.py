@@ -1,0 +1,103 @@
+import json
+import random
+import signal
+import time
+
+import pytest
+from runs import assert_same_run, finish, start
+
+
+@pytest.fixture(scope="module")
+def unbroken(photographs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    finish(photographs, out, "--drop_path_rate", "0.3")
+    return out
+
+
+def wait_for(path, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def test_killed_at_random_moments_and_resumed(unbroken, photographs, tmp_path):
+    """SIGKILL, three times, at moments that differ from test to test; the end is bitwise that of a run without any."""
+    seed = random.randrange(10**6)
+    print(f"moments drawn with seed {seed}")
+    moments = random.Random(seed)
+    options = ("--drop_path_rate", "0.3", "--saveckp_steps", "2")
+    kills = 0
+    for _ in range(3):
+        process = start(photographs, tmp_path, *options)
+        wait_for(tmp_path / "checkpoint.pth", process)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    said = finish(photographs, tmp_path, *options)
+    assert kills and "resumed from" in said
+    assert_same_run(unbroken, tmp_path)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_end_cleanly(signum, unbroken, photographs, tmp_path):
+    process = start(photographs, tmp_path, "--drop_path_rate", "0.3", "--saveckp_steps", "1")
+    wait_for(tmp_path / "checkpoint.pth", process)
+    process.send_signal(signum)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + signum, said
+    assert "stopped after step" in said and "Traceback" not in said
+    finish(photographs, tmp_path, "--drop_path_rate", "0.3")
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_a_finished_run_has_nothing_left_to_do(unbroken, photographs):
+    before = (unbroken / "log.txt").read_bytes()
+    said = finish(photographs, unbroken, "--drop_path_rate", "0.3")
+    assert "resumed from" in said and (unbroken / "log.txt").read_bytes() == before
+
+
+def test_changed_options_are_told(unbroken, photographs, tmp_path):
+    (tmp_path / "checkpoint.pth").write_bytes((unbroken / "checkpoint.pth").read_bytes())
+    said = finish(photographs, tmp_path, "--drop_path_rate", "0.3", "--lr", "0.2", "--epochs", "4")
+    assert "note: --lr was 0.1 and is now 0.2" in said and "note: --epochs was 3 and is now 4" in said
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [3]
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda b: b[:len(b) // 2], "it is truncated or damaged"),
+    (lambda b: b"", "it is empty"),
+    (lambda b: b"my precious notes", "it holds something other than tensors"),
+])
+def test_a_file_that_is_no_checkpoint_stays_as_it_is(make, words, unbroken, photographs, tmp_path):
+    content = make((unbroken / "checkpoint.pth").read_bytes())
+    (tmp_path / "checkpoint.pth").write_bytes(content)
+    process = start(photographs, tmp_path)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and words in said and "left as it is" in said and "Traceback" not in said
+    assert (tmp_path / "checkpoint.pth").read_bytes() == content
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pth"]
+
+
+def test_another_architecture_is_refused(unbroken, photographs, tmp_path):
+    content = (unbroken / "checkpoint.pth").read_bytes()
+    (tmp_path / "checkpoint.pth").write_bytes(content)
+    process = start(photographs, tmp_path, "--out_dim", "65")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "(64, 1) in the file and (65, 1) here" in said and "--out_dim 64" in said
+    assert (tmp_path / "checkpoint.pth").read_bytes() == content
+
+
+def test_accumulation_equals_the_whole_batch(photographs, tmp_path):
+    import torch
+
+    from dinofast import checkpoint
+
+    finish(photographs, tmp_path / "whole", "--drop_path_rate", "0", "--batch_size_per_gpu", "8")
+    finish(photographs, tmp_path / "parts", "--drop_path_rate", "0", "--batch_size_per_gpu", "4", "--accumulate", "2")
+    whole, parts = (checkpoint.read(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    assert whole["dinofast"]["step"] == parts["dinofast"]["step"] == 18
+    for name, value in whole["teacher"].items():
+        torch.testing.assert_close(parts["teacher"][name], value, rtol=0, atol=2e-3)
+    torch.testing.assert_close(parts["dino_loss"]["center"], whole["dino_loss"]["center"], rtol=0, atol=2e-3)

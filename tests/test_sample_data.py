@@ -1,0 +1,104 @@
+"""The sample data: the same files for the same seed, masks that fit, and no class that pixels or colours give away."""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinofast import sample_data
+from dinofast.evaluate.knn import knn_classify
+
+
+def files(root):
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_files_counts_and_determinism(tmp_path):
+    calls = []
+    sample_data.write(tmp_path / "a", n_images=80, seed=3, on_progress=lambda *done: calls.append(done))
+    sample_data.write(tmp_path / "b", n_images=80, seed=3)
+    sample_data.write(tmp_path / "c", n_images=80, seed=4)
+    a, b, c = (files(tmp_path / name) for name in "abc")
+    assert a == b
+    images = [name for name in a if name.endswith(".jpg")]
+    assert len(images) == 80 and all(a[name] != c[name] for name in images)
+    assert calls[0] == (1, 80) and calls[-1] == (80, 80) and len(calls) == 80
+    for name in sample_data.CLASSES:
+        assert sum(i.startswith(f"train/{name}/") for i in images) == 6
+        assert sum(i.startswith(f"val/{name}/") for i in images) == 2
+    assert {f"masks/{i[:-4]}.png" for i in images} == {name for name in a if name.endswith(".png")}
+    assert "train/stripes_slab/stripes_slab_0001.jpg" in a and "seed=3" in a["README.txt"].decode()
+    with Image.open(tmp_path / "a" / images[0]) as image:
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (48, 48))
+
+
+def test_an_image_does_not_depend_on_how_many_there_are(tmp_path):
+    sample_data.write(tmp_path / "few", n_images=40)
+    sample_data.write(tmp_path / "more", n_images=60)
+    few, more = files(tmp_path / "few"), files(tmp_path / "more")
+    assert all(more[name] == content for name, content in few.items() if name != "README.txt")
+
+
+def test_folder_in_use(tmp_path):
+    sample_data.write(tmp_path, n_images=40)
+    before = files(tmp_path)
+    first = tmp_path / "train/stripes_slab/stripes_slab_0001.jpg"
+    second = first.with_name("stripes_slab_0002.jpg")
+    stamp = second.stat().st_mtime_ns
+    first.unlink()                                                  # as an interrupted run leaves it
+    sample_data.write(tmp_path, n_images=40)
+    assert files(tmp_path) == before and second.stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="seed=1.*remove it or name another folder"):
+        sample_data.write(tmp_path, n_images=40, seed=1)
+    assert files(tmp_path) == before
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("do not touch")
+    with pytest.raises(ValueError, match="already holds something other"):
+        sample_data.write(tmp_path, n_images=40)
+    assert list(files(tmp_path)) == ["thesis.tex"]
+    with pytest.raises(ValueError, match="already holds something other"):
+        sample_data.write(tmp_path / "thesis.tex", n_images=40)
+
+
+@pytest.mark.parametrize(("options", "words"), [({"n_images": 39}, "n_images is 39"), ({"size": 15}, "size is 15")])
+def test_wrong_options(tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        sample_data.write(tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("label", range(10), ids=sample_data.CLASSES)
+def test_the_mask_covers_the_object(label):
+    """Inside the mask nearly every pixel has the palette's hue; outside, the ground has all hues."""
+    middle = np.angle(np.exp(2j * np.pi * np.array(sample_data.PALETTE_HUES[sample_data.PALETTE_OF[label]])).sum()) / (2 * np.pi)
+    inside, outside, area = [], [], []
+    for i in range(label, 80, 10):
+        image, mask = sample_data.draw(i)
+        assert set(np.unique(mask)) == {0, 255}
+        hue = np.array([colorsys.rgb_to_hsv(*(pixel / 255))[0] for pixel in image.reshape(-1, 3)])
+        near = np.abs((hue - middle + 0.5) % 1 - 0.5) < 0.15
+        on = mask.ravel() > 0
+        inside.append(near[on].mean())
+        outside.append(near[~on].mean())
+        area.append(on.mean())
+    assert np.mean(inside) > 0.9
+    assert np.mean(outside) < 0.45
+    assert 0.08 < np.mean(area) < 0.32
+
+
+def test_pixels_and_colours_do_not_give_the_class_away():
+    """1,200 images, 10 % is chance. Raw pixels score 38 % and colour histograms 47 % on the full set, colour's ceiling is 50 %."""
+    drawn = torch.from_numpy(np.stack([sample_data.draw(i)[0] for i in range(1200)])).float() / 255
+    labels = torch.arange(1200) % 10
+    raw = drawn.permute(0, 3, 1, 2)[:, :, ::2, ::2].flatten(1) - 0.45
+    bins = ((drawn * 4).long().clamp(max=3) * torch.tensor([16, 4, 1])).sum(-1).flatten(1)                # (1200, 48 * 48)
+    histogram = torch.zeros(1200, 64).scatter_add_(1, bins, torch.ones(bins.shape)).sqrt()
+    for features, low, high in ((raw, 22, 48), (histogram, 35, 55)):
+        top1, _ = knn_classify(features[:900], labels[:900], features[900:], labels[900:], k=10)
+        assert low < top1 < high

@@ -1,0 +1,191 @@
+"""The loop itself, on the official eight-step trajectory and on small runs."""
+
+import json
+import types
+
+import golden
+import pytest
+import torch
+
+from dinofast import VisionTransformer, checkpoint
+from dinofast import train as train_module
+from dinofast.config import Config
+from dinofast.head import DINOHead
+from dinofast.log import Diverged, Run
+from dinofast.model import Model, MultiCropWrapper
+from dinofast.optim import AdamWEMA
+
+GOLDEN = Config(arch="vit_tiny", patch_size=8, out_dim=160, head_hidden_dim=64, head_bottleneck_dim=24, norm_last_layer=False,
+                local_crops_number=4, global_crops_size=32, local_crops_size=16, batch_size_per_gpu=4, epochs=4, warmup_epochs=1,
+                lr=0.002 * 256 / 4, min_lr=1e-5, weight_decay=0.04, weight_decay_end=0.4, momentum_teacher=0.9, clip_grad=0.05,
+                freeze_last_layer=1, warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=2, drop_path_rate=0.0,
+                log_steps=1, device="cpu")
+
+
+def golden_backbone():
+    return VisionTransformer(img_size=[32], patch_size=8, embed_dim=48, depth=3, num_heads=3)
+
+
+class GoldenLoader:
+    """The eight batches of the official run, as a loader gives them."""
+
+    n_images, steps_per_epoch, refused, wait_s = 8, 2, [], 0.0
+
+    def __init__(self, poison=None):
+        self.step, self.poison = 0, poison
+        self.data = golden.load("train.npz")
+
+    def seek(self, step):
+        self.step = step
+
+    def __next__(self):
+        crops = [self.data[f"step{self.step % 8}.crop{i}"] for i in range(6)]
+        if self.poison is not None and self.step in self.poison:
+            crops[3] = crops[3] * float("nan")
+        self.step += 1
+        return [torch.cat(crops[:2]), torch.cat(crops[2:])]
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def official(monkeypatch):
+    """Start the loop from the official weights and batches; what it does is recorded."""
+    seen = types.SimpleNamespace(losses=[], norms=[], loader=GoldenLoader(), tables=[])
+    build = Model.from_config.__func__
+
+    def from_config(cls, cfg, backbone=None):
+        model = build(cls, cfg, backbone)
+        start = golden.load("train.npz", "init.")
+        model.student.load_state_dict(start)
+        model.teacher.load_state_dict(start)
+        return model
+
+    class Recording(AdamWEMA):
+        def step(self, *args, **arguments):
+            seen.norms.append([p.grad.norm() for g in self.param_groups for p in g["params"] if p.grad is not None])
+            seen.tables.append((float(self.param_groups[1]["lr"]), float(self.param_groups[0]["weight_decay"]),
+                                float(arguments["momentum"])))
+            return super().step(*args, **arguments)
+
+    def show(self, step, sums, skipped, lr, wait_s):
+        total = sum(seen.losses[-((step - 1) % 2):]) if (step - 1) % 2 else 0.0
+        seen.losses.append(sums[0] - total)
+
+    monkeypatch.setattr(Model, "from_config", classmethod(from_config))
+    monkeypatch.setattr(train_module, "make_loader", lambda cfg, **_: seen.loader)
+    monkeypatch.setattr(Run, "show", show)
+    monkeypatch.setitem(train_module.OPTIMIZERS, "adamw", Recording)
+    return seen
+
+
+def options(tmp_path, **changes):
+    return Config(**{**GOLDEN.to_dict(), "output_dir": str(tmp_path), **changes})
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def assert_official_end(path):
+    state = checkpoint.read(path)
+    for name in ("student", "teacher"):
+        for key, value in golden.load("train.npz", f"final.{name}.").items():
+            torch.testing.assert_close(state[name][f"module.{key}" if name == "student" else key], value, rtol=0, atol=1e-4,
+                                       msg=lambda m, key=key, name=name: f"{name}.{key}: {m}")
+    torch.testing.assert_close(state["dino_loss"]["center"], golden.load("train.npz")["final.center"], rtol=1e-4, atol=1e-5)
+
+
+def test_official_trajectory(official, tmp_path):
+    path = train_module.train(options(tmp_path), backbone=golden_backbone)
+    data = golden.load("train.npz")
+    assert official.losses == pytest.approx([data[f"step{i}.loss"].item() for i in range(8)], rel=1e-5)
+    tables = torch.tensor(official.tables, dtype=torch.float64)
+    torch.testing.assert_close(tables, torch.stack((data["lr"], data["wd"], data["momentum"]), 1), rtol=1e-12, atol=0)
+    for i in range(8):
+        theirs = data[f"step{i}.grad_norms"].sort().values
+        ours = torch.stack(official.norms[i]).double().sort().values
+        if i < 2:                                            # the last layer is frozen; the official norms still count it
+            assert len(ours) == len(theirs) - 2
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    assert_official_end(path)
+    assert official.loader.closed
+
+
+def test_official_checkpoint_resumes(official, tmp_path):
+    """Two more epochs from the file that the official script saved equal a run of ours that is resumed in the same place."""
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "theirs").mkdir()
+    longer = dict(epochs=6, warmup_epochs=1)
+    train_module.train(options(tmp_path / "ours"), backbone=golden_backbone)
+    (tmp_path / "theirs" / "checkpoint.pth").write_bytes((golden.DATA / "official_checkpoint.pth").read_bytes())
+    ends = [checkpoint.read(train_module.train(options(tmp_path / name, **longer), backbone=golden_backbone))
+            for name in ("ours", "theirs")]
+    assert [e["epoch"] for e in ends] == [6, 6] and ends[1]["dinofast"]["step"] == 12
+    for key, value in ends[0]["teacher"].items():
+        torch.testing.assert_close(ends[1]["teacher"][key], value, rtol=0, atol=3e-4)
+
+
+def test_log_has_the_official_keys_and_more(official, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(train_module, "make_loader", lambda cfg, **_: GoldenLoader())
+    train_module.train(options(tmp_path), backbone=golden_backbone)
+    lines = log_of(tmp_path)
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    assert list(lines[0])[:4] == ["train_loss", "train_lr", "train_wd", "epoch"]
+    for line in lines:
+        assert line["train_kl"] + line["train_teacher_entropy"] == pytest.approx(line["train_loss"], rel=1e-5)
+        assert line["train_center_norm"] > 0 and line["train_grad_norm"] > 0 and line["skipped_steps"] == 0
+    assert lines[0]["train_lr"] == pytest.approx(0.001) and lines[3]["train_wd"] == pytest.approx((0.34727922 + 0.38629832) / 2)
+    assert (tmp_path / "checkpoint0000.pth").exists() and not (tmp_path / "checkpoint0001.pth").exists()
+
+
+def test_a_poisoned_batch_is_skipped_and_counted(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_module, "make_loader", lambda cfg, **_: GoldenLoader(poison={3}))
+    path = train_module.train(options(tmp_path), backbone=golden_backbone)
+    state = checkpoint.read(path)
+    assert all(torch.isfinite(v).all() for part in ("student", "teacher", "dino_loss") for v in state[part].values())
+    lines = log_of(tmp_path)
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 0, 0]
+    assert max(s["step"] for s in state["optimizer"]["state"].values()) == 7
+
+
+def test_training_that_stays_broken_ends_with_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_module, "make_loader", lambda cfg, **_: GoldenLoader(poison=range(2, 1000)))
+    with pytest.raises(Diverged, match="not been finite for 20 steps in a row.*--precision fp32"):
+        train_module.train(options(tmp_path, epochs=40), backbone=golden_backbone)
+    state = checkpoint.read(tmp_path / "checkpoint.pth")
+    assert all(torch.isfinite(v).all() for v in state["student"].values())
+
+
+def test_bf16_stays_near_fp32(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_module, "make_loader", lambda cfg, **_: GoldenLoader())
+    for p in ("fp32", "bf16"):
+        train_module.train(options(tmp_path / p, precision=p, epochs=2), backbone=golden_backbone)
+    wide, half = (log_of(tmp_path / p)[0]["train_loss"] for p in ("fp32", "bf16"))
+    assert half == pytest.approx(wide, rel=0.02) and half != wide
+
+
+def test_fp16_finds_its_loss_scale(monkeypatch, tmp_path):
+    """The first steps overflow at a scale of 65,536 and are skipped; then training goes on and the scaler is saved."""
+    monkeypatch.setattr(train_module, "make_loader", lambda cfg, **_: GoldenLoader())
+    path = train_module.train(options(tmp_path, precision="fp16", epochs=8), backbone=golden_backbone)
+    lines = log_of(tmp_path)
+    assert lines[0]["skipped_steps"] > 0 and lines[-1]["skipped_steps"] == 0 and lines[-1]["train_loss"] > 0
+    assert checkpoint.read(path)["fp16_scaler"]["scale"] < 65536
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_other_optimizers_train(optimizer, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_module, "make_loader", lambda cfg, **_: GoldenLoader())
+    path = train_module.train(options(tmp_path, optimizer=optimizer, epochs=2), backbone=golden_backbone)
+    moved = checkpoint.read(path)["student"]["module.backbone.blocks.0.attn.qkv.weight"]
+    torch.manual_seed(0)
+    assert not torch.equal(moved, golden_backbone().blocks[0].attn.qkv.weight)
+
+
+def test_head_of_the_golden_run_fits():
+    model = MultiCropWrapper(golden_backbone(), DINOHead(48, 160, norm_last_layer=False, hidden_dim=64, bottleneck_dim=24))
+    model.load_state_dict(golden.load("train.npz", "init."))
