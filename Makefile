@@ -16,10 +16,10 @@ CODE := $(shell find csrc -type f) setup.py pyproject.toml
 demo: install
 	$(RUN) -m dinofast demo
 
-test: install
+test: $(VENV)/test-tools
 	$(RUN) -m pytest
 
-lint: install
+lint: $(VENV)/test-tools
 	$(RUN) -m ruff check .
 
 install: $(VENV)/installed
@@ -29,6 +29,10 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: $(VENV)/bin/python $(CODE)
 	$(RUN) $(HAS_TORCH) || $(RUN) -m pip install --quiet "$(TORCH)"
+	$(RUN) -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/test-tools: $(VENV)/installed
 	$(RUN) -m pip install --quiet --editable ".[test]"
 	@touch $@
 

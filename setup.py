@@ -9,7 +9,8 @@ import pybind11
 from setuptools import Extension, setup
 
 # errno and trapping maths keep loops with a condition from being vectorised; nothing here relaxes the arithmetic itself.
-flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"]
+flags = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+         "-fopenmp-simd"]
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has no OpenMP: one thread there
 
 core = Extension(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`softmax(q k^T / sqrt(d)) v` by torch's scaled dot product attention; q, k, v and the result (B, H, N, d), any float dtype."""
+    """`softmax(q k^T / sqrt(d)) v` by torch's scaled dot product attention; q, k, v, result (B, H, N, d), any float dtype."""
     return F.scaled_dot_product_attention(q, k, v)
 
 

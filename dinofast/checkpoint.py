@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, vit
-from .config import VITS, Config
+from .config import OLD_NAMES, VITS, Config
 from .model import Model, build_backbone
 
 # What official files hold besides tensors and plain containers: the parsed arguments and float64 learning rates.
 _SAFE = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType,
          np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
 # Options that change neither the weights nor the trajectory, so that another value on resuming is nobody's concern.
-_FREE = {"data_path", "output_dir", "saveckp_freq", "saveckp_steps", "log_steps", "num_workers", "device", "dist_url", "local_rank",
-         "gpu", "rank", "world_size", "dist_backend", "max_refused"}
+_FREE = {"data_path", "output_dir", "saveckp_freq", "saveckp_steps", "log_steps", "num_workers", "device", "dist_url",
+         "local_rank", "gpu", "rank", "world_size", "dist_backend", "max_refused"}
 _VIT_OF_WIDTH = {64: "vit_nano", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 
 
@@ -94,12 +94,15 @@ def read(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_SAFE):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:                              # what does not belong there makes the unpickler raise all kinds
         reason = ("it is empty" if not path.stat().st_size else
+                  error.strerror if isinstance(error, OSError) and error.strerror else
                   "it holds something other than tensors, numbers and text" if isinstance(error, pickle.UnpicklingError) else
-                  "it is truncated or damaged")
-        raise ValueError(f"'{path}' cannot be read as a checkpoint, {reason}: it was left as it is; move it away, or choose another "
-                         "file or --output_dir.") from error
+                  "it is truncated, damaged, or something else")
+        raise ValueError(f"'{path}' cannot be read as a checkpoint, {reason}: it was left as it is; move it away, or choose "
+                         "another file or --output_dir.") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"'{path}' holds a {type(state).__name__}, not a checkpoint: it was left as it is.")
     return dict(state)
@@ -123,13 +126,10 @@ def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: 
              (model.dino_loss, state["dino_loss"], "dino_loss"))
     for module, weights, what in parts:
         _check_fit(path, module, weights, what, saved_args)
+    _check_optimizer(path, optimizer, state["optimizer"], saved_args)
     for module, weights, _ in parts:
         module.load_state_dict(weights)
-    try:
-        optimizer.load_state_dict(state["optimizer"])
-    except ValueError as error:
-        raise ValueError(f"'{path}' was saved with another optimiser ({error}): resume with the one it had "
-                         f"(--optimizer {saved_args.get('optimizer', '?')}).") from error
+    optimizer.load_state_dict(state["optimizer"])
     if scaler is not None and "fp16_scaler" in state:
         scaler.load_state_dict(state["fp16_scaler"])
     ours = state.get("dinofast")
@@ -141,11 +141,13 @@ def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: 
     return position, changed
 
 
-def load_backbone(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None) -> nn.Module:
+def load_backbone(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,
+                  backbone: nn.Module | None = None) -> nn.Module:
     """The backbone of a checkpoint, in eval mode on the CPU: images (B, 3, h, w) -> features (B, D).
 
-    path: a training checkpoint of ours or of the official code, or a bare state dict of a backbone. key: "teacher" or "student".
-    arch, patch_size: only needed when the file does not tell. Raises `ValueError` when the weights do not fit.
+    path: a training checkpoint of ours or of the official code, or a bare state dict of a backbone. key: "teacher" or
+    "student". arch, patch_size: only needed when the file does not tell. backbone: a module of your own that takes the
+    weights. Raises `ValueError` when the weights do not fit.
     """
     path = Path(path)
     state = read(path)
@@ -157,8 +159,11 @@ def load_backbone(path: str | Path, key: str = "teacher", arch: str | None = Non
     weights = strip_prefix(state, "module.")
     if any(name.startswith("backbone.") for name in weights):
         weights = {name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")}
-    arch = (arch or saved.get("arch") or "").replace("deit", "vit")
-    if "patch_embed.proj.weight" in weights and "pos_embed" in weights and arch in (*VITS, ""):
+    arch = arch or saved.get("arch") or ""
+    arch = OLD_NAMES.get(arch, arch)
+    if backbone is not None:
+        pass                                                # what its weights must be is checked below
+    elif "patch_embed.proj.weight" in weights and "pos_embed" in weights and arch in (*VITS, ""):
         width, _, patch, _ = weights["patch_embed.proj.weight"].shape
         arch = arch or _VIT_OF_WIDTH.get(width, "")
         if arch not in VITS:
@@ -174,13 +179,22 @@ def load_backbone(path: str | Path, key: str = "teacher", arch: str | None = Non
     return backbone.eval()
 
 
-def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def arguments(path: str | Path) -> dict[str, Any]:
+    """The options that a checkpoint was trained with; empty when it does not tell."""
+    return _arguments(read(Path(path)))
+
+
+def strip_prefix(state: Any, prefix: str) -> dict[str, Any]:
+    if not isinstance(state, Mapping):
+        raise ValueError(f"there is a {type(state).__name__} where the weights should be: this is no DINO checkpoint.")
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def _arguments(state: Mapping[str, Any]) -> dict[str, Any]:
     args = state.get("args", {})
-    return dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args)
+    if isinstance(args, argparse.Namespace):
+        return dict(vars(args))
+    return dict(args) if isinstance(args, Mapping) else {}
 
 
 def _plain(value: Any) -> Any:
@@ -194,4 +208,15 @@ def _check_fit(path: Path, module: nn.Module, weights: Mapping[str, Any], what: 
         if wanted.get(name) != given.get(name):
             origin = "".join(f", saved with --{k} {saved[k]}" for k in ("arch", "patch_size", "out_dim") if k in saved)
             raise ValueError(f"'{path}' does not fit this {what}: '{name}' is {given.get(name, 'absent')} in the file and "
-                             f"{wanted.get(name, 'absent')} here{origin}. Use the options it was saved with, or another --output_dir.")
+                             f"{wanted.get(name, 'absent')} here{origin}. Use the options it was saved with, or another "
+                             "--output_dir.")
+
+
+def _check_optimizer(path: Path, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], args: Mapping[str, Any]) -> None:
+    """AdamW, SGD and LARS keep different things; torch itself would only notice at the first step."""
+    ours, theirs = optimizer.param_groups, saved["param_groups"]
+    same_kind = all(("betas" in a, "eta" in a) == ("betas" in b, "eta" in b) for a, b in zip(ours, theirs, strict=False))
+    if not same_kind or [len(g["params"]) for g in ours] != [len(g["params"]) for g in theirs]:
+        was = f" (--optimizer {args['optimizer']})" if "optimizer" in args else ""
+        raise ValueError(f"'{path}' was saved with another optimiser{was} or other trainable parameters: resume with the "
+                         "options it was saved with, or choose another --output_dir.")

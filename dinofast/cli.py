@@ -29,13 +29,16 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = super().parse_known_args(args, namespace)
         for word in unknown:
             if word.startswith("-"):
-                flags = [flag for action in self._actions for flag in action.option_strings]
-                raise ValueError(f"there is no flag {word.split('=')[0]}.{nearest(word.split('=')[0], flags)} See {self.prog} --help.")
+                flag, flags = word.split("=")[0], [name for action in self._actions for name in action.option_strings]
+                raise ValueError(f"there is no flag {flag}.{nearest(flag, flags)} See {self.prog} --help.")
         return namespace, unknown
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code: 0 done, 1 failed on the way, 2 a wrong option, path or file, 128 + n ended by signal n."""
+    """Run one command; the exit code: 0 done, 1 failed midway, 2 a wrong option, path or file, 128 + n ended by signal n."""
+    # libgomp's threads spin while they wait. On few cores, or beside anything else that runs, they take the time from each other
+    # and from the data workers: 25 instead of 246 images/s in the demo on 2 shared cores (2026-11-23). Read by torch's import.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         options = vars(_parser().parse_args(argv))
         run: Callable[[dict[str, Any]], None] = options.pop("run")
@@ -56,8 +59,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _say(text: str, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0" or code == 1:             # under torchrun one process speaks for all
-        print(text, file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or code in (1, USAGE):                           # of an orderly stop one process speaks for all
+        print(text if rank == "0" else f"process {rank}: {text}", file=sys.stderr, flush=True)
     return code
 
 
@@ -67,8 +71,10 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     pretrain = commands.add_parser(
-        "pretrain", help="train a backbone on a folder of images without labels", description="Train a backbone on a folder of images "
-        "without labels. A run found in --output_dir is resumed.\n\nrecipes:\n  vanilla    --data_path DIR\n"
+        "pretrain", help="train a backbone on a folder of images without labels",
+        description="Train a backbone on a folder of images without labels. A run found in --output_dir is resumed.\n\n"
+        "recipes:\n"
+        "  vanilla    --data_path DIR\n"
         "  boosted    --epochs 300 --teacher_temp 0.07 --warmup_teacher_temp_epochs 30 --norm_last_layer false\n"
         "  ResNet-50  --arch resnet50 --optimizer sgd --lr 0.03 --weight_decay 1e-4 --weight_decay_end 1e-4\n"
         "             --global_crops_scale 0.14 1 --local_crops_scale 0.05 0.14\n"
@@ -78,17 +84,22 @@ def _parser() -> Parser:
     pretrain.set_defaults(run=_pretrain)
 
     knn = commands.add_parser("knn", help="k-NN accuracy of a checkpoint on labelled folders",
-                              description="Weighted k-NN classification of frozen features, the protocol of the official eval_knn.py.")
-    knn.add_argument("--pretrained_weights", required=True, metavar="FILE", help="A checkpoint of dinofast or of the official code.")
-    knn.add_argument("--data_path", required=True, metavar="DIR", help="Folder with train/ and val/ holding class folders, or class "
-                     "folders alone: then every fourth image of a class is held out.")
+                              description="Weighted k-NN classification of frozen features, the protocol of the official "
+                              "eval_knn.py.")
+    knn.add_argument("--pretrained_weights", required=True, metavar="FILE",
+                     help="A checkpoint of dinofast or of the official code.")
+    knn.add_argument("--data_path", required=True, metavar="DIR",
+                     help="Folder with train/ and val/ holding class folders, or class folders alone: "
+                     "then every fourth image of a class is held out.")
     knn.add_argument("--checkpoint_key", default="teacher", help="teacher or student (default: teacher)")
     knn.add_argument("--arch", help="Only where the checkpoint does not tell its architecture.")
     knn.add_argument("--patch_size", type=int, help="Likewise.")
     knn.add_argument("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], metavar="K", help="(default: 10 20 100 200)")
-    knn.add_argument("--temperature", type=float, default=0.07, help="Of the votes, exp(similarity / temperature) (default: 0.07)")
-    knn.add_argument("--resize", type=int, default=256, help="Shorter side before the centre crop, in pixels (default: 256)")
-    knn.add_argument("--crop", type=int, default=224, help="Side of the centre crop, in pixels (default: 224)")
+    knn.add_argument("--temperature", type=float, default=0.07,
+                     help="Of the votes, exp(similarity / temperature) (default: 0.07)")
+    knn.add_argument("--resize", type=int, help="Shorter side before the centre crop, in pixels (default: 8/7 of --crop)")
+    knn.add_argument("--crop", type=int, help="Side of the centre crop, in pixels (default: the global crops' in training, "
+                     "224 for official checkpoints)")
     knn.add_argument("--batch_size_per_gpu", type=int, default=128, help="(default: 128)")
     knn.add_argument("--num_workers", type=int, default=10, help="(default: 10, at most one per core)")
     knn.add_argument("--device", choices=("cuda", "cpu"), help="(default: a GPU if there is one)")
@@ -96,7 +107,8 @@ def _parser() -> Parser:
     knn.set_defaults(run=_knn)
 
     sample = commands.add_parser("sample-data", help="write a small labelled data set to try things on",
-                                 description="Write ordinary JPEG files in class folders: objects of ten kinds on cluttered ground.")
+                                 description="Write ordinary JPEG files in class folders: objects of ten kinds on cluttered "
+                                 "ground.")
     sample.add_argument("folder", metavar="DIR")
     sample.add_argument("--n_images", type=int, default=4000, help="(default: 4000)")
     sample.add_argument("--size", type=int, default=48, help="Side in pixels (default: 48)")
@@ -117,7 +129,8 @@ def _parser() -> Parser:
 def _pretrain(given: dict[str, Any]) -> None:
     cfg = from_arguments(given)
     if not os.path.exists(cfg.data_path):                           # before torch is even imported
-        raise ValueError(f"--data_path '{cfg.data_path}' does not exist: give a folder of images, or a text file of image paths.")
+        raise ValueError(f"--data_path '{cfg.data_path}' does not exist: give a folder of images, or a text file of image "
+                         "paths.")
     if Path(cfg.output_dir).exists() and not Path(cfg.output_dir).is_dir():
         raise ValueError(f"--output_dir '{cfg.output_dir}' is a file: give a folder.")
     from .train import train

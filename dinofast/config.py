@@ -13,6 +13,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 VITS = ("vit_tiny", "vit_small", "vit_base", "vit_nano")
+OLD_NAMES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small", "deit_base": "vit_base"}      # as the official code maps them
 PRECISIONS = ("bf16", "fp16", "fp32")
 
 
@@ -38,10 +39,10 @@ class Config:
         "For quick experiments take vit_tiny or vit_small.")
     patch_size: int = _option(16, "Side of a square patch in pixels (ViT only). Smaller patches learn better features and cost "
         "more memory and time. Below 16, fp32 (--precision fp32) is the safe choice.")
-    out_dim: int = _option(65536, "Number of prototypes K, the width of the DINO head's output. Large values suit large data sets; "
-        "for fewer than 100,000 images try 1024 to 8192.")
-    norm_last_layer: bool = _option(True, "Keep the last layer's weight norms at 1. Not normalising can give better features but is "
-        "less stable; the official runs use false with vit_small and true with vit_base.")
+    out_dim: int = _option(65536, "Number of prototypes K, the width of the DINO head's output. Large values suit large data "
+        "sets; for fewer than 100,000 images try 1024 to 8192.")
+    norm_last_layer: bool = _option(True, "Keep the last layer's weight norms at 1. Not normalising can give better features "
+        "but is less stable; the official runs use false with vit_small and true with vit_base.")
     momentum_teacher: float = _option(0.996, "First value of the teacher's EMA momentum; it rises to 1 by a cosine. "
         "Take more for small batches: 0.9995 for a batch of 256.")
     use_bn_in_head: bool = _option(False, "Batch normalisation in the projection head.")
@@ -50,51 +51,57 @@ class Config:
     head_bottleneck_dim: int = _option(256, "[dinofast] Width of the L2-normalised bottleneck before the prototypes.")
 
     # ---- temperatures and centre
-    warmup_teacher_temp: float = _option(0.04, "Teacher temperature at the start. 0.04 works in most cases; lower it if the loss "
-        "does not fall.")
-    teacher_temp: float = _option(0.04, "Teacher temperature after its warm-up. Above 0.07 training is usually unstable; start with "
-        "0.04 and raise it slightly if needed.")
-    warmup_teacher_temp_epochs: int = _option(0, "Epochs of linear warm-up of the teacher temperature (30 in the boosted recipe).")
+    warmup_teacher_temp: float = _option(0.04, "Teacher temperature at the start. 0.04 works in most cases; lower it if the "
+        "loss does not fall.")
+    teacher_temp: float = _option(0.04, "Teacher temperature after its warm-up. Above 0.07 training is usually unstable; start "
+        "with 0.04 and raise it slightly if needed.")
+    warmup_teacher_temp_epochs: int = _option(0, "Epochs of linear warm-up of the teacher temperature (30 in the boosted "
+        "recipe).")
     student_temp: float = _option(0.1, "[dinofast] Student temperature.")
     center_momentum: float = _option(0.9, "[dinofast] Momentum of the centre.")
 
     # ---- optimisation
-    use_fp16: bool = _option(True, "Mixed precision. Left alone, training runs in bf16 on a GPU and in fp32 on a CPU; given as true it "
-        "means fp16 with a loss scaler as in the official code, given as false it means fp32. Disable it if the loss is unstable.")
+    use_fp16: bool = _option(True, "Mixed precision. Left alone, training runs in bf16 on a GPU and in fp32 on a CPU; given as "
+        "true it means fp16 with a loss scaler as in the official code, given as false it means fp32. "
+        "Disable it if the loss is unstable.")
     precision: str | None = _option(None, "[dinofast] bf16, fp16 or fp32; overrides --use_fp16.", choices=PRECISIONS)
     weight_decay: float = _option(0.04, "Weight decay at the start. With ViTs a smaller value at the beginning works well.")
-    weight_decay_end: float = _option(0.4, "Weight decay at the end, reached by a cosine. A larger decay at the end helps ViTs.")
+    weight_decay_end: float = _option(0.4, "Weight decay at the end, reached by a cosine. "
+        "A larger decay at the end helps ViTs.")
     clip_grad: float = _option(3.0, "Largest L2 norm of each parameter tensor's gradient; 0 switches clipping off. "
         "0.3 to 1.0 can help larger ViTs.")
     batch_size_per_gpu: int = _option(64, "Images per process and forward pass.")
-    accumulate: int = _option(1, "[dinofast] Forward passes whose gradients are summed for one optimiser step. The learning rate is "
-        "scaled with the whole batch.")
+    accumulate: int = _option(1, "[dinofast] Forward passes whose gradients are summed for one optimiser step. "
+        "The learning rate is scaled with the whole batch.")
     epochs: int = _option(100, "Number of epochs.")
     freeze_last_layer: int = _option(1, "Epochs during which the last layer is held fixed. Raise it if the loss does not fall.")
     lr: float = _option(0.0005, "Highest learning rate for a batch of 256; scaled linearly with the batch over all processes.")
     warmup_epochs: int = _option(10, "Epochs of linear learning-rate warm-up.")
     min_lr: float = _option(1e-6, "Learning rate at the end of the cosine.")
-    optimizer: str = _option("adamw", "adamw for ViTs; sgd or lars for convolutional networks.", choices=("adamw", "sgd", "lars"))
+    optimizer: str = _option("adamw", "adamw for ViTs; sgd or lars for convolutional networks.",
+        choices=("adamw", "sgd", "lars"))
     drop_path_rate: float = _option(0.1, "Stochastic depth rate of the student's last block (ViT only).")
 
     # ---- crops
-    global_crops_scale: tuple[float, float] = _option((0.4, 1.0), "Smallest and largest share of the image's area in a global crop. "
-        "Without local crops take a wider range: 0.14 1.")
+    global_crops_scale: tuple[float, float] = _option((0.4, 1.0), "Smallest and largest share of the image's area in a global "
+        "crop. Without local crops take a wider range: 0.14 1.")
     local_crops_number: int = _option(8, "Local crops per image; 0 switches multi-crop off (then --global_crops_scale 0.14 1).")
-    local_crops_scale: tuple[float, float] = _option((0.05, 0.4), "Smallest and largest share of the image's area in a local crop.")
+    local_crops_scale: tuple[float, float] = _option((0.05, 0.4), "Smallest and largest share of the image's area in a local "
+        "crop.")
     global_crops_size: int = _option(224, "[dinofast] Side of a global crop in pixels.")
     local_crops_size: int = _option(96, "[dinofast] Side of a local crop in pixels.")
-    blur_radius: tuple[float, float] = _option((0.1, 2.0), "[dinofast] Smallest and largest radius of the Gaussian blur in pixels. "
-        "Scale it down together with the crops.")
+    blur_radius: tuple[float, float] = _option((0.1, 2.0), "[dinofast] Smallest and largest radius of the Gaussian blur in "
+        "pixels. Scale it down together with the crops.")
     image_mean: tuple[float, float, float] = _option((0.485, 0.456, 0.406), "[dinofast] Mean of each channel in [0, 1].")
     image_std: tuple[float, float, float] = _option((0.229, 0.224, 0.225), "[dinofast] Standard deviation of each channel.")
 
     # ---- data, files, processes
-    data_path: str = _option("/path/to/imagenet/train/", "Folder of images (a tree, with or without class folders, or flat), or a text "
-        "file with one image path a line.")
+    data_path: str = _option("/path/to/imagenet/train/", "Folder of images (a tree, with or without class folders, or flat), "
+        "or a text file with one image path a line.")
     output_dir: str = _option(".", "Folder of the checkpoints and of log.txt. A run found there is resumed.")
     saveckp_freq: int = _option(20, "Keep a numbered checkpoint every so many epochs; 0 keeps none.")
-    saveckp_steps: int = _option(0, "[dinofast] Also save checkpoint.pth every so many steps; 0 saves at the end of each epoch only.")
+    saveckp_steps: int = _option(0, "[dinofast] Also save checkpoint.pth every so many steps; 0 saves at the end of each epoch "
+        "only.")
     log_steps: int = _option(10, "[dinofast] Steps between two readings of the loss; the device is waited for only then.")
     max_refused: float = _option(0.5, "[dinofast] Share of unreadable images at which the run stops.")
     seed: int = _option(0, "Random seed of the weights, the order of images and the augmentation.")
@@ -108,6 +115,12 @@ class Config:
     def n_crops(self) -> int:
         """Crops per image, V: two global ones and the local ones."""
         return 2 + self.local_crops_number
+
+    @property
+    def vit(self) -> str | None:
+        """Which of our ViTs `arch` names, None for a backbone of another package."""
+        arch = OLD_NAMES.get(self.arch, self.arch)
+        return arch if arch in VITS else None
 
     def precision_on(self, device_type: str) -> str:
         """bf16, fp16 or fp32: what the forward pass runs in on a device of this type."""
@@ -142,13 +155,14 @@ class Config:
         for name in ("global_crops_scale", "local_crops_scale"):
             low, high = getattr(self, name)
             self._need(name, 0 < low <= high <= 1, "must be two shares of the area, 0 < smallest <= largest <= 1")
-        self._need("blur_radius", 0 <= self.blur_radius[0] <= self.blur_radius[1], "must be two radii, 0 <= smallest <= largest")
+        low, high = self.blur_radius
+        self._need("blur_radius", 0 <= low <= high, "must be two radii, 0 <= smallest <= largest")
         self._need("image_std", all(s > 0 for s in self.image_std), "must be three numbers above 0")
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
             if getattr(self, name) > self.epochs:
                 raise ValueError(f"--{name} is {getattr(self, name)} but --epochs is only {self.epochs}: the warm-up cannot be "
                                  f"longer than the training; lower --{name} or raise --epochs.")
-        if self.arch.startswith(("vit_", "deit_")):
+        if self.vit is not None:
             self._check_patches("global_crops_size", needed=True)
             self._check_patches("local_crops_size", needed=self.local_crops_number > 0)
         return self
@@ -194,8 +208,6 @@ def from_arguments(given: dict[str, Any]) -> Config:
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if "use_fp16" in given and "precision" not in given:
         given["precision"] = "fp16" if given["use_fp16"] else "fp32"
-    if "arch" in given:
-        given["arch"] = given["arch"].replace("deit", "vit")
     return Config(**given).check()
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -32,16 +31,24 @@ class Process:
         dist.all_reduce(total, op=dist.ReduceOp.MAX)
         return bool(total.item())
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Mean over ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(value)
-            value /= self.world
-        return value
+    def all_equal(self, number: int) -> bool:
+        """Whether every rank has the same number. Waits for the others."""
+        if self.world == 1:
+            return True
+        ends = torch.tensor([number, -number], device=self.device)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        return bool(ends.sum().item() == 0)
 
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device that "cuda", "cpu" or None (a GPU where there is one) means. Raises `ValueError` when cuda is absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu, or see what `dinofast doctor` says.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
@@ -52,11 +59,10 @@ def session(device: str | None = None, dist_url: str = "env://") -> Iterator[Pro
     """
     world, rank, local = (int(os.environ.get(name, default)) for name, default in
                           (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu, or see what `dinofast doctor` says.")
-    use_cuda = device != "cpu" and torch.cuda.is_available()
+    use_cuda = pick_device(device).type == "cuda"
     if use_cuda and local >= torch.cuda.device_count():
-        raise ValueError(f"process {local} of this machine finds only {torch.cuda.device_count()} GPU(s): start at most one a GPU.")
+        raise ValueError(f"process {local} of this machine finds only {torch.cuda.device_count()} GPU(s): "
+                         "start at most one a GPU.")
     where = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(where)

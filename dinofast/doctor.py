@@ -25,8 +25,8 @@ def report() -> str:
         lines.append(f"on {device}:" if device == "cpu" or torch.cuda.is_available() else "on cuda (none here):")
         lines += [f"  {name:22} {paths[device]}" for name, paths in ops.paths().items()]
         lines += [f"  {name:22} {what}" for name, what in _ELSEWHERE.items()]
-    required = os.environ.get("DINOFAST_REQUIRE")
-    lines += ["", f"DINOFAST_REQUIRE: {required or 'not set; name paths there (for example cpp) to make their absence an error'}"]
+    unset = "not set; name paths there (for example cpp) to make their absence an error"
+    lines += ["", f"DINOFAST_REQUIRE: {os.environ.get('DINOFAST_REQUIRE') or unset}"]
     return "\n".join(lines)
 
 
@@ -46,5 +46,6 @@ def _version(name: str) -> str:
 
 def _gpus() -> str:
     if not torch.cuda.is_available():
-        return f"none that torch sees (torch is built {'for CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'})"
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        return f"none that torch sees (torch is built {built})"
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))

@@ -26,8 +26,8 @@ class Prototypes(nn.Module):
 class DINOHead(nn.Module):
     """Features (B, in_dim) -> prototype logits (B, out_dim), as the official `DINOHead`.
 
-    norm_last_layer: hold the prototypes' norms at 1 (`weight_g` frozen). The bottleneck is normalised in fp32 under any autocast:
-    in fp16 its square sum can vanish, a known source of NaN in the official code.
+    norm_last_layer: hold the prototypes' norms at 1 (`weight_g` frozen). The bottleneck is normalised in fp32 under any
+    autocast: in fp16 its square sum can vanish, a known source of NaN in the official code.
     """
 
     def __init__(self, in_dim: int, out_dim: int, use_bn: bool = False, norm_last_layer: bool = True, nlayers: int = 3,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,6 +19,7 @@ from torch import Tensor
 
 METRICS = ("loss", "teacher_entropy", "kl", "center_norm", "grad_norm")
 PLAIN_LINE_S = 10.0                   # without a terminal, one line at most so often
+N_SUMS = len(METRICS) + 2              # and the number of good steps, and of all steps
 GIVE_UP_AFTER = 20                    # steps in a row without a finite loss or gradient
 
 
@@ -52,6 +54,8 @@ class StopSignal:
         if self.signum and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nstopping: this step is finished and saved first; Ctrl-C again ends at once\n")
 
     def __exit__(self, *exc: object) -> None:
         for signum, handler in self._before.items():
@@ -62,16 +66,17 @@ class EpochSums:
     """Running sums of the metrics over an epoch, on the device: adding to them never waits."""
 
     def __init__(self, device: torch.device, saved: list[float]) -> None:
-        values = saved if len(saved) == len(METRICS) + 1 else [0.0] * (len(METRICS) + 1)
+        values = saved if len(saved) == N_SUMS else [0.0] * N_SUMS
         self._sums = torch.tensor(values, dtype=torch.float64, device=device)
 
     def add(self, metrics: Tensor) -> None:
-        """metrics (5,), in the order of METRICS; a step with a value that is not finite does not count."""
-        row = torch.cat((metrics.double(), metrics.new_ones(1, dtype=torch.float64)))
-        self._sums += torch.where(torch.isfinite(row).all(), row, 0.0)
+        """metrics (5,), in the order of METRICS; of a step with a value that is not finite only the step is counted."""
+        good = torch.isfinite(metrics).all()
+        self._sums[:-1] += torch.where(good, torch.cat((metrics.double(), good.double()[None])), 0.0)
+        self._sums[-1] += 1
 
     def read(self) -> list[float]:
-        """Sums and count; waits for the device."""
+        """The sums of the metrics, the number of good steps, the number of steps; waits for the device."""
         return self._sums.tolist()
 
     def clear(self) -> None:
@@ -81,15 +86,16 @@ class EpochSums:
 class Run:
     """Speaks for the main process and stays silent on the others; all of them keep the sums and find trouble together."""
 
-    def __init__(self, output_dir: Path, is_main: bool, *, steps_per_epoch: int, epochs: int, images_per_step: int, out_dim: int) -> None:
+    def __init__(self, output_dir: Path, is_main: bool, *, steps_per_epoch: int, epochs: int, images_per_step: int,
+                 out_dim: int) -> None:
         self.path = output_dir / "log.txt"
         self.is_main = is_main
         self.steps_per_epoch, self.epochs, self.images_per_step = steps_per_epoch, epochs, images_per_step
         self.log_k = math.log(out_dim)
-        self._last = [0.0] * (len(METRICS) + 1)
+        self._last = [0.0] * N_SUMS
         self._clock = self._wait_s = self._spoken = 0.0
         self._first_step = self._last_step = 0
-        self._seen_skipped = self._bad_in_a_row = 0
+        self._bad_in_a_row = self._told_refused = 0
         self._start = 0.0
         self._progress = None
 
@@ -125,17 +131,23 @@ class Run:
         else:
             yield
 
-    def show(self, step: int, sums: list[float], skipped: int, lr: float, wait_s: float) -> None:
+    def tell_refused(self, refused: Sequence[tuple[str, str]], where: Path) -> None:
+        """Say how many images have been refused since this was last called, and one of them."""
+        new, self._told_refused = len(refused) - self._told_refused, len(refused)
+        if new:
+            path, reason = refused[-1]
+            self.say(f"{new} unreadable image(s) left out, listed in '{where}'; the last: {path} ({reason})")
+
+    def show(self, step: int, sums: list[float], lr: float, wait_s: float) -> None:
         """Called at logging points with what was just read from the device; `step` steps are done. Raises `Diverged`."""
         new_steps = step - self._last_step
-        bad = skipped - self._seen_skipped
+        counted = sums[-2] - self._last[-2]
+        bad = round(sums[-1] - self._last[-1] - counted)
         self._bad_in_a_row = self._bad_in_a_row + bad if bad == new_steps else 0
-        self._seen_skipped = skipped
         if self._bad_in_a_row >= GIVE_UP_AFTER:
-            raise Diverged(f"the loss or its gradient has not been finite for {self._bad_in_a_row} steps in a row; the weights are "
-                           "those of the last good step. Try --precision fp32, a lower --lr, or a smaller --clip_grad.")
+            raise Diverged(f"the loss or its gradient has not been finite for {self._bad_in_a_row} steps in a row; the weights "
+                           "are those of the last good step. Try --precision fp32, a lower --lr, or a smaller --clip_grad.")
         now = time.perf_counter()
-        counted = sums[-1] - self._last[-1]
         elapsed = max(now - self._clock, 1e-9)
         if counted > 0:
             loss = (sums[0] - self._last[0]) / counted
@@ -146,7 +158,8 @@ class Run:
             numbers = "loss not finite"
         epoch = (step - 1) // self.steps_per_epoch
         if bad and self.is_main:
-            self.say(f"step {step}: {bad} step(s) skipped, their loss or gradient was not finite; weights, teacher and centre kept")
+            self.say(f"step {step}: {bad} step(s) skipped, their loss or gradient was not finite; weights, teacher and centre "
+                     "kept")
         if self._progress is not None:
             self._progress.update(self._task, completed=step, epoch=epoch + 1, numbers=numbers)
         elif self.is_main and (now - self._spoken >= PLAIN_LINE_S or step == self.epochs * self.steps_per_epoch):
@@ -162,7 +175,8 @@ class Run:
             return
         kept = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < epoch]
         if not kept and epoch == 0 and self.path.stat().st_size:
-            self.path.replace(self.path.with_name("log.old.txt"))         # a log without its checkpoint is not ours to delete
+            names = (self.path.with_name(f"log.old{n or ''}.txt") for n in itertools.count())
+            self.path.replace(next(name for name in names if not name.exists()))       # without its checkpoint: set aside, kept
             return
         temporary = self.path.with_name("log.txt.tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
@@ -173,10 +187,10 @@ class Run:
         self._last = [0.0] * len(self._last)
         if not self.is_main:
             return
-        count = sums[-1]
+        count, steps = sums[-2:]
         means = {name: value / count if count else None for name, value in zip(METRICS, sums, strict=False)}
         line = {"train_loss": means["loss"], "train_lr": lr, "train_wd": weight_decay, "epoch": epoch,
-                **{f"train_{name}": means[name] for name in METRICS[1:]}, "skipped_steps": self.steps_per_epoch - round(count)}
+                **{f"train_{name}": means[name] for name in METRICS[1:]}, "skipped_steps": round(steps - count)}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         warning = collapse_warning(means["loss"], means["teacher_entropy"], self.log_k) if count else None
@@ -184,16 +198,30 @@ class Run:
             self.say(f"warning, epoch {epoch + 1}: {warning}")
 
 
+def counting(what: str, is_main: bool) -> Callable[[int, int], None]:
+    """A callback `(done, total)` that prints a line now and then while something long is counted through."""
+    spoken = time.perf_counter()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal spoken
+        if is_main and time.perf_counter() - spoken > PLAIN_LINE_S / 2:
+            print(f"{what}: {done:,} of {total:,}", flush=True)
+            spoken = time.perf_counter()
+
+    return tell
+
+
 def collapse_warning(loss: float, teacher_entropy: float, log_k: float) -> str | None:
     """A sentence when the teacher says nothing (every prototype alike) or always the same (one prototype for all images)."""
     if log_k == 0:
         return None
     if loss > 0.99 * log_k and teacher_entropy > 0.99 * log_k:
-        return (f"the loss {loss:.3f} sits at log K = {log_k:.3f}: teacher and student have collapsed to a uniform output. If it stays, "
-                "lower --teacher_temp and --warmup_teacher_temp (0.03), lower --out_dim for small data, raise --lr or its batch.")
+        return (f"the loss {loss:.3f} sits at log K = {log_k:.3f}: teacher and student have collapsed to a uniform output. "
+                "If it stays, lower --teacher_temp and --warmup_teacher_temp (0.03), lower --out_dim for small data, "
+                "raise --lr or its batch.")
     if teacher_entropy < 0.01 * log_k:
-        return (f"the teacher's entropy {teacher_entropy:.4f} is near 0: it gives one prototype to nearly everything. If it stays, raise "
-                "--teacher_temp, raise --momentum_teacher, or lower --lr.")
+        return (f"the teacher's entropy {teacher_entropy:.4f} is near 0: it gives one prototype to nearly everything. "
+                "If it stays, raise --teacher_temp, raise --momentum_teacher, or lower --lr.")
     return None
 
 

@@ -21,7 +21,7 @@ class LossStats:
 
     @property
     def kl(self) -> Tensor:
-        """Divergence from teacher to student: every teacher row meets equally many student crops, so it is loss minus entropy."""
+        """Divergence from teacher to student: loss minus entropy, as every teacher row meets equally many student crops."""
         return self.loss - self.teacher_entropy
 
 
@@ -36,7 +36,8 @@ class DINOLoss(nn.Module):
     """
 
     def __init__(self, out_dim: int, ncrops: int, warmup_teacher_temp: float, teacher_temp: float,
-                 warmup_teacher_temp_epochs: int, nepochs: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
+                 warmup_teacher_temp_epochs: int, nepochs: int, student_temp: float = 0.1,
+                 center_momentum: float = 0.9) -> None:
         super().__init__()
         if ncrops < 2:
             raise ValueError(f"ncrops is {ncrops}: the loss compares two global crops with all others, so give at least 2.")
@@ -69,8 +70,9 @@ class DINOLoss(nn.Module):
         k = self.center.shape[1]
         images, rest = divmod(teacher_output.shape[0], 2) if teacher_output.ndim == 2 else (0, 1)
         if rest or not images or teacher_output.shape[1] != k or student_output.shape != (self.ncrops * images, k):
-            raise ValueError(f"student_output {tuple(student_output.shape)} and teacher_output {tuple(teacher_output.shape)} do not "
-                             f"fit: expected ({self.ncrops} B, {k}) and (2 B, {k}) for ncrops={self.ncrops} and out_dim={k}.")
+            raise ValueError(f"student_output {tuple(student_output.shape)} and teacher_output {tuple(teacher_output.shape)} "
+                             f"do not fit: expected ({self.ncrops} B, {k}) and (2 B, {k}) for ncrops={self.ncrops} and "
+                             f"out_dim={k}.")
         loss, entropy, teacher_sum = ops.dino_loss(
             student_output.unflatten(0, (self.ncrops, images)), teacher_output.detach().unflatten(0, (2, images)),
             self.center[0], self.student_temp, teacher_temp)
@@ -87,7 +89,8 @@ class DINOLoss(nn.Module):
             raise RuntimeError("there is nothing to average: call forward or accumulate before step.")
         sums, losses, entropies, rows = zip(*self._pending, strict=True)
         self._pending.clear()
-        total = torch.cat((torch.stack(sums).sum(0) / sum(rows), torch.stack((*losses, *entropies)).view(2, -1).mean(1))).float()
+        means = torch.stack((*losses, *entropies)).view(2, -1).mean(1)
+        total = torch.cat((torch.stack(sums).sum(0) / sum(rows), means)).float()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(total)
             total /= dist.get_world_size()

@@ -57,7 +57,7 @@ class Model(nn.Module):
         self.teacher.requires_grad_(False)
 
     def forward(self, crops: Sequence[Tensor], teacher_temp: float | Tensor) -> Tensor:
-        """crops: one tensor per size, crop-major: (2 B, 3, G, G) of the global crops, then (n B, 3, L, L) of the local ones. Loss ()."""
+        """crops: one tensor per size, crop-major: (2 B, 3, G, G) global, then (n B, 3, L, L) local. Returns the loss ()."""
         with torch.no_grad():
             teacher_output = self.teacher(crops[0])
         return self.dino_loss.accumulate(self.student(crops), teacher_output, teacher_temp)
@@ -80,20 +80,21 @@ class Model(nn.Module):
 
         loss = DINOLoss(cfg.out_dim, cfg.n_crops, cfg.warmup_teacher_temp, cfg.teacher_temp, cfg.warmup_teacher_temp_epochs,
                         cfg.epochs, cfg.student_temp, cfg.center_momentum)
-        return cls(MultiCropWrapper(student_backbone, head(cfg.norm_last_layer)), MultiCropWrapper(teacher_backbone, head(True)), loss)
+        student = MultiCropWrapper(student_backbone, head(cfg.norm_last_layer))
+        return cls(student, MultiCropWrapper(teacher_backbone, head(True)), loss)
 
 
 def build_backbone(cfg: Config, drop_path_rate: float) -> nn.Module:
     """A ViT, or a torchvision or timm model without its classifier. Raises `ValueError` for an unknown name."""
-    if cfg.arch in VITS:
-        make = getattr(vit, cfg.arch)
+    if cfg.vit is not None:
+        make = getattr(vit, cfg.vit)
         return make(patch_size=cfg.patch_size, drop_path_rate=drop_path_rate, img_size=(cfg.global_crops_size,))
     makers = {"torchvision": _from_torchvision, "timm": _from_timm}
     missing = []
     for package, make in makers.items():
         try:
             library = importlib.import_module(f"{package}.models" if package == "torchvision" else package)
-        except ImportError as error:
+        except Exception as error:             # one that was built for another torch raises all kinds
             missing.append(f"{package} ({error})")
             continue
         model = make(library, cfg.arch)
@@ -112,24 +113,23 @@ def _from_torchvision(library, arch: str) -> nn.Module | None:
             setattr(model, name, nn.Identity())
             return model
     raise ValueError(f"--arch {arch}: this torchvision model has no classifier that could be taken off; pass it through the "
-                     "Python API, dinofast.train(cfg, backbone=...).")
+                     "Python API, dinofast.train.train(cfg, backbone=...).")
 
 
 def _from_timm(library, arch: str) -> nn.Module | None:
     if not library.is_model(arch):
         return None
-    try:
-        return library.create_model(arch, pretrained=False, num_classes=0, dynamic_img_size=True)   # transformers: crops of two sizes
+    try:                                                                 # transformers must take crops of two sizes
+        return library.create_model(arch, pretrained=False, num_classes=0, dynamic_img_size=True)
     except TypeError:
         return library.create_model(arch, pretrained=False, num_classes=0)
 
 
 @torch.no_grad()
 def feature_width(backbone: nn.Module, image_size: int) -> int:
-    """D, the length of a backbone's features: declared by the module, or found by a trial image."""
-    for name in ("embed_dim", "num_features"):
-        if isinstance(getattr(backbone, name, None), int):
-            return getattr(backbone, name)
+    """D, the length of a backbone's features, found by a trial image unless it is one of our ViTs."""
+    if isinstance(backbone, vit.VisionTransformer):
+        return backbone.embed_dim
     training = backbone.training
     backbone.eval()                                                      # batch statistics must not see the trial
     features = backbone(torch.zeros(1, 3, image_size, image_size))

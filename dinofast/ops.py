@@ -1,5 +1,5 @@
-"""The seam between Python and the kernels. Per operation: the torch.library schema, CPU implementation (C++), fake, backward, and
-the public function with its checks. A call that no kernel can take goes to `dinofast.reference`.
+"""The seam between Python and the kernels. Per operation: the torch.library schema, CPU implementation (C++), fake, backward,
+and the public function with its checks. A call that no kernel can take goes to `dinofast.reference`.
 
 Axes: B images, V student crops (the first two global), K prototypes.
 """
@@ -88,8 +88,8 @@ def _array(x: Tensor) -> np.ndarray:
 # The kernel has the gradient in hand while it reads the logits, so the operation returns it, for an upstream of 1, and backward
 # only multiplies. In float16 it would underflow before the loss scale could lift it: there it is kept as
 # 2^14 (n_v softmax - Q_v), and backward applies the rest of the factor together with the upstream gradient.
-_library.define("dino_loss(Tensor student, Tensor teacher, Tensor center, float student_temp, Tensor teacher_temp, bool with_grad)"
-                " -> (Tensor loss, Tensor entropy, Tensor teacher_sum, Tensor grad)")
+_library.define("dino_loss(Tensor student, Tensor teacher, Tensor center, float student_temp, Tensor teacher_temp, "
+                "bool with_grad) -> (Tensor loss, Tensor entropy, Tensor teacher_sum, Tensor grad)")
 _HALF_GRAD_SCALE = 2.0 ** 14
 
 
@@ -160,9 +160,9 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: fl
               impl: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The DINO loss over materialised logits (arXiv 2104.14294, equation 2 with multi-crop); see `reference.dino_loss`.
 
-    student (V, B, K) with V >= 2, teacher (2, B, K), center (K,): float32, bfloat16, float16 or float64, all on one device; rows
-    may be strided. student_temp and teacher_temp > 0; teacher_temp may be a tensor of one number, which under torch.compile saves
-    recompiling when it changes. impl: None takes the fastest; "reference" or "cpp" that one or an error.
+    student (V, B, K) with V >= 2, teacher (2, B, K), center (K,): float32, bfloat16, float16 or float64, all on one device;
+    rows may be strided. student_temp and teacher_temp > 0; teacher_temp may be a tensor of one number, which under
+    torch.compile saves recompiling when it changes. impl: None takes the fastest; "reference" or "cpp" that one or an error.
     Returns the loss (), differentiable once in `student` only; the mean teacher entropy () in nats; the sum of the 2 B teacher
     rows (K,). All float32 (float64 for a float64 student), whatever autocast says. NaN or infinity gives a loss that is not
     finite, unless it means a probability of 0 (-inf in `teacher`, inf in `center`). The number of threads changes no bit.

@@ -16,7 +16,7 @@ from . import reference
 
 
 def param_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The official two groups: weights with decay, then biases and one-dimensional tensors without; frozen ones are left out."""
+    """The official two groups: weights with decay, then biases and one-dimensional tensors without; frozen ones left out."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [name.endswith(".bias") or p.ndim == 1 for name, p in named]
     return [{"params": [p for (_, p), is_plain in zip(named, plain, strict=True) if not is_plain]},
@@ -27,8 +27,8 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
     """What the three have in common: norms and clip, the decision to skip, the teacher's average.
 
     params: parameters or groups, as for any torch optimiser. student, teacher: modules with the same parameters in the same
-    order; `teacher <- momentum teacher + (1 - momentum) student` follows every step, for frozen parameters too, not for buffers.
-    clip_grad: largest L2 norm of each gradient tensor, 0 for none.
+    order; `teacher <- momentum teacher + (1 - momentum) student` follows every step, for frozen parameters too, not for
+    buffers. clip_grad: largest L2 norm of each gradient tensor, 0 for none.
 
     After a step `grad_norm` () is the norm of the whole gradient before clipping, `skipped` () the number of steps left out
     because a gradient was not finite; both stay on the device. `lr` and `weight_decay` of a group may be floats or tensors ().
@@ -46,7 +46,8 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
         pairs = list(zip(student.parameters(), teacher.parameters(), strict=True)) if student is not None else []
         for s, t in pairs:
             if s.shape != t.shape:
-                raise ValueError(f"student and teacher differ: a parameter is {tuple(s.shape)} here and {tuple(t.shape)} there.")
+                raise ValueError(f"student and teacher differ: a parameter is {tuple(s.shape)} here and {tuple(t.shape)} "
+                                 "there.")
         self._teacher_of = dict(pairs)
         self.clip_grad = clip_grad
         device = self.param_groups[0]["params"][0].device
@@ -56,7 +57,7 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None, *, momentum: float | Tensor | None = None,
              skip: Tensor | None = None) -> Tensor | None:
-        """One step. momentum: of the teacher's average, needed when there is a teacher. skip: bool tensor (), leave this one out."""
+        """One step. momentum: of the teacher's average, needed when there is a teacher. skip: bool tensor (), leave it out."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -106,7 +107,7 @@ def _share(momentum: float | Tensor, skip: Tensor) -> Tensor:
 
 
 class AdamWEMA(_StudentTeacherOptimizer):
-    """AdamW with per-tensor clipping and the teacher's average; its state_dict is interchangeable with `torch.optim.AdamW`'s."""
+    """AdamW with per-tensor clipping and the teacher's average; state interchangeable with `torch.optim.AdamW`'s."""
 
     def __init__(self, params: Iterable[Any], lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 1e-2, *, student: nn.Module | None = None,

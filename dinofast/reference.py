@@ -101,7 +101,7 @@ def ema_(teacher: Tensor, student: Tensor, share: float | Tensor) -> None:
 
 def sgd_(param: Tensor, grad: Tensor, buffer: Tensor, skip: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor,
          momentum: float) -> None:
-    """SGD with momentum as torch's: `b = momentum b + grad + weight_decay p; p = p - lr b`, in place; the identity where skip."""
+    """SGD with momentum as torch's, in place: `b = momentum b + grad + weight_decay p; p = p - lr b`; identity where skip."""
     one = 1.0 - skip.double()
     update = torch.where(skip, 0.0, grad + weight_decay * param)
     buffer.mul_(1 - (1 - momentum) * one).add_(update)

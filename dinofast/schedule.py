@@ -11,8 +11,9 @@ from torch import Tensor
 from .config import Config
 
 
-def cosine(base: float, final: float, epochs: int, steps_per_epoch: int, warmup_epochs: int = 0, start: float = 0.0) -> np.ndarray:
-    """One float64 value per step: linear from `start` to `base` (both included) over the warm-up, then half a cosine to `final`."""
+def cosine(base: float, final: float, epochs: int, steps_per_epoch: int, warmup_epochs: int = 0,
+           start: float = 0.0) -> np.ndarray:
+    """One float64 value per step: a linear warm-up from `start` to `base`, both included, then half a cosine to `final`."""
     warmup_steps = warmup_epochs * steps_per_epoch
     rest = epochs * steps_per_epoch - warmup_steps
     falling = final + 0.5 * (base - final) * (1 + np.cos(np.pi * np.arange(rest) / max(rest, 1)))

@@ -32,7 +32,7 @@ def loss_inputs(kind: str, crops: int, images: int, prototypes: int, dtype: torc
 
 
 def assert_no_worse(ours: Tensor, eager: Tensor, exact: Tensor, factor: float = 2.0, terms: float = 0.0) -> None:
-    """Assert that the error of `ours` against `exact` (float64) is at most `factor` times that of `eager`, same dtype as `ours`.
+    """Assert that the error of `ours` against `exact` (float64) is at most `factor` times that of `eager` (dtype of `ours`).
 
     Both the largest and the root mean square error count. As eager may be exact by luck, one float32 rounding is granted
     on top: of the value, and once of `terms`, the size of the terms whose difference the value is.
@@ -43,8 +43,8 @@ def assert_no_worse(ours: Tensor, eager: Tensor, exact: Tensor, factor: float = 
     granted = torch.finfo(torch.float32).eps
     for name, size, extra in (("largest", _largest, terms), ("root mean square", _rms, terms / ours.numel() ** 0.5)):
         limit = factor * size(eager_off) + granted * (size(values) + extra)
-        assert size(ours_off) <= limit, (f"{name} error {size(ours_off):.3g}, above {limit:.3g}; eager's is {size(eager_off):.3g}, "
-                                         f"the values' size {size(values):.3g}")
+        assert size(ours_off) <= limit, (f"{name} error {size(ours_off):.3g}, above {limit:.3g}; eager's is "
+                                         f"{size(eager_off):.3g}, the values' size {size(values):.3g}")
 
 
 def _largest(x: Tensor) -> float:

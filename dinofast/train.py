@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 from . import checkpoint, dist, ops
 from .config import Config
 from .data import Loader, make_loader
-from .log import EpochSums, Interrupted, Run, StopSignal
+from .log import EpochSums, Interrupted, Run, StopSignal, counting
 from .model import Model
 from .optim import OPTIMIZERS, param_groups
 from .schedule import Schedule
@@ -24,10 +26,13 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
     """Pretrain as `cfg` says, resuming what `cfg.output_dir` holds; returns the path of the last checkpoint.
 
-    backbone: makes any module that maps images (B, 3, h, w) to features (B, D), instead of `cfg.arch`.
+    backbone: makes any module that maps images (B, 3, h, w) to features (B, D); `cfg.arch` is then only a word in the log.
     Raises `ValueError` for options, data or a checkpoint that cannot be right (before anything is written), `log.Interrupted`
     after SIGINT or SIGTERM with everything saved, `log.Diverged` when the loss stays non-finite.
     """
+    if backbone is not None:
+        name = getattr(backbone, "__name__", "<lambda>")
+        cfg = replace(cfg, arch="own backbone" if name == "<lambda>" else name)         # its crops need not be whole patches
     cfg.check()
     with StopSignal() as stop, dist.session(cfg.device, cfg.dist_url) as process:
         return _train(cfg, backbone, process, stop)
@@ -42,20 +47,28 @@ def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.
     # ---- model, data, optimiser
     model = Model.from_config(cfg, backbone).to(device)
     parallel = _distribute(model, process)
-    optimizer = OPTIMIZERS[cfg.optimizer](param_groups(model.student), student=model.student, teacher=model.teacher, clip_grad=cfg.clip_grad)
+    optimizer = OPTIMIZERS[cfg.optimizer](param_groups(model.student), student=model.student, teacher=model.teacher,
+                                          clip_grad=cfg.clip_grad)
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
-    position, changed = checkpoint.restore(path, model, optimizer, scaler, cfg) if path.exists() else (checkpoint.Position(), [])
+    position, changed = checkpoint.Position(), []
+    if path.exists():
+        position, changed = checkpoint.restore(path, model, optimizer, scaler, cfg)
     process.barrier()                                     # nobody writes here before everybody has read
     output_dir.mkdir(parents=True, exist_ok=True)
-    loader = make_loader(cfg, rank=process.rank, world=process.world, device=device)
+    loader = make_loader(cfg, rank=process.rank, world=process.world, device=device,
+                         on_progress=counting("images looked at", process.is_main))
+    if not process.all_equal(loader.n_images):
+        raise ValueError(f"process {process.rank} finds {loader.n_images} usable images in --data_path {cfg.data_path}, others "
+                         "find another number: all processes must see the same files.")
     per_epoch, batch = loader.steps_per_epoch, cfg.batch_size_per_gpu * cfg.accumulate * process.world
     schedule = Schedule(cfg, per_epoch, process.world, device)
-    start, restart_note = _first_step(position, loader.n_images, per_epoch, batch)
+    start, inexact = _first_step(position, loader.n_images, per_epoch, batch)
     loader.seek(start)
-    sums = EpochSums(device, position.sums if start % per_epoch else [])
-    run = Run(output_dir, process.is_main, steps_per_epoch=per_epoch, epochs=cfg.epochs, images_per_step=batch, out_dim=cfg.out_dim)
+    sums = EpochSums(device, position.sums if start % per_epoch and not inexact else [])
+    run = Run(output_dir, process.is_main, steps_per_epoch=per_epoch, epochs=cfg.epochs, images_per_step=batch,
+              out_dim=cfg.out_dim)
     run.drop_after(start // per_epoch)
-    _introduce(run, cfg, process, model, loader, precision, start, path, changed + restart_note)
+    _introduce(run, cfg, process, model, loader, precision, start, path, changed + inexact)
 
     def save(step: int, keep: bool = False) -> None:
         if process.is_main:
@@ -97,22 +110,23 @@ def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.
 
                 done = step + 1
                 ends_epoch = done % per_epoch == 0
+                stopping = process.world == 1 and bool(stop.signum)
                 if done % cfg.log_steps == 0 or ends_epoch:
                     now = sums.read()                                         # the only wait for the device
-                    run.show(done, now, int(optimizer.skipped), schedule.lr[step], loader.wait_s)
+                    stopping = process.any(bool(stop.signum))
+                    run.show(done, now, schedule.lr[step], loader.wait_s)
+                    run.tell_refused(loader.refused, output_dir / "refused.txt")
                     if ends_epoch:
                         this = slice(epoch * per_epoch, done)
                         run.end_epoch(epoch, now, schedule.lr[this].mean(), schedule.weight_decay[this].mean())
                         sums.clear()
                         save(done, keep=bool(cfg.saveckp_freq) and epoch % cfg.saveckp_freq == 0)
-                    elif process.world > 1 and process.any(bool(stop.signum)):
-                        stop.signum = stop.signum or 15
-                if not ends_epoch and cfg.saveckp_steps and done % cfg.saveckp_steps == 0:
+                if not ends_epoch and (stopping or (cfg.saveckp_steps and done % cfg.saveckp_steps == 0)):
                     save(done)
-                if stop.signum and (process.world == 1 or done % cfg.log_steps == 0 or ends_epoch):
-                    save(done)
-                    raise Interrupted(stop.signum, f"stopped after step {done} of {schedule.total}, saved in '{path}'; the same command "
-                                                   "goes on from there.")
+                if stopping:
+                    process.barrier()                                         # nobody leaves before it is saved
+                    raise Interrupted(stop.signum or signal.SIGTERM, f"stopped after step {done} of {schedule.total}, saved in "
+                                      f"'{path}'; the same command goes on from there.")
     finally:
         loader.close()
     run.say(f"done: {schedule.total} steps, teacher and student in '{path}'")
@@ -136,7 +150,8 @@ def _first_step(position: checkpoint.Position, n_images: int, per_epoch: int, ba
         return position.epoch * per_epoch, []
     start = position.epoch * per_epoch
     if position.n_images != n_images:
-        return start, [f"the data set had {position.n_images} images and has {n_images} now: epoch {position.epoch + 1} starts anew"]
+        return start, [f"the data set had {position.n_images} images and has {n_images} now: "
+                       f"epoch {position.epoch + 1} starts anew"]
     inside, rest = divmod(position.images_in_epoch, batch)
     if rest:
         return start + inside, [f"the global batch is now {batch}: the last {rest} images before the save are seen again"]
@@ -149,16 +164,18 @@ def _step_seed(seed: int, step: int, micro: int, rank: int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _introduce(run: Run, cfg: Config, process: dist.Process, model: Model, loader: Loader, precision: str, start: int, path: Path,
-               notes: list[str]) -> None:
+def _introduce(run: Run, cfg: Config, process: dist.Process, model: Model, loader: Loader, precision: str, start: int,
+               path: Path, notes: list[str]) -> None:
     parameters = sum(p.numel() for p in model.student.parameters())
-    name = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    on_gpu = process.device.type == "cuda"
+    name = torch.cuda.get_device_name(process.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     run.say(f"{loader.n_images} images, {loader.steps_per_epoch} steps an epoch, {run.images_per_step} images a step; "
             f"{cfg.arch}: {parameters / 1e6:.2f} M parameters; {name}, {precision}, {process.world} process(es)")
     run.say(f"loss: {ops.paths()['dino_loss'][process.device.type]}")
-    if loader.refused:
-        run.say(f"{len(loader.refused)} unreadable image(s) left out, listed in '{Path(cfg.output_dir) / 'refused.txt'}'")
-    if start:
+    run.tell_refused(loader.refused, Path(cfg.output_dir) / "refused.txt")
+    if start >= cfg.epochs * loader.steps_per_epoch:
+        run.say(f"nothing left to do: '{path}' has {start} steps behind it; raise --epochs to go on")
+    elif start:
         run.say(f"resumed from '{path}' after step {start} (epoch {start // loader.steps_per_epoch + 1} of {cfg.epochs})")
     for note in notes:
         run.say(f"note: {note}")

@@ -5,7 +5,6 @@ Axes: B images, N tokens (CLS first), D width, H heads.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -15,9 +14,11 @@ from torch import Tensor, nn
 
 from .attention import attention, attention_weights
 
+_LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
+
 
 class DropPath(nn.Module):
-    """Stochastic depth by sample (arXiv 1603.09382): zero the branch with probability `rate`, scale it by 1 / (1 - rate) otherwise."""
+    """Stochastic depth by sample (arXiv 1603.09382): the branch is 0 with probability `rate`, else scaled by 1 / (1 - rate)."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -90,11 +91,13 @@ class VisionTransformer(nn.Module):
     """
 
     def __init__(self, img_size: Sequence[int] = (224,), patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768,
-                 depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, qkv_bias: bool = True, drop_path_rate: float = 0.0,
-                 norm_layer: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6), init_std: float | str = 0.02) -> None:
+                 depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, qkv_bias: bool = True,
+                 drop_path_rate: float = 0.0, norm_layer: Callable[[int], nn.Module] = _LAYER_NORM,
+                 init_std: float | str = 0.02) -> None:
         super().__init__()
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: choose one that divides the other.")
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: choose one that divides the "
+                             "other.")
         self.num_features = self.embed_dim = embed_dim
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.grid = img_size[0] // patch_size
@@ -110,9 +113,9 @@ class VisionTransformer(nn.Module):
                 init_linear_(module, module.in_features**-0.5 if init_std == "fan_in" else float(init_std))
 
     def interpolate_pos_encoding(self, h: int, w: int) -> Tensor:
-        """Positions (1, N, D) for images of h x w pixels: the learned ones, or these resampled bicubically as the official code does.
+        """Positions (1, N, D) for images of h x w pixels: the learned ones, or these resampled bicubically as officially done.
 
-        The official scale factor carries + 0.1 against rounding, which shifts the sampling grid; kept, or the results would differ.
+        The official scale factor carries + 0.1 against rounding, which shifts the sampling grid; kept, or results would differ.
         """
         if h == w and h // self.patch_embed.patch_size == self.grid:
             return self.pos_embed
@@ -180,4 +183,5 @@ def vit_base(patch_size: int = 16, drop_path_rate: float = 0.0, **options) -> Vi
 def vit_nano(patch_size: int = 4, drop_path_rate: float = 0.0, **options) -> VisionTransformer:
     """Not an official size: width 64, 2 blocks, 2 heads, 0.11 M parameters, learns from 32-pixel crops in minutes on a CPU."""
     options = {"img_size": (32,), "init_std": "fan_in", **options}
-    return VisionTransformer(patch_size=patch_size, embed_dim=64, depth=2, num_heads=2, drop_path_rate=drop_path_rate, **options)
+    return VisionTransformer(patch_size=patch_size, embed_dim=64, depth=2, num_heads=2, drop_path_rate=drop_path_rate,
+                             **options)

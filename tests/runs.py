@@ -9,13 +9,14 @@ import torch
 from dinofast import checkpoint
 
 SMALL = ("--arch vit_nano --patch_size 4 --global_crops_size 16 --local_crops_size 8 --local_crops_number 2 --out_dim 64 "
-         "--head_hidden_dim 32 --head_bottleneck_dim 16 --batch_size_per_gpu 4 --epochs 3 --warmup_epochs 1 --lr 0.1 --num_workers 1 "
-         "--freeze_last_layer 1 --norm_last_layer false --device cpu").split()
+         "--head_hidden_dim 32 --head_bottleneck_dim 16 --batch_size_per_gpu 4 --epochs 3 --warmup_epochs 1 --lr 0.1 "
+         "--num_workers 1 --freeze_last_layer 1 --norm_last_layer false --device cpu").split()
 
 
 def command(data: Path, out: Path, *more: str, processes: int = 1) -> list[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    return [sys.executable, *launch, "-m", "dinofast", "pretrain", "--data_path", str(data), "--output_dir", str(out), *SMALL, *more]
+    return [sys.executable, *launch, "-m", "dinofast", "pretrain",
+            "--data_path", str(data), "--output_dir", str(out), *SMALL, *more]
 
 
 def start(*args: object, **options: object) -> subprocess.Popen:

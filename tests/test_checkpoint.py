@@ -5,7 +5,7 @@ import golden
 import pytest
 import torch
 
-from dinofast import AdamWEMA, DINOHead, checkpoint, load_backbone, param_groups, vit_tiny
+from dinofast import SGDEMA, AdamWEMA, DINOHead, checkpoint, load_backbone, param_groups, vit_nano, vit_tiny
 from dinofast.config import Config
 from dinofast.model import Model
 
@@ -25,7 +25,7 @@ def saved(folder, cfg=CFG):
     optimizer.step(momentum=0.9)
     model.dino_loss.step()
     path = folder / "checkpoint.pth"
-    checkpoint.save(path, model, optimizer, torch.amp.GradScaler("cpu"), cfg, checkpoint.Position(7, 1, 12, 40, [1.5] * 6))
+    checkpoint.save(path, model, optimizer, torch.amp.GradScaler("cpu"), cfg, checkpoint.Position(7, 1, 12, 40, [1.5] * 7))
     return path, model, optimizer
 
 
@@ -51,7 +51,7 @@ def test_restore_is_exact(tmp_path):
     other = Config(**{**CFG.to_dict(), "seed": 5, "lr": 0.1})
     model2, optimizer2 = parts(other)
     position, changed = checkpoint.restore(path, model2, optimizer2, None, other)
-    assert position == checkpoint.Position(7, 1, 12, 40, [1.5] * 6)
+    assert position == checkpoint.Position(7, 1, 12, 40, [1.5] * 7)
     assert changed == ["--lr was 0.0005 and is now 0.1", "--seed was 0 and is now 5"]
     torch.testing.assert_close(model2.state_dict(), model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(optimizer2.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
@@ -60,7 +60,12 @@ def test_restore_is_exact(tmp_path):
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     path, model, optimizer = saved(tmp_path)
     before = path.read_bytes()
-    monkeypatch.setattr(torch, "save", lambda state, file: (file.write(b"half"), (_ for _ in ()).throw(OSError("disk full")))[0])
+
+    def half(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save(path, model, optimizer, None, CFG, checkpoint.Position())
     assert path.read_bytes() == before
@@ -107,9 +112,26 @@ def test_nothing_is_half_loaded(tmp_path):
     wider = Config(**{**CFG.to_dict(), "out_dim": 33})
     model, optimizer = parts(wider)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"does not fit this student: 'head.last_layer.weight_g' is \(32, 1\) in the file and \(33, 1\) "
-                                         "here, saved with --arch vit_nano"):
+    with pytest.raises(ValueError, match=r"does not fit this student: 'head.last_layer.weight_g' is \(32, 1\) in the file and "
+                                         r"\(33, 1\) here, saved with --arch vit_nano"):
         checkpoint.restore(path, model, optimizer, None, wider)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("content", [b"texts begin anyhow", b"a", b"some", b"ends", b"\x80\x02]", b"PK\x03\x04 no zip"])
+def test_whatever_a_file_begins_with_is_named(content, tmp_path):
+    (tmp_path / "notes.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        checkpoint.read(tmp_path / "notes.pth")
+
+
+def test_another_optimizer_is_named_before_anything_is_loaded(tmp_path):
+    path, _, _ = saved(tmp_path)
+    model, _ = parts(Config(**{**CFG.to_dict(), "seed": 3}))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    sgd = SGDEMA(param_groups(model.student), student=model.student, teacher=model.teacher)
+    with pytest.raises(ValueError, match="another optimiser .--optimizer adamw."):
+        checkpoint.restore(path, model, sgd, None, CFG)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
@@ -129,6 +151,14 @@ def test_backbone_of_published_weights(tmp_path):
     backbone = load_backbone(tmp_path / "dino_vit.pth")
     x = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(backbone(x), published(x), rtol=0, atol=0)
+
+
+def test_backbone_of_your_own_takes_the_weights(tmp_path):
+    path, model, _ = saved(tmp_path)
+    own = vit_nano(patch_size=4, img_size=(16,))
+    assert load_backbone(path, backbone=own) is own and torch.equal(own.pos_embed, model.teacher.backbone.pos_embed)
+    with pytest.raises(ValueError, match="does not fit this backbone"):
+        load_backbone(path, backbone=torch.nn.Linear(2, 2))
 
 
 def test_backbone_that_does_not_fit_is_named(tmp_path):

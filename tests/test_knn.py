@@ -41,9 +41,8 @@ def test_lengths_of_the_features_do_not_matter(golden):
 
 def test_fewer_than_100_test_images(golden):
     train, labels, test, truth = four(golden, n_test=7)
-    top1, top5 = knn_classify(train, labels, test, truth, k=10)
     alone = [knn_classify(train, labels, test[i:i + 1], truth[i:i + 1], k=10) for i in range(7)]
-    assert (top1, top5) == pytest.approx(tuple(np.mean(alone, axis=0)))
+    assert knn_classify(train, labels, test, truth, k=10) == tuple(sum(percent) / 7 for percent in zip(*alone, strict=True))
 
 
 def test_votes_by_hand():
@@ -54,6 +53,7 @@ def test_votes_by_hand():
     assert knn_classify(train, labels, test, truth, k=3, temperature=0.14)[0] == 100
     assert knn_classify(train, labels, test, truth, k=3, temperature=0.15)[0] == 0
     assert knn_classify(train, labels, test, truth, k=1, temperature=0.15)[0] == 100
+    assert knn_classify(train, labels, test, truth + 1, k=1) == (0, 0)         # one neighbour names one class, not five
 
 
 def test_one_class_and_fewer_than_five():
@@ -61,7 +61,7 @@ def test_one_class_and_fewer_than_five():
     assert knn_classify(features, labels, features[:2], labels[:2], k=6) == (100.0, 100.0)
     assert knn_classify(features, labels + 2, features[:2], labels[:2] + 1, k=6, n_classes=3)[0] == 0.0
     three = torch.arange(6) % 3
-    assert knn_classify(features, three, features, (three + 1) % 3, k=6)[1] == 100.0      # top-5 of three classes is all of them
+    assert knn_classify(features, three, features, (three + 1) % 3, k=6)[1] == 100.0     # top-5 of three is all of them
 
 
 def test_ties_go_to_the_first_class():
@@ -86,11 +86,11 @@ def test_nothing_to_classify(golden):
 # ---- images
 
 @pytest.mark.parametrize(("size", "resized"), [((100, 75), (341, 256)), ((75, 100), (256, 341)), ((256, 256), (256, 256)),
-                                               ((301, 500), (256, 425))])
+                                               ((60, 100), (256, 426))])
 def test_transform_rounds_as_torchvision(size, resized):
     """torchvision: the long side is int(256 * long / short), the crop starts at int(round((side - 224) / 2)), half to even."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    left, top = ({256: 16, 341: 58, 425: 100}[side] for side in resized)       # 58.5 -> 58 and 100.5 -> 100, not 59 and 101
+    left, top = ({256: 16, 341: 58, 426: 101}[side] for side in resized)       # 341.3 -> 341, 58.5 -> 58; 426.7 -> 426
     expected = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))[top:top + 224, left:left + 224] / 255
     expected = (expected - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     result = EvalTransform()(image)
@@ -119,7 +119,8 @@ class MeanPixel(nn.Module):
 @pytest.fixture
 def mean_pixel(monkeypatch):
     monkeypatch.setattr(knn_module, "load_backbone", lambda *args: MeanPixel())
-    return {"pretrained_weights": "none.pth", "resize": 8, "crop": 8, "num_workers": 0, "device": "cpu"}
+    monkeypatch.setattr(knn_module, "arguments", lambda path: {"global_crops_size": 14})
+    return {"pretrained_weights": "none.pth", "num_workers": 0, "device": "cpu"}
 
 
 def test_official_folders(tmp_path, capsys, mean_pixel):
@@ -130,6 +131,7 @@ def test_official_folders(tmp_path, capsys, mean_pixel):
     assert knn(data_path=tmp_path, **mean_pixel) == {10: (100.0, 100.0), 20: (100.0, 100.0)}
     said = capsys.readouterr().out
     assert "10-NN classifier result: Top1: 100.0, Top5: 100.0" in said
+    assert "Shorter side 16, centre crop 14." in said                          # as the checkpoint was trained
     assert "Left out: k = 100, 200, more than the 21 training images" in said
     assert "broken.jpg" in said and "notes.txt" not in said
     with pytest.raises(ValueError, match="--nb_knn is 50 but there are only 21 training images"):

@@ -18,19 +18,19 @@ def test_sums_leave_out_what_is_not_finite_and_go_on_after_a_save():
     sums.add(torch.tensor([1.0, 2, math.nan, 4, 5]))
     resumed = EpochSums(torch.device("cpu"), sums.read())
     resumed.add(torch.tensor([2.0, 2, 3, 4, 5]))
-    assert resumed.read() == [3, 4, 6, 8, 10, 2]
+    assert resumed.read() == [3, 4, 6, 8, 10, 2, 3]
 
 
 def test_epoch_line(tmp_path, capsys):
-    run(tmp_path).end_epoch(1, [8.0, 4.0, 4.0, 2.0, 6.0, 4], 0.1, 0.2)
+    run(tmp_path).end_epoch(1, [8.0, 4.0, 4.0, 2.0, 6.0, 4, 4], 0.1, 0.2)
     line = json.loads((tmp_path / "log.txt").read_text())
-    assert line == {"train_loss": 2.0, "train_lr": 0.1, "train_wd": 0.2, "epoch": 1, "train_teacher_entropy": 1.0, "train_kl": 1.0,
-                    "train_center_norm": 0.5, "train_grad_norm": 1.5, "skipped_steps": 0}
+    assert line == {"train_loss": 2.0, "train_lr": 0.1, "train_wd": 0.2, "epoch": 1, "train_teacher_entropy": 1.0,
+                    "train_kl": 1.0, "train_center_norm": 0.5, "train_grad_norm": 1.5, "skipped_steps": 0}
     assert "warning" not in capsys.readouterr().out
 
 
 def test_epoch_without_a_single_good_step(tmp_path):
-    run(tmp_path).end_epoch(0, [0.0] * 6, 0.1, 0.2)
+    run(tmp_path).end_epoch(0, [0.0] * 6 + [4], 0.1, 0.2)
     line = json.loads((tmp_path / "log.txt").read_text())
     assert line["train_loss"] is None and line["skipped_steps"] == 4
 
@@ -45,13 +45,27 @@ def test_a_log_without_checkpoint_is_set_aside(tmp_path):
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n')
     run(tmp_path).drop_after(0)
     assert not (tmp_path / "log.txt").exists() and (tmp_path / "log.old.txt").read_text() == '{"epoch": 0}\n'
+    (tmp_path / "log.txt").write_text('{"epoch": 1}\n')
+    run(tmp_path).drop_after(0)
+    assert (tmp_path / "log.old1.txt").exists() and (tmp_path / "log.old.txt").read_text() == '{"epoch": 0}\n'
+
+
+def test_refused_images_are_told_once(tmp_path, capsys):
+    r = run(tmp_path)
+    refused = [("a.jpg", "empty file")]
+    r.tell_refused(refused, tmp_path)
+    r.tell_refused(refused, tmp_path)
+    r.tell_refused([*refused, ("b.jpg", "text")], tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "1 unreadable" in said[0] and "a.jpg (empty file)" in said[0] and "b.jpg (text)" in said[1]
 
 
 LOG_K = math.log(4096)
 
 
 @pytest.mark.parametrize("loss, entropy, words", [
-    (LOG_K, LOG_K, "sits at log K = 8.318"), (LOG_K, 0.5, None), (4.0, 3.0, None), (0.01, 0.001, "near 0"), (5.0, 0.01, "near 0"),
+    (LOG_K, LOG_K, "sits at log K = 8.318"), (LOG_K, 0.5, None), (4.0, 3.0, None),
+    (0.01, 0.001, "near 0"), (5.0, 0.01, "near 0"),
 ])
 def test_collapse_is_said_in_words(loss, entropy, words):
     said = collapse_warning(loss, entropy, LOG_K)
@@ -60,14 +74,14 @@ def test_collapse_is_said_in_words(loss, entropy, words):
 
 def test_collapse_is_shown_at_the_end_of_an_epoch(tmp_path, capsys):
     uniform = math.log(64)
-    run(tmp_path).end_epoch(0, [4 * uniform, 4 * uniform, 0.0, 0.0, 0.0, 4], 0.1, 0.2)
+    run(tmp_path).end_epoch(0, [4 * uniform, 4 * uniform, 0.0, 0.0, 0.0, 4, 4], 0.1, 0.2)
     assert "warning, epoch 1: the loss 4.159 sits at log K" in capsys.readouterr().out
 
 
 def test_plain_lines_say_what_a_person_wants_to_know(tmp_path, capsys):
     r = run(tmp_path)
-    with r.live(0, [0.0] * 6):
-        r.show(12, [24.0, 0, 0, 0, 0, 12], 0, 0.001, 0.0)
+    with r.live(0, [0.0] * 7):
+        r.show(12, [24.0, 0, 0, 0, 0, 12, 12], 0.001, 0.0)
     line = capsys.readouterr().out
     assert "epoch 3/3  step 12  loss 2.0000  lr 1.00e-03" in line and "images/s  data wait 0%  ETA 0:00:00" in line
 
@@ -81,7 +95,7 @@ def test_live_bar_on_a_terminal(tmp_path):
 
     code = ("from pathlib import Path; from dinofast.log import Run; "
             "r = Run(Path('.'), True, steps_per_epoch=4, epochs=3, images_per_step=8, out_dim=64)\n"
-            "with r.live(0, [0.0] * 6): r.show(4, [8.0, 0, 0, 0, 0, 4], 0, 0.001, 0.0); r.say('a word [in] between')")
+            "with r.live(0, [0.0] * 7): r.show(4, [8.0, 0, 0, 0, 0, 4, 4], 0.001, 0.0); r.say('a word [in] between')")
     main, other = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", code], stdout=other, stderr=other, cwd=tmp_path,
                                env={**os.environ, "COLUMNS": "150", "TERM": "xterm"})
@@ -101,12 +115,12 @@ def test_live_bar_on_a_terminal(tmp_path):
 
 def test_gives_up_after_many_bad_steps(tmp_path):
     r = run(tmp_path, steps_per_epoch=100)
-    with r.live(0, [0.0] * 6):
-        r.show(10, [0.0] * 6, 10, 0.001, 0.0)
-        r.show(15, [5.0, 0, 0, 0, 0, 1], 14, 0.001, 0.0)          # one good step in between
-        r.show(25, [5.0, 0, 0, 0, 0, 1], 24, 0.001, 0.0)
+    with r.live(0, [0.0] * 7):
+        r.show(10, [0.0] * 6 + [10], 0.001, 0.0)
+        r.show(15, [5.0, 0, 0, 0, 0, 1, 15], 0.001, 0.0)          # one good step in between
+        r.show(25, [5.0, 0, 0, 0, 0, 1, 25], 0.001, 0.0)
         with pytest.raises(Diverged, match="20 steps in a row"):
-            r.show(35, [5.0, 0, 0, 0, 0, 1], 34, 0.001, 0.0)
+            r.show(35, [5.0, 0, 0, 0, 0, 1, 35], 0.001, 0.0)
 
 
 def test_signals_are_noted_and_handed_back():
@@ -120,4 +134,4 @@ def test_signals_are_noted_and_handed_back():
 
 
 def test_metrics_and_sums_agree():
-    assert len(EpochSums(torch.device("cpu"), []).read()) == len(METRICS) + 1
+    assert len(EpochSums(torch.device("cpu"), []).read()) == len(METRICS) + 2

@@ -32,7 +32,8 @@ def close(a, b, **tolerance):
 
 
 PAIRS = {
-    "adamw": (lambda g, **k: AdamWEMA(g, lr=0.01, weight_decay=0.1, **k), lambda g: torch.optim.AdamW(g, lr=0.01, weight_decay=0.1)),
+    "adamw": (lambda g, **k: AdamWEMA(g, lr=0.01, weight_decay=0.1, **k),
+              lambda g: torch.optim.AdamW(g, lr=0.01, weight_decay=0.1)),
     "sgd": (lambda g, **k: SGDEMA(g, lr=0.01, momentum=0.9, weight_decay=0.1, **k),
             lambda g: torch.optim.SGD(g, lr=0.01, momentum=0.9, weight_decay=0.1)),
 }
@@ -94,7 +95,9 @@ def test_clip_is_per_tensor_and_teacher_follows(name):
     assert not torch.equal(teacher[2].weight, small_model()[2].weight)
 
 
-@pytest.mark.parametrize("make", [PAIRS["adamw"][0], PAIRS["sgd"][0], lambda g, **k: LARSEMA(g, lr=0.01, weight_decay=0.1, **k)])
+@pytest.mark.parametrize("make", [
+    PAIRS["adamw"][0], PAIRS["sgd"][0], lambda g, **k: LARSEMA(g, lr=0.01, weight_decay=0.1, **k),
+])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing(make, poison):
     model = small_model()

@@ -10,8 +10,8 @@ from test_resume import wait_for
 
 from dinofast import checkpoint
 
-# Sums run in another order, and Adam's first steps turn rounding of gradients near zero into whole steps of the learning rate
-# (0.1 x 8 / 256 = 3e-3 at its peak), so weights are held to a tenth of that and the losses to 1e-4.
+# Sums run in another order, so losses are held to 1e-4 relative and weights to 1e-4 absolute. SGD, because Adam's first steps
+# turn the rounding of a gradient near zero into a whole step of the learning rate.
 OPTIONS = ("--drop_path_rate", "0", "--optimizer", "sgd", "--lr", "0.5")
 
 
@@ -37,16 +37,16 @@ def losses(out):
 def test_same_trajectory_as_one_process(alone, together):
     assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
     one, two = (checkpoint.read(out / "checkpoint.pth") for out in (alone, together))
-    start_of_run = torch.zeros(1)
     for part in ("student", "teacher", "dino_loss"):
         for name, value in one[part].items():
             torch.testing.assert_close(two[part][name], value, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    assert one["dino_loss"]["center"].norm() > start_of_run
+    assert one["dino_loss"]["center"].any()
 
 
 def test_a_run_may_change_its_number_of_processes(alone, photographs, tmp_path):
     """Stopped with two processes in the middle of an epoch, finished by one."""
-    process = start(photographs, tmp_path, "--batch_size_per_gpu", "4", "--saveckp_steps", "1", "--log_steps", "1", *OPTIONS, processes=2)
+    process = start(photographs, tmp_path, "--batch_size_per_gpu", "4", "--saveckp_steps", "1", "--log_steps", "1", *OPTIONS,
+                    processes=2)
     wait_for(tmp_path / "checkpoint.pth", process)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)

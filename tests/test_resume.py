@@ -14,10 +14,13 @@ def unbroken(photographs, tmp_path_factory):
     return out
 
 
-def wait_for(path, process, seconds=60):
+def wait_for(path, process, newer_than=0, seconds=60):
+    """Until the file has been written (again)."""
     end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+    while not path.exists() or path.stat().st_mtime_ns <= newer_than:
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise AssertionError(f"'{path}' was not written:\n{process.communicate()[0]}")
         time.sleep(0.01)
 
 
@@ -27,16 +30,17 @@ def test_killed_at_random_moments_and_resumed(unbroken, photographs, tmp_path):
     print(f"moments drawn with seed {seed}")
     moments = random.Random(seed)
     options = ("--drop_path_rate", "0.3", "--saveckp_steps", "2")
-    kills = 0
+    path, kills, written = tmp_path / "checkpoint.pth", 0, 0
     for _ in range(3):
         process = start(photographs, tmp_path, *options)
-        wait_for(tmp_path / "checkpoint.pth", process)
-        time.sleep(moments.uniform(0, 0.3))
+        wait_for(path, process, newer_than=written)
+        time.sleep(moments.uniform(0, 0.1))
         process.kill()
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
+        written = path.stat().st_mtime_ns
     said = finish(photographs, tmp_path, *options)
-    assert kills and "resumed from" in said
+    assert kills == 3 and "resumed from" in said
     assert_same_run(unbroken, tmp_path)
 
 
@@ -55,7 +59,7 @@ def test_signals_save_and_end_cleanly(signum, unbroken, photographs, tmp_path):
 def test_a_finished_run_has_nothing_left_to_do(unbroken, photographs):
     before = (unbroken / "log.txt").read_bytes()
     said = finish(photographs, unbroken, "--drop_path_rate", "0.3")
-    assert "resumed from" in said and (unbroken / "log.txt").read_bytes() == before
+    assert "nothing left to do" in said and (unbroken / "log.txt").read_bytes() == before
 
 
 def test_changed_options_are_told(unbroken, photographs, tmp_path):

@@ -6,8 +6,9 @@ import types
 import golden
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinofast import VisionTransformer, checkpoint
+from dinofast import VisionTransformer, checkpoint, ops
 from dinofast import train as train_module
 from dinofast.config import Config
 from dinofast.head import DINOHead
@@ -16,10 +17,10 @@ from dinofast.model import Model, MultiCropWrapper
 from dinofast.optim import AdamWEMA
 
 GOLDEN = Config(arch="vit_tiny", patch_size=8, out_dim=160, head_hidden_dim=64, head_bottleneck_dim=24, norm_last_layer=False,
-                local_crops_number=4, global_crops_size=32, local_crops_size=16, batch_size_per_gpu=4, epochs=4, warmup_epochs=1,
-                lr=0.002 * 256 / 4, min_lr=1e-5, weight_decay=0.04, weight_decay_end=0.4, momentum_teacher=0.9, clip_grad=0.05,
-                freeze_last_layer=1, warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=2, drop_path_rate=0.0,
-                log_steps=1, device="cpu")
+                local_crops_number=4, global_crops_size=32, local_crops_size=16, batch_size_per_gpu=4, epochs=4,
+                warmup_epochs=1, lr=0.002 * 256 / 4, min_lr=1e-5, weight_decay=0.04, weight_decay_end=0.4, momentum_teacher=0.9,
+                clip_grad=0.05, freeze_last_layer=1, warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=2,
+                drop_path_rate=0.0, log_steps=1, device="cpu")
 
 
 def golden_backbone():
@@ -69,7 +70,7 @@ def official(monkeypatch):
                                 float(arguments["momentum"])))
             return super().step(*args, **arguments)
 
-    def show(self, step, sums, skipped, lr, wait_s):
+    def show(self, step, sums, lr, wait_s):
         total = sum(seen.losses[-((step - 1) % 2):]) if (step - 1) % 2 else 0.0
         seen.losses.append(sums[0] - total)
 
@@ -184,6 +185,49 @@ def test_other_optimizers_train(optimizer, monkeypatch, tmp_path):
     moved = checkpoint.read(path)["student"]["module.backbone.blocks.0.attn.qkv.weight"]
     torch.manual_seed(0)
     assert not torch.equal(moved, golden_backbone().blocks[0].attn.qkv.weight)
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: a value that is read, by torch itself or by us in Python."""
+
+    OURS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.reads = 0
+        for name in self.OURS:
+            monkeypatch.setattr(torch.Tensor, name, self.counting(getattr(torch.Tensor, name)))
+
+    def counting(self, inner):
+        def read(*args, **arguments):
+            self.reads += 1
+            return inner(*args, **arguments)
+
+        return read
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of_a_run(tmp_path, steps, **changes):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_choose", lambda *_: "reference")         # the C++ path may look at numbers: it has no device
+        patch.setattr(ops, "_is_known", lambda _: False)
+        patch.setattr(checkpoint, "save", lambda *_: None)
+        loader = GoldenLoader()
+        loader.steps_per_epoch, loader.n_images = steps, 4 * steps
+        patch.setattr(train_module, "make_loader", lambda cfg, **_: loader)
+        with CountReads(patch) as mode:
+            train_module.train(options(tmp_path, epochs=2, saveckp_freq=0, **changes), backbone=golden_backbone)
+        return mode.reads
+
+
+def test_no_value_is_read_between_logging_points(tmp_path):
+    """Twenty steps in an epoch read no more than five: only what is logged at its end. Logging each step does read more."""
+    few, many = (reads_of_a_run(tmp_path, steps, log_steps=1000) for steps in (5, 20))
+    assert few == many
+    assert reads_of_a_run(tmp_path, 20, log_steps=1) > many + 30
 
 
 def test_head_of_the_golden_run_fits():

@@ -5,10 +5,10 @@
 //                  d = student[v, b, :] - max_k,   Q_v = sum of q[t, b, :] over t != v,   n_v = the number of such t
 //     grad       = scale (n_v softmax(student / student_temp) - Q_v)
 //
-// Both terms of the bracket are positive: nothing cancels, however large the logits. A row's sums are fp32 over a block and fp64
-// over the blocks. Bytes: student and teacher once from memory, the teacher once more for its column sums (from L3 where it
-// fits), the gradient once. A thread works on one image and keeps three rows of K floats in L2: two teacher rows, one student row.
-// The order of every sum is fixed by the shapes alone, so results do not depend on the number of threads.
+// Both terms of the bracket are positive: nothing cancels, however large the logits. A row's sums are fp32 over a block and
+// fp64 over the blocks. Bytes: student and teacher once from memory, the teacher once more for its column sums (from L3 where
+// it fits), the gradient once. A thread works on one image and keeps three rows of K floats in L2, two of the teacher and one
+// of the student. The order of every sum is fixed by the shapes alone: the number of threads changes no bit.
 
 #include "dino_loss.h"
 
@@ -16,6 +16,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #ifdef _OPENMP
@@ -27,6 +28,7 @@
 namespace dinofast {
 namespace {
 
+constexpr double kLog2E = 1.4426950408889634;
 constexpr int64_t kBlock = 4096;    // columns of a row whose fp32 sums go into fp64 together
 constexpr int64_t kColumns = 1024;  // columns whose sums over all teacher rows stay in L1
 
@@ -35,13 +37,11 @@ struct TeacherRow { double sum, entropy; };
 // e[k] = exp((x - center - max) / temp) of one row, its sum, and the entropy of the normalised row.
 template <class T>
 DINOFAST_INLINE TeacherRow teacher_row_of(const T* x, const float* center, int64_t n, double temp, float* e) {
-    float top = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : top)
-    for (int64_t k = 0; k < n; ++k) {
-        float z = widen(x[k]) - center[k];
-        top = z > top ? z : top;
-    }
-    const ExpOver exp_over(temp);
+    int32_t highest = std::numeric_limits<int32_t>::min();
+#pragma omp simd reduction(max : highest)
+    for (int64_t k = 0; k < n; ++k) highest = std::max(highest, ordered(widen(x[k]) - center[k]));
+    const float top = from_ordered(highest);
+    const float factor = float(kLog2E / temp);
     double sum = 0, dot = 0;
     for (int64_t k0 = 0; k0 < n; k0 += kBlock) {
         const int64_t stop = std::min(n, k0 + kBlock);
@@ -49,7 +49,7 @@ DINOFAST_INLINE TeacherRow teacher_row_of(const T* x, const float* center, int64
 #pragma omp simd reduction(+ : block_sum, block_dot)
         for (int64_t k = k0; k < stop; ++k) {
             float d = widen(x[k]) - center[k] - top;
-            float weight = exp_over(d);
+            float weight = exp2_scaled(d, factor);
             e[k] = weight;
             block_sum += weight;
             block_dot += weight * (d < -std::numeric_limits<float>::max() ? 0.0f : d);  // a logit of -inf has no weight
@@ -64,11 +64,12 @@ struct Target { const float* q; double weight; int count; };  // Q_v = weight q,
 // The bracket of one row; its gradient where wanted. e is scratch (K,).
 template <class T>
 DINOFAST_INLINE double student_row_of(const T* x, Target target, int64_t n, double temp, float* e, T* grad, double grad_scale) {
-    float top = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : top)
-    for (int64_t k = 0; k < n; ++k) top = widen(x[k]) > top ? widen(x[k]) : top;
+    int32_t highest = std::numeric_limits<int32_t>::min();
+#pragma omp simd reduction(max : highest)
+    for (int64_t k = 0; k < n; ++k) highest = std::max(highest, ordered(widen(x[k])));
+    const float top = from_ordered(highest);
     const float* q = target.q;
-    const ExpOver exp_over(temp);
+    const float factor = float(kLog2E / temp);
     double sum = 0, dot = 0;
     for (int64_t k0 = 0; k0 < n; k0 += kBlock) {
         const int64_t stop = std::min(n, k0 + kBlock);
@@ -76,7 +77,7 @@ DINOFAST_INLINE double student_row_of(const T* x, Target target, int64_t n, doub
 #pragma omp simd reduction(+ : block_sum, block_dot)
         for (int64_t k = k0; k < stop; ++k) {
             float d = widen(x[k]) - top;
-            float weight = exp_over(d);
+            float weight = exp2_scaled(d, factor);
             e[k] = weight;
             block_sum += weight;
             block_dot += q[k] * d;
@@ -99,27 +100,27 @@ DINOFAST_INLINE void add_row_of(const T* x, int64_t n, double* sums) {
 }
 
 // target_clones does not take templates.
-#define DINOFAST_ROWS(T)                                                                                                       \
-    DINOFAST_CLONES TeacherRow teacher_row(const T* x, const float* center, int64_t n, double temp, float* e) {                \
-        return teacher_row_of(x, center, n, temp, e);                                                                          \
-    }                                                                                                                          \
-    DINOFAST_CLONES double student_row(const T* x, Target target, int64_t n, double temp, float* e, T* grad,                     \
-                                       double grad_scale) {                                                                    \
-        return student_row_of(x, target, n, temp, e, grad, grad_scale);                                                        \
-    }                                                                                                                          \
+#define DINOFAST_ROWS(T)                                                                                                      \
+    DINOFAST_CLONES TeacherRow teacher_row(const T* x, const float* center, int64_t n, double temp, float* e) {               \
+        return teacher_row_of(x, center, n, temp, e);                                                                         \
+    }                                                                                                                         \
+    DINOFAST_CLONES double student_row(const T* x, Target target, int64_t n, double temp, float* e, T* grad,                  \
+                                       double grad_scale) {                                                                   \
+        return student_row_of(x, target, n, temp, e, grad, grad_scale);                                                       \
+    }                                                                                                                         \
     DINOFAST_CLONES void add_row(const T* x, int64_t n, double* sums) { add_row_of(x, n, sums); }
 DINOFAST_ROWS(float)
 DINOFAST_ROWS(BF16)
 DINOFAST_ROWS(FP16)
 #undef DINOFAST_ROWS
 
-// a = (a / sum_a) + (b / sum_b)
+// a = inv_a a + inv_b b
 DINOFAST_CLONES void add_normalised(float* a, const float* b, int64_t n, float inv_a, float inv_b) {
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) a[k] = a[k] * inv_a + b[k] * inv_b;
 }
 
-// Calls f(row, stride-typed pointer) with the row of `logits` at (outer, image) in its own type.
+// Calls f with a pointer to the row of `logits` at (outer, image), in the logits' own type.
 template <class F>
 auto with_row(const Logits& logits, int64_t outer, int64_t image, F f) {
     const int64_t at = outer * logits.outer_stride + image * logits.image_stride;
@@ -142,7 +143,7 @@ LossSums dino_loss(Logits student, Logits teacher, const float* center, int64_t 
     std::vector<LossSums> image(B);
 #pragma omp parallel num_threads(n_threads)
     {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t k0 = 0; k0 < K; k0 += kColumns) {  // first, so that the loop below finds the teacher in L3
             const int64_t size = std::min(K - k0, kColumns);
             double sums[kColumns] = {};
@@ -157,14 +158,15 @@ LossSums dino_loss(Logits student, Logits teacher, const float* center, int64_t 
         float* q0 = scratch.get();
 #endif
         float *q1 = q0 + K, *e = q1 + K;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait  // one barrier in all: each costs a time slice where cores are shared
         for (int64_t b = 0; b < B; ++b) {
             const auto t0 = with_row(teacher, 0, b, [&](auto* x) { return teacher_row(x, center, K, teacher_temp, q0); });
             const auto t1 = with_row(teacher, 1, b, [&](auto* x) { return teacher_row(x, center, K, teacher_temp, q1); });
             double loss = 0;
             for (int64_t v = 0; v < V; ++v) {
                 if (v == 2) add_normalised(q0, q1, K, float(1 / t0.sum), float(1 / t1.sum));
-                const Target target = v == 0 ? Target{q1, 1 / t1.sum, 1} : v == 1 ? Target{q0, 1 / t0.sum, 1} : Target{q0, 1, 2};
+                const Target target =
+                    v == 0 ? Target{q1, 1 / t1.sum, 1} : v == 1 ? Target{q0, 1 / t0.sum, 1} : Target{q0, 1, 2};
                 loss += with_row(student, v, b, [&](auto* x) {
                     using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
                     T* out = grad ? static_cast<T*>(grad) + (v * B + b) * K : nullptr;

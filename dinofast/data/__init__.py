@@ -186,7 +186,12 @@ def tasks(cfg: Config, rank: int, world: int, start_step: int, n: int, steps_per
 
 
 def _record(path: str, refusals: Refusals, anew: bool = False) -> None:
-    """Add refused files to the list at `path`, once each, whichever process comes first; `anew` clears it before."""
+    """Add refused files to the list at `path`, once each, whichever process comes first; `anew` begins with an empty one."""
+    if anew and not refusals:
+        with suppress(FileNotFoundError):
+            os.remove(path)  # nothing refused, no list
+    if not refusals:
+        return
     with open(path, "a+", encoding="utf-8", errors="surrogateescape") as file:
         with suppress(OSError):  # some network file systems have no locks: at worst a file is listed twice
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..data import pil
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")      # those of torchvision's ImageFolder
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -51,12 +53,6 @@ def to_tensor(image: Image.Image, mean: Sequence[float] = IMAGENET_MEAN, std: Se
     return pixels.sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))
 
 
-def open_rgb(path: str | Path) -> Image.Image:
-    """The decoded image; OSError (or what PIL raises for a broken file) when it cannot be read."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
 @dataclass(frozen=True)
 class LabelledImages(Dataset):
     """Images with labels: item i is (i, tensor, None), or (i, None, reason) when the file cannot be read."""
@@ -71,8 +67,8 @@ class LabelledImages(Dataset):
 
     def __getitem__(self, i: int) -> tuple[int, Tensor | None, str | None]:
         try:
-            return i, self.transform(open_rgb(self.paths[i])), None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return i, self.transform(pil.decode(str(self.paths[i]))), None
+        except (pil.Refused, ValueError) as error:
             return i, None, str(error)
 
     def pick(self, rows: Sequence[int]) -> LabelledImages:
@@ -112,7 +108,7 @@ def train_and_val(data_path: str | Path,
     if (root / "train").is_dir() and (root / "val").is_dir():
         train, val = (labelled_folder(root / split, transform) for split in ("train", "val"))
         if unknown := sorted(set(val.classes) - set(train.classes)):
-            raise ValueError(f"'{root}/val' has the class '{unknown[0]}' but '{root}/train' has not: both need the same classes.")
+            raise ValueError(f"'{root}/val' has the class '{unknown[0]}' but '{root}/train' has not: both need the same.")
         number = {name: label for label, name in enumerate(train.classes)}
         val = replace(val, labels=tuple(number[val.classes[label]] for label in val.labels), classes=train.classes)
         return train, val, f"{len(train)} images to compare with (train/), {len(val)} to classify (val/)."
@@ -124,7 +120,7 @@ def train_and_val(data_path: str | Path,
         held_out.append(position[label] % HOLD_OUT_EVERY == 0)
     train, val = (every.pick([i for i, out in enumerate(held_out) if out == side]) for side in (False, True))
     if not len(val):
-        raise ValueError(f"'{root}' has fewer than {HOLD_OUT_EVERY} images in each class, so none can be held out: add images, or "
-                         "give a folder with train/ and val/.")
-    return train, val, (f"No train/ and val/ in '{root}': every {HOLD_OUT_EVERY}th image of each class is held out; {len(train)} "
-                        f"images to compare with, {len(val)} to classify.")
+        raise ValueError(f"'{root}' has fewer than {HOLD_OUT_EVERY} images in each class, so none can be held out: add images, "
+                         "or give a folder with train/ and val/.")
+    return train, val, (f"No train/ and val/ in '{root}': every {HOLD_OUT_EVERY}th image of each class is held out; "
+                        f"{len(train)} images to compare with, {len(val)} to classify.")

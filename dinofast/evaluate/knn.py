@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint import load_backbone
+from ..checkpoint import arguments, load_backbone
 from ..config import cores
+from ..dist import pick_device
 from .images import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, LabelledImages, train_and_val
 
 CHUNK_ELEMENTS = 2**26      # of the similarity matrix held at a time: 256 MiB in fp32
@@ -55,8 +56,8 @@ def vote(similarity: Tensor, labels: Tensor, truth: Tensor, temperature: float, 
             votes.scatter_add_(1, label[:, j:j + 1], weights[:, j:j + 1])
         correct = votes.sort(dim=1, descending=True, stable=True).indices[:, :min(5, k)] == target[:, None]
         hits += torch.stack((correct[:, 0].sum(), correct.sum()))
-    top1, top5 = (100.0 * hits / len(truth)).tolist()
-    return top1, top5
+    top1, top5 = hits.tolist()
+    return 100 * top1 / len(truth), 100 * top5 / len(truth)
 
 
 @torch.no_grad()
@@ -77,29 +78,39 @@ def extract_features(backbone: nn.Module, images: LabelledImages, device: str | 
 
 
 def knn(pretrained_weights: str | Path, data_path: str | Path, *, checkpoint_key: str = "teacher", arch: str | None = None,
-        patch_size: int | None = None, nb_knn: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07, resize: int = 256,
-        crop: int = 224, mean: tuple[float, float, float] = IMAGENET_MEAN, std: tuple[float, float, float] = IMAGENET_STD,
-        batch_size_per_gpu: int = 128, num_workers: int = 10, device: str | None = None) -> dict[int, tuple[float, float]]:
+        patch_size: int | None = None, nb_knn: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07,
+        resize: int | None = None, crop: int | None = None, batch_size_per_gpu: int = 128, num_workers: int = 10,
+        device: str | None = None) -> dict[int, tuple[float, float]]:
     """Classify `data_path/val` by its neighbours in `data_path/train` and print one line for each k in `nb_knn`.
 
     The backbone comes from `checkpoint.load_backbone(pretrained_weights, checkpoint_key, arch, patch_size)`. Without train/ and
-    val/ every fourth image of each class folder is held out. device: left alone, a GPU if there is one.
+    val/ every fourth image of each class folder is held out. crop: left alone, the size of the global crops that the checkpoint
+    was trained with, 224 for official ones; resize: left alone, 8/7 of it (256 for 224). Channels are normalised as in
+    training. device: left alone, a GPU if there is one.
     Returns {k: (top-1, top-5)} in percent; k larger than the training set are left out. Raises ValueError if none remains.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    train, val, sentence = train_and_val(data_path, EvalTransform(resize, crop, mean, std))
-    print(sentence)
+    where = pick_device(device)
+    if min(nb_knn) < 1:
+        raise ValueError(f"--nb_knn is {min(nb_knn)}: a number of neighbours is at least 1.")
+    if temperature <= 0:
+        raise ValueError(f"--temperature is {temperature}: it must be above 0.")
+    trained_with = arguments(pretrained_weights)
+    crop = crop or trained_with.get("global_crops_size", 224)
+    transform = EvalTransform(resize or round(crop * 256 / 224), crop, tuple(trained_with.get("image_mean", IMAGENET_MEAN)),
+                              tuple(trained_with.get("image_std", IMAGENET_STD)))
+    train, val, sentence = train_and_val(data_path, transform)
+    print(f"{sentence} Shorter side {transform.resize}, centre crop {transform.crop}.")
     backbone = load_backbone(pretrained_weights, checkpoint_key, arch, patch_size)
     (train_features, train_labels), (test_features, test_labels) = (
-        extract_features(backbone, images, device, batch_size_per_gpu, min(num_workers, cores())) for images in (train, val))
+        extract_features(backbone, images, where, batch_size_per_gpu, min(num_workers, cores())) for images in (train, val))
     fitting = [k for k in nb_knn if k <= len(train_labels)]
     if not fitting:
         raise ValueError(f"--nb_knn is {' '.join(map(str, nb_knn))} but there are only {len(train_labels)} training images: "
                          "give a smaller number.")
     if left_out := [k for k in nb_knn if k not in fitting]:
         print(f"Left out: k = {', '.join(map(str, left_out))}, more than the {len(train_labels)} training images.")
-    similarity, neighbours = nearest(train_features.to(device), test_features.to(device), max(fitting))
-    labels, truth = train_labels.to(device)[neighbours], test_labels.to(device)
+    similarity, neighbours = nearest(train_features.to(where), test_features.to(where), max(fitting))
+    labels, truth = train_labels.to(where)[neighbours], test_labels.to(where)
     results = {}
     for k in fitting:
         top1, top5 = results[k] = vote(similarity[:, :k], labels[:, :k], truth, temperature, len(train.classes))

@@ -1,0 +1,55 @@
+"""README tells the truth: tables are those of the results, commands and names exist."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import dinofast
+from dinofast import cli
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import report  # noqa: E402
+
+
+def test_tables_are_rendered_from_the_results():
+    assert report.render(TEXT) == TEXT, "run python benchmarks/report.py"
+
+
+def test_pictures_exist():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", TEXT):
+        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("line", re.findall(r"^(?:torchrun .* -m )?dinofast (.*?)(?: +#.*)?$", TEXT, flags=re.M))
+def test_commands_parse(line):
+    line = re.sub(r"DIR|runs/mine\S*", ".", line)
+    assert cli._parser().parse_args(line.split())
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"^make (\w+)", TEXT, flags=re.M)):
+        assert re.search(f"^{target}:", makefile, flags=re.M), target
+
+
+def test_python_examples_use_what_exists():
+    for block in re.findall(r"```python\n(.*?)```", TEXT, flags=re.S):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "dinofast":
+                assert all(hasattr(dinofast, a.name) for a in node.names)
+
+
+def test_drop_in_of_the_readme_runs():
+    import torch
+
+    block = next(b for b in re.findall(r"```python\n(.*?)```", TEXT, flags=re.S) if "DINOLoss(" in b)
+    names = {"student_output": torch.randn(20, 65536, requires_grad=True), "teacher_output": torch.randn(4, 65536), "epoch": 3}
+    exec(block, names)                                      # noqa: S102 - our own README
+    names["loss"].backward()
+    assert names["student_output"].grad.abs().sum() > 0 and names["dino_loss"].center.any()
