@@ -81,7 +81,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def step(self) -> LossStats:
-        """Average what was accumulated over micro-batches and ranks, and move the centre unless that loss is not finite.
+        """Average what was accumulated over micro-batches and ranks, and move the centre unless a number is not finite.
 
         One all-reduce of K + 2 numbers, so that every rank comes to the same decision; no wait for the device.
         """
@@ -96,5 +96,5 @@ class DINOLoss(nn.Module):
             total /= dist.get_world_size()
         batch_center, stats = total[:-2], LossStats(loss=total[-2], teacher_entropy=total[-1])
         moved = center_update(self.center, batch_center, self.center_momentum)
-        self.center.copy_(torch.where(torch.isfinite(stats.loss), moved, self.center))
+        self.center.copy_(torch.where(torch.isfinite(total).all(), moved, self.center))
         return stats

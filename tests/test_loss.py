@@ -60,6 +60,13 @@ def test_micro_batches_give_the_centre_of_the_whole_batch():
         parts.step()
 
 
+def test_a_teacher_logit_of_minus_infinity_leaves_the_loss_finite_but_never_reaches_the_centre():
+    loss_fn = make()
+    teacher = torch.randn(4, 11)
+    teacher[0, 0] = -math.inf
+    assert torch.isfinite(loss_fn(torch.randn(8, 11), teacher, 0)) and not loss_fn.center.any()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_never_reaches_the_centre(bad):
     loss_fn = make()
