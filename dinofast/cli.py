@@ -37,7 +37,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 failed midway, 2 a wrong option, path or file, 128 + n ended by signal n."""
     # libgomp's threads spin while they wait. On few cores, or beside anything else that runs, they take the time from each
-    # other and from the data workers: 25 instead of 246 images/s in the demo on 2 shared cores (2026-11-23). Read by torch's import.
+    # other and from the data workers: 25 instead of 246 images/s in the demo on 2 shared cores (2026-11-23). Torch's import
+    # reads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         options = vars(_parser().parse_args(argv))

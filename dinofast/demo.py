@@ -51,7 +51,8 @@ def run(output_dir: str | Path = "runs/demo", seed: int = 0, epochs: int = 24, d
     score, columns = evaluate(out / "data", untrained, trained)
     picture(columns).save(out / "attention_maps.png")
     result = score | {
-        "date": time.strftime("%Y-%m-%d"), "command": f"dinofast demo --seed {seed}", "seed": seed, "epochs": epochs, "steps": epochs * (score["n_train"] // BATCH), "resumed": resumed,
+        "date": time.strftime("%Y-%m-%d"), "command": f"dinofast demo --seed {seed}",
+        "seed": seed, "epochs": epochs, "steps": epochs * (score["n_train"] // BATCH), "resumed": resumed,
         "train_seconds": round(train_s, 1), "total_seconds": round(time.perf_counter() - start, 1),
         "device": torch.cuda.get_device_name() if _on_gpu(device) else f"CPU, {torch.get_num_threads()} thread(s)",
         "versions": {"dinofast": __version__, "python": platform.python_version(), "torch": torch.__version__,
