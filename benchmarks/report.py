@@ -49,9 +49,8 @@ TABLES = {"demo": demo}
 def render(text: str) -> str:
     """The text with every marked table made anew."""
     for name, make in TABLES.items():
-        place = f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        text, n = re.subn(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, make=make: m[1] + make() + "\n" + m[2], text,
-                          flags=re.S)
+        place = f"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, n = re.subn(place, lambda m, make=make: m[1] + make() + "\n" + m[2], text, flags=re.S)
         if n != 1:
             raise ValueError(f"README.md has {n} places for the table '{name}': expected one.")
     return text
