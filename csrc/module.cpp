@@ -7,7 +7,9 @@
 #include <optional>
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
+#include "cpu/adamw_ema.h"
 #include "cpu/dino_loss.h"
 
 namespace py = pybind11;
@@ -48,6 +50,56 @@ std::pair<double, double> dino_loss(const py::array& student, const py::array& t
     return {sums.loss, sums.entropy};
 }
 
+// Many tensors at once come as lists of addresses, which `ops` has checked: an array for each would cost 1 us a tensor.
+using Addresses = std::vector<uintptr_t>;
+using Sizes = std::vector<int64_t>;
+
+template <class... Lists>
+void check_lengths(size_t n, int n_threads, const Lists&... lists) {
+    if (((lists.size() != n) || ...) || n_threads < 1) throw std::invalid_argument("lists must be of one length");
+}
+
+float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+dinofast::Numbers numbers(uintptr_t address, int dtype) {  // dtype: 0 float32, 1 bfloat16, 2 float16
+    return {reinterpret_cast<const void*>(address), static_cast<Dtype>(dtype)};
+}
+
+void adamw_ema(const Addresses& params, const Addresses& grads, const std::vector<int>& dtypes, const Addresses& exp_avgs,
+               const Addresses& exp_avg_sqs, const Addresses& steps, const Addresses& teachers, const Sizes& sizes,
+               const Floats& coefficients, double lr, double weight_decay, double beta1, double beta2, double eps,
+               double momentum, int n_threads) {
+    const size_t n = params.size();
+    check_lengths(n, n_threads, grads, dtypes, exp_avgs, exp_avg_sqs, steps, teachers, sizes);
+    if (coefficients.size() != py::ssize_t(n)) throw std::invalid_argument("coefficients must be (n,)");
+    std::vector<dinofast::AdamwTensor> tensors;
+    for (size_t i = 0; i < n; ++i)
+        tensors.push_back({floats(params[i]), numbers(grads[i], dtypes[i]), floats(exp_avgs[i]), floats(exp_avg_sqs[i]),
+                           floats(teachers[i]), floats(steps[i]), sizes[i], coefficients.data()[i]});
+    py::gil_scoped_release release;
+    dinofast::adamw_ema(tensors, {lr, weight_decay, beta1, beta2, eps, momentum}, n_threads);
+}
+
+void ema(const Addresses& teachers, const Addresses& students, const std::vector<int>& dtypes, const Sizes& sizes,
+         double momentum, int n_threads) {
+    check_lengths(teachers.size(), n_threads, students, dtypes, sizes);
+    std::vector<dinofast::EmaTensor> tensors;
+    for (size_t i = 0; i < teachers.size(); ++i)
+        tensors.push_back({floats(teachers[i]), numbers(students[i], dtypes[i]), sizes[i]});
+    py::gil_scoped_release release;
+    dinofast::ema(tensors, momentum, n_threads);
+}
+
+void grad_norms(const Addresses& grads, const std::vector<int>& dtypes, const Sizes& sizes, Floats& norms, int n_threads) {
+    check_lengths(grads.size(), n_threads, dtypes, sizes);
+    if (norms.size() != py::ssize_t(grads.size())) throw std::invalid_argument("norms must be (n,)");
+    std::vector<dinofast::GradTensor> tensors;
+    for (size_t i = 0; i < grads.size(); ++i) tensors.push_back({numbers(grads[i], dtypes[i]), sizes[i]});
+    float* out = norms.mutable_data();
+    py::gil_scoped_release release;
+    dinofast::grad_norms(tensors, out, n_threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -56,4 +108,12 @@ PYBIND11_MODULE(_C, m) {
           py::arg("center").noconvert(), py::arg("student_temp"), py::arg("teacher_temp"), py::arg("teacher_sum").noconvert(),
           py::arg("grad").noconvert(), py::arg("grad_scale"), py::arg("n_threads"),
           "Fills teacher_sum (K,) and, unless None, grad (V, B, K); returns the loss and the mean teacher entropy.");
+    m.def("adamw_ema_", &adamw_ema, py::arg("params"), py::arg("grads"), py::arg("dtypes"), py::arg("exp_avgs"),
+          py::arg("exp_avg_sqs"), py::arg("steps"), py::arg("teachers"), py::arg("sizes"), py::arg("coefficients").noconvert(),
+          py::arg("lr"), py::arg("weight_decay"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("momentum"),
+          py::arg("n_threads"), "AdamW and the teacher's average on n tensors, given by address; a teacher may be 0.");
+    m.def("ema_", &ema, py::arg("teachers"), py::arg("students"), py::arg("dtypes"), py::arg("sizes"), py::arg("momentum"),
+          py::arg("n_threads"), "The teacher's average on n tensors, given by address.");
+    m.def("grad_norms", &grad_norms, py::arg("grads"), py::arg("dtypes"), py::arg("sizes"), py::arg("norms").noconvert(),
+          py::arg("n_threads"), "Fills norms (n,) with the L2 norm of each of n tensors, given by address.");
 }

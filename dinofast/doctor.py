@@ -32,7 +32,7 @@ def report() -> str:
 
 _ELSEWHERE = {
     "attention": "torch scaled_dot_product_attention, per crop size",
-    "optimiser and EMA": "torch, tensor by tensor",
+    "SGD, LARS": "torch, tensor by tensor",
     "decoding, crops, colour": "PIL in worker processes",
 }
 

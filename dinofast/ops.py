@@ -1,13 +1,14 @@
 """The seam between Python and the kernels. Per operation: the torch.library schema, CPU implementation (C++), fake, backward,
 and the public function with its checks. A call that no kernel can take goes to `dinofast.reference`.
 
-Axes: B images, V student crops (the first two global), K prototypes.
+Axes: B images, V student crops (the first two global), K prototypes; n tensors in a list.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,12 @@ except ImportError as error:  # no compiler when the package was installed
 else:
     _NO_CPP = ""
 
-_KERNELS = {"dino_loss": {"cpu": "cpp"}}  # operation -> device type -> the implementation that is faster than the reference
+_KERNELS = {  # operation -> device type -> the implementation that is faster than the reference
+    "dino_loss": {"cpu": "cpp"},
+    "adamw_ema_": {"cpu": "cpp"},
+    "ema_": {"cpu": "cpp"},
+    "grad_norms": {"cpu": "cpp"},
+}
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _IMPLS = (None, "reference", "cpp")
 
@@ -197,3 +203,158 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: fl
     loss, entropy, teacher_sum, _ = torch.ops.dinofast.dino_loss(
         student, teacher, center, student_temp, teacher_temp.detach(), with_grad)
     return loss, entropy, teacher_sum
+
+
+# --------------------------------------------------------------------------------------------- grad_norms, adamw_ema_, ema_
+
+# Lists of tensors go to the kernel as addresses: an array for each would cost 1 us a tensor. Autograd has nothing to do here.
+_library.define("grad_norms(Tensor[] grads) -> Tensor")
+_library.define("adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+                "Tensor(d!)[] steps, Tensor(e!)[] teachers, bool[] averaged, Tensor coefficients, Tensor skip, Tensor lr, "
+                "Tensor weight_decay, float beta1, float beta2, float eps, Tensor momentum) -> ()")
+_library.define("ema_(Tensor(a!)[] teachers, Tensor[] students, Tensor momentum, Tensor skip) -> ()")
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [x.data_ptr() for x in tensors]
+
+
+def _sizes(tensors: Sequence[Tensor]) -> list[int]:
+    return [x.numel() for x in tensors]
+
+
+def _dtype_codes(tensors: Sequence[Tensor]) -> list[int]:
+    return [_KERNEL_DTYPES.index(x.dtype) for x in tensors]
+
+
+def _mark_written(tensors: Sequence[Tensor]) -> None:
+    """Backward through a value saved before then raises, as after any in-place operation of torch."""
+    torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
+
+
+def _grad_norms_cpu(grads: list[Tensor]) -> Tensor:
+    norms = torch.empty(len(grads), dtype=torch.float32)
+    _C.grad_norms(_addresses(grads), _dtype_codes(grads), _sizes(grads), norms.numpy(), torch.get_num_threads())
+    return norms
+
+
+def _adamw_ema_cpu(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+                   steps: list[Tensor], teachers: list[Tensor], averaged: list[bool], coefficients: Tensor, skip: Tensor,
+                   lr: Tensor, weight_decay: Tensor, beta1: float, beta2: float, eps: float, momentum: Tensor) -> None:
+    if skip.item():
+        return
+    teacher = iter(_addresses(teachers))
+    _C.adamw_ema_(_addresses(params), _addresses(grads), _dtype_codes(grads), _addresses(exp_avgs), _addresses(exp_avg_sqs),
+                  _addresses(steps), [next(teacher) if has else 0 for has in averaged], _sizes(params),
+                  coefficients.float().contiguous().numpy(), lr.item(), weight_decay.item(), beta1, beta2, eps, momentum.item(),
+                  torch.get_num_threads())
+    _mark_written([*params, *exp_avgs, *exp_avg_sqs, *steps, *teachers])
+
+
+def _ema_cpu(teachers: list[Tensor], students: list[Tensor], momentum: Tensor, skip: Tensor) -> None:
+    if skip.item():
+        return
+    _C.ema_(_addresses(teachers), _addresses(students), _dtype_codes(students), _sizes(teachers), momentum.item(),
+            torch.get_num_threads())
+    _mark_written(teachers)
+
+
+_library.impl("grad_norms", _grad_norms_cpu, "CPU")
+_library.impl("adamw_ema_", _adamw_ema_cpu, "CPU")
+_library.impl("ema_", _ema_cpu, "CPU")
+torch.library.register_fake("dinofast::grad_norms", lambda grads: grads[0].new_empty(len(grads), dtype=torch.float32),
+                            lib=_library)
+for _op in ("adamw_ema_", "ema_"):
+    torch.library.register_fake(f"dinofast::{_op}", lambda *_: None, lib=_library)
+
+
+def _choose_for_rows(op: str, impl: str | None, rows: Sequence[Sequence[Tensor]], any_dtype: int) -> str:
+    """As `_choose`, for rows of tensors that lie alike in memory; number `any_dtype` of a row may be half, the rest fp32."""
+    chosen = _choose(op, impl, *(row[any_dtype] for row in rows)) if rows else "reference"
+    if chosen == "reference":
+        return chosen
+    device = rows[0][0].device
+    for row in rows:
+        if not (all(x.device == device for x in row)
+                and all(x.dtype == torch.float32 for i, x in enumerate(row) if i != any_dtype)
+                and (all(x.is_contiguous() for x in row)
+                     or all(x.is_contiguous(memory_format=torch.channels_last) for x in row))):
+            if impl is None:
+                return "reference"
+            raise ValueError(f"impl={impl!r} takes contiguous tensors on one device, float32 but for the gradients or students, "
+                             f"not {[(str(x.dtype), x.stride()) for x in row]}: use impl='reference'.")
+    return chosen
+
+
+def _check_rows(**lists: Sequence[Tensor | None]) -> None:
+    """Equal lengths, and equal shapes in every row."""
+    (first_name, first), *others = lists.items()
+    for name, tensors in others:
+        if len(tensors) != len(first):
+            raise ValueError(f"{name} has {len(tensors)} tensors and {first_name} has {len(first)}: give as many.")
+        for i, (a, b) in enumerate(zip(first, tensors, strict=True)):
+            if b is not None and a.shape != b.shape:
+                raise ValueError(f"{name}[{i}] has shape {tuple(b.shape)}: expected {tuple(a.shape)}, that of {first_name}[{i}].")
+
+
+def _scalar(number: float | Tensor) -> Tensor:
+    return number if isinstance(number, Tensor) else torch.scalar_tensor(number, dtype=torch.float64)
+
+
+@torch.no_grad()
+def grad_norms(grads: Sequence[Tensor], impl: str | None = None) -> Tensor:
+    """The L2 norm (n,) of each of n tensors of any shape, float32; see `reference.grad_norms`.
+
+    impl: as in `dino_loss`. The C++ kernel sums in float64 and takes float32, bfloat16 and float16, contiguous; the number of
+    threads changes no bit. Raises ValueError for no tensors.
+    """
+    if not grads:
+        raise ValueError("grads is empty: give at least one tensor.")
+    if _choose_for_rows("grad_norms", impl, [(g,) for g in grads], 0) == "reference":
+        return reference.grad_norms(grads)
+    return torch.ops.dinofast.grad_norms(grads)
+
+
+@torch.no_grad()
+def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+               steps: Sequence[Tensor], teachers: Sequence[Tensor | None], coefficients: Tensor, skip: Tensor, *,
+               lr: float | Tensor, weight_decay: float | Tensor, betas: tuple[float, float], eps: float,
+               momentum: float | Tensor, impl: str | None = None) -> None:
+    """Clip, AdamW (arXiv 1711.05101) and the teacher's average in one pass over memory; see `reference.adamw_ema_`.
+
+    params, grads, exp_avgs, exp_avg_sqs, teachers: n tensors, equal in shape; a teacher may be None. steps: n float32 tensors
+    (). coefficients (n,): each gradient's factor. skip (): bool; where true nothing changes. lr, weight_decay, momentum:
+    numbers, or tensors of one number, which under torch.compile save recompiling when they change.
+    impl: as in `dino_loss`. The C++ kernel takes float32 with gradients in float32, bfloat16 or float16, all of a parameter
+    contiguous or all channels_last; a call with anything else goes to the reference. The number of threads changes no bit.
+    Raises ValueError for lists that differ in length or shape.
+    """
+    _check_rows(params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, teachers=teachers)
+    if len(steps) != len(params) or coefficients.shape != (len(params),):
+        raise ValueError(f"steps has {len(steps)} tensors and coefficients shape {tuple(coefficients.shape)}: expected "
+                         f"{len(params)} and ({len(params)},), to go with params.")
+    rows = [tuple(x for x in row if x is not None) for row in zip(grads, params, exp_avgs, exp_avg_sqs, teachers, strict=True)]
+    if (not all(s.dtype == torch.float32 for s in steps)
+            or _choose_for_rows("adamw_ema_", impl, rows, 0) == "reference"):
+        return reference.adamw_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, coefficients, skip, lr=lr,
+                                    weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum)
+    torch.ops.dinofast.adamw_ema_(
+        params, grads, exp_avgs, exp_avg_sqs, steps, [t for t in teachers if t is not None], [t is not None for t in teachers],
+        coefficients, skip, _scalar(lr), _scalar(weight_decay), *betas, eps, _scalar(momentum))
+
+
+@torch.no_grad()
+def ema_(teachers: Sequence[Tensor], students: Sequence[Tensor], momentum: float | Tensor, skip: Tensor | None = None,
+         impl: str | None = None) -> None:
+    """The teacher's average, `teacher <- momentum teacher + (1 - momentum) student`, for n tensors at once, in place.
+
+        ema_(list(teacher.parameters()), list(student.parameters()), 0.996)
+
+    teachers, students: n tensors, equal in shape. skip (): bool; where true nothing changes. No gradient is recorded.
+    impl: as in `dino_loss`. The C++ kernel takes float32 teachers of float32, bfloat16 or float16 students, a pair contiguous
+    or channels_last. Raises ValueError for lists that differ in length or shape.
+    """
+    _check_rows(teachers=teachers, students=students)
+    if _choose_for_rows("ema_", impl, list(zip(students, teachers, strict=True)), 0) == "reference":
+        return reference.ema_(teachers, students, momentum, skip)
+    torch.ops.dinofast.ema_(teachers, students, _scalar(momentum), torch.zeros((), dtype=torch.bool) if skip is None else skip)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import ops, reference
 
 
 def param_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
                                  "there.")
         self._teacher_of = dict(pairs)
         self.clip_grad = clip_grad
-        device = self.param_groups[0]["params"][0].device
+        device = next(p.device for group in self.param_groups for p in group["params"])
         self.grad_norm = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -64,24 +64,24 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self._teacher_of and momentum is None:
             raise ValueError("this optimiser averages a teacher: give step(momentum=...), for example 0.996.")
-        active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        trained = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        active = [p for params in trained for p in params]
         bad = torch.zeros((), dtype=torch.bool, device=self.grad_norm.device) if skip is None else skip
-        coefficient = {}
         if active:
             scale = getattr(self, "grad_scale", None)          # GradScaler sets these two around its call of step
             found_inf = getattr(self, "found_inf", None)
             inv_scale = 1.0 if scale is None else 1.0 / scale
-            norms, clip = reference.clip_coefficients([p.grad for p in active], self.clip_grad, inv_scale)
+            norms = ops.grad_norms([p.grad for p in active]) * inv_scale
             self.grad_norm = norms.norm()
             bad = bad | ~torch.isfinite(self.grad_norm)
             if found_inf is not None:
                 bad = bad | (found_inf > 0)
-            coefficient = dict(zip(active, (clip * inv_scale).unbind(0), strict=True))
-        for group in self.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
-            if trained:
-                self._update(group, trained, torch.stack([coefficient[p] for p in trained]), bad, momentum)
-        self._average_the_rest(bad, momentum, coefficient)
+            coefficients = (reference.clip_coefficients(norms, self.clip_grad) * inv_scale).split([len(ps) for ps in trained])
+            for group, params, clip in zip(self.param_groups, trained, coefficients, strict=True):
+                if params:
+                    self._update(group, params, clip, bad, momentum)
+        updated = set(active)
+        self._average([s for s in self._teacher_of if s not in updated], momentum, bad)
         self.skipped += bad
         return loss
 
@@ -89,10 +89,11 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
                 momentum: float | Tensor | None) -> None:
         raise AssertionError("a child defines this")
 
-    def _average_the_rest(self, skip: Tensor, momentum: float | Tensor | None, averaged: dict[Tensor, Tensor]) -> None:
-        for student, teacher in self._teacher_of.items():
-            if student not in averaged:
-                reference.ema_(teacher, student, _share(momentum, skip))
+    def _average(self, students: list[Tensor], momentum: float | Tensor | None, skip: Tensor) -> None:
+        """The teachers of those that have one."""
+        students = [s for s in students if s in self._teacher_of]
+        if students:
+            ops.ema_([self._teacher_of[s] for s in students], students, momentum, skip)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's own: numbers instead of device scalars, so that any optimiser of the same kind can load it."""
@@ -100,10 +101,6 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
         for group in state["param_groups"]:
             group.update({k: v.item() for k, v in group.items() if isinstance(v, Tensor)})
         return state
-
-
-def _share(momentum: float | Tensor, skip: Tensor) -> Tensor:
-    return (1 - momentum) * (1.0 - skip.double())
 
 
 class AdamWEMA(_StudentTeacherOptimizer):
@@ -126,7 +123,7 @@ class AdamWEMA(_StudentTeacherOptimizer):
             elif state["step"].device != p.device:                   # torch keeps the counter of a loaded state on the host
                 state["step"] = state["step"].to(p.device)
         states = [self.state[p] for p in params]
-        reference.adamw_ema_(
+        ops.adamw_ema_(
             params, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
             [s["step"] for s in states], [self._teacher_of.get(p) for p in params], coefficients, skip,
             lr=group["lr"], weight_decay=group["weight_decay"], betas=group["betas"], eps=group["eps"],
@@ -156,8 +153,7 @@ class SGDEMA(_StudentTeacherOptimizer):
             if not state:
                 state[self._buffer] = torch.zeros_like(p)
             self._apply(group, p, p.grad * coefficient, state[self._buffer], skip)
-            if p in self._teacher_of:
-                reference.ema_(self._teacher_of[p], p, _share(momentum, skip))
+        self._average(params, momentum, skip)
 
     def _apply(self, group: dict[str, Any], p: Tensor, grad: Tensor, buffer: Tensor, skip: Tensor) -> None:
         reference.sgd_(p, grad, buffer, skip, lr=group["lr"], weight_decay=group["weight_decay"], momentum=group["momentum"])

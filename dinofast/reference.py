@@ -48,16 +48,18 @@ def center_update(center: Tensor, batch_center: Tensor, momentum: float) -> Tens
     return center * momentum + batch_center * (1 - momentum)
 
 
-def clip_coefficients(grads: Sequence[Tensor], max_norm: float, inv_scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """Norm and clip factor of each tensor on its own, as the official `clip_gradients`: `min(1, max_norm / (norm + 1e-6))`.
+def grad_norms(grads: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of each of n tensors, of any shape and float dtype: (n,), fp32."""
+    wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+    return torch.stack(torch._foreach_norm([g.detach() for g in grads], 2, wide)).float()
 
-    grads: n tensors of any shape and float dtype. inv_scale: one over the loss scale the gradients still carry.
-    Returns norms (n,) of the unscaled gradients and coefficients (n,), fp32. `max_norm` 0 clips nothing.
+
+def clip_coefficients(norms: Tensor, max_norm: float) -> Tensor:
+    """The factor for each tensor on its own, as in the official `clip_gradients`: `min(1, max_norm / (norm + 1e-6))`.
+
+    norms and result (n,), fp32. `max_norm` 0 clips nothing.
     """
-    norms = torch.stack(torch._foreach_norm([g.detach() for g in grads])).float() * inv_scale
-    if not max_norm:
-        return norms, torch.ones_like(norms)
-    return norms, (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    return (max_norm / (norms + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norms)
 
 
 def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
@@ -80,7 +82,6 @@ def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequ
     beta1, beta2 = betas
     one = 1.0 - skip.double()                                                               # 0 makes each line the identity
     rate, decay = lr * one, weight_decay * one
-    share = (1 - momentum) * one
     for i, (p, m, v, step) in enumerate(zip(params, exp_avgs, exp_avg_sqs, steps, strict=True)):
         g = torch.where(skip, 0.0, grads[i].to(p.dtype) * coefficients[i].to(p.dtype))
         step.add_(one.to(step.dtype))
@@ -90,13 +91,15 @@ def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequ
         v.mul_(1 - (1 - beta2) * one).addcmul_(g, g, value=1 - beta2)
         denominator = v.sqrt().div_((1 - beta2**t).sqrt()).add_(eps)
         p.sub_(m.div(denominator).mul_(rate / (1 - beta1**t)))
-        if teachers[i] is not None:
-            ema_(teachers[i], p, share)
+    averaged = [i for i, teacher in enumerate(teachers) if teacher is not None]
+    ema_([teachers[i] for i in averaged], [params[i] for i in averaged], momentum, skip)
 
 
-def ema_(teacher: Tensor, student: Tensor, share: float | Tensor) -> None:
-    """`teacher <- (1 - share) teacher + share student`, in place; any shape, equal for both. share = 1 - momentum."""
-    teacher.mul_(1 - share).add_(student * share)
+def ema_(teachers: Sequence[Tensor], students: Sequence[Tensor], momentum: float | Tensor, skip: Tensor | None = None) -> None:
+    """`teacher <- momentum teacher + (1 - momentum) student` for n pairs of equal shape, in place; the identity where skip."""
+    share = (1 - momentum) * (1.0 if skip is None else 1.0 - skip.double())
+    for teacher, student in zip(teachers, students, strict=True):
+        teacher.mul_(1 - share).add_(student * share)
 
 
 def sgd_(param: Tensor, grad: Tensor, buffer: Tensor, skip: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor,

@@ -23,8 +23,6 @@
 #include <omp.h>
 #endif
 
-#include "simd.h"
-
 namespace dinofast {
 namespace {
 

@@ -2,9 +2,9 @@
 
 #include <cstdint>
 
-namespace dinofast {
+#include "simd.h"
 
-enum class Dtype { f32, bf16, f16 };
+namespace dinofast {
 
 struct Logits { // (outer, B, K), the last axis contiguous
     const void* data;

@@ -18,6 +18,8 @@
 
 namespace dinofast {
 
+enum class Dtype { f32, bf16, f16 };
+
 struct BF16 { uint16_t bits; };
 struct FP16 { uint16_t bits; };
 

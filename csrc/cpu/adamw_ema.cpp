@@ -1,0 +1,145 @@
+// adamw_ema (arXiv 1711.05101, then the teacher's average of arXiv 2104.14294), and its two parts that are of use alone.
+//
+//     g = coefficient grad;  step += 1
+//     m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
+//     p = p - lr weight_decay p - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+//     teacher = momentum teacher + (1 - momentum) p
+//
+// Bytes an element: p, m, v, teacher read and written, grad read: 36 in fp32. The norms before it read grad: 4 more.
+// All tensors of a call are cut into chunks that threads take in turn, so that one huge tensor and many tiny ones balance alike.
+// A norm is the sum of its chunks' fp64 sums in their order: the number of threads changes no bit.
+
+#include "adamw_ema.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace dinofast {
+namespace {
+
+constexpr int64_t kChunk = 1 << 15;  // elements
+
+struct Factors { float coefficient, beta1, one_minus_beta1, beta2, one_minus_beta2, inv_root, eps, rate, decay, share; };
+
+// Each average moves by a share of the difference, which is exact where nothing changes; v is kept a sum of positive terms, as
+// a difference would make NaN of an infinity.
+template <bool kTeacher, class T>
+DINOFAST_INLINE void adamw_chunk_of(float* p, const T* grad, float* m, float* v, float* teacher, int64_t n, const Factors& f) {
+    const Factors c = f;
+    const bool near = c.one_minus_beta1 < 0.5f;  // the end to start from, as torch.lerp does
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const float g = c.coefficient * widen(grad[i]);
+        const float gap = g - m[i];
+        const float mean = near ? m[i] + c.one_minus_beta1 * gap : g - c.beta1 * gap;
+        const float square = c.beta2 * v[i] + c.one_minus_beta2 * g * g;
+        const float moved = p[i] - c.decay * p[i] - c.rate * mean / (std::sqrt(square) * c.inv_root + c.eps);
+        m[i] = mean, v[i] = square, p[i] = moved;
+        if (kTeacher) teacher[i] += c.share * (moved - teacher[i]);
+    }
+}
+
+template <class T>
+DINOFAST_INLINE void ema_chunk_of(float* teacher, const T* student, int64_t n, float share) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) teacher[i] += share * (widen(student[i]) - teacher[i]);
+}
+
+template <class T>
+DINOFAST_INLINE double square_sum_of(const T* x, int64_t n) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += double(widen(x[i])) * double(widen(x[i]));
+    return sum;
+}
+
+// target_clones does not take templates.
+#define DINOFAST_CHUNKS(T)                                                                                                    \
+    DINOFAST_CLONES void adamw_chunk(float* p, const T* grad, float* m, float* v, int64_t n, const Factors& f) {              \
+        adamw_chunk_of<false>(p, grad, m, v, nullptr, n, f);                                                                  \
+    }                                                                                                                         \
+    DINOFAST_CLONES void adamw_ema_chunk(float* p, const T* grad, float* m, float* v, float* teacher, int64_t n,              \
+                                         const Factors& f) {                                                                  \
+        adamw_chunk_of<true>(p, grad, m, v, teacher, n, f);                                                                   \
+    }                                                                                                                         \
+    DINOFAST_CLONES void ema_chunk(float* teacher, const T* student, int64_t n, float share) {                                \
+        ema_chunk_of(teacher, student, n, share);                                                                             \
+    }                                                                                                                         \
+    DINOFAST_CLONES double square_sum(const T* x, int64_t n) { return square_sum_of(x, n); }
+DINOFAST_CHUNKS(float)
+DINOFAST_CHUNKS(BF16)
+DINOFAST_CHUNKS(FP16)
+#undef DINOFAST_CHUNKS
+
+// Calls f with a pointer to number `at` in its own type.
+template <class F>
+auto with_numbers(const Numbers& x, int64_t at, F f) {
+    switch (x.dtype) {
+        case Dtype::bf16: return f(static_cast<const BF16*>(x.data) + at);
+        case Dtype::f16: return f(static_cast<const FP16*>(x.data) + at);
+        default: return f(static_cast<const float*>(x.data) + at);
+    }
+}
+
+struct Chunk { size_t tensor; int64_t begin, size; };
+
+template <class T>
+std::vector<Chunk> chunks_of(const std::vector<T>& tensors) {
+    std::vector<Chunk> chunks;
+    for (size_t i = 0; i < tensors.size(); ++i)
+        for (int64_t begin = 0; begin < tensors[i].size; begin += kChunk)
+            chunks.push_back({i, begin, std::min(kChunk, tensors[i].size - begin)});
+    return chunks;
+}
+
+// work(number of the chunk, chunk) for all, over the threads.
+template <class F>
+void for_each_chunk(const std::vector<Chunk>& chunks, int n_threads, F work) {
+    int64_t total = 0;
+    for (const Chunk& chunk : chunks) total += chunk.size;
+    if (total < 1 << 15) n_threads = 1;  // starting threads takes longer
+#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
+    for (size_t i = 0; i < chunks.size(); ++i) work(i, chunks[i]);
+}
+
+}  // namespace
+
+void adamw_ema(const std::vector<AdamwTensor>& tensors, const AdamwOptions& o, int n_threads) {
+    std::vector<Factors> factors;
+    for (const AdamwTensor& t : tensors) {
+        const double step = double(*t.step += 1.0f);
+        factors.push_back({t.coefficient, float(o.beta1), float(1 - o.beta1), float(o.beta2), float(1 - o.beta2),
+                           float(1 / std::sqrt(1 - std::pow(o.beta2, step))), float(o.eps),
+                           float(o.lr / (1 - std::pow(o.beta1, step))), float(o.lr * o.weight_decay), float(1 - o.momentum)});
+    }
+    for_each_chunk(chunks_of(tensors), n_threads, [&](size_t, const Chunk& chunk) {
+        const AdamwTensor& t = tensors[chunk.tensor];
+        float *p = t.param + chunk.begin, *m = t.exp_avg + chunk.begin, *v = t.exp_avg_sq + chunk.begin;
+        with_numbers(t.grad, chunk.begin, [&](auto* grad) {
+            if (t.teacher)
+                adamw_ema_chunk(p, grad, m, v, t.teacher + chunk.begin, chunk.size, factors[chunk.tensor]);
+            else
+                adamw_chunk(p, grad, m, v, chunk.size, factors[chunk.tensor]);
+        });
+    });
+}
+
+void ema(const std::vector<EmaTensor>& tensors, double momentum, int n_threads) {
+    for_each_chunk(chunks_of(tensors), n_threads, [&](size_t, const Chunk& chunk) {
+        const EmaTensor& t = tensors[chunk.tensor];
+        with_numbers(t.student, chunk.begin,
+                     [&](auto* student) { ema_chunk(t.teacher + chunk.begin, student, chunk.size, float(1 - momentum)); });
+    });
+}
+
+void grad_norms(const std::vector<GradTensor>& tensors, float* norms, int n_threads) {
+    const std::vector<Chunk> chunks = chunks_of(tensors);
+    std::vector<double> chunk_sums(chunks.size()), sums(tensors.size());
+    for_each_chunk(chunks, n_threads, [&](size_t i, const Chunk& chunk) {
+        chunk_sums[i] = with_numbers(tensors[chunk.tensor].grad, chunk.begin, [&](auto* x) { return square_sum(x, chunk.size); });
+    });
+    for (size_t i = 0; i < chunks.size(); ++i) sums[chunks[i].tensor] += chunk_sums[i];
+    for (size_t i = 0; i < tensors.size(); ++i) norms[i] = float(std::sqrt(sums[i]));
+}
+
+}  // namespace dinofast
