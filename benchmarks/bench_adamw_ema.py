@@ -3,9 +3,9 @@
     python -m pytest benchmarks/bench_adamw_ema.py --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
     python benchmarks/bench_adamw_ema.py      the same in turns, medians and quartiles: for machines that are shared
 
-"official" is written after the semantics of the official loop: norm of each tensor read on the host, clip in place,
-`torch.optim.AdamW`, average tensor by tensor; "official, fused" the same with torch's fused AdamW. Gradients are below the limit, so
-that the official clip only reads them. "copy" moves the parameters into memory already there.
+"official" does what the official loop does: norm of each tensor read on the host, clip in place, `torch.optim.AdamW`, average
+tensor by tensor; "official, fused" the same with torch's fused AdamW. Gradients are below the limit, so that the official clip
+only reads them. "copy" moves the parameters into memory already there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dinofast import AdamWEMA, DINOHead, MultiCropWrapper, ops, param_groups, vit_small
 

@@ -268,33 +268,38 @@ for _op in ("adamw_ema_", "ema_"):
     torch.library.register_fake(f"dinofast::{_op}", lambda *_: None, lib=_library)
 
 
-def _choose_for_rows(op: str, impl: str | None, rows: Sequence[Sequence[Tensor]], any_dtype: int) -> str:
-    """As `_choose`, for rows of tensors that lie alike in memory; number `any_dtype` of a row may be half, the rest fp32."""
-    chosen = _choose(op, impl, *(row[any_dtype] for row in rows)) if rows else "reference"
+def _choose_for_lists(op: str, impl: str | None, narrow: Sequence[Tensor], *wide: Sequence[Tensor | None]) -> str:
+    """As `_choose`, for tensors of any kernel's dtype (`narrow`) with fp32 ones (`wide`) that lie like them in memory."""
+    chosen = _choose(op, impl, *narrow) if narrow else "reference"
     if chosen == "reference":
         return chosen
-    device = rows[0][0].device
-    for row in rows:
-        if not (all(x.device == device for x in row)
-                and all(x.dtype == torch.float32 for i, x in enumerate(row) if i != any_dtype)
-                and (all(x.is_contiguous() for x in row)
-                     or all(x.is_contiguous(memory_format=torch.channels_last) for x in row))):
-            if impl is None:
-                return "reference"
-            raise ValueError(f"impl={impl!r} takes contiguous tensors on one device, float32 but for the gradients or students, "
-                             f"not {[(str(x.dtype), x.stride()) for x in row]}: use impl='reference'.")
-    return chosen
+    fp32 = [x for xs in wide for x in xs if x is not None]
+    if ({x.dtype for x in fp32} <= {torch.float32} and len({x.device for x in (*narrow, *fp32)}) == 1
+            and (all(map(Tensor.is_contiguous, (*narrow, *fp32))) or _lie_alike(narrow, *wide))):
+        return chosen
+    if impl is None:
+        return "reference"
+    raise ValueError(f"impl={impl!r} takes tensors on one device, contiguous, and float32 where they are not gradients or "
+                     "students: use impl='reference'.")
 
 
-def _check_rows(**lists: Sequence[Tensor | None]) -> None:
+def _lie_alike(*lists: Sequence[Tensor | None]) -> bool:
+    """Whether the tensors of every row are all contiguous or all channels_last; a single number lies like anything."""
+    rows = [[x for x in row if x is not None and x.numel() > 1] for row in zip(*lists, strict=True)]
+    return all(any(all(x.is_contiguous(memory_format=layout) for x in row)
+                   for layout in (torch.contiguous_format, torch.channels_last)) for row in rows)
+
+
+def _check_lists(**lists: Sequence[Tensor | None]) -> None:
     """Equal lengths, and equal shapes in every row."""
     (first_name, first), *others = lists.items()
+    shapes = [x.shape for x in first]
     for name, tensors in others:
         if len(tensors) != len(first):
             raise ValueError(f"{name} has {len(tensors)} tensors and {first_name} has {len(first)}: give as many.")
-        for i, (a, b) in enumerate(zip(first, tensors, strict=True)):
-            if b is not None and a.shape != b.shape:
-                raise ValueError(f"{name}[{i}] has shape {tuple(b.shape)}: expected {tuple(a.shape)}, that of {first_name}[{i}].")
+        for i, (x, shape) in enumerate(zip(tensors, shapes, strict=True)):
+            if x is not None and x.shape != shape:
+                raise ValueError(f"{name}[{i}] has shape {tuple(x.shape)}: expected {tuple(shape)}, that of {first_name}[{i}].")
 
 
 def _scalar(number: float | Tensor) -> Tensor:
@@ -310,7 +315,7 @@ def grad_norms(grads: Sequence[Tensor], impl: str | None = None) -> Tensor:
     """
     if not grads:
         raise ValueError("grads is empty: give at least one tensor.")
-    if _choose_for_rows("grad_norms", impl, [(g,) for g in grads], 0) == "reference":
+    if _choose_for_lists("grad_norms", impl, grads) == "reference":
         return reference.grad_norms(grads)
     return torch.ops.dinofast.grad_norms(grads)
 
@@ -329,13 +334,11 @@ def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequ
     contiguous or all channels_last; a call with anything else goes to the reference. The number of threads changes no bit.
     Raises ValueError for lists that differ in length or shape.
     """
-    _check_rows(params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, teachers=teachers)
+    _check_lists(params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, teachers=teachers)
     if len(steps) != len(params) or coefficients.shape != (len(params),):
         raise ValueError(f"steps has {len(steps)} tensors and coefficients shape {tuple(coefficients.shape)}: expected "
                          f"{len(params)} and ({len(params)},), to go with params.")
-    rows = [tuple(x for x in row if x is not None) for row in zip(grads, params, exp_avgs, exp_avg_sqs, teachers, strict=True)]
-    if (not all(s.dtype == torch.float32 for s in steps)
-            or _choose_for_rows("adamw_ema_", impl, rows, 0) == "reference"):
+    if _choose_for_lists("adamw_ema_", impl, grads, params, exp_avgs, exp_avg_sqs, teachers, steps) == "reference":
         return reference.adamw_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, coefficients, skip, lr=lr,
                                     weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum)
     torch.ops.dinofast.adamw_ema_(
@@ -354,7 +357,7 @@ def ema_(teachers: Sequence[Tensor], students: Sequence[Tensor], momentum: float
     impl: as in `dino_loss`. The C++ kernel takes float32 teachers of float32, bfloat16 or float16 students, a pair contiguous
     or channels_last. Raises ValueError for lists that differ in length or shape.
     """
-    _check_rows(teachers=teachers, students=students)
-    if _choose_for_rows("ema_", impl, list(zip(students, teachers, strict=True)), 0) == "reference":
+    _check_lists(teachers=teachers, students=students)
+    if _choose_for_lists("ema_", impl, students, teachers) == "reference":
         return reference.ema_(teachers, students, momentum, skip)
     torch.ops.dinofast.ema_(teachers, students, _scalar(momentum), torch.zeros((), dtype=torch.bool) if skip is None else skip)

@@ -99,7 +99,7 @@ def ema_(teachers: Sequence[Tensor], students: Sequence[Tensor], momentum: float
     """`teacher <- momentum teacher + (1 - momentum) student` for n pairs of equal shape, in place; the identity where skip."""
     share = (1 - momentum) * (1.0 if skip is None else 1.0 - skip.double())
     for teacher, student in zip(teachers, students, strict=True):
-        teacher.mul_(1 - share).add_(student * share)
+        teacher.mul_(1 - share).add_(student.to(teacher.dtype) * share)
 
 
 def sgd_(param: Tensor, grad: Tensor, buffer: Tensor, skip: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor,

@@ -204,3 +204,28 @@ def test_closure_and_scheduler_work_as_with_any_optimizer():
     first = optimizer.step(closure)
     scheduler.step()
     assert torch.is_tensor(first) and np.isclose(optimizer.param_groups[0]["lr"], 0.05)
+
+
+def test_a_group_may_be_empty():
+    """A model of biases alone leaves the first of the two groups without a parameter."""
+    bias = nn.Parameter(torch.ones(3))
+    holder = nn.Module()
+    holder.bias = bias
+    optimizer = AdamWEMA(param_groups(holder), lr=0.1)
+    bias.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(bias.detach(), torch.full((3,), 0.9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_train_too(dtype):
+    model = small_model().to(dtype)
+    teacher, start = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = AdamWEMA(param_groups(model), lr=0.1, student=model, teacher=teacher, clip_grad=0.5)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(momentum=0.5)
+    for p, t, old in zip(model.parameters(), teacher.parameters(), start.parameters(), strict=True):
+        expected = old.double() * (1 - 0.1 * 0.01 if p.ndim > 1 else 1) - 0.1  # 0.1 down, weights also decay
+        torch.testing.assert_close(p.double(), expected, rtol=1e-2, atol=2e-3)
+        torch.testing.assert_close(t.double(), (expected + old.double()) / 2, rtol=1e-2, atol=2e-3)

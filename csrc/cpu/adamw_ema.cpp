@@ -19,30 +19,39 @@ namespace {
 
 constexpr int64_t kChunk = 1 << 15;  // elements
 
-struct Factors { float coefficient, beta1, one_minus_beta1, beta2, one_minus_beta2, inv_root, eps, rate, decay, share; };
+struct Mix { float keep, share; };  // of an average: keep old + share new
 
-// Each average moves by a share of the difference, which is exact where nothing changes; v is kept a sum of positive terms, as
-// a difference would make NaN of an infinity.
+Mix mix(double keep) { return {float(keep), float(1 - keep)}; }
+
+// From the nearer end, as torch.lerp: exact where nothing changes, and where all does.
+DINOFAST_INLINE float average(float old, float now, Mix mix) {
+    const float gap = now - old;
+    return mix.share < 0.5f ? old + mix.share * gap : now - mix.keep * gap;
+}
+
+struct Factors {
+    float coefficient, inv_root, eps, rate, decay;
+    Mix first, second, teacher;
+};
+
 template <bool kTeacher, class T>
 DINOFAST_INLINE void adamw_chunk_of(float* p, const T* grad, float* m, float* v, float* teacher, int64_t n, const Factors& f) {
     const Factors c = f;
-    const bool near = c.one_minus_beta1 < 0.5f;  // the end to start from, as torch.lerp does
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
         const float g = c.coefficient * widen(grad[i]);
-        const float gap = g - m[i];
-        const float mean = near ? m[i] + c.one_minus_beta1 * gap : g - c.beta1 * gap;
-        const float square = c.beta2 * v[i] + c.one_minus_beta2 * g * g;
+        const float mean = average(m[i], g, c.first);
+        const float square = c.second.keep * v[i] + c.second.share * g * g;  // a difference would make NaN of an infinity
         const float moved = p[i] - c.decay * p[i] - c.rate * mean / (std::sqrt(square) * c.inv_root + c.eps);
         m[i] = mean, v[i] = square, p[i] = moved;
-        if (kTeacher) teacher[i] += c.share * (moved - teacher[i]);
+        if (kTeacher) teacher[i] = average(teacher[i], moved, c.teacher);
     }
 }
 
 template <class T>
-DINOFAST_INLINE void ema_chunk_of(float* teacher, const T* student, int64_t n, float share) {
+DINOFAST_INLINE void ema_chunk_of(float* teacher, const T* student, int64_t n, Mix mix) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) teacher[i] += share * (widen(student[i]) - teacher[i]);
+    for (int64_t i = 0; i < n; ++i) teacher[i] = average(teacher[i], widen(student[i]), mix);
 }
 
 template <class T>
@@ -62,8 +71,8 @@ DINOFAST_INLINE double square_sum_of(const T* x, int64_t n) {
                                          const Factors& f) {                                                                  \
         adamw_chunk_of<true>(p, grad, m, v, teacher, n, f);                                                                   \
     }                                                                                                                         \
-    DINOFAST_CLONES void ema_chunk(float* teacher, const T* student, int64_t n, float share) {                                \
-        ema_chunk_of(teacher, student, n, share);                                                                             \
+    DINOFAST_CLONES void ema_chunk(float* teacher, const T* student, int64_t n, Mix mix) {                                    \
+        ema_chunk_of(teacher, student, n, mix);                                                                               \
     }                                                                                                                         \
     DINOFAST_CLONES double square_sum(const T* x, int64_t n) { return square_sum_of(x, n); }
 DINOFAST_CHUNKS(float)
@@ -108,9 +117,9 @@ void adamw_ema(const std::vector<AdamwTensor>& tensors, const AdamwOptions& o, i
     std::vector<Factors> factors;
     for (const AdamwTensor& t : tensors) {
         const double step = double(*t.step += 1.0f);
-        factors.push_back({t.coefficient, float(o.beta1), float(1 - o.beta1), float(o.beta2), float(1 - o.beta2),
-                           float(1 / std::sqrt(1 - std::pow(o.beta2, step))), float(o.eps),
-                           float(o.lr / (1 - std::pow(o.beta1, step))), float(o.lr * o.weight_decay), float(1 - o.momentum)});
+        factors.push_back({t.coefficient, float(1 / std::sqrt(1 - std::pow(o.beta2, step))), float(o.eps),
+                           float(o.lr / (1 - std::pow(o.beta1, step))), float(o.lr * o.weight_decay),
+                           mix(o.beta1), mix(o.beta2), mix(o.momentum)});
     }
     for_each_chunk(chunks_of(tensors), n_threads, [&](size_t, const Chunk& chunk) {
         const AdamwTensor& t = tensors[chunk.tensor];
@@ -128,7 +137,7 @@ void ema(const std::vector<EmaTensor>& tensors, double momentum, int n_threads) 
     for_each_chunk(chunks_of(tensors), n_threads, [&](size_t, const Chunk& chunk) {
         const EmaTensor& t = tensors[chunk.tensor];
         with_numbers(t.student, chunk.begin,
-                     [&](auto* student) { ema_chunk(t.teacher + chunk.begin, student, chunk.size, float(1 - momentum)); });
+                     [&](auto* student) { ema_chunk(t.teacher + chunk.begin, student, chunk.size, mix(momentum)); });
     });
 }
 
