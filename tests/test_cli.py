@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from dinofast import cli
+from dinofast import cli, ops
 from dinofast.config import Config
 
 OFFICIAL_DEFAULTS = {
@@ -137,4 +137,6 @@ def test_module_is_the_same_program():
 def test_doctor_says_what_and_why(capsys):
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert "torch" in text and "GPU" in text and "dino_loss" in text
+    assert "torch" in text and "GPU" in text
+    for name, paths in ops.paths().items():
+        assert f"{name:22} {paths['cpu']}" in text

@@ -53,3 +53,19 @@ def test_drop_in_of_the_readme_runs():
     exec(block, names)                                      # noqa: S102 - our own README
     names["loss"].backward()
     assert names["student_output"].grad.abs().sum() > 0 and names["dino_loss"].center.any()
+
+
+def test_optimizer_and_average_of_the_readme_run():
+    import copy
+
+    import torch
+
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", TEXT, flags=re.S) if "AdamWEMA" in b or "ema_" in b]
+    student = torch.nn.Linear(3, 2)
+    teacher, start = copy.deepcopy(student), copy.deepcopy(student)
+    student(torch.ones(1, 3)).sum().backward()
+    for block in blocks:
+        exec(block, {"student": student, "teacher": teacher})   # noqa: S102 - our own README
+    assert len(blocks) == 2
+    for s, t, old in zip(student.parameters(), teacher.parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(t - old, (1 - 0.996 ** 2) * (s - old), rtol=0.02, atol=1e-7)
