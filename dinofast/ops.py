@@ -246,7 +246,7 @@ def _adamw_ema_cpu(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Ten
     teacher = iter(_addresses(teachers))
     _C.adamw_ema_(_addresses(params), _addresses(grads), _dtype_codes(grads), _addresses(exp_avgs), _addresses(exp_avg_sqs),
                   _addresses(steps), [next(teacher) if has else 0 for has in averaged], _sizes(params),
-                  coefficients.float().contiguous().numpy(), lr.item(), weight_decay.item(), beta1, beta2, eps, momentum.item(),
+                  _array(coefficients.float().contiguous()), lr.item(), weight_decay.item(), beta1, beta2, eps, momentum.item(),
                   torch.get_num_threads())
     _mark_written([*params, *exp_avgs, *exp_avg_sqs, *steps, *teachers])
 
@@ -264,8 +264,8 @@ _library.impl("adamw_ema_", _adamw_ema_cpu, "CPU")
 _library.impl("ema_", _ema_cpu, "CPU")
 torch.library.register_fake("dinofast::grad_norms", lambda grads: grads[0].new_empty(len(grads), dtype=torch.float32),
                             lib=_library)
-for _op in ("adamw_ema_", "ema_"):
-    torch.library.register_fake(f"dinofast::{_op}", lambda *_: None, lib=_library)
+torch.library.register_fake("dinofast::adamw_ema_", lambda *_: None, lib=_library)
+torch.library.register_fake("dinofast::ema_", lambda *_: None, lib=_library)
 
 
 def _choose_for_lists(op: str, impl: str | None, narrow: Sequence[Tensor], *wide: Sequence[Tensor | None]) -> str:
@@ -335,9 +335,9 @@ def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequ
     Raises ValueError for lists that differ in length or shape.
     """
     _check_lists(params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, teachers=teachers)
-    if len(steps) != len(params) or coefficients.shape != (len(params),):
-        raise ValueError(f"steps has {len(steps)} tensors and coefficients shape {tuple(coefficients.shape)}: expected "
-                         f"{len(params)} and ({len(params)},), to go with params.")
+    if len(steps) != len(params) or any(step.ndim for step in steps) or coefficients.shape != (len(params),):
+        raise ValueError(f"steps has shapes {[tuple(s.shape) for s in steps]} and coefficients {tuple(coefficients.shape)}: "
+                         f"expected {len(params)} tensors () and one ({len(params)},), to go with params.")
     if _choose_for_lists("adamw_ema_", impl, grads, params, exp_avgs, exp_avg_sqs, teachers, steps) == "reference":
         return reference.adamw_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, coefficients, skip, lr=lr,
                                     weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum)

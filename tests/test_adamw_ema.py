@@ -283,8 +283,9 @@ def test_compiles_as_one_graph() -> None:
 @pytest.mark.parametrize(("change", "message"), [
     ({"grads": [torch.zeros(5)]}, "grads has 1 tensors and params has 2"),
     ({"teachers": [None, torch.zeros(4)]}, r"teachers\[1\] has shape \(4,\): expected \(3,\), that of params\[1\]"),
-    ({"steps": []}, r"steps has 0 tensors and coefficients shape \(2,\): expected 2 and \(2,\)"),
-    ({"coefficients": torch.ones(3)}, r"coefficients shape \(3,\): expected 2 and \(2,\)"),
+    ({"steps": []}, r"steps has shapes \[\] and coefficients \(2,\): expected 2 tensors \(\) and one \(2,\)"),
+    ({"steps": [torch.zeros(0), torch.zeros(())]}, r"steps has shapes \[\(0,\), \(\)\]"),
+    ({"coefficients": torch.ones(3)}, r"coefficients \(3,\): expected 2 tensors \(\) and one \(2,\)"),
     ({"impl": "fast"}, "impl is 'fast': use one of"),
     ({"impl": "cpp", "steps": [torch.zeros((), device="meta")] * 2}, "impl='cpp' takes tensors on one device"),
 ])
