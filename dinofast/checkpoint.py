@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,15 @@ class Position:
     images_in_epoch: int = 0
     n_images: int = 0
     sums: list[float] = field(default_factory=list)
+    fingerprint: str = ""                                   # of the images, empty when unknown
+    global_batch: int = 0
+
+    def check(self) -> None:
+        """Raise `ValueError` for what no save of ours holds."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(value) is not type(getattr(Position(), f.name)) or (isinstance(value, int) and value < 0):
+                raise ValueError(f"its position in the run says {f.name}={value!r}")
 
 
 def save(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, cfg: Config,
@@ -55,16 +66,20 @@ def save(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: tor
     if scaler is not None:
         state["fp16_scaler"] = scaler.state_dict()
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)                   # half a file would only fill a full disk
+        raise
     _sync_folder(path)
 
 
-def keep(path: Path, name: Path) -> None:
-    """A second, lasting name for the checkpoint just written: a hard link where the file system has them, else a copy."""
+def link(path: Path, name: Path) -> None:
+    """A second name for the checkpoint just written: a hard link where the file system has them, else a copy."""
     temporary = name.with_name(name.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -73,6 +88,24 @@ def keep(path: Path, name: Path) -> None:
         shutil.copyfile(path, temporary)
     os.replace(temporary, name)
     _sync_folder(name)
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Make the folder, see that it can be written, and keep other runs out of it. Raises `ValueError` now, not after hours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")                  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"--output_dir '{folder}' cannot be written ({error.strerror}): choose another.") from error
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # of this process alone: it ends with it, however it ends
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"another run is writing to --output_dir '{folder}': wait for it, or choose another.") from error
+        except OSError:
+            pass                                            # a file system without locks: nothing can be known there
+        yield
 
 
 def _sync_folder(path: Path) -> None:
@@ -90,7 +123,8 @@ def read(path: Path) -> dict[str, Any]:
     Raises `ValueError` for a file that is missing, truncated, or no checkpoint; the file is left as it is.
     """
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint at '{path}'.")
+        raise ValueError(f"'{path}' is a folder, not a checkpoint: move it away, or choose another file or --output_dir."
+                         if path.is_dir() else f"there is no checkpoint at '{path}'.")
     try:
         with torch.serialization.safe_globals(_SAFE):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -126,15 +160,13 @@ def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: 
              (model.dino_loss, state["dino_loss"], "dino_loss"))
     for module, weights, what in parts:
         _check_fit(path, module, weights, what, saved_args)
+    position = _position(path, state)
     _check_optimizer(path, optimizer, state["optimizer"], saved_args)
     for module, weights, _ in parts:
         module.load_state_dict(weights)
     optimizer.load_state_dict(state["optimizer"])
     if scaler is not None and "fp16_scaler" in state:
         scaler.load_state_dict(state["fp16_scaler"])
-    ours = state.get("dinofast")
-    known = Position.__dataclass_fields__
-    position = Position(**{k: v for k, v in ours.items() if k in known}) if ours else Position(epoch=int(state["epoch"]))
     now = cfg.to_dict()
     changed = [f"--{name} was {saved_args[name]} and is now {now[name]}" for name in now
                if name in saved_args and name not in _FREE and _plain(saved_args[name]) != _plain(now[name])]
@@ -203,7 +235,11 @@ def _plain(value: Any) -> Any:
 
 def _check_fit(path: Path, module: nn.Module, weights: Mapping[str, Any], what: str, saved: Mapping[str, Any]) -> None:
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
+    given = {name: tuple(value.shape) for name, value in strip_prefix(weights, "").items() if isinstance(value, Tensor)}
+    broken = [name for name, value in weights.items() if isinstance(value, Tensor) and not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"'{path}' holds numbers that are not finite, in '{broken[0]}' of the {what}: it was left as it is; "
+                         "go back to an earlier checkpoint.")
     for name in [*wanted, *given]:
         if wanted.get(name) != given.get(name):
             origin = "".join(f", saved with --{k} {saved[k]}" for k in ("arch", "patch_size", "out_dim") if k in saved)
@@ -212,11 +248,32 @@ def _check_fit(path: Path, module: nn.Module, weights: Mapping[str, Any], what: 
                              "--output_dir.")
 
 
+def _position(path: Path, state: Mapping[str, Any]) -> Position:
+    """Where the run stands; of an official checkpoint only the epoch is known."""
+    try:
+        ours = state.get("dinofast")
+        known = Position.__dataclass_fields__
+        position = Position(**{k: v for k, v in ours.items() if k in known}) if ours else Position(epoch=state["epoch"])
+        position.check()
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"'{path}' does not tell where the run stands ({error}): it was left as it is; move it away, or "
+                         "choose another --output_dir.") from error
+    return position
+
+
 def _check_optimizer(path: Path, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], args: Mapping[str, Any]) -> None:
     """AdamW, SGD and LARS keep different things; torch itself would only notice at the first step."""
-    ours, theirs = optimizer.param_groups, saved["param_groups"]
+    try:
+        ours, theirs = optimizer.param_groups, list(saved["param_groups"])
+        shapes = {i: tuple(p.shape) for i, p in enumerate(p for group in ours for p in group["params"])}
+        fits = all(value.ndim == 0 or (tuple(value.shape) == shapes[i] and bool(torch.isfinite(value).all()))
+                   for i, state in saved["state"].items() for value in state.values() if isinstance(value, Tensor))
+        lengths = [len(g["params"]) for g in theirs]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"'{path}' holds no optimiser state that can be understood: it was left as it is; move it away, or "
+                         "choose another --output_dir.") from error
     same_kind = all(("betas" in a, "eta" in a) == ("betas" in b, "eta" in b) for a, b in zip(ours, theirs, strict=False))
-    if not same_kind or [len(g["params"]) for g in ours] != [len(g["params"]) for g in theirs]:
+    if not same_kind or not fits or [len(g["params"]) for g in ours] != lengths:
         was = f" (--optimizer {args['optimizer']})" if "optimizer" in args else ""
         raise ValueError(f"'{path}' was saved with another optimiser{was} or other trainable parameters: resume with the "
                          "options it was saved with, or choose another --output_dir.")

@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return _say(f"dinofast: {error}", USAGE)
     except (OSError, RuntimeError) as error:
-        from .log import Diverged, Interrupted
+        from .log import Diverged, Interrupted, WorkerDied
 
         if isinstance(error, Interrupted):
             return _say(str(error), INTERRUPTED + error.signum)
-        if not isinstance(error, Diverged | OSError):
+        if not isinstance(error, Diverged | WorkerDied | OSError):
             raise                                                   # a fault of ours, or of torch: the traceback is worth more
         return _say(f"dinofast: {error}", 1)
     except KeyboardInterrupt:

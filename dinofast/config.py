@@ -110,6 +110,13 @@ class Config:
     dist_url: str = _option("env://", "Where processes meet; torchrun sets it up.")
     local_rank: int = _option(0, "Ignored; torchrun sets it through the environment.")
 
+    def __post_init__(self) -> None:
+        for name in ("data_path", "output_dir"):                # a Path would make a checkpoint that nothing reads
+            object.__setattr__(self, name, os.fspath(getattr(self, name)))
+        for f in fields(self):
+            if isinstance(getattr(self, f.name), list):
+                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+
     # ------------------------------------------------------------------------------------------------------------------
     @property
     def n_crops(self) -> int:
@@ -135,6 +142,7 @@ class Config:
         """Raise `ValueError` (one sentence: the value and the way out) for the first option that cannot be right."""
         for f in fields(self):
             value = getattr(self, f.name)
+            self._check_type(f.name, value, f.default)
             numbers = value if isinstance(value, tuple) else (value,)
             if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
                 raise ValueError(f"--{f.name} is {value}: give a finite number.")
@@ -147,6 +155,9 @@ class Config:
                      "saveckp_steps", "num_workers", "weight_decay", "weight_decay_end", "clip_grad", "lr", "min_lr", "seed"):
             self._need(name, getattr(self, name) >= 0, "must not be negative")
         self._need("seed", self.seed < 2**63, "must be below 2^63")
+        for name, most in (("epochs", 10**6), ("out_dim", 2**24), ("batch_size_per_gpu", 2**20), ("head_hidden_dim", 2**20),
+                           ("global_crops_size", 2**14), ("local_crops_size", 2**14), ("local_crops_number", 1000)):
+            self._need(name, getattr(self, name) <= most, f"must be at most {most}")
         for name in ("warmup_teacher_temp", "teacher_temp", "student_temp"):
             self._need(name, getattr(self, name) > 0, "must be above 0")
         for name in ("momentum_teacher", "center_momentum", "max_refused"):
@@ -166,6 +177,21 @@ class Config:
             self._check_patches("global_crops_size", needed=True)
             self._check_patches("local_crops_size", needed=self.local_crops_number > 0)
         return self
+
+    def _check_type(self, name: str, value: Any, default: Any) -> None:
+        if isinstance(default, tuple):
+            if not isinstance(value, tuple) or len(value) != len(default):
+                raise ValueError(f"--{name} is {value!r}: give {len(default)} numbers.")
+            for v in value:
+                self._check_type(name, v, 0.0)
+        elif default is None:
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"--{name} is {value!r}: give a word.")
+        else:
+            wanted = (int, float) if isinstance(default, float) else type(default)
+            if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool)):
+                kind = {bool: "True or False", int: "a whole number", float: "a number", str: "a word"}[type(default)]
+                raise ValueError(f"--{name} is {value!r}: give {kind}.")
 
     def _need(self, name: str, good: bool, rule: str) -> None:
         if not good:

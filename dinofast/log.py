@@ -27,6 +27,10 @@ class Diverged(RuntimeError):
     """Training cannot go on: the loss or the gradient has not been finite for many steps in a row."""
 
 
+class WorkerDied(RuntimeError):
+    """A process that loads data was killed from outside."""
+
+
 class Interrupted(RuntimeError):
     """A signal asked the run to stop; everything is saved."""
 
@@ -40,6 +44,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.signum = 0
+        self.training = False                   # before the first step nothing is there to finish: a signal ends it at once
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -51,6 +56,8 @@ class StopSignal:
         return self
 
     def _caught(self, signum: int, frame: FrameType | None) -> None:
+        if not self.training:
+            raise Interrupted(signum, "stopped before the first step; nothing has changed.")
         if self.signum and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
@@ -106,7 +113,7 @@ class Run:
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
-            print(text, flush=True)
+            _print(text)
 
     @contextmanager
     def live(self, step: int, sums: list[float]) -> Iterator[None]:
@@ -164,7 +171,7 @@ class Run:
             self._progress.update(self._task, completed=step, epoch=epoch + 1, numbers=numbers)
         elif self.is_main and (now - self._spoken >= PLAIN_LINE_S or step == self.epochs * self.steps_per_epoch):
             left_s = (now - self._start) / max(step - self._first_step, 1) * (self.epochs * self.steps_per_epoch - step)
-            print(f"epoch {epoch + 1}/{self.epochs}  step {step}  {numbers}  ETA {_duration(left_s)}", flush=True)
+            _print(f"epoch {epoch + 1}/{self.epochs}  step {step}  {numbers}  ETA {_duration(left_s)}")
             self._spoken = now
         self._last, self._clock, self._wait_s, self._last_step = list(sums), now, wait_s, step
 
@@ -230,6 +237,14 @@ def _epoch_of(line: str) -> float:
         return float(json.loads(line)["epoch"])
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def _print(text: str) -> None:
+    """A reader that has gone away must not end a run of days."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")                     # noqa: SIM115 - for the rest of the process
 
 
 def _duration(seconds: float) -> str:

@@ -86,43 +86,57 @@ class Model(nn.Module):
 
 def build_backbone(cfg: Config, drop_path_rate: float) -> nn.Module:
     """A ViT, or a torchvision or timm model without its classifier. Raises `ValueError` for an unknown name."""
+    return backbone_maker(cfg)(drop_path_rate)
+
+
+def backbone_maker(cfg: Config) -> Callable[[float], nn.Module]:
+    """What builds `cfg.arch` for a stochastic depth rate (only our ViTs have one). Raises `ValueError` for an unknown name."""
     if cfg.vit is not None:
         make = getattr(vit, cfg.vit)
-        return make(patch_size=cfg.patch_size, drop_path_rate=drop_path_rate, img_size=(cfg.global_crops_size,))
-    makers = {"torchvision": _from_torchvision, "timm": _from_timm}
+        return lambda rate: make(patch_size=cfg.patch_size, drop_path_rate=rate, img_size=(cfg.global_crops_size,))
     missing = []
-    for package, make in makers.items():
+    for package, find in {"torchvision.models": _from_torchvision, "timm": _from_timm}.items():
         try:
-            library = importlib.import_module(f"{package}.models" if package == "torchvision" else package)
+            library = importlib.import_module(package)
         except Exception as error:             # one that was built for another torch raises all kinds
             missing.append(f"{package} ({error})")
             continue
-        model = make(library, cfg.arch)
-        if model is not None:
-            return model
-    hint = f" Names of other packages need them installed; not importable: {'; '.join(missing)}." if missing else ""
-    raise ValueError(f"--arch '{cfg.arch}' is not known: choose from {', '.join(VITS)}.{nearest(cfg.arch, list(VITS))}{hint}")
+        build = find(library, cfg.arch)
+        if build is not None:
+            return lambda rate, build=build: build()
+    hint = f" Other names need torchvision or timm installed; not importable: {'; '.join(missing)}." if missing else ""
+    raise ValueError(f"--arch '{cfg.arch}' is not known: choose from {', '.join(VITS)}.{nearest(cfg.arch, list(VITS))}{hint} "
+                     "A model of your own goes through Python, dinofast.train.train(cfg, backbone=...).")
 
 
-def _from_torchvision(library, arch: str) -> nn.Module | None:
-    if not (arch.islower() and inspect.isfunction(getattr(library, arch, None))):
+def _from_torchvision(library, arch: str) -> Callable[[], nn.Module] | None:
+    make = getattr(library, arch, None)
+    if not (arch.islower() and inspect.isfunction(make)):
         return None
-    model = getattr(library, arch)(weights=None)
-    for name in _CLASSIFIERS:
-        if isinstance(getattr(model, name, None), nn.Module):
-            setattr(model, name, nn.Identity())
-            return model
-    raise ValueError(f"--arch {arch}: this torchvision model has no classifier that could be taken off; pass it through the "
-                     "Python API, dinofast.train.train(cfg, backbone=...).")
+
+    def build() -> nn.Module:
+        model = make(weights=None)
+        for name in _CLASSIFIERS:
+            if isinstance(getattr(model, name, None), nn.Module):
+                setattr(model, name, nn.Identity())
+                return model
+        raise ValueError(f"--arch {arch}: this torchvision model has no classifier that could be taken off; pass it through "
+                         "the Python API, dinofast.train.train(cfg, backbone=...).")
+
+    return build
 
 
-def _from_timm(library, arch: str) -> nn.Module | None:
+def _from_timm(library, arch: str) -> Callable[[], nn.Module] | None:
     if not library.is_model(arch):
         return None
-    try:                                                                 # transformers must take crops of two sizes
-        return library.create_model(arch, pretrained=False, num_classes=0, dynamic_img_size=True)
-    except TypeError:
-        return library.create_model(arch, pretrained=False, num_classes=0)
+
+    def build() -> nn.Module:
+        try:                                                            # transformers: crops of two sizes
+            return library.create_model(arch, pretrained=False, num_classes=0, dynamic_img_size=True)
+        except TypeError:
+            return library.create_model(arch, pretrained=False, num_classes=0)
+
+    return build
 
 
 @torch.no_grad()

@@ -45,6 +45,15 @@ def paths() -> dict[str, dict[str, str]]:
     return {op: {device: path(kernels.get(device)) for device in ("cpu", "cuda")} for op, kernels in _KERNELS.items()}
 
 
+def check_required() -> None:
+    """Raise `ValueError` when DINOFAST_REQUIRE names a kind of kernel that is unknown or cannot run here."""
+    for kind in filter(None, os.environ.get("DINOFAST_REQUIRE", "").split(",")):
+        if kind not in _IMPLS[2:]:
+            raise ValueError(f"DINOFAST_REQUIRE names '{kind}': this version knows {', '.join(_IMPLS[2:])}.")
+        if reason := _missing(kind):
+            raise ValueError(f"DINOFAST_REQUIRE names {kind}, but {reason}.")
+
+
 def _missing(kernel: str) -> str:
     """Why this kind of kernel cannot run here; empty if it can."""
     return {"cpp": _NO_CPP}[kernel]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,12 @@ def cosine(base: float, final: float, epochs: int, steps_per_epoch: int, warmup_
 def teacher_temps(warmup_temp: float, temp: float, warmup_epochs: int, epochs: int) -> np.ndarray:
     """One float64 value per epoch: linear from `warmup_temp` to `temp` over the warm-up epochs, then constant."""
     return np.concatenate((np.linspace(warmup_temp, temp, warmup_epochs), np.full(epochs - warmup_epochs, temp)))
+
+
+def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
+    """A seed of its own for every forward pass, so that a resumed run draws what an unbroken one draws."""
+    digest = hashlib.blake2b(f"{seed} {step} {micro} {rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import inspect
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from torch import nn
 from . import checkpoint, dist, ops
 from .config import Config
 from .data import Loader, make_loader
-from .log import EpochSums, Interrupted, Run, StopSignal, counting
-from .model import Model
+from .log import EpochSums, Interrupted, Run, StopSignal, WorkerDied, counting
+from .model import Model, backbone_maker
 from .optim import OPTIMIZERS, param_groups
-from .schedule import Schedule
+from .schedule import Schedule, step_seed
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,6 +30,9 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
     Raises `ValueError` for options, data or a checkpoint that cannot be right (before anything is written), `log.Interrupted`
     after SIGINT or SIGTERM with everything saved, `log.Diverged` when the loss stays non-finite.
     """
+    if isinstance(backbone, nn.Module):
+        raise ValueError(f"backbone is a {type(backbone).__name__}: give what makes one, a class or a function; it is called "
+                         "once for the student, and the teacher gets a copy.")
     if backbone is not None:
         name = getattr(backbone, "__name__", "<lambda>")
         cfg = replace(cfg, arch="own backbone" if name == "<lambda>" else name)         # its crops need not be whole patches
@@ -39,12 +42,32 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
 
 
 def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.Process, stop: StopSignal) -> Path:
+    ops.check_required()
+    if backbone is None:
+        backbone_maker(cfg)                               # an unknown name is told before a million files are looked at
+    loader = make_loader(cfg, rank=process.rank, world=process.world, device=process.device,
+                         on_progress=counting("images looked at", process.is_main))
+    if not process.all_equal(int(loader.fingerprint, 16) >> 66):
+        raise ValueError(f"process {process.rank} finds {loader.n_images} usable images in --data_path {cfg.data_path}, others "
+                         "find different ones: all processes must see the same files.")
+    with closing(loader), checkpoint.claim(Path(cfg.output_dir)) if process.is_main else nullcontext():
+        try:
+            return _run(cfg, backbone, process, stop, loader)
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):         # torch raises it wherever the main thread happens to be
+                raise WorkerDied("a data worker was killed, often for lack of memory: lower --num_workers or the batch; the "
+                                 f"same command goes on from what was last saved in '{cfg.output_dir}'.") from error
+            raise
+
+
+def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.Process, stop: StopSignal,
+         loader: Loader) -> Path:
     output_dir = Path(cfg.output_dir)
     path = output_dir / "checkpoint.pth"
     device = process.device
     precision = cfg.precision_on(device.type)
 
-    # ---- model, data, optimiser
+    # ---- model, optimiser, where to go on
     model = Model.from_config(cfg, backbone).to(device)
     parallel = _distribute(model, process)
     optimizer = OPTIMIZERS[cfg.optimizer](param_groups(model.student), student=model.student, teacher=model.teacher,
@@ -54,15 +77,9 @@ def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.
     if path.exists():
         position, changed = checkpoint.restore(path, model, optimizer, scaler, cfg)
     process.barrier()                                     # nobody writes here before everybody has read
-    output_dir.mkdir(parents=True, exist_ok=True)
-    loader = make_loader(cfg, rank=process.rank, world=process.world, device=device,
-                         on_progress=counting("images looked at", process.is_main))
-    if not process.all_equal(loader.n_images):
-        raise ValueError(f"process {process.rank} finds {loader.n_images} usable images in --data_path {cfg.data_path}, others "
-                         "find another number: all processes must see the same files.")
     per_epoch, batch = loader.steps_per_epoch, cfg.batch_size_per_gpu * cfg.accumulate * process.world
     schedule = Schedule(cfg, per_epoch, process.world, device)
-    start, inexact = _first_step(position, loader.n_images, per_epoch, batch)
+    start, inexact = _first_step(position, loader, batch)
     loader.seek(start)
     sums = EpochSums(device, position.sums if start % per_epoch and not inexact else [])
     run = Run(output_dir, process.is_main, steps_per_epoch=per_epoch, epochs=cfg.epochs, images_per_step=batch,
@@ -73,62 +90,62 @@ def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.
     def save(step: int, keep: bool = False) -> None:
         if process.is_main:
             epoch, inside = divmod(step, per_epoch)
-            where = checkpoint.Position(step, epoch, inside * batch, loader.n_images, sums.read() if inside else [])
-            checkpoint.save(path, model, optimizer, scaler, cfg, where)
+            where = checkpoint.Position(step, epoch, inside * batch, loader.n_images, sums.read() if inside else [],
+                                        loader.fingerprint, batch)
+            numbered = output_dir / f"checkpoint{epoch - 1:04}.pth"
+            checkpoint.save(numbered if keep else path, model, optimizer, scaler, cfg, where)
             if keep:
-                checkpoint.keep(path, output_dir / f"checkpoint{epoch - 1:04}.pth")
+                checkpoint.link(numbered, path)           # in this order: a run killed in between makes both again
 
     # ---- the loop
-    try:
-        with run.live(start, sums.read()):
-            for step in range(start, schedule.total):
-                epoch, values = step // per_epoch, schedule.at(step)
-                for group, decay in zip(optimizer.param_groups, (values.weight_decay, 0.0), strict=True):
-                    group["lr"], group["weight_decay"] = values.lr, decay
+    with run.live(start, sums.read()):
+        stop.training = True
+        for step in range(start, schedule.total):
+            epoch, values = step // per_epoch, schedule.at(step)
+            for group, decay in zip(optimizer.param_groups, (values.weight_decay, 0.0), strict=True):
+                group["lr"], group["weight_decay"] = values.lr, decay
 
-                for micro in range(cfg.accumulate):
-                    crops = next(loader)                                      # on the device already
-                    torch.manual_seed(_step_seed(cfg.seed, step, micro, process.rank))    # drop path: the same after a resume
-                    last = micro == cfg.accumulate - 1
-                    with nullcontext() if last or process.world == 1 else parallel.no_sync():
-                        with torch.autocast(device.type, _DTYPES.get(precision), enabled=precision != "fp32"):
-                            loss = parallel(crops, schedule.teacher_temp[epoch]) / cfg.accumulate
-                        (scaler.scale(loss) if scaler else loss).backward()
-                if epoch < cfg.freeze_last_layer:
-                    for p in model.last_layer_parameters():
-                        p.grad = None
-                stats = model.dino_loss.step()                                # all-reduce; the centre moves
-                bad = ~torch.isfinite(stats.loss)
-                if scaler:
-                    scaler.step(optimizer, momentum=values.momentum, skip=bad)
-                    scaler.update()
-                else:
-                    optimizer.step(momentum=values.momentum, skip=bad)        # clip, update, teacher average
-                optimizer.zero_grad(set_to_none=True)
-                sums.add(torch.stack((stats.loss, stats.teacher_entropy, stats.kl, model.dino_loss.center.norm(),
-                                      optimizer.grad_norm.float())))
+            for micro in range(cfg.accumulate):
+                crops = next(loader)                                      # on the device already
+                torch.manual_seed(step_seed(cfg.seed, step, micro, process.rank))    # drop path: the same after a resume
+                last = micro == cfg.accumulate - 1
+                with nullcontext() if last or process.world == 1 else parallel.no_sync():
+                    with torch.autocast(device.type, _DTYPES.get(precision), enabled=precision != "fp32"):
+                        loss = parallel(crops, schedule.teacher_temp[epoch]) / cfg.accumulate
+                    (scaler.scale(loss) if scaler else loss).backward()
+            if epoch < cfg.freeze_last_layer:
+                for p in model.last_layer_parameters():
+                    p.grad = None
+            stats = model.dino_loss.step()                                # all-reduce; the centre moves
+            bad = ~torch.isfinite(stats.loss)
+            if scaler:
+                scaler.step(optimizer, momentum=values.momentum, skip=bad)
+                scaler.update()
+            else:
+                optimizer.step(momentum=values.momentum, skip=bad)        # clip, update, teacher average
+            optimizer.zero_grad(set_to_none=True)
+            sums.add(torch.stack((stats.loss, stats.teacher_entropy, stats.kl, model.dino_loss.center.norm(),
+                                  optimizer.grad_norm.float())))
 
-                done = step + 1
-                ends_epoch = done % per_epoch == 0
-                stopping = process.world == 1 and bool(stop.signum)
-                if done % cfg.log_steps == 0 or ends_epoch:
-                    now = sums.read()                                         # the only wait for the device
-                    stopping = process.any(bool(stop.signum))
-                    run.show(done, now, schedule.lr[step], loader.wait_s)
-                    run.tell_refused(loader.refused, output_dir / "refused.txt")
-                    if ends_epoch:
-                        this = slice(epoch * per_epoch, done)
-                        run.end_epoch(epoch, now, schedule.lr[this].mean(), schedule.weight_decay[this].mean())
-                        sums.clear()
-                        save(done, keep=bool(cfg.saveckp_freq) and epoch % cfg.saveckp_freq == 0)
-                if not ends_epoch and (stopping or (cfg.saveckp_steps and done % cfg.saveckp_steps == 0)):
-                    save(done)
-                if stopping:
-                    process.barrier()                                         # nobody leaves before it is saved
-                    raise Interrupted(stop.signum or signal.SIGTERM, f"stopped after step {done} of {schedule.total}, saved in "
-                                      f"'{path}'; the same command goes on from there.")
-    finally:
-        loader.close()
+            done = step + 1
+            ends_epoch = done % per_epoch == 0
+            stopping = process.world == 1 and bool(stop.signum)
+            if done % cfg.log_steps == 0 or ends_epoch:
+                now = sums.read()                                         # the only wait for the device
+                stopping = process.any(bool(stop.signum))
+                run.show(done, now, schedule.lr[step], loader.wait_s)
+                run.tell_refused(loader.refused, output_dir / "refused.txt")
+                if ends_epoch:
+                    this = slice(epoch * per_epoch, done)
+                    run.end_epoch(epoch, now, schedule.lr[this].mean(), schedule.weight_decay[this].mean())
+                    sums.clear()
+                    save(done, keep=bool(cfg.saveckp_freq) and epoch % cfg.saveckp_freq == 0)
+            if not ends_epoch and (stopping or (cfg.saveckp_steps and done % cfg.saveckp_steps == 0)):
+                save(done)
+            if stopping:
+                process.barrier()                                         # nobody leaves before it is saved
+                raise Interrupted(stop.signum or signal.SIGTERM, f"stopped after step {done} of {schedule.total}, saved in "
+                                  f"'{path}'; the same command goes on from there.")
     run.say(f"done: {schedule.total} steps, teacher and student in '{path}'")
     return path
 
@@ -140,28 +157,27 @@ def _distribute(model: Model, process: dist.Process) -> nn.Module:
     on_gpu = process.device.type == "cuda"
     if on_gpu:
         model.student, model.teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (model.student, model.teacher))
-    return nn.parallel.DistributedDataParallel(model, device_ids=[process.device] if on_gpu else None, broadcast_buffers=False,
-                                               gradient_as_bucket_view=True)
+    ddp = nn.parallel.DistributedDataParallel
+    new_name = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters          # torch 2.13; 2.11 has the old one
+    return ddp(model, device_ids=[process.device] if on_gpu else None, gradient_as_bucket_view=True,
+               **{"forward_sync_buffers" if new_name else "broadcast_buffers": False})
 
 
-def _first_step(position: checkpoint.Position, n_images: int, per_epoch: int, batch: int) -> tuple[int, list[str]]:
-    """Where to go on: the exact step when data and batch are as they were, else the nearest earlier place in the same epoch."""
-    if position.n_images == 0:                                                # an official checkpoint, or a new run
-        return position.epoch * per_epoch, []
-    start = position.epoch * per_epoch
-    if position.n_images != n_images:
-        return start, [f"the data set had {position.n_images} images and has {n_images} now: "
+def _first_step(position: checkpoint.Position, loader: Loader, batch: int) -> tuple[int, list[str]]:
+    """Where to go on, and why not exactly there: the very step if images and batch are as they were, else near it."""
+    start = position.epoch * loader.steps_per_epoch
+    if not position.fingerprint:                                              # an official checkpoint, or a new run
+        return start, []
+    if position.fingerprint != loader.fingerprint:
+        return start, [f"the images are not those of the save ({position.n_images} then, {loader.n_images} now): "
                        f"epoch {position.epoch + 1} starts anew"]
     inside, rest = divmod(position.images_in_epoch, batch)
-    if rest:
-        return start + inside, [f"the global batch is now {batch}: the last {rest} images before the save are seen again"]
-    return start + min(inside, per_epoch), []
-
-
-def _step_seed(seed: int, step: int, micro: int, rank: int) -> int:
-    """A seed of its own for every forward pass, so that a resumed run draws what an unbroken one draws."""
-    digest = hashlib.blake2b(f"{seed} {step} {micro} {rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    notes = []
+    if position.global_batch != batch:
+        notes = [f"the global batch was {position.global_batch} and is now {batch}, and the learning rate is scaled with it"]
+        if rest:
+            notes.append(f"the last {rest} images before the save are seen again")
+    return start + min(inside, loader.steps_per_epoch), notes
 
 
 def _introduce(run: Run, cfg: Config, process: dist.Process, model: Model, loader: Loader, precision: str, start: int,

@@ -1,5 +1,7 @@
 import os
 import pickle
+import subprocess
+import sys
 
 import golden
 import pytest
@@ -11,6 +13,8 @@ from dinofast.model import Model
 
 CFG = Config(arch="vit_nano", patch_size=4, out_dim=32, head_hidden_dim=16, head_bottleneck_dim=8, local_crops_number=2,
              global_crops_size=16, local_crops_size=8, norm_last_layer=False)
+
+POSITION = checkpoint.Position(7, 1, 12, 40, [1.5] * 7, "f" * 32, 4)
 
 
 def parts(cfg=CFG):
@@ -25,7 +29,7 @@ def saved(folder, cfg=CFG):
     optimizer.step(momentum=0.9)
     model.dino_loss.step()
     path = folder / "checkpoint.pth"
-    checkpoint.save(path, model, optimizer, torch.amp.GradScaler("cpu"), cfg, checkpoint.Position(7, 1, 12, 40, [1.5] * 7))
+    checkpoint.save(path, model, optimizer, torch.amp.GradScaler("cpu"), cfg, POSITION)
     return path, model, optimizer
 
 
@@ -51,7 +55,7 @@ def test_restore_is_exact(tmp_path):
     other = Config(**{**CFG.to_dict(), "seed": 5, "lr": 0.1})
     model2, optimizer2 = parts(other)
     position, changed = checkpoint.restore(path, model2, optimizer2, None, other)
-    assert position == checkpoint.Position(7, 1, 12, 40, [1.5] * 7)
+    assert position == POSITION
     assert changed == ["--lr was 0.0005 and is now 0.1", "--seed was 0 and is now 5"]
     torch.testing.assert_close(model2.state_dict(), model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(optimizer2.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
@@ -68,12 +72,12 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save(path, model, optimizer, None, CFG, checkpoint.Position())
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_kept_copies_survive_the_next_save(tmp_path):
     path, model, optimizer = saved(tmp_path)
-    checkpoint.keep(path, tmp_path / "checkpoint0000.pth")
+    checkpoint.link(path, tmp_path / "checkpoint0000.pth")
     checkpoint.save(path, model, optimizer, None, CFG, checkpoint.Position(step=9))
     assert checkpoint.read(tmp_path / "checkpoint0000.pth")["dinofast"]["step"] == 7
     assert checkpoint.read(path)["dinofast"]["step"] == 9
@@ -116,6 +120,64 @@ def test_nothing_is_half_loaded(tmp_path):
                                          r"\(33, 1\) here, saved with --arch vit_nano"):
         checkpoint.restore(path, model, optimizer, None, wider)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("optimizer", {"a": 1}, "no optimiser state"), ("optimizer", None, "no optimiser state"),
+    ("dinofast", {"step": "x", "epoch": 1}, "does not tell where the run stands"),
+    ("dinofast", {"step": -3}, "does not tell where the run stands"),
+    ("epoch", -5, "does not tell where"), ("student", [1], "list where the weights should be"),
+    ("dino_loss", {"center": torch.full((1, 32), NAN)}, "not finite, in 'center' of the dino_loss"),
+])
+def test_damaged_parts_are_named_and_nothing_is_loaded(key, value, words, tmp_path):
+    path, _, _ = saved(tmp_path)
+    state = checkpoint.read(path)
+    state[key] = value
+    if key == "epoch":
+        del state["dinofast"]
+    torch.save(state, path)
+    model, optimizer = parts(Config(**{**CFG.to_dict(), "seed": 3}))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=words):
+        checkpoint.restore(path, model, optimizer, None, CFG)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("damage", [lambda m: m[:1].fill_(NAN), lambda m: m])          # the second has another shape
+def test_damaged_moments_are_named(damage, tmp_path):
+    path, _, _ = saved(tmp_path)
+    state = checkpoint.read(path)
+    state["optimizer"]["state"][0]["exp_avg"] = damage(state["optimizer"]["state"][0]["exp_avg"].expand(2, -1, -1).clone())
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="another optimiser .*or other trainable parameters"):
+        checkpoint.restore(path, *parts(), None, CFG)
+
+
+def test_paths_in_the_options_stay_readable(tmp_path):
+    cfg = Config(**{**CFG.to_dict(), "data_path": tmp_path, "output_dir": tmp_path})
+    path, _, _ = saved(tmp_path, cfg)
+    assert checkpoint.read(path)["args"]["output_dir"] == str(tmp_path)
+
+
+def test_a_folder_is_claimed_by_one_run_at_a_time(tmp_path):
+    hold = ("import sys, time; from pathlib import Path; from dinofast import checkpoint\n"
+            "with checkpoint.claim(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another run is writing"), checkpoint.claim(tmp_path / "out"):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with checkpoint.claim(tmp_path / "out"):                          # free again, however the other ended
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"), checkpoint.claim(tmp_path / "file" / "out"):
+        pass
 
 
 @pytest.mark.parametrize("content", [b"texts begin anyhow", b"a", b"some", b"ends", b"\x80\x02]", b"PK\x03\x04 no zip"])

@@ -94,6 +94,8 @@ def test_precision(pretrain, line, on_gpu, on_cpu):
     ("--drop_path_rate 1", "--drop_path_rate is 1.0"),
     ("--lr nan", "--lr is nan"),
     ("--arch vit_smal", "--arch 'vit_smal' is not known"),
+    ("--epochs 2000000000 --warmup_epochs 0", "--epochs is 2000000000: it must be at most 1000000"),
+    ("--out_dim 99999999999", "--out_dim is 99999999999"),
     ("stray", "unrecognized arguments: stray"),
 ])
 def test_what_cannot_be_right_is_said_in_one_sentence(line, words, tmp_path, capsys):
@@ -111,6 +113,38 @@ def test_missing_paths(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["pretrain", "--data_path", str(tmp_path), "--output_dir", str(tmp_path / "file")]) == 2
     assert "is a file: give a folder" in capsys.readouterr().err
+
+
+def test_data_errors_leave_nothing_behind(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["pretrain", "--data_path", str(tmp_path / "empty"), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "holds no images" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"epochs": "3"}, "--epochs is '3': give a whole number"), ({"lr": "0.1"}, "--lr is '0.1': give a number"),
+    ({"global_crops_scale": 0.4}, "--global_crops_scale is 0.4: give 2 numbers"), ({"out_dim": 64.0}, "--out_dim is 64.0"),
+    ({"norm_last_layer": 1}, "--norm_last_layer is 1: give True or False"), ({"precision": 16}, "--precision is 16: give a word"),
+])
+def test_options_of_the_wrong_type(options, words):
+    with pytest.raises(ValueError, match=words.replace(".", "[.]")):
+        Config(**options).check()
+    assert Config(global_crops_scale=[0.4, 1], lr=1).check().global_crops_scale == (0.4, 1)
+
+
+def test_required_kernels_are_checked_first(monkeypatch, tmp_path, capsys, photographs):
+    monkeypatch.setenv("DINOFAST_REQUIRE", "cpp,warp")
+    assert cli.main(["pretrain", "--data_path", str(photographs), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "DINOFAST_REQUIRE names 'warp'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--temperature nan", "--temperature is nan"), ("--crop 0", "--crop is 0"), ("--nb_knn 0", "--nb_knn is 0"),
+    ("--batch_size_per_gpu 0", "--batch_size_per_gpu is 0"), ("--num_workers -1", "--num_workers is -1"),
+])
+def test_knn_options_that_cannot_be_right(line, words, capsys, tmp_path):
+    assert cli.main(["knn", "--data_path", str(tmp_path), "--pretrained_weights", "none.pth", *line.split()]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_unknown_command_and_none(capsys):

@@ -158,3 +158,21 @@ def test_too_many_refusals_stop_the_run(tmp_path):
 
 def test_inspect_gives_height_and_width(tmp_path):
     assert inspect(str(photograph(tmp_path / "x.jpg", (50, 20)))) == (20, 50)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.jpg")
+    found, refused = build(str(tmp_path), 0.5)
+    assert len(found) == 1 and refused == [(str(tmp_path / "b.jpg"), "not a regular file")]
+    with pytest.raises(ValueError, match="neither a folder nor a file"):
+        find(str(tmp_path / "b.jpg"))
+
+
+def test_fingerprint_follows_the_images_and_not_the_place(tmp_path):
+    for place in ("here", "there", "other"):
+        (tmp_path / place).mkdir()
+        for name in ("a.png", "c.png" if place == "other" else "b.png"):
+            Image.new("RGB", (8, 8)).save(tmp_path / place / name)
+    here, there, other = (build(str(tmp_path / place), 0.5)[0].fingerprint for place in ("here", "there", "other"))
+    assert here == there != other

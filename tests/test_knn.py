@@ -158,7 +158,7 @@ def test_hold_out_of_every_fourth_image(tmp_path):
 
 @pytest.mark.parametrize(("make", "words"), [
     (lambda root: None, "is not a folder"), (lambda root: (root / "cat").mkdir(parents=True), "holds no labelled images"),
-    (lambda root: folder(root, {"cat": 3}), "fewer than 4 images in each class")])
+    (lambda root: folder(root, {"cat": 3, "dog": 3}), "fewer than 4 images in each class")])
 def test_folders_that_cannot_be_evaluated(tmp_path, make, words):
     make(tmp_path / "data")
     with pytest.raises(ValueError, match=words):

@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 
-from dinofast.log import METRICS, Diverged, EpochSums, Run, StopSignal, collapse_warning
+from dinofast.log import METRICS, Diverged, EpochSums, Interrupted, Run, StopSignal, collapse_warning
 
 
 def run(folder, **changes):
@@ -126,6 +126,9 @@ def test_gives_up_after_many_bad_steps(tmp_path):
 def test_signals_are_noted_and_handed_back():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
+        with pytest.raises(Interrupted, match="before the first step"):
+            signal.raise_signal(signal.SIGTERM)
+        stop.training = True
         signal.raise_signal(signal.SIGTERM)
         assert stop.signum == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from runs import assert_same_run, finish, start
+from pretraining import assert_same_run, finish, start
 from test_resume import wait_for
 
 from dinofast import checkpoint

@@ -45,14 +45,15 @@ class Loader:
     A file that fails to decode is replaced by the next one in the index that decodes, drawn as that sample is drawn. It goes
     into `refused` and `output_dir/refused.txt`; more of them than `cfg.max_refused` allows raise `ValueError`.
 
-    n_images: images found usable by the index pass. steps_per_epoch: optimiser steps; an incomplete last batch is left out.
+    n_images: images found usable by the index pass. fingerprint: equal for the same images in the same order. steps_per_epoch:
+    optimiser steps; an incomplete last batch is left out.
     refused: (path, reason) of each file refused so far in this process. wait_s: seconds spent blocked in `next`.
     """
 
     def __init__(self, cfg: Config, rank: int, world: int, start_step: int, device: torch.device,
                  on_progress: Callable[[int, int], None] | None) -> None:
         found, self.refused = index.build(cfg.data_path, cfg.max_refused, on_progress)
-        self.n_images = len(found)
+        self.n_images, self.fingerprint = len(found), found.fingerprint
         global_batch = cfg.batch_size_per_gpu * world * cfg.accumulate
         self.steps_per_epoch = self.n_images // global_batch
         if not self.steps_per_epoch:
@@ -62,10 +63,7 @@ class Loader:
                 "lower --batch_size_per_gpu.")
         self.wait_s = 0.0
         self._max_refused, self._n_listed = cfg.max_refused, self.n_images + len(self.refused)
-        self._refused_file = os.path.join(cfg.output_dir, "refused.txt")
-        os.makedirs(cfg.output_dir, exist_ok=True)
-        if rank == 0:
-            _record(self._refused_file, self.refused, anew=True)
+        self._refused_file, self._rank = os.path.join(cfg.output_dir, "refused.txt"), rank
         self._device, self._step, self._batches = device, start_step, None
         self._mean, self._std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std))
         self._workers = dict(
@@ -96,6 +94,9 @@ class Loader:
         return [self._normalise(c) for c in crops]
 
     def _start(self) -> None:
+        os.makedirs(os.path.dirname(self._refused_file), exist_ok=True)
+        if self._rank == 0:
+            _record(self._refused_file, self.refused, anew=True)
         generator = torch.Generator()  # iter() takes a number from it: leave the global generator alone
         self._batches = iter(DataLoader(sampler=self._tasks(start_step=self._step), generator=generator, **self._workers))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +33,7 @@ class Index:
     paths: bytes
     ends: np.ndarray  # int64 (n,): end of each path in `paths`
     sizes: np.ndarray  # int32 (n, 2): height and width, pixels
+    fingerprint: str  # of the names below the source and the sizes: equal for the same images in the same order
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -49,6 +52,9 @@ def find(source: str) -> list[str]:
             raise ValueError(f"--data_path {source} holds no images: looked there and in all folders below for files ending in "
                              f"{' '.join(EXTENSIONS)}; give a folder that has some.")
         return paths
+    if os.path.exists(source) and not os.path.isfile(source):
+        raise ValueError(f"--data_path {source} is neither a folder nor a file: give a folder of images, or a text file with "
+                         "one image path a line.")
     try:
         with open(source, "rb") as file:
             text = file.read(4096)
@@ -92,6 +98,9 @@ def inspect(path: str) -> tuple[int, int]:
 
     A JPEG or PNG without its end marker among the last bytes is decoded to know whether it is truncated or merely odd.
     """
+    with refusing(path):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise Refused("not a regular file")  # opening a pipe would wait for its writer
     with refusing(path), open(path, "rb", buffering=0) as file:
         head = file.read(HEAD)
         file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
@@ -129,15 +138,22 @@ def build(
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
         Image.preinit()
-        for part in pool.map(look, range(0, total, CHUNK)):
-            found += part
-            if on_progress:
-                on_progress(len(found), total)
+        try:
+            for part in pool.map(look, range(0, total, CHUNK)):
+                found += part
+                if on_progress:
+                    on_progress(len(found), total)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # somebody wants to stop: the rest need not be looked at
+            raise
     refused = [(path, size) for path, size in zip(paths, found, strict=True) if isinstance(size, str)]
     check_share(refused, total, max_refused)
     good = [(os.fsencode(path), size) for path, size in zip(paths, found, strict=True) if not isinstance(size, str)]
     ends = np.cumsum([len(path) for path, _ in good], dtype=np.int64)
-    return Index(b"".join(path for path, _ in good), ends, np.array([size for _, size in good], np.int32)), refused
+    sizes = np.array([size for _, size in good], np.int32)
+    below = os.fsencode(os.path.join(source, ""))
+    digest = hashlib.blake2b(b"\0".join(path.removeprefix(below) for path, _ in good) + sizes.tobytes(), digest_size=16)
+    return Index(b"".join(path for path, _ in good), ends, sizes, digest.hexdigest()), refused
 
 
 def check_share(refused: list[tuple[str, str]], total: int, max_refused: float) -> None:

@@ -112,7 +112,13 @@ def train_and_val(data_path: str | Path,
         number = {name: label for label, name in enumerate(train.classes)}
         val = replace(val, labels=tuple(number[val.classes[label]] for label in val.labels), classes=train.classes)
         return train, val, f"{len(train)} images to compare with (train/), {len(val)} to classify (val/)."
+    halves = [name for name in ("train", "val") if (root / name).is_dir()]
+    if halves:
+        other = "val" if halves == ["train"] else "train"
+        raise ValueError(f"'{root}' has {halves[0]}/ but not {other}/: give both, or a folder of class folders alone.")
     every = labelled_folder(root, transform)
+    if len(every.classes) < 2:
+        raise ValueError(f"'{root}' holds one class only, '{every.classes[0]}': give a folder for each of two or more.")
     position: dict[int, int] = {}
     held_out = []
     for label in every.labels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def vote(similarity: Tensor, labels: Tensor, truth: Tensor, temperature: float, 
     rows = max(1, CHUNK_ELEMENTS // 4 // n_classes)
     for s, label, target in zip(similarity.split(rows), labels.split(rows), truth.split(rows), strict=True):
         votes = torch.zeros(len(s), n_classes, dtype=torch.float64, device=s.device)
-        weights = (s.double() / temperature).exp()
+        weights = ((s.double() - s[:, :1]) / temperature).exp()      # the largest is first: same order, no overflow
         for j in range(k):                      # one at a time: no (N, k, classes) tensor, and sums in a fixed order
             votes.scatter_add_(1, label[:, j:j + 1], weights[:, j:j + 1])
         correct = votes.sort(dim=1, descending=True, stable=True).indices[:, :min(5, k)] == target[:, None]
@@ -92,8 +93,13 @@ def knn(pretrained_weights: str | Path, data_path: str | Path, *, checkpoint_key
     where = pick_device(device)
     if min(nb_knn) < 1:
         raise ValueError(f"--nb_knn is {min(nb_knn)}: a number of neighbours is at least 1.")
-    if temperature <= 0:
-        raise ValueError(f"--temperature is {temperature}: it must be above 0.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"--temperature is {temperature}: it must be a number above 0.")
+    for name, value in (("--resize", resize), ("--crop", crop), ("--batch_size_per_gpu", batch_size_per_gpu)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}: it must be at least 1.")
+    if num_workers < 0:
+        raise ValueError(f"--num_workers is {num_workers}: it must not be negative.")
     trained_with = arguments(pretrained_weights)
     crop = crop or trained_with.get("global_crops_size", 224)
     transform = EvalTransform(resize or round(crop * 256 / 224), crop, tuple(trained_with.get("image_mean", IMAGENET_MEAN)),
@@ -101,6 +107,9 @@ def knn(pretrained_weights: str | Path, data_path: str | Path, *, checkpoint_key
     train, val, sentence = train_and_val(data_path, transform)
     print(f"{sentence} Shorter side {transform.resize}, centre crop {transform.crop}.")
     backbone = load_backbone(pretrained_weights, checkpoint_key, arch, patch_size)
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
+    if crop % patch:
+        raise ValueError(f"--crop {crop} is not a multiple of the patch size {patch}: take {max(crop // patch, 1) * patch}.")
     (train_features, train_labels), (test_features, test_labels) = (
         extract_features(backbone, images, where, batch_size_per_gpu, min(num_workers, cores())) for images in (train, val))
     fitting = [k for k in nb_knn if k <= len(train_labels)]
