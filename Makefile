@@ -30,6 +30,7 @@ $(VENV)/bin/python:
 $(VENV)/installed: $(VENV)/bin/python $(CODE)
 	$(RUN) $(HAS_TORCH) || $(RUN) -m pip install --quiet "$(TORCH)"
 	$(RUN) -m pip install --quiet --editable .
+	@$(RUN) -c "from dinofast import _C" 2>/dev/null || echo "note: the C++ core was not built (no C++17 compiler?); plain torch is used instead"
 	@touch $@
 
 $(VENV)/test-tools: $(VENV)/installed

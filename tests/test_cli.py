@@ -117,14 +117,16 @@ def test_missing_paths(tmp_path, capsys):
 
 def test_data_errors_leave_nothing_behind(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert cli.main(["pretrain", "--data_path", str(tmp_path / "empty"), "--output_dir", str(tmp_path / "out")]) == 2
+    folders = ["--data_path", str(tmp_path / "empty"), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["pretrain", *folders]) == 2
     assert "holds no images" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("options, words", [
     ({"epochs": "3"}, "--epochs is '3': give a whole number"), ({"lr": "0.1"}, "--lr is '0.1': give a number"),
     ({"global_crops_scale": 0.4}, "--global_crops_scale is 0.4: give 2 numbers"), ({"out_dim": 64.0}, "--out_dim is 64.0"),
-    ({"norm_last_layer": 1}, "--norm_last_layer is 1: give True or False"), ({"precision": 16}, "--precision is 16: give a word"),
+    ({"norm_last_layer": 1}, "--norm_last_layer is 1: give True or False"),
+    ({"precision": 16}, "--precision is 16: give a word"),
 ])
 def test_options_of_the_wrong_type(options, words):
     with pytest.raises(ValueError, match=words.replace(".", "[.]")):

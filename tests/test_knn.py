@@ -158,6 +158,8 @@ def test_hold_out_of_every_fourth_image(tmp_path):
 
 @pytest.mark.parametrize(("make", "words"), [
     (lambda root: None, "is not a folder"), (lambda root: (root / "cat").mkdir(parents=True), "holds no labelled images"),
+    (lambda root: folder(root, {"cat": 9}), "one class only, 'cat'"),
+    (lambda root: folder(root / "train", {"cat": 9, "dog": 9}), "has train/ but not val/"),
     (lambda root: folder(root, {"cat": 3, "dog": 3}), "fewer than 4 images in each class")])
 def test_folders_that_cannot_be_evaluated(tmp_path, make, words):
     make(tmp_path / "data")
