@@ -194,11 +194,9 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: fl
               with_grad: bool, grad_scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss (), mean teacher entropy (), teacher_sum (K,), all fp32, and the gradient (V, B, K) in student's dtype or (0,).
 
-    student (V, B, K), teacher (2, B, K), center (K,): float32, bfloat16 or float16 on one device; teacher_temp, one number in
-    any float dtype, likewise: the host never looks at it.
+    student (V, B, K), teacher (2, B, K), center (K,): float32, bfloat16 or float16 on one device, the last axis contiguous;
+    teacher_temp, one number in any float dtype, likewise: the host never looks at it.
     """
-    student, teacher = (x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher))
-    center = center.contiguous()
     V, B, K = student.shape
     N, blocks, column_programs = triton.cdiv(K, CHUNK), triton.cdiv(K, BLOCK), triton.cdiv(K, COLUMNS)
 
