@@ -7,13 +7,16 @@
 
 Both terms of the bracket are positive: nothing cancels, however large the logits.
 
-Bytes, in passes over one (B, K) slab of logits: the floor, with all V + 2 rows of an image kept on chip, is V + 2 read and V
-written, 22 for V = 10; but those rows are 1.5 MiB at K = 65,536 in bf16, more than a multiprocessor's 228 KiB, and Triton
-cannot spread them over a cluster. So there are two passes, statistics then gradient: V + 2 read, V + 2 read again, V written,
-34 for V = 10. The statistics pass also sums the teacher's columns, at its start: 2 more, which bring into L2 what it reads next.
-The gradient pass takes the images in reverse, so that it begins with what the statistics pass has left in L2. One row a
-statistics program would need no partial sums, but leaves most of a large device idle at B = 8; a chunk of a row does not, and
-needs no running maximum. Beside the gradient: 2 (V + 2) + 2 numbers a chunk and image, and one a block and image.
+Bytes, in slabs of B rows of logits: the floor, with all V + 2 rows of an image kept on chip, is V + 2 read and V written, 22
+for V = 10; but those rows are 1.5 MiB at K = 65,536 in bf16, more than a multiprocessor's 228 KiB, and Triton cannot spread
+them over a cluster. So there are two passes, statistics and then gradient: V + 2 read, V + 2 read again, V written, 34 for
+V = 10. The programs that sum the teacher's columns read 2 more; they start first, and what they read is in L2 for the rest of
+that pass, as far as it fits. The gradient pass takes the images in reverse, to begin with what the first pass has left in L2.
+
+A statistics program takes a chunk of a row: a whole row would save the partial sums, but at B = 8 leaves a quarter of 132
+multiprocessors idle, and would need a running maximum. A gradient program takes a block of columns of all rows of an image, so
+that it forms q once; it loads a row ahead, because a load cannot pass the store of the row before. Scratch, in fp32:
+2 (V + 2) + 2 numbers per image and chunk, one per image and block. Block sizes are reasoned, not measured.
 
 No atomics: every sum is taken in an order fixed by the shapes. Tile sums are fp32, the sum over tiles and images fp64.
 """
@@ -148,9 +151,11 @@ def _gradient(
     factor = LOG2E * student_inv_temp
     logs = 0.0
     dots = tl.zeros((BLOCK,), tl.float32)
+    ahead = tl.load(_row(student, 0, b, student_outer_stride, student_image_stride) + k, k < K, 0.0)
     for v in range(V):
         with0, with1 = tl.cast(v != 0, tl.float32), tl.cast(v != 1, tl.float32)
-        s = tl.load(_row(student, v, b, student_outer_stride, student_image_stride) + k, k < K, 0.0).to(tl.float32)
+        s = ahead.to(tl.float32)
+        ahead = tl.load(_row(student, v + 1, b, student_outer_stride, student_image_stride) + k, (k < K) & (v + 1 < V), 0.0)
         top, total, _, _ = _whole_row(tops, sums, b * (V + 2) + v, N, factor, CHUNKS)
         target = with0 * q0 + with1 * q1                                                       # Q_v
         d = s - top

@@ -14,6 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -48,7 +49,7 @@ def launches_of(module: ModuleType, call: Callable[[], object]) -> list[tuple[JI
 
 
 def health(kernel: JITFunction, args: tuple, options: dict, architecture: int) -> dict[str, int]:
-    """Registers and bytes of stack a thread; how many spills, global loads and stores, and those of 16 bytes."""
+    """Registers and bytes of stack a thread; how many spills, and global loads and stores of 16 bytes."""
     target = GPUTarget("cuda", architecture, 32)
     backend = make_backend(target)
     bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **options)
@@ -57,11 +58,12 @@ def health(kernel: JITFunction, args: tuple, options: dict, architecture: int) -
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = (subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True, timeout=60).stdout
-                       for flag in ("-res-usage", "-sass"))
-    count = {name: len(re.findall(pattern, code)) for name, pattern in {
-        "spills": r"\b(?:STL|LDL)\b", "loads": r"\bLDG\b", "loads_16": r"\bLDG\S*\.128\b", "stores_16": r"\bSTG\S*\.128\b"}.items()}
-    return {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]), **count}
+        usage, code = (subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+                       for what in ("-res-usage", "-sass"))
+    found = {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1])}
+    for name, pattern in (("spills", r"(STL|LDL)\b"), ("loads_16", r"LDG\S*\.128\b"), ("stores_16", r"STG\S*\.128\b")):
+        found[name] = len(re.findall(r"\b" + pattern, code))
+    return found
 
 
 def dino_loss() -> list[dict[str, object]]:
@@ -69,15 +71,15 @@ def dino_loss() -> list[dict[str, object]]:
 
     found = []
     cases = [*itertools.product((torch.float32, torch.bfloat16, torch.float16), (65536,), (True, False)),
-             (torch.bfloat16, 65537, True), (torch.bfloat16, 2**20, True)]  # unaligned rows; many chunks a row
+             *((torch.bfloat16, k, True) for k in (1, 65537, 2**20))]  # strides of 1; unaligned rows; many chunks a row
     for dtype, prototypes, with_grad in cases:
         student, teacher = (torch.empty(n, 64, prototypes, dtype=dtype, device="meta") for n in (10, 2))
         center, temp = torch.empty(prototypes, device="meta"), torch.empty((), device="meta")
-        for kernel, args, options in launches_of(module, lambda: module.dino_loss(
-                student, teacher, center, 0.1, temp, with_grad, 1.0)):  # noqa: B023
+        call = partial(module.dino_loss, student, teacher, center, 0.1, temp, with_grad, 1.0)
+        for (kernel, args, options), architecture in itertools.product(launches_of(module, call), ARCHITECTURES):
             if kernel.__name__ == "_gradient" or with_grad:  # the others are the same without
-                found += [{"kernel": kernel.__name__, "case": f"{dtype} K={prototypes} with_grad={with_grad}", "architecture": a,
-                           **health(kernel, args, options, a)} for a in ARCHITECTURES]
+                found.append({"kernel": kernel.__name__, "dtype": str(dtype), "prototypes": prototypes, "with_grad": with_grad,
+                              "architecture": architecture, **health(kernel, args, options, architecture)})
     return found
 
 

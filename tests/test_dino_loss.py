@@ -1,4 +1,4 @@
-"""dino_loss: the kernels (Triton's interpreted) and the reference, against float64, the official code, and what can be worked out by hand."""
+"""dino_loss: the kernels (Triton's interpreted) and the reference, against float64, the official code, and results by hand."""
 
 from __future__ import annotations
 

@@ -35,13 +35,13 @@ def compiled() -> list[dict]:
 def test_compiled_for_every_configuration(compiled: list[dict], architecture: int) -> None:
     kernels = [k for k in compiled if k["architecture"] == architecture]
     assert {k["kernel"] for k in kernels} == {"_statistics", "_gradient", "_finish"}
-    assert len(kernels) == 3 * 5 + 3
+    assert len(kernels) == 6 * 3 + 3
     for k in kernels:
         assert k["stack"] == 0 and k["spills"] == 0, k
         assert k["registers"] <= 128, k                # 256 threads a program: at least two programs a multiprocessor
-        if k["kernel"] != "_finish" and "K=65537" not in k["case"]:  # whose rows are not aligned
+        if k["kernel"] != "_finish" and k["prototypes"] % 8 == 0:  # else the rows are not aligned
             assert k["loads_16"] >= 4, k               # student, two teacher rows, centre
-            assert k["stores_16"] > 0 or k["kernel"] != "_gradient" or "with_grad=False" in k["case"], k
+            assert k["stores_16"] > 0 or not (k["kernel"] == "_gradient" and k["with_grad"]), k
 
 
 def test_on_the_cpu_only_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +53,22 @@ def test_on_the_cpu_only_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_paths_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     assert ops.paths()["dino_loss"]["cuda"].startswith("reference (plain torch): Triton does not load")
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
+def test_a_chunk_without_weight() -> None:
+    """-inf in a whole chunk of a teacher row is a probability of 0; in a whole row it leaves nothing to normalise."""
+    if reason := ops._missing("triton") or ("" if ops._interpreted() else "TRITON_INTERPRET is not 1"):
+        pytest.skip(reason)
+    student, teacher, center = loss_inputs("peaked", 3, 2, 8192 + 3)
+    for columns in (slice(8192, None), slice(0, 8192)):
+        masked = teacher.clone()
+        masked[..., columns] = -math.inf
+        ours, expected = (ops.dino_loss(student, masked, center, 0.1, 0.04, impl)[:2] for impl in ("triton", "reference"))
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    teacher[1, 0] = -math.inf
+    loss, entropy, _ = ops.dino_loss(student, teacher, center, 0.1, 0.04, "triton")
+    assert loss.isnan() and entropy.isnan()
 
 
 # ------------------------------------------------------------------------------------------------------------------- on a GPU
@@ -121,7 +137,7 @@ def test_gpu_rows_past_32_bits(gpu: None) -> None:
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("less than 20 GiB of GPU memory are free")
     rows = torch.randn(2, 4, 65536, generator=torch.Generator().manual_seed(0)).half().cuda()
-    apart = torch.zeros(2, 4, 2**29, dtype=torch.half, device="cuda")[..., :65536].copy_(rows)  # 2^31 elements from crop to crop
+    apart = torch.zeros(2, 4, 2**29, dtype=torch.half, device="cuda")[..., :65536].copy_(rows)  # 2^31 elements between crops
     center = torch.zeros(65536, device="cuda")
     near, far = (ops.dino_loss(x, rows, center, 0.1, 0.04, "triton") for x in (rows, apart))
     assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
