@@ -6,6 +6,7 @@ Axes: B images, V student crops (the first two global), K prototypes; n tensors 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ except ImportError as error:  # no compiler when the package was installed
     _C, _NO_CPP = None, f"the C++ core dinofast._C does not load ({error}); install again on a machine with a C++17 compiler"
 else:
     _NO_CPP = ""
+_NO_TRITON = "" if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"  # imported when used
 
 _KERNELS = {  # operation -> device type -> the implementation that is faster than the reference
     "dino_loss": {"cpu": "cpp", "cuda": "triton"},
@@ -47,16 +49,7 @@ def paths() -> dict[str, dict[str, str]]:
 
 def _missing(kernel: str) -> str:
     """Why this kind of kernel cannot run here; empty if it can."""
-    return _no_triton() if kernel == "triton" else _NO_CPP
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot trace an import
-def _no_triton() -> str:
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"Triton does not load ({error}); pip install triton"
-    return ""
+    return {"cpp": _NO_CPP, "triton": _NO_TRITON}[kernel]
 
 
 def _interpreted() -> bool:

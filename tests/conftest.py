@@ -33,7 +33,7 @@ def pytest_configure(config):
         for name in [n for n in dir(ops._C) if not n.startswith("_")]:
             if callable(getattr(ops._C, name)):
                 _count(ops._C, name, "cpp")
-    if not ops._no_triton():
+    if not ops._NO_TRITON:
         from dinofast.kernels import dino_loss
 
         _count(dino_loss, "dino_loss", "triton")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -22,8 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
+    if ops._NO_TRITON:
+        pytest.skip(ops._NO_TRITON)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, Path(__file__).parent / "ahead_of_time.py"], capture_output=True, text=True,
                           timeout=300, env=environment)
@@ -50,9 +49,15 @@ def test_on_the_cpu_only_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.dino_loss(*loss_inputs("flat", 2, 1, 3), 0.1, 0.04, "triton")
 
 
-def test_paths_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    assert ops.paths()["dino_loss"]["cuda"].startswith("reference (plain torch): Triton does not load")
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(ops, "_NO_TRITON", "Triton is not installed")
+    assert ops.paths()["dino_loss"]["cuda"] == "reference (plain torch): Triton is not installed"
+    with pytest.raises(RuntimeError, match="impl='triton' was asked for, but Triton is not installed"):
+        ops.dino_loss(*loss_inputs("flat", 2, 1, 3), 0.1, 0.04, "triton")
+    code = "import sys; sys.modules['triton'] = None; from dinofast import ops; print(ops.paths()['dino_loss']['cuda'])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout
+    assert out.startswith("reference (plain torch): Triton is not installed")
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
