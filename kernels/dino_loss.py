@@ -18,7 +18,8 @@ multiprocessors idle, and would need a running maximum. A gradient program takes
 that it forms q once; it loads a row ahead, because a load cannot pass the store of the row before. Scratch, in fp32:
 2 (V + 2) + 2 numbers per image and chunk, one per image and block. Block sizes are reasoned, not measured.
 
-No atomics: every sum is taken in an order fixed by the shapes. Tile sums are fp32, the sum over tiles and images fp64.
+No atomics: every sum is taken in an order fixed by the shapes. Sums over a row are fp32, in trees of a chunk and then over the
+chunks; the sum over blocks and images is fp64.
 """
 
 from __future__ import annotations
