@@ -1,11 +1,12 @@
-"""The seam between Python and the kernels. Per operation: the torch.library schema, CPU implementation (C++), fake, backward,
-and the public function with its checks. A call that no kernel can take goes to `dinofast.reference`.
+"""The seam between Python and the kernels. Per operation: the torch.library schema, implementations (C++ on the CPU, Triton on
+CUDA), fake, backward, and the public function with its checks. A call that no kernel can take goes to `dinofast.reference`.
 
 Axes: B images, V student crops (the first two global), K prototypes; n tensors in a list.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
@@ -23,15 +24,16 @@ except ImportError as error:  # no compiler when the package was installed
     _C, _NO_CPP = None, f"the C++ core dinofast._C does not load ({error}); install again on a machine with a C++17 compiler"
 else:
     _NO_CPP = ""
+_NO_TRITON = "" if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"  # imported when used
 
 _KERNELS = {  # operation -> device type -> the implementation that is faster than the reference
-    "dino_loss": {"cpu": "cpp"},
+    "dino_loss": {"cpu": "cpp", "cuda": "triton"},
     "adamw_ema_": {"cpu": "cpp"},
     "ema_": {"cpu": "cpp"},
     "grad_norms": {"cpu": "cpp"},
 }
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_IMPLS = (None, "reference", "cpp")
+_IMPLS = (None, "reference", "cpp", "triton")
 
 _library = torch.library.Library("dinofast", "DEF")
 
@@ -56,7 +58,12 @@ def check_required() -> None:
 
 def _missing(kernel: str) -> str:
     """Why this kind of kernel cannot run here; empty if it can."""
-    return {"cpp": _NO_CPP}[kernel]
+    return {"cpp": _NO_CPP, "triton": _NO_TRITON}[kernel]
+
+
+def _interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, thousands of times slower: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _choose(op: str, impl: str | None, *tensors: Tensor) -> str:
@@ -77,7 +84,7 @@ def _choose(op: str, impl: str | None, *tensors: Tensor) -> str:
         raise ValueError(f"impl is {impl!r}: use one of {', '.join(map(repr, _IMPLS))}.")
     if impl == "reference":
         return impl
-    if impl != kernel:
+    if impl != kernel and not (impl == "triton" == _KERNELS[op].get("cuda") and device == "cpu" and _interpreted()):
         raise ValueError(f"impl={impl!r} has no {op} for {device} tensors: leave impl out to take the best there is.")
     if not takes_dtypes:
         raise ValueError(f"impl={impl!r} takes float32, bfloat16 and float16, not {[str(t.dtype) for t in tensors]}: "
@@ -104,7 +111,7 @@ def _array(x: Tensor) -> np.ndarray:
 # only multiplies. In float16 it would underflow before the loss scale could lift it: there it is kept as
 # 2^14 (n_v softmax - Q_v), and backward applies the rest of the factor together with the upstream gradient.
 _library.define("dino_loss(Tensor student, Tensor teacher, Tensor center, float student_temp, Tensor teacher_temp, "
-                "bool with_grad) -> (Tensor loss, Tensor entropy, Tensor teacher_sum, Tensor grad)")
+                "bool with_grad, str impl) -> (Tensor loss, Tensor entropy, Tensor teacher_sum, Tensor grad)")
 _HALF_GRAD_SCALE = 2.0 ** 14
 
 
@@ -114,20 +121,25 @@ def _gradient_scale(student: Tensor, student_temp: float) -> float:
     return 1 / (images * 2 * (crops - 1) * student_temp)
 
 
-def _dino_loss_cpu(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: Tensor,
-                   with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _dino_loss_kernel(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: Tensor,
+                      with_grad: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     student, teacher = (x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher))
+    grad_scale = _HALF_GRAD_SCALE if student.dtype == torch.float16 else _gradient_scale(student, student_temp)
+    if impl == "triton":
+        from .kernels.dino_loss import dino_loss
+        if teacher_temp.device != student.device:
+            teacher_temp = torch.full((), teacher_temp.item(), dtype=torch.float32, device=student.device)
+        return dino_loss(student, teacher, center.contiguous(), student_temp, teacher_temp, with_grad, grad_scale)
     teacher_sum = torch.empty(student.shape[2], dtype=torch.float32)
     grad = torch.empty(student.shape if with_grad else 0, dtype=student.dtype)                          # (V, B, K)
     loss, entropy = _C.dino_loss(
         _array(student), _array(teacher), _array(center.float().contiguous()), student_temp, teacher_temp.item(),
-        _array(teacher_sum), _array(grad) if with_grad else None,
-        _HALF_GRAD_SCALE if student.dtype == torch.float16 else _gradient_scale(student, student_temp), torch.get_num_threads())
+        _array(teacher_sum), _array(grad) if with_grad else None, grad_scale, torch.get_num_threads())
     return torch.scalar_tensor(loss, dtype=torch.float32), torch.scalar_tensor(entropy, dtype=torch.float32), teacher_sum, grad
 
 
 def _dino_loss_fake(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: Tensor,
-                    with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                    with_grad: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def stat(*shape: int) -> Tensor:
         return student.new_empty(shape, dtype=torch.float32)
     return stat(), stat(), stat(student.shape[2]), student.new_empty(student.shape if with_grad else (0,))
@@ -139,14 +151,14 @@ def _below_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _dino_loss_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (_DinoLoss.apply if args[-1] else _below_autograd)(*args)
+    return (_DinoLoss.apply if args[5] else _below_autograd)(*args)
 
 
 class _DinoLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: Tensor,
-                with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = _below_autograd(student, teacher, center, student_temp, teacher_temp, with_grad)
+                with_grad: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = _below_autograd(student, teacher, center, student_temp, teacher_temp, with_grad, impl)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # or backward would be handed zeros of the size of the logits
         ctx.save_for_backward(output[3])
@@ -155,7 +167,7 @@ class _DinoLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 5
+        nothing = (None,) * 6
         if upstream is None:
             return None, *nothing
         if torch.is_grad_enabled():
@@ -166,7 +178,8 @@ class _DinoLoss(torch.autograd.Function):
         return grad * (upstream * ctx.scale), *nothing
 
 
-_library.impl("dino_loss", _dino_loss_cpu, "CPU")
+_library.impl("dino_loss", _dino_loss_kernel, "CPU")
+_library.impl("dino_loss", _dino_loss_kernel, "CUDA")
 torch.library.register_fake("dinofast::dino_loss", _dino_loss_fake, lib=_library)
 _library.impl("dino_loss", _dino_loss_autograd, "Autograd")
 
@@ -177,7 +190,8 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: fl
 
     student (V, B, K) with V >= 2, teacher (2, B, K), center (K,): float32, bfloat16, float16 or float64, all on one device;
     rows may be strided. student_temp and teacher_temp > 0; teacher_temp may be a tensor of one number, which under
-    torch.compile saves recompiling when it changes. impl: None takes the fastest; "reference" or "cpp" that one or an error.
+    torch.compile saves recompiling when it changes. impl: None takes the fastest; "reference", "cpp" (CPU) or
+    "triton" (CUDA; on the CPU only under TRITON_INTERPRET=1) that one or an error.
     Returns the loss (), differentiable once in `student` only; the mean teacher entropy () in nats; the sum of the 2 B teacher
     rows (K,). All float32 (float64 for a float64 student), whatever autocast says. NaN or infinity gives a loss that is not
     finite, unless it means a probability of 0 (-inf in `teacher`, inf in `center`). The number of threads changes no bit.
@@ -204,13 +218,14 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: fl
     if _is_known(teacher_temp) and not teacher_temp > 0:
         raise ValueError(f"teacher_temp is {float(teacher_temp)}: expected a number above 0.")
     teacher, center = teacher.detach(), center.detach()
-    if _choose("dino_loss", impl, student, teacher) == "reference":
+    impl = _choose("dino_loss", impl, student, teacher)
+    if impl == "reference":
         return reference.dino_loss(student, teacher, center, student_temp, teacher_temp)
     if not isinstance(teacher_temp, Tensor):
         teacher_temp = torch.scalar_tensor(teacher_temp, dtype=torch.float64)
     with_grad = student.requires_grad and torch.is_grad_enabled()
     loss, entropy, teacher_sum, _ = torch.ops.dinofast.dino_loss(
-        student, teacher, center, student_temp, teacher_temp.detach(), with_grad)
+        student, teacher, center, student_temp, teacher_temp.detach(), with_grad, impl)
     return loss, entropy, teacher_sum
 
 

@@ -4,7 +4,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")          # before torch is i
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")           # before triton is imported: its kernels are decorated then
 
 
 @pytest.fixture(scope="session")
@@ -19,36 +23,42 @@ def photographs(tmp_path_factory):
 
 
 # ---- which implementations this test run went through; printed in its last lines
-_calls = {"cpp": 0}
+_calls = {"cpp": 0, "triton": 0}
 
 
 def pytest_configure(config):
     from dinofast import ops
 
-    if ops._C is None:
-        return
-    for name in [n for n in dir(ops._C) if not n.startswith("_")]:
-        inner = getattr(ops._C, name)
-        if callable(inner):
-            setattr(ops._C, name, _counting(inner))
+    if ops._C is not None:
+        for name in [n for n in dir(ops._C) if not n.startswith("_")]:
+            if callable(getattr(ops._C, name)):
+                _count(ops._C, name, "cpp")
+    if not ops._NO_TRITON:
+        from dinofast.kernels import dino_loss
+
+        _count(dino_loss, "dino_loss", "triton")
 
 
-def _counting(inner):
+def _count(module, name, kind):
+    inner = getattr(module, name)
+
     def call(*args, **arguments):
-        _calls["cpp"] += 1
+        _calls[kind] += 1
         return inner(*args, **arguments)
 
-    return call
+    setattr(module, name, call)
 
 
 def pytest_terminal_summary(terminalreporter):
-    import torch
+    from dinofast import ops
 
     gpu = "no GPU here" if not torch.cuda.is_available() else "a GPU is here"
+    interpreted = ops._interpreted()
+    done = {kind: f"exercised, {n} calls" if n else "NOT exercised" for kind, n in _calls.items()}
     lines = {
-        "cpp": f"exercised, {_calls['cpp']} calls" if _calls["cpp"] else "NOT exercised",
-        "triton interpreted": "not exercised: no Triton kernel in this version",
-        "triton compiled": f"not exercised: no Triton kernel in this version ({gpu})",
+        "cpp": done["cpp"],
+        "triton interpreted": done["triton"] if interpreted else f"not exercised: TRITON_INTERPRET is not 1 ({gpu})",
+        "triton compiled": f"not exercised: TRITON_INTERPRET is 1 ({gpu})" if interpreted else done["triton"],
         "cuda": f"not exercised: no CUDA kernel in this version ({gpu})",
         "xformers": f"not exercised: not used in this version ({gpu})",
         "dali": "not exercised: not used in this version",

@@ -25,7 +25,7 @@ from dinofast.testing import loss_inputs
     ({"teacher_temp": float("nan")}, "teacher_temp is nan"),
     ({"teacher_temp": torch.tensor(0.0)}, "teacher_temp is 0.0"),
     ({"teacher_temp": torch.ones(2)}, r"teacher_temp has shape \(2,\)"),
-    ({"impl": "fast"}, "impl is 'fast': use one of None, 'reference', 'cpp'"),
+    ({"impl": "fast"}, "impl is 'fast': use one of None, 'reference', 'cpp', 'triton'"),
     ({"impl": "cpp", "teacher": torch.zeros(2, 2, 5, dtype=torch.float64)}, "impl='cpp' takes float32, bfloat16 and float16"),
 ])
 def test_dino_loss_refuses(change: dict[str, object], message: str) -> None:

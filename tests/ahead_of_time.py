@@ -1,0 +1,87 @@
+"""Compiles, without a GPU, what a launcher of Triton kernels would launch, and reads the machine code.
+
+    python tests/ahead_of_time.py     prints a JSON list, one entry per kernel, configuration and architecture
+
+A process of its own, because TRITON_INTERPRET must not be set when the kernels are decorated. The launcher itself is run, on
+tensors without memory ("meta"), so that shapes, constants and divisibilities are those of a real call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+ARCHITECTURES = (80, 90)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def launches_of(module: ModuleType, call: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict]]:
+    """The kernels of `module` that `call` launches, with their arguments; none is run."""
+    recorded = []
+
+    class Recorder:
+        def __init__(self, kernel: JITFunction) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *args, **options: recorded.append((self.kernel, args, options))
+
+    kernels = {name: x for name, x in vars(module).items() if isinstance(x, JITFunction)}
+    vars(module).update({name: Recorder(x) for name, x in kernels.items()})
+    try:
+        call()
+    finally:
+        vars(module).update(kernels)
+    return recorded
+
+
+def health(kernel: JITFunction, args: tuple, options: dict, architecture: int) -> dict[str, int]:
+    """Registers and bytes of stack a thread; how many spills, and global loads and stores of 16 bytes."""
+    target = GPUTarget("cuda", architecture, 32)
+    backend = make_backend(target)
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+                       for what in ("-res-usage", "-sass"))
+    found = {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1])}
+    for name, pattern in (("spills", r"(STL|LDL)\b"), ("loads_16", r"LDG\S*\.128\b"), ("stores_16", r"STG\S*\.128\b")):
+        found[name] = len(re.findall(r"\b" + pattern, code))
+    return found
+
+
+def dino_loss() -> list[dict[str, object]]:
+    from dinofast.kernels import dino_loss as module
+
+    found = []
+    cases = [*itertools.product((torch.float32, torch.bfloat16, torch.float16), (65536,), (True, False)),
+             *((torch.bfloat16, k, True) for k in (1, 65537, 2**20))]  # strides of 1; unaligned rows; many chunks a row
+    for dtype, prototypes, with_grad in cases:
+        student, teacher = (torch.empty(n, 64, prototypes, dtype=dtype, device="meta") for n in (10, 2))
+        center, temp = torch.empty(prototypes, device="meta"), torch.empty((), device="meta")
+        call = partial(module.dino_loss, student, teacher, center, 0.1, temp, with_grad, 1.0)
+        for (kernel, args, options), architecture in itertools.product(launches_of(module, call), ARCHITECTURES):
+            if kernel.__name__ == "_gradient" or with_grad:  # the others are the same without
+                found.append({"kernel": kernel.__name__, "dtype": str(dtype), "prototypes": prototypes, "with_grad": with_grad,
+                              "architecture": architecture, **health(kernel, args, options, architecture)})
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(dino_loss()))

@@ -1,0 +1,148 @@
+"""dino_loss in Triton: the machine code without a GPU, and the kernel itself on one. Interpreted: test_dino_loss.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinofast import ops
+from dinofast.testing import LOSS_KINDS, assert_no_worse, loss_inputs
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    if ops._NO_TRITON:
+        pytest.skip(ops._NO_TRITON)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, Path(__file__).parent / "ahead_of_time.py"], capture_output=True, text=True,
+                          timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("architecture", (80, 90))
+def test_compiled_for_every_configuration(compiled: list[dict], architecture: int) -> None:
+    kernels = [k for k in compiled if k["architecture"] == architecture]
+    assert {k["kernel"] for k in kernels} == {"_statistics", "_gradient", "_finish"}
+    assert len(kernels) == 6 * 3 + 3
+    for k in kernels:
+        assert k["stack"] == 0 and k["spills"] == 0, k
+        assert k["registers"] <= 128, k                # 256 threads a program: at least two programs a multiprocessor
+        if k["kernel"] != "_finish" and k["prototypes"] % 8 == 0:  # else the rows are not aligned
+            assert k["loads_16"] >= 4, k               # student, two teacher rows, centre
+            assert k["stores_16"] > 0 or not (k["kernel"] == "_gradient" and k["with_grad"]), k
+
+
+def test_on_the_cpu_only_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="impl='triton' has no dino_loss for cpu tensors"):
+        ops.dino_loss(*loss_inputs("flat", 2, 1, 3), 0.1, 0.04, "triton")
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(ops, "_NO_TRITON", "Triton is not installed")
+    assert ops.paths()["dino_loss"]["cuda"] == "reference (plain torch): Triton is not installed"
+    with pytest.raises(RuntimeError, match="impl='triton' was asked for, but Triton is not installed"):
+        ops.dino_loss(*loss_inputs("flat", 2, 1, 3), 0.1, 0.04, "triton")
+    code = "import sys; sys.modules['triton'] = None; from dinofast import ops; print(ops.paths()['dino_loss']['cuda'])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout
+    assert out.startswith("reference (plain torch): Triton is not installed")
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
+def test_a_chunk_without_weight() -> None:
+    """-inf in a whole chunk of a teacher row is a probability of 0; in a whole row it leaves nothing to normalise."""
+    if reason := ops._missing("triton") or ("" if ops._interpreted() else "TRITON_INTERPRET is not 1"):
+        pytest.skip(reason)
+    student, teacher, center = loss_inputs("peaked", 3, 2, 8192 + 3)
+    for columns in (slice(8192, None), slice(0, 8192)):
+        masked = teacher.clone()
+        masked[..., columns] = -math.inf
+        ours, expected = (ops.dino_loss(student, masked, center, 0.1, 0.04, impl)[:2] for impl in ("triton", "reference"))
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    teacher[1, 0] = -math.inf
+    loss, entropy, _ = ops.dino_loss(student, teacher, center, 0.1, 0.04, "triton")
+    assert loss.isnan() and entropy.isnan()
+
+
+# ------------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture
+def gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    if ops._interpreted():
+        pytest.skip("TRITON_INTERPRET is 1: Triton kernels are not compiled in this run")
+
+
+def run(inputs: tuple[Tensor, ...], impl: str | None, upstream: float = 1.0,
+        teacher_temp: float | Tensor = 0.04) -> tuple[Tensor, ...]:
+    """loss, entropy, teacher_sum, gradient of the student."""
+    student, teacher, center = (x.cuda() for x in inputs)
+    student.requires_grad_()
+    loss, entropy, teacher_sum = ops.dino_loss(student, teacher, center, 0.1, teacher_temp, impl)
+    loss.backward(torch.full_like(loss, upstream))
+    return loss.detach(), entropy, teacher_sum, student.grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 3, 1), (3, 33, 37), (10, 5, 4097), (4, 1, 65537), (10, 16, 65536)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LOSS_KINDS)
+def test_gpu_no_worse_than_eager(gpu: None, kind: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    inputs = loss_inputs(kind, *shape, dtype=dtype)
+    exact = run(tuple(x.double() for x in inputs), "reference")
+    crops, images, _ = shape
+    terms = (1, 1, inputs[1].abs().max().item(), 10 / (images * (crops - 1)))
+    for size, ours, eager, truth in zip(terms, run(inputs, None), run(inputs, "reference"), exact, strict=True):
+        assert_no_worse(ours, eager, truth, terms=size)
+
+
+@pytest.mark.gpu
+def test_gpu_default_same_bits_and_no_sync(gpu: None) -> None:
+    assert ops.paths()["dino_loss"]["cuda"] == "triton"
+    inputs = loss_inputs("peaked", 10, 8, 65536, dtype=torch.bfloat16)
+    first = run(inputs, "triton", 2.5)
+    temp = torch.tensor(0.04, device="cuda")
+    student, teacher, center = (x.cuda() for x in inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.dino_loss(student.requires_grad_(), teacher, center, 0.1, temp)[0].backward()
+        ops.dino_loss(student, teacher, center, 0.1, 0.04)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for other in (run(inputs, None, 2.5), run(inputs, None, 2.5, temp)):
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", range(3), ids=("student", "teacher", "center"))
+def test_gpu_bad_numbers_are_not_hidden(gpu: None, which: int) -> None:
+    for bad in (math.nan, math.inf, -math.inf):
+        inputs = loss_inputs("peaked", 3, 2, 9000)
+        inputs[which].view(-1)[-1] = bad
+        harmless = (which, bad) in ((1, -math.inf), (2, math.inf))  # a probability of exactly 0
+        assert run(inputs, "triton")[0].isfinite().item() == harmless
+
+
+@pytest.mark.gpu
+def test_gpu_rows_past_32_bits(gpu: None) -> None:
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("less than 20 GiB of GPU memory are free")
+    rows = torch.randn(2, 4, 65536, generator=torch.Generator().manual_seed(0)).half().cuda()
+    apart = torch.zeros(2, 4, 2**29, dtype=torch.half, device="cuda")[..., :65536].copy_(rows)  # 2^31 elements between crops
+    center = torch.zeros(65536, device="cuda")
+    near, far = (ops.dino_loss(x, rows, center, 0.1, 0.04, "triton") for x in (rows, apart))
+    assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
