@@ -35,7 +35,8 @@ def demo() -> str:
                      f"({run['object_area']:.0%})",
                      f"{run['steps']} steps, {run['train_seconds']:.0f} s"))
     devices = sorted({f"{run['device']}, torch {run['versions']['torch']}, {run['date']}" for run in runs})
-    return table(head, rows) + f"\n\n`dinofast demo --seed N` (`make demo` is seed 0), k = {runs[0]['k']}, {runs[0]['n_val']} unseen images; {'; '.join(devices)}."
+    how = f"`dinofast demo --seed N` (`make demo` is seed 0), k = {runs[0]['k']}, {runs[0]['n_val']} unseen images"
+    return f"{table(head, rows)}\n\n{how}; {'; '.join(devices)}."
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
