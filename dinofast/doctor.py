@@ -31,9 +31,9 @@ def report() -> str:
 
 
 _ELSEWHERE = {
-    "attention": "torch scaled_dot_product_attention, per crop size",
+    "attention": "torch scaled_dot_product_attention, per crop size; packed crops and xformers are not in this version",
     "SGD, LARS": "torch, tensor by tensor",
-    "decoding, crops, colour": "PIL in worker processes",
+    "decoding, crops, colour": "PIL in worker processes; C++ crops and DALI are not in this version",
 }
 
 
