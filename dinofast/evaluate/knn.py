@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..checkpoint import arguments, load_backbone
 from ..config import cores
 from ..dist import pick_device
+from ..vit import VisionTransformer
 from .images import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, LabelledImages, train_and_val
 
 CHUNK_ELEMENTS = 2**26      # of the similarity matrix held at a time: 256 MiB in fp32
@@ -107,7 +108,7 @@ def knn(pretrained_weights: str | Path, data_path: str | Path, *, checkpoint_key
     train, val, sentence = train_and_val(data_path, transform)
     print(f"{sentence} Shorter side {transform.resize}, centre crop {transform.crop}.")
     backbone = load_backbone(pretrained_weights, checkpoint_key, arch, patch_size)
-    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
+    patch = backbone.patch_embed.patch_size if isinstance(backbone, VisionTransformer) else 1      # timm's is a pair
     if crop % patch:
         raise ValueError(f"--crop {crop} is not a multiple of the patch size {patch}: take {max(crop // patch, 1) * patch}.")
     (train_features, train_labels), (test_features, test_labels) = (
