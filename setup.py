@@ -24,4 +24,4 @@ core = Extension(
     optional=True,  # without a compiler the package installs all the same, and `dinofast doctor` says what is missing
 )
 
-setup(packages=["dinofast", "dinofast.data", "dinofast.evaluate", "dinofast.kernels"], ext_modules=[core])
+setup(packages=["dinofast", "dinofast.ops", "dinofast.data", "dinofast.evaluate", "dinofast.kernels"], ext_modules=[core])

@@ -29,11 +29,11 @@ _calls = {"cpp": 0, "triton": 0}
 def pytest_configure(config):
     from dinofast import ops
 
-    if ops._C is not None:
-        for name in [n for n in dir(ops._C) if not n.startswith("_")]:
-            if callable(getattr(ops._C, name)):
-                _count(ops._C, name, "cpp")
-    if not ops._NO_TRITON:
+    if ops._choice._C is not None:
+        for name in [n for n in dir(ops._choice._C) if not n.startswith("_")]:
+            if callable(getattr(ops._choice._C, name)):
+                _count(ops._choice._C, name, "cpp")
+    if not ops._choice.NO_TRITON:
         from dinofast.kernels import dino_loss
 
         _count(dino_loss, "dino_loss", "triton")
@@ -53,7 +53,7 @@ def pytest_terminal_summary(terminalreporter):
     from dinofast import ops
 
     gpu = "no GPU here" if not torch.cuda.is_available() else "a GPU is here"
-    interpreted = ops._interpreted()
+    interpreted = ops._choice.interpreted()
     done = {kind: f"exercised, {n} calls" if n else "NOT exercised" for kind, n in _calls.items()}
     lines = {
         "cpp": done["cpp"],

@@ -31,9 +31,9 @@ SHAPES = [              # (V, B, K)
 def kernel_is_there(request: pytest.FixtureRequest) -> None:
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     impl = params.get("impl") or "cpp"
-    if impl != "reference" and (reason := ops._missing(impl)):
+    if impl != "reference" and (reason := ops._choice.missing(impl)):
         pytest.skip(reason)
-    if impl == "triton" and not ops._interpreted():
+    if impl == "triton" and not ops._choice.interpreted():
         pytest.skip("Triton kernels are compiled in this run (TRITON_INTERPRET is not 1), for the GPU alone")
 
 

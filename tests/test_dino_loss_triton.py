@@ -21,8 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    if ops._NO_TRITON:
-        pytest.skip(ops._NO_TRITON)
+    if ops._choice.NO_TRITON:
+        pytest.skip(ops._choice.NO_TRITON)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, Path(__file__).parent / "ahead_of_time.py"], capture_output=True, text=True,
                           timeout=300, env=environment)
@@ -51,7 +51,7 @@ def test_on_the_cpu_only_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(ops, "_NO_TRITON", "Triton is not installed")
+    monkeypatch.setattr(ops._choice, "NO_TRITON", "Triton is not installed")
     assert ops.paths()["dino_loss"]["cuda"] == "reference (plain torch): Triton is not installed"
     with pytest.raises(RuntimeError, match="impl='triton' was asked for, but Triton is not installed"):
         ops.dino_loss(*loss_inputs("flat", 2, 1, 3), 0.1, 0.04, "triton")
@@ -63,7 +63,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
 def test_a_chunk_without_weight() -> None:
     """-inf in a whole chunk of a teacher row is a probability of 0; in a whole row it leaves nothing to normalise."""
-    if reason := ops._missing("triton") or ("" if ops._interpreted() else "TRITON_INTERPRET is not 1"):
+    if reason := ops._choice.missing("triton") or ("" if ops._choice.interpreted() else "TRITON_INTERPRET is not 1"):
         pytest.skip(reason)
     student, teacher, center = loss_inputs("peaked", 3, 2, 8192 + 3)
     for columns in (slice(8192, None), slice(0, 8192)):
@@ -83,7 +83,7 @@ def test_a_chunk_without_weight() -> None:
 def gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU here")
-    if ops._interpreted():
+    if ops._choice.interpreted():
         pytest.skip("TRITON_INTERPRET is 1: Triton kernels are not compiled in this run")
 
 

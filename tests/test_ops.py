@@ -52,7 +52,7 @@ def test_paths_name_every_operation() -> None:
 
 def test_without_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = loss_inputs("peaked", 3, 2, 37)
-    monkeypatch.setattr(ops, "_NO_CPP", "the C++ core was left out")
+    monkeypatch.setattr(ops._choice, "NO_CPP", "the C++ core was left out")
     monkeypatch.delenv("DINOFAST_REQUIRE", raising=False)
     assert ops.paths()["dino_loss"]["cpu"] == "reference (plain torch): the C++ core was left out"
     with pytest.warns(UserWarning, match="dinofast.dino_loss runs in plain torch.*the C[+][+] core was left out"):

@@ -212,8 +212,9 @@ class CountReads(TorchDispatchMode):
 
 def reads_of_a_run(tmp_path, steps, **changes):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_choose", lambda *_: "reference")         # the C++ path may look at numbers: it has no device
-        patch.setattr(ops, "_is_known", lambda _: False)
+        for module in (ops._dino_loss, ops._adamw_ema):               # the C++ path may look at numbers: it has no device
+            patch.setattr(module, "choose", lambda *_: "reference")
+        patch.setattr(ops._dino_loss, "is_known", lambda _: False)
         patch.setattr(checkpoint, "save", lambda *_: None)
         loader = GoldenLoader()
         loader.steps_per_epoch, loader.n_images = steps, 4 * steps

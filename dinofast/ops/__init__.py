@@ -1,0 +1,9 @@
+"""The seam between Python and the kernels. Per operation: the torch.library schema, implementations (C++ on the CPU, Triton on
+CUDA), fake, backward, and the public function with its checks. A call that no kernel can take goes to `dinofast.reference`.
+"""
+
+from ._adamw_ema import adamw_ema_, ema_, grad_norms
+from ._choice import check_required, paths
+from ._dino_loss import dino_loss
+
+__all__ = ["adamw_ema_", "check_required", "dino_loss", "ema_", "grad_norms", "paths"]
