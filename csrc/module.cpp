@@ -11,6 +11,7 @@
 
 #include "cpu/adamw_ema.h"
 #include "cpu/dino_loss.h"
+#include "cpu/recycled.h"
 
 namespace py = pybind11;
 using dinofast::Dtype;
@@ -32,22 +33,35 @@ dinofast::Logits logits(const py::array& array) {
     return {array.data(), dtype_of(array), array.strides(0) / array.itemsize(), array.strides(1) / array.itemsize()};
 }
 
-std::pair<double, double> dino_loss(const py::array& student, const py::array& teacher, const Floats& center,
-                                    double student_temp, double teacher_temp, Floats& teacher_sum,
-                                    std::optional<py::array> grad, double grad_scale, int n_threads) {
+std::pair<double, double> dino_loss(const py::array& student, const py::array& teacher, std::optional<Floats> center,
+                                    double student_temp, double teacher_temp, double terms, bool diagonal,
+                                    std::optional<Floats> teacher_sum, std::optional<py::array> grad, double grad_scale,
+                                    int n_threads) {
     const auto s = logits(student), t = logits(teacher);
-    const auto V = student.shape(0), B = student.shape(1), K = student.shape(2);
-    if (V < 2 || B < 1 || K < 1 || teacher.shape(0) != 2 || teacher.shape(1) != B || teacher.shape(2) != K ||
-        center.ndim() != 1 || center.size() != K || teacher_sum.size() != K || n_threads < 1)
-        throw std::invalid_argument("shapes must be student (V, B, K), teacher (2, B, K), center (K,), teacher_sum (K,)");
+    const auto V = student.shape(0), T = teacher.shape(0), B = student.shape(1), K = student.shape(2);
+    if (V < 1 || T < 1 || B < 1 || K < 1 || teacher.shape(1) != B || teacher.shape(2) != K || (center && center->size() != K) ||
+        (teacher_sum && teacher_sum->size() != K) || n_threads < 1)
+        throw std::invalid_argument("shapes must be student (V, B, K), teacher (T, B, K), center (K,), teacher_sum (K,)");
     if (grad && (grad->size() != student.size() || !(grad->flags() & py::array::c_style) || dtype_of(*grad) != s.dtype))
         throw std::invalid_argument("grad must be contiguous, with the shape and dtype of student");
     void* grad_data = grad ? grad->mutable_data() : nullptr;
-    float* sum_data = teacher_sum.mutable_data();
+    float* sum_data = teacher_sum ? teacher_sum->mutable_data() : nullptr;
+    const float* center_data = center ? center->data() : nullptr;
     py::gil_scoped_release release;
-    const auto sums = dinofast::dino_loss(s, t, center.data(), V, B, K, student_temp, teacher_temp, sum_data, grad_data,
-                                          grad_scale, n_threads);
+    const auto sums = dinofast::dino_loss(s, t, center_data, {V, T, B, K},
+                                          {student_temp, teacher_temp, terms, diagonal, grad_scale}, sum_data, grad_data,
+                                          n_threads);
     return {sums.loss, sums.entropy};
+}
+
+py::array_t<uint8_t> empty(size_t bytes) {
+    void* data = dinofast::Recycled::take(bytes);
+    auto* block = new std::pair<void*, size_t>(data, bytes);
+    return {{bytes}, {size_t(1)}, static_cast<const uint8_t*>(data), py::capsule(block, [](void* p) {
+        auto* block = static_cast<std::pair<void*, size_t>*>(p);
+        dinofast::Recycled::give_back(block->first, block->second);
+        delete block;
+    })};
 }
 
 // Many tensors at once come as lists of addresses, which `ops` has checked: an array for each would cost 1 us a tensor.
@@ -105,9 +119,11 @@ void grad_norms(const Addresses& grads, const std::vector<int>& dtypes, const Si
 PYBIND11_MODULE(_C, m) {
     m.doc() = "C++ core of dinofast; use it through dinofast.ops.";
     m.def("dino_loss", &dino_loss, py::arg("student").noconvert(), py::arg("teacher").noconvert(),
-          py::arg("center").noconvert(), py::arg("student_temp"), py::arg("teacher_temp"), py::arg("teacher_sum").noconvert(),
-          py::arg("grad").noconvert(), py::arg("grad_scale"), py::arg("n_threads"),
-          "Fills teacher_sum (K,) and, unless None, grad (V, B, K); returns the loss and the mean teacher entropy.");
+          py::arg("center").noconvert(), py::arg("student_temp"), py::arg("teacher_temp"), py::arg("terms"), py::arg("diagonal"),
+          py::arg("teacher_sum").noconvert(), py::arg("grad").noconvert(), py::arg("grad_scale"), py::arg("n_threads"),
+          "Fills teacher_sum (K,) and grad (V, B, K) unless None; returns the loss and the mean teacher entropy.");
+    m.def("empty", &empty, py::arg("bytes"), "Memory for a large result, that of an earlier one where the size is the same.");
+    m.attr("large") = dinofast::kLarge;
     m.def("adamw_ema_", &adamw_ema, py::arg("params"), py::arg("grads"), py::arg("dtypes"), py::arg("exp_avgs"),
           py::arg("exp_avg_sqs"), py::arg("steps"), py::arg("teachers"), py::arg("sizes"), py::arg("coefficients").noconvert(),
           py::arg("lr"), py::arg("weight_decay"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("momentum"),

@@ -16,31 +16,46 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: fl
               teacher_temp: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The DINO loss over materialised logits (arXiv 2104.14294, equation 2 with multi-crop, and section 3.1).
 
-        q[t, b, :] = softmax((teacher[t, b, :] - center) / teacher_temp)                     t = 0, 1; no gradient
-        for t in 0, 1:
-            for v in 0 .. V-1, v != t:
-                loss += mean_b sum_k -q[t, b, k] log_softmax(student[v, b, :] / student_temp)[k]
-        loss /= 2 (V - 1)
+        q[t, b, :] = softmax((teacher[t, b, :] - center) / teacher_temp)                     no gradient
+        loss = soft_cross_entropy over the pairs (t, v) with t != v, divided by their number: 2 (V - 1) for T = 2
 
-    student (V, B, K), teacher (2, B, K): any float dtype, statistics in fp32 (fp64 for fp64); center (K,).
+    student (V, B, K), teacher (T, B, K): any float dtype, statistics in fp32 (fp64 for fp64); center (K,).
     Returns three tensors: the loss (); the mean entropy () of the rows of q in nats, without gradient; and the sum over all
-    2 B rows of `teacher` (K,), from which the next centre is made, without gradient.
+    T B rows of `teacher` (K,), from which the next centre is made, without gradient.
     """
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
-    n_crops = student.shape[0]
-    log_p = torch.log_softmax(student.to(wide) / student_temp, dim=-1)                      # (V, B, K)
     with torch.no_grad():
-        t = teacher.to(wide)                                                                # (2, B, K)
-        log_q = torch.log_softmax((t - center.to(wide)) / teacher_temp, dim=-1)             # (2, B, K)
+        x = teacher.to(wide)                                                                # (T, B, K)
+        log_q = torch.log_softmax((x - center.to(wide)) / teacher_temp, dim=-1)             # (T, B, K)
         q = log_q.exp()
         entropy = -(q * log_q.clamp_min(torch.finfo(wide).min)).sum(-1).mean()              # 0 log 0 is 0
-        teacher_sum = t.sum((0, 1))                                                         # (K,)
+        teacher_sum = x.sum((0, 1))                                                         # (K,)
+    loss = soft_cross_entropy(student, q, student_temp, diagonal=False)
+    return loss / pairs(len(student), len(teacher), diagonal=False), entropy, teacher_sum
+
+
+def soft_cross_entropy(student: Tensor, targets: Tensor, student_temp: float, diagonal: bool) -> Tensor:
+    """Cross-entropy of student crops with teacher probabilities, summed over pairs, averaged over images.
+
+        for t in 0 .. T-1:
+            for v in 0 .. V-1, v != t unless diagonal:
+                loss += mean_b sum_k -targets[t, b, k] log_softmax(student[v, b, :] / student_temp)[k]
+
+    student (V, B, K) logits, targets (T, B, K): any float dtype, statistics in fp32 (fp64 for fp64). The loss ().
+    """
+    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    log_p = torch.log_softmax(student.to(wide) / student_temp, dim=-1)                      # (V, B, K)
     loss = log_p.new_zeros(())
-    for i in range(2):
-        for v in range(n_crops):
-            if v != i:
-                loss = loss - (q[i] * log_p[v]).sum(-1).mean()
-    return loss / (2 * (n_crops - 1)), entropy, teacher_sum
+    for t, q in enumerate(targets.detach().to(wide)):
+        for v in range(len(student)):
+            if diagonal or v != t:
+                loss = loss - (q * log_p[v]).sum(-1).mean()
+    return loss
+
+
+def pairs(crops: int, teachers: int, diagonal: bool) -> int:
+    """How many pairs (t, v) there are; without the diagonal, those with t != v."""
+    return crops * teachers - (0 if diagonal else min(crops, teachers))
 
 
 def center_update(center: Tensor, batch_center: Tensor, momentum: float) -> Tensor:

@@ -1,25 +1,27 @@
-"""dino_loss (arXiv 2104.14294, equation 2 with multi-crop) over materialised logits, with the gradient for an upstream of 1.
+"""dino_loss (arXiv 2104.14294, equation 2 with multi-crop) over materialised logits: the loss, and in backward its gradient.
 
-    q[t, b, :] = softmax((teacher[t, b, :] - center) / teacher_temp)                                      t = 0, 1
-    loss       = 1 / (B P) sum_b sum_v [n_v log sum_k e^(d / student_temp) - <Q_v, d> / student_temp],   P = 2 (V - 1)
-                 d = student[v, b, :] - max_k,   Q_v = sum of q[t, b, :] over t != v,   n_v = the number of such t
-    grad       = grad_scale (n_v softmax(student / student_temp) - Q_v)
+    q[t, b, :] = softmax((teacher[t, b, :] - center) / teacher_temp), or teacher[t, b, :] itself           t = 0 .. T-1, T <= 2
+    loss       = 1 / terms sum_b sum_v [mass_v log sum_k e^(d / student_temp) - <Q_v, d> / student_temp]
+                 d = student[v, b, :] - max_k,   Q_v = sum of q[t, b, :] over t != v, or over all t,   mass_v = sum_k Q_v
+    grad       = upstream / (terms student_temp) (mass_v softmax(student / student_temp) - Q_v)
 
 Both terms of the bracket are positive: nothing cancels, however large the logits.
 
-Bytes, in slabs of B rows of logits: the floor, with all V + 2 rows of an image kept on chip, is V + 2 read and V written, 22
+Bytes, in slabs of B rows of logits: the floor, with all V + T rows of an image kept on chip, is V + 2 read and V written, 22
 for V = 10; but those rows are 1.5 MiB at K = 65,536 in bf16, more than a multiprocessor's 228 KiB, and Triton cannot spread
-them over a cluster. So there are two passes, statistics and then gradient: V + 2 read, V + 2 read again, V written, 34 for
-V = 10. The programs that sum the teacher's columns read 2 more; they start first, and what they read is in L2 for the rest of
-that pass, as far as it fits. The gradient pass takes the images in reverse, to begin with what the first pass has left in L2.
+them over a cluster. So there are two passes: forward reads V + 2, backward reads V + 2 again and writes V, 34 for V = 10, with
+any upstream, and 12 where no gradient is wanted. The programs that sum the teacher's columns read 2 more; they start first,
+and what they read is in L2 for the rest of that pass, as far as it fits. Backward takes the images in reverse, to begin with
+what forward has left in L2.
 
-A statistics program takes a chunk of a row: a whole row would save the partial sums, but at B = 8 leaves a quarter of 132
-multiprocessors idle, and would need a running maximum. A gradient program takes a block of columns of all rows of an image, so
-that it forms q once; it loads a row ahead, because a load cannot pass the store of the row before. Scratch, in fp32:
-2 (V + 2) + 2 numbers per image and chunk, one per image and block. Block sizes are reasoned, not measured.
+A forward program takes a chunk of columns of all rows of an image: the teacher's weights stay in registers while the student's
+rows go by, each chunk relative to its own maximum. A second, small kernel joins the chunks of a row, as flash attention joins
+its blocks. A backward program takes a block of columns of all rows and needs two numbers a row. Both load a row ahead, because
+a load cannot pass the store of the row before. Scratch, in fp32: 4 numbers per row and chunk until the loss is there; 2 per
+row, and the centre (which moves before backward), until the gradient is there. Block sizes are reasoned, not measured.
 
 No atomics: every sum is taken in an order fixed by the shapes. Sums over a row are fp32, in trees of a chunk and then over the
-chunks; the sum over blocks and images is fp64.
+chunks; the sum over images is fp64.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 8192             # columns of a statistics program: 32 a thread, four 16-byte loads in flight of bf16
+CHUNK = 2048             # columns of a forward program: 8 a thread, one 16-byte load of bf16 a row
 ROWS, COLUMNS = 8, 512   # tile of a column-sum program: a row a warp
-BLOCK = 2048             # columns of a gradient program: 8 a thread, one 16-byte load of bf16 for each of the V + 2 rows
+CHUNKS = 32              # chunks that are joined at a time
+BLOCK = 2048             # columns of a backward program: 8 a thread, one 16-byte load of bf16 for each of the V + T rows
 PARTS = 4096             # numbers that the last kernel adds at a time
 WARPS = 8
 
@@ -46,6 +49,12 @@ def _row(x, outer, image, outer_stride, image_stride):
 
 
 @triton.jit
+def _meets(v, t: tl.constexpr, DIAGONAL: tl.constexpr):
+    """1.0 where crop v and teacher crop t make a pair."""
+    return v * 0.0 + 1.0 if DIAGONAL else tl.where(v != t, 1.0, 0.0)
+
+
+@triton.jit
 def _exponentials(x, factor):
     """Of one chunk: its maximum, d = x - maximum, 2^(d factor). A chunk of -inf weighs nothing; NaN and inf give NaN."""
     top = tl.max(x, 0)
@@ -53,124 +62,189 @@ def _exponentials(x, factor):
     return top, d, tl.exp2(d * factor)
 
 
+# -------------------------------------------------------------------------------------------------------------------- forward
+
+
 @triton.jit
-def _sum_columns(teacher, teacher_sum, column_block, B, K, outer_stride, image_stride, ROWS: tl.constexpr,
-                 COLUMNS: tl.constexpr):
+def _sum_columns(teacher, center, teacher_sum, center_kept, column_block, T: tl.constexpr, B, K, outer_stride, image_stride,
+                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr):
     k = column_block * COLUMNS + tl.arange(0, COLUMNS)
+    if KEEP:
+        tl.store(center_kept + k, tl.load(center + k, k < K, 0.0).to(tl.float32), k < K)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, 2 * B, ROWS):
+    for first in range(0, T * B, ROWS):
         row = first + tl.arange(0, ROWS)
         start = _row(teacher, row // B, row % B, outer_stride, image_stride)
-        sums += tl.load(start[:, None] + k[None, :], (row < 2 * B)[:, None] & (k < K)[None, :], 0.0).to(tl.float32)
+        sums += tl.load(start[:, None] + k[None, :], (row < T * B)[:, None] & (k < K)[None, :], 0.0).to(tl.float32)
     tl.store(teacher_sum + k, tl.sum(sums, 0), k < K)
+
+
+@triton.jit
+def _teacher_chunk(teacher, t: tl.constexpr, center_chunk, factor, b, k, V, K, N, chunk, outer_stride, image_stride, parts,
+                   plane, T: tl.constexpr, CENTERED: tl.constexpr):
+    """Weights (CHUNK,) of teacher crop t, relative to their maximum; what belongs to the chunk goes into parts."""
+    start = _row(teacher, t, b, outer_stride, image_stride)
+    if CENTERED:
+        x = tl.load(start + k, k < K, MINUS_INF).to(tl.float32) - center_chunk
+        top, d, weight = _exponentials(x, factor)
+        moment = tl.sum(weight * tl.where(d == MINUS_INF, 0.0, d), 0)                     # a logit of -inf has no weight
+    else:
+        weight = tl.load(start + k, k < K, 0.0).to(tl.float32)
+        top, moment = 0.0, 0.0
+    at = parts + (b * (V + T) + V + t) * N + chunk
+    tl.store(at, top)
+    tl.store(at + plane, tl.sum(weight, 0))
+    tl.store(at + 2 * plane, moment)
+    return weight
 
 
 @triton.jit(do_not_specialize=("V", "B", "N", "column_programs"))
 def _statistics(
     student,         # (V, B, K)
-    teacher,         # (2, B, K)
-    center,          # (K,)
-    teacher_temp,    # ()
-    teacher_sum,     # (K,) out: sum over the 2 B rows
-    tops,            # (B, V + 2, N) out: maximum of each chunk, the student's V rows and then the teacher's 2 less the centre
-    sums,            # (B, V + 2, N) out: sum of e^((x - maximum) / temperature) over each chunk
-    moments,         # (B, 2, N) out: the same sum with each term times (x - maximum), teacher only
+    teacher,         # (T, B, K)
+    center,          # (K,), CENTERED only
+    teacher_temp,    # (), CENTERED only
+    teacher_sum,     # (K,) out, CENTERED only: sum over the T B rows
+    center_kept,     # (K,) out, KEEP only
+    parts,           # (4, B, V + T, N) out, of each chunk of the student's V rows and then the teacher's T: maximum; sum of
+    #                  2^((x - maximum) factor), or of the probabilities; the same with each term times (x - maximum) for a
+    #                  teacher's row, and for a student's with the weights of teacher crop 0; of teacher crop 1
     student_inv_temp, V, B, K, N, student_outer_stride, student_image_stride, teacher_outer_stride, teacher_image_stride,
-    column_programs, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    column_programs, T: tl.constexpr, CENTERED: tl.constexpr, KEEP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Grid: column_programs + B (V + 2) N; N chunks a row."""
+    """Grid: column_programs + B N; N chunks a row."""
     program = tl.program_id(0)
     if program < column_programs:
-        _sum_columns(teacher, teacher_sum, program, B, K, teacher_outer_stride, teacher_image_stride, ROWS, COLUMNS)
+        _sum_columns(teacher, center, teacher_sum, center_kept, program, T, B, K, teacher_outer_stride, teacher_image_stride,
+                     ROWS, COLUMNS, KEEP)
     else:
-        at = program - column_programs                                                         # in (B, V + 2, N)
-        image, row, chunk = at // N // (V + 2), at // N % (V + 2), at % N
+        b, chunk = (program - column_programs) // N, (program - column_programs) % N
+        plane = tl.cast(B, tl.int64) * (V + T) * N
         k = chunk * CHUNK + tl.arange(0, CHUNK)                                                # (CHUNK,)
-        if row < V:
-            x = tl.load(_row(student, row, image, student_outer_stride, student_image_stride) + k, k < K, MINUS_INF)
-            top, d, weight = _exponentials(x.to(tl.float32), LOG2E * student_inv_temp)
-        else:
-            x = tl.load(_row(teacher, row - V, image, teacher_outer_stride, teacher_image_stride) + k, k < K, MINUS_INF)
-            c = tl.load(center + k, k < K, 0.0).to(tl.float32)
-            top, d, weight = _exponentials(x.to(tl.float32) - c, LOG2E / tl.load(teacher_temp).to(tl.float32))
-            moment = tl.sum(weight * tl.where(d == MINUS_INF, 0.0, d), 0)                      # a logit of -inf has no weight
-            tl.store(moments + (image * 2 + row - V) * N + chunk, moment)
-        tl.store(tops + at, top)
-        tl.store(sums + at, tl.sum(weight, 0))
+        c = tl.load(center + k, k < K, 0.0).to(tl.float32) if CENTERED else 0.0
+        teacher_factor = LOG2E / tl.load(teacher_temp).to(tl.float32) if CENTERED else 0.0
+        weight0 = _teacher_chunk(teacher, 0, c, teacher_factor, b, k, V, K, N, chunk, teacher_outer_stride,
+                                 teacher_image_stride, parts, plane, T, CENTERED)
+        if T == 2:
+            weight1 = _teacher_chunk(teacher, 1, c, teacher_factor, b, k, V, K, N, chunk, teacher_outer_stride,
+                                     teacher_image_stride, parts, plane, T, CENTERED)
+        ahead = tl.load(_row(student, 0, b, student_outer_stride, student_image_stride) + k, k < K, MINUS_INF)
+        for v in range(V):
+            x = ahead.to(tl.float32)
+            ahead = tl.load(_row(student, v + 1, b, student_outer_stride, student_image_stride) + k, (k < K) & (v + 1 < V),
+                            MINUS_INF)
+            top, d, weight = _exponentials(x, LOG2E * student_inv_temp)
+            d = tl.where(k < K, d, 0.0)
+            at = parts + (b * (V + T) + v) * N + chunk
+            tl.store(at, top)
+            tl.store(at + plane, tl.sum(weight, 0))
+            tl.store(at + 2 * plane, tl.sum(weight0 * d, 0))
+            if T == 2:
+                tl.store(at + 3 * plane, tl.sum(weight1 * d, 0))
 
 
 @triton.jit
-def _whole_row(tops, sums, row, N, factor, CHUNKS: tl.constexpr):
-    """From the chunks of one row: its maximum, its sum, and each chunk's weight and distance from the maximum (CHUNKS,)."""
-    chunk = tl.arange(0, CHUNKS)
-    top = tl.load(tops + row * N + chunk, chunk < N, MINUS_INF)
-    highest = tl.max(top, 0)
-    below = top - highest                                            # a row of -inf gives NaN here and from here on
-    weight = tl.exp2(below * factor)
-    return highest, tl.sum(weight * tl.load(sums + row * N + chunk, chunk < N, 0.0), 0), weight, below
+def _whole_teacher_row(parts, plane, row, N, factor, CHUNKS: tl.constexpr):
+    """Maximum and sum of one row from its chunks."""
+    top = MINUS_INF
+    for first in range(0, N, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        top = tl.maximum(top, tl.max(tl.load(parts + row * N + chunk, chunk < N, MINUS_INF), 0))
+    total = 0.0
+    for first in range(0, N, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        below = tl.load(parts + row * N + chunk, chunk < N, MINUS_INF) - top    # a row of -inf gives NaN here and from here on
+        total += tl.sum(tl.exp2(below * factor) * tl.load(parts + plane + row * N + chunk, chunk < N, 0.0), 0)
+    return top, total
 
 
 @triton.jit
-def _teacher_tile(teacher, t, center_tile, tops, sums, moments, b, k, V, K, N, outer_stride, image_stride, temp,
-                  CHUNKS: tl.constexpr):
-    """q[t, b, k] (BLOCK,) and the entropy of the whole row."""
-    factor = LOG2E / temp
-    row, chunk = b * (V + 2) + V + t, tl.arange(0, CHUNKS)
-    top, total, weight, below = _whole_row(tops, sums, row, N, factor, CHUNKS)
-    moment = tl.load(moments + (b * 2 + t) * N + chunk, chunk < N, 0.0)
-    moment += tl.load(sums + row * N + chunk, chunk < N, 0.0) * tl.where(below == MINUS_INF, 0.0, below)
-    x = tl.load(_row(teacher, t, b, outer_stride, image_stride) + k, k < K, MINUS_INF).to(tl.float32)
-    q = tl.exp2((x - center_tile - top) * factor) * (1 / total)
-    return q, tl.log(total) - tl.sum(weight * moment, 0) / (total * temp)
+def _joined_dots(parts, plane, t: tl.constexpr, teacher_top, teacher_row, dots, below, chunk, N, factor):
+    """Part (ROWS,) of <teacher weights, student - maximum> in these chunks; weights relative to the teacher row's maximum."""
+    at = parts + teacher_row * N + chunk                                                       # (CHUNKS,)
+    weight = tl.exp2((tl.load(at, chunk < N, MINUS_INF) - teacher_top) * factor)
+    total = tl.load(at + plane, chunk < N, 0.0)
+    return tl.sum(weight[None, :] * (dots + tl.where(chunk < N, below, 0.0) * total[None, :]), 1)
 
 
 @triton.jit(do_not_specialize=("V", "B", "N"))
-def _gradient(
-    student,         # (V, B, K)
-    teacher,         # (2, B, K)
-    center,          # (K,)
-    teacher_temp,    # ()
-    tops,            # (B, V + 2, N)
-    sums,            # (B, V + 2, N)
-    moments,         # (B, 2, N)
-    losses,          # (B, blocks) out: of one image and block of columns
-    entropies,       # (B,) out: sum over the two teacher rows
-    grad,            # (V, B, K) out, contiguous; not touched unless WITH_GRAD
-    student_inv_temp, grad_scale, V, B, K, N, student_outer_stride, student_image_stride, teacher_outer_stride,
-    teacher_image_stride, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, WITH_GRAD: tl.constexpr,
+def _join(
+    parts,           # (4, B, V + T, N)
+    teacher_temp,    # (), CENTERED only
+    saved,           # (B, V + T, 2) out, KEEP only: maximum and 1 / sum of each row; of a row of probabilities 0 and its sum
+    losses,          # (B,) out: sum over the crops of an image
+    entropies,       # (B,) out: sum over the teacher's rows
+    student_inv_temp, V, B, N, T: tl.constexpr, CENTERED: tl.constexpr, DIAGONAL: tl.constexpr, KEEP: tl.constexpr,
+    ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):
-    """Grid: B blocks; blocks = ceil(K / BLOCK); CHUNKS is N, or the next power of 2."""
-    blocks = tl.cdiv(K, BLOCK)
-    b, block = B - 1 - tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    k = block * BLOCK + tl.arange(0, BLOCK)                                                    # (BLOCK,)
-    c = tl.load(center + k, k < K, 0.0).to(tl.float32)
-    temp = tl.load(teacher_temp).to(tl.float32)
-    q0, entropy0 = _teacher_tile(teacher, 0, c, tops, sums, moments, b, k, V, K, N, teacher_outer_stride,
-                                 teacher_image_stride, temp, CHUNKS)
-    q1, entropy1 = _teacher_tile(teacher, 1, c, tops, sums, moments, b, k, V, K, N, teacher_outer_stride,
-                                 teacher_image_stride, temp, CHUNKS)
+    """Grid: B. ROWS is V, or the next power of 2."""
+    b = tl.program_id(0)
+    plane = tl.cast(B, tl.int64) * (V + T) * N
+    v = tl.arange(0, ROWS)                                                                     # (ROWS,)
+    first_row = tl.cast(b, tl.int64) * (V + T)
+    rows = parts + (first_row + v[:, None]) * N                                                # (ROWS, 1)
     factor = LOG2E * student_inv_temp
-    logs = 0.0
-    dots = tl.zeros((BLOCK,), tl.float32)
-    ahead = tl.load(_row(student, 0, b, student_outer_stride, student_image_stride) + k, k < K, 0.0)
-    for v in range(V):
-        with0, with1 = tl.cast(v != 0, tl.float32), tl.cast(v != 1, tl.float32)
-        s = ahead.to(tl.float32)
-        ahead = tl.load(_row(student, v + 1, b, student_outer_stride, student_image_stride) + k, (k < K) & (v + 1 < V), 0.0)
-        top, total, _, _ = _whole_row(tops, sums, b * (V + 2) + v, N, factor, CHUNKS)
-        target = with0 * q0 + with1 * q1                                                       # Q_v
-        d = s - top
-        dots -= target * d
-        logs += (with0 + with1) * tl.log(total)
-        if WITH_GRAD:
-            own = grad_scale * (with0 + with1) / total
-            g = own * tl.exp2(d * factor) - grad_scale * target
-            tl.store(_row(grad, v, b, tl.cast(B, tl.int64) * K, K) + k, g.to(grad.dtype.element_ty), k < K)
-    loss = tl.sum(dots, 0) * student_inv_temp
-    if block == 0:                                                   # what belongs to whole rows is counted once
-        loss += logs
-        tl.store(entropies + b, entropy0 + entropy1)
-    tl.store(losses + b * blocks + block, loss)
+    temp = tl.load(teacher_temp).to(tl.float32) if CENTERED else 1.0
+    teacher_factor = LOG2E / temp if CENTERED else 1.0          # the maximum of probabilities is kept as 0
+    top0, total0 = _whole_teacher_row(parts, plane, first_row + V, N, teacher_factor, CHUNKS)
+    top1, total1 = top0, total0
+    if T == 2:
+        top1, total1 = _whole_teacher_row(parts, plane, first_row + V + 1, N, teacher_factor, CHUNKS)
+
+    top = tl.full((ROWS,), MINUS_INF, tl.float32)
+    for first in range(0, N, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)                                                   # (CHUNKS,)
+        top = tl.maximum(top, tl.max(tl.load(rows + chunk, (v < V)[:, None] & (chunk < N), MINUS_INF), 1))
+    total, dot0, dot1 = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    moment0, moment1 = 0.0, 0.0
+    for first in range(0, N, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        inside = (v < V)[:, None] & (chunk < N)                                                # (ROWS, CHUNKS)
+        below = tl.load(rows + chunk, inside, MINUS_INF) - top[:, None]
+        total += tl.sum(tl.exp2(below * factor) * tl.load(rows + plane + chunk, inside, 0.0), 1)
+        dot0 += _joined_dots(parts, plane, 0, top0, first_row + V, tl.load(rows + 2 * plane + chunk, inside, 0.0), below, chunk,
+                             N, teacher_factor)
+        if CENTERED:
+            moment0 += _moment(parts, plane, first_row + V, top0, chunk, N, teacher_factor)
+        if T == 2:
+            dot1 += _joined_dots(parts, plane, 1, top1, first_row + V + 1, tl.load(rows + 3 * plane + chunk, inside, 0.0),
+                                 below, chunk, N, teacher_factor)
+            if CENTERED:
+                moment1 += _moment(parts, plane, first_row + V + 1, top1, chunk, N, teacher_factor)
+
+    mass0, scale0 = (1.0, 1.0 / total0) if CENTERED else (total0, 1.0)
+    mass1, scale1 = (1.0, 1.0 / total1) if CENTERED else (total1, 1.0)
+    meets0 = _meets(v, 0, DIAGONAL)
+    mass, dot = meets0 * mass0, meets0 * scale0 * dot0
+    if T == 2:
+        meets1 = _meets(v, 1, DIAGONAL)
+        mass, dot = mass + meets1 * mass1, dot + meets1 * scale1 * dot1
+    bracket = tl.where(mass == 0, 0.0, mass * tl.log(total) - dot * student_inv_temp)          # a crop may be in no pair
+    tl.store(losses + b, tl.sum(tl.where(v < V, bracket, 0.0), 0))
+    entropy = tl.log(total0) - moment0 / (total0 * temp)
+    if T == 2:
+        entropy += tl.log(total1) - moment1 / (total1 * temp)
+    tl.store(entropies + b, entropy)
+    if KEEP:
+        at = saved + 2 * (first_row + v)
+        tl.store(at, top, v < V)
+        tl.store(at + 1, 1.0 / total, v < V)
+        at = saved + 2 * (first_row + V)
+        tl.store(at, top0)
+        tl.store(at + 1, scale0 if CENTERED else total0)
+        if T == 2:
+            tl.store(at + 2, top1)
+            tl.store(at + 3, scale1 if CENTERED else total1)
+
+
+@triton.jit
+def _moment(parts, plane, row, top, chunk, N, factor):
+    """Part of sum (x - maximum) 2^((x - maximum) factor) of a teacher row in these chunks."""
+    at = parts + row * N + chunk
+    below = tl.load(at, chunk < N, MINUS_INF) - top
+    shift = tl.where(below == MINUS_INF, 0.0, below) * tl.load(at + plane, chunk < N, 0.0)
+    return tl.sum(tl.exp2(below * factor) * (tl.load(at + 2 * plane, chunk < N, 0.0) + shift), 0)
 
 
 @triton.jit
@@ -182,42 +256,112 @@ def _sum_parts(parts, n, PARTS: tl.constexpr):
     return tl.sum(sums, 0)
 
 
-@triton.jit(do_not_specialize=("V", "B", "n_losses"))
+@triton.jit(do_not_specialize=("B",))
 def _finish(
-    losses,          # (n_losses,)
+    losses,          # (B,)
     entropies,       # (B,)
     loss,            # () out
     entropy,         # () out
-    V, B, n_losses, PARTS: tl.constexpr,
+    inv_terms, B, T: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Grid: 1."""
-    teacher_rows = tl.cast(B, tl.float64) * 2
-    tl.store(loss, (_sum_parts(losses, n_losses, PARTS) / (teacher_rows * (V - 1))).to(tl.float32))
-    tl.store(entropy, (_sum_parts(entropies, B, PARTS) / teacher_rows).to(tl.float32))
+    tl.store(loss, (_sum_parts(losses, B, PARTS) * inv_terms).to(tl.float32))
+    tl.store(entropy, (_sum_parts(entropies, B, PARTS) / (tl.cast(B, tl.float64) * T)).to(tl.float32))
 
 
-def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: Tensor,
-              with_grad: bool, grad_scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss (), mean teacher entropy (), teacher_sum (K,), all fp32, and the gradient (V, B, K) in student's dtype or (0,).
+def dino_loss(student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: Tensor, terms: float,
+              diagonal: bool, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss (), mean teacher entropy (), teacher_sum (K,) and what `dino_loss_backward` needs, all fp32.
 
-    student (V, B, K), teacher (2, B, K), center (K,): float32, bfloat16 or float16 on one device, the last axis contiguous;
-    teacher_temp, one number in any float dtype, likewise: the host never looks at it.
+    student (V, B, K), teacher (T, B, K) with T of 1 or 2, center (K,): float32, bfloat16 or float16 on one device, the last
+    axis contiguous; without a centre the teacher's rows are probabilities, entropy means nothing and teacher_sum is empty.
+    teacher_temp, one number in any float dtype, likewise on the device: the host never looks at it.
     """
-    V, B, K = student.shape
-    N, blocks, column_programs = triton.cdiv(K, CHUNK), triton.cdiv(K, BLOCK), triton.cdiv(K, COLUMNS)
+    (V, B, K), T, centered = student.shape, len(teacher), center is not None
+    N = triton.cdiv(K, CHUNK)
+    column_programs = triton.cdiv(K, COLUMNS) if centered else 0
 
-    def stat(*shape: int) -> Tensor:
+    def numbers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=student.device)
-    loss, entropy, teacher_sum = stat(), stat(), stat(K)
-    grad = torch.empty(student.shape if with_grad else 0, dtype=student.dtype, device=student.device)
-    tops, sums, moments, losses, entropies = stat(B, V + 2, N), stat(B, V + 2, N), stat(B, 2, N), stat(B, blocks), stat(B)
-    strides = (*student.stride()[:2], *teacher.stride()[:2])
+    loss, entropy, teacher_sum = numbers(), numbers(), numbers(K if centered else 0)
+    saved = numbers(2 * B * (V + T) + (K if centered else 0) if with_grad else 0)
+    parts, losses, entropies = numbers(4, B, V + T, N), numbers(B), numbers(B)
+    center = center.contiguous() if centered else teacher_temp
     with torch.cuda.device_of(student):
-        _statistics[column_programs + B * (V + 2) * N,](
-            student, teacher, center, teacher_temp, teacher_sum, tops, sums, moments, 1 / student_temp, V, B, K, N, *strides,
-            column_programs, CHUNK, ROWS, COLUMNS, num_warps=WARPS)
-        _gradient[B * blocks,](
-            student, teacher, center, teacher_temp, tops, sums, moments, losses, entropies, grad, 1 / student_temp, grad_scale,
-            V, B, K, N, *strides, triton.next_power_of_2(N), BLOCK, with_grad, num_warps=WARPS)
-        _finish[1,](losses, entropies, loss, entropy, V, B, B * blocks, PARTS, num_warps=WARPS)
-    return loss, entropy, teacher_sum, grad
+        _statistics[column_programs + B * N,](
+            student, teacher, center, teacher_temp, teacher_sum, saved[2 * B * (V + T):], parts, 1 / student_temp, V, B, K, N,
+            *student.stride()[:2], *teacher.stride()[:2], column_programs, T, centered, centered and with_grad, CHUNK, ROWS,
+            COLUMNS, num_warps=WARPS)
+        _join[B,](parts, teacher_temp, saved, losses, entropies, 1 / student_temp, V, B, N, T, centered, diagonal, with_grad,
+                  triton.next_power_of_2(V), CHUNKS, num_warps=WARPS)
+        _finish[1,](losses, entropies, loss, entropy, 1 / terms, B, T, PARTS, num_warps=WARPS)
+    return loss, entropy, teacher_sum, saved
+
+
+# ------------------------------------------------------------------------------------------------------------------- backward
+
+
+@triton.jit
+def _teacher_tile(teacher, t: tl.constexpr, center_tile, factor, saved, b, k, V, K, outer_stride, image_stride,
+                  T: tl.constexpr, CENTERED: tl.constexpr):
+    """q[t, b, k] (BLOCK,) and the mass of the whole row."""
+    at = saved + 2 * (tl.cast(b, tl.int64) * (V + T) + V + t)
+    x = tl.load(_row(teacher, t, b, outer_stride, image_stride) + k, k < K, 0.0).to(tl.float32)
+    if CENTERED:
+        q, mass = tl.exp2((x - center_tile - tl.load(at)) * factor) * tl.load(at + 1), 1.0
+    else:
+        q, mass = x, tl.load(at + 1)
+    return q, mass
+
+
+@triton.jit(do_not_specialize=("V", "B"))
+def _gradient(
+    upstream,        # ()
+    student,         # (V, B, K)
+    teacher,         # (T, B, K)
+    saved,           # (B, V + T, 2)
+    center_kept,     # (K,), CENTERED only
+    teacher_temp,    # (), CENTERED only
+    grad,            # (V, B, K) out, contiguous
+    student_inv_temp, grad_scale, V, B, K, student_outer_stride, student_image_stride, teacher_outer_stride,
+    teacher_image_stride, T: tl.constexpr, CENTERED: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Grid: B blocks; blocks = ceil(K / BLOCK)."""
+    blocks = tl.cdiv(K, BLOCK)
+    b, block = B - 1 - tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    k = block * BLOCK + tl.arange(0, BLOCK)                                                    # (BLOCK,)
+    c = tl.load(center_kept + k, k < K, 0.0) if CENTERED else 0.0
+    teacher_factor = LOG2E / tl.load(teacher_temp).to(tl.float32) if CENTERED else 0.0
+    scale = tl.load(upstream).to(tl.float32) * grad_scale
+    q0, mass0 = _teacher_tile(teacher, 0, c, teacher_factor, saved, b, k, V, K, teacher_outer_stride, teacher_image_stride, T,
+                              CENTERED)
+    if T == 2:
+        q1, mass1 = _teacher_tile(teacher, 1, c, teacher_factor, saved, b, k, V, K, teacher_outer_stride, teacher_image_stride,
+                                  T, CENTERED)
+    factor = LOG2E * student_inv_temp
+    at = saved + 2 * tl.cast(b, tl.int64) * (V + T)
+    ahead = tl.load(_row(student, 0, b, student_outer_stride, student_image_stride) + k, k < K, 0.0)
+    for v in range(V):
+        s = ahead.to(tl.float32)
+        ahead = tl.load(_row(student, v + 1, b, student_outer_stride, student_image_stride) + k, (k < K) & (v + 1 < V), 0.0)
+        meets = _meets(v, 0, DIAGONAL)
+        target, mass = meets * q0, meets * mass0
+        if T == 2:
+            meets = _meets(v, 1, DIAGONAL)
+            target, mass = target + meets * q1, mass + meets * mass1
+        own = scale * mass * tl.load(at + 2 * v + 1)
+        g = own * tl.exp2((s - tl.load(at + 2 * v)) * factor) - scale * target
+        tl.store(_row(grad, v, b, tl.cast(B, tl.int64) * K, K) + k, g.to(grad.dtype.element_ty), k < K)
+
+
+def dino_loss_backward(upstream: Tensor, student: Tensor, teacher: Tensor, saved: Tensor, student_temp: float,
+                       teacher_temp: Tensor, centered: bool, terms: float, diagonal: bool) -> Tensor:
+    """The gradient (V, B, K) in student's dtype; upstream () in any float dtype on the device, the rest as in `dino_loss`."""
+    (V, B, K), T = student.shape, len(teacher)
+    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    with torch.cuda.device_of(student):
+        _gradient[B * triton.cdiv(K, BLOCK),](
+            upstream, student, teacher, saved, saved[2 * B * (V + T):], teacher_temp, grad, 1 / student_temp,
+            1 / (terms * student_temp), V, B, K, *student.stride()[:2], *teacher.stride()[:2], T, centered, diagonal, BLOCK,
+            num_warps=WARPS)
+    return grad

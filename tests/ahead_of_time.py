@@ -66,20 +66,28 @@ def health(kernel: JITFunction, args: tuple, options: dict, architecture: int) -
     return found
 
 
+def _dino_loss_step(module: ModuleType, student: torch.Tensor, teacher: torch.Tensor, center: torch.Tensor | None,
+                    number: torch.Tensor) -> None:
+    *_, saved = module.dino_loss(student, teacher, center, 0.1, number, 64.0, center is None, True)
+    module.dino_loss_backward(number, student, teacher, saved, 0.1, number, center is not None, 64.0, center is None)
+    if center is not None:
+        module.dino_loss(student, teacher, center, 0.1, number, 64.0, False, False)
+
+
 def dino_loss() -> list[dict[str, object]]:
     from dinofast.kernels import dino_loss as module
 
     found = []
-    cases = [*itertools.product((torch.float32, torch.bfloat16, torch.float16), (65536,), (True, False)),
-             *((torch.bfloat16, k, True) for k in (1, 65537, 2**20))]  # strides of 1; unaligned rows; many chunks a row
-    for dtype, prototypes, with_grad in cases:
-        student, teacher = (torch.empty(n, 64, prototypes, dtype=dtype, device="meta") for n in (10, 2))
-        center, temp = torch.empty(prototypes, device="meta"), torch.empty((), device="meta")
-        call = partial(module.dino_loss, student, teacher, center, 0.1, temp, with_grad, 1.0)
+    cases = [*itertools.product((torch.float32, torch.bfloat16, torch.float16), (65536,), (True, False), (2,)),
+             *((torch.bfloat16, k, True, 2) for k in (1, 65537, 2**20)),  # strides of 1; unaligned rows; many chunks a row
+             *((torch.bfloat16, k, False, 1) for k in (65536, 1))]
+    for dtype, prototypes, centered, teachers in cases:
+        student, teacher = (torch.empty(n, 64, prototypes, dtype=dtype, device="meta") for n in (10, teachers))
+        center, number = torch.empty(prototypes, device="meta") if centered else None, torch.empty((), device="meta")
+        call = partial(_dino_loss_step, module, student, teacher, center, number)
         for (kernel, args, options), architecture in itertools.product(launches_of(module, call), ARCHITECTURES):
-            if kernel.__name__ == "_gradient" or with_grad:  # the others are the same without
-                found.append({"kernel": kernel.__name__, "dtype": str(dtype), "prototypes": prototypes, "with_grad": with_grad,
-                              "architecture": architecture, **health(kernel, args, options, architecture)})
+            found.append({"kernel": kernel.__name__, "dtype": str(dtype), "prototypes": prototypes, "centered": centered,
+                          "teachers": teachers, "architecture": architecture, **health(kernel, args, options, architecture)})
     return found
 
 

@@ -47,6 +47,13 @@ def run(student: Tensor, teacher: Tensor, center: Tensor, impl: str | None, upst
     return loss.detach(), entropy, teacher_sum, student.grad
 
 
+def arguments(student: Tensor, teacher: Tensor, center: Tensor, impl: str, with_grad: bool = True,
+              student_temp: float = 0.1) -> tuple:
+    """Of the operation itself, below the public function."""
+    terms = student.shape[1] * reference.pairs(len(student), len(teacher), diagonal=False)
+    return student, teacher, center, student_temp, torch.tensor(0.04), float(terms), False, with_grad, impl
+
+
 GOLDEN_CALLS = [(name, i) for name, n in (("loss_multicrop", 3), ("loss_two_crops", 3), ("loss_wide", 2)) for i in range(n)]
 
 
@@ -183,7 +190,7 @@ def test_half_types_are_read_and_written_exactly(dtype: torch.dtype) -> None:
     student = torch.zeros(2, 1, len(every), dtype=dtype)
     assert torch.equal(run(student, teacher, torch.zeros(len(every)), "cpp")[2], every.float())
     student, teacher, center = loss_inputs("peaked", 2, 2, 5000, dtype=dtype)
-    kept, wide = (torch.ops.dinofast.dino_loss(x * 8, teacher, center, 0.25, torch.tensor(0.04), True, "cpp")[3].double()
+    kept, wide = (torch.ops.dinofast.dino_loss(*arguments(x * 8, teacher, center, "cpp", student_temp=0.25))[3].double()
                   for x in (student, student.float()))
     scale = 2.0 ** 14 if dtype == torch.float16 else 1.0  # float16 gradients are kept scaled up; 1 / (B P student_temp) is 1
     half_unit = torch.finfo(dtype).eps / 2
@@ -223,8 +230,12 @@ def test_reference_gradient() -> None:
 @pytest.mark.parametrize("impl", KERNELS)
 def test_opcheck(impl: str, dtype: torch.dtype, with_grad: bool) -> None:
     student, teacher, center = loss_inputs("peaked", 3, 2, 37, dtype=dtype)
-    torch.library.opcheck(torch.ops.dinofast.dino_loss.default,
-                          (student.requires_grad_(with_grad), teacher, center, 0.1, torch.tensor(0.04), with_grad, impl))
+    given = arguments(student.requires_grad_(with_grad), teacher, center, impl, with_grad)
+    torch.library.opcheck(torch.ops.dinofast.dino_loss.default, given)
+    if impl == "triton" and with_grad:
+        saved = torch.ops.dinofast.dino_loss(*given)[3]
+        torch.library.opcheck(torch.ops.dinofast.dino_loss_backward.default,
+                              (torch.tensor(2.0), student.detach(), teacher, saved, 0.1, torch.tensor(0.04), True, 4.0, False))
 
 
 @pytest.mark.parametrize("impl", (None, "triton"))
@@ -275,10 +286,70 @@ def test_several_in_one_graph(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-def test_nothing_is_kept_without_gradient(impl: str) -> None:
+def test_what_is_kept_for_backward(impl: str) -> None:
+    """Without a gradient nothing, with one the gradient itself (C++) or far less than the logits (Triton)."""
+    student, teacher, center = loss_inputs("peaked", 10, 2, 5000)
+    nothing, saved = (torch.ops.dinofast.dino_loss(*arguments(student, teacher, center, impl, with_grad))[3]
+                      for with_grad in (False, True))
+    assert nothing.numel() == 0
+    assert saved.shape == student.shape if impl == "cpp" else saved.numel() == 5000 + 2 * 2 * 12
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_any_number_of_teacher_crops(impl: str) -> None:
+    for crops, teachers in ((2, 1), (5, 1), (1, 2), (3, 3), (2, 4)):
+        student, teacher, center = loss_inputs("peaked", max(crops, teachers, 2), 3, 1030)
+        student, teacher = student[:crops], (student * 0.7 + 0.01)[:teachers]
+        if impl == "triton" and teachers > 2:
+            with pytest.raises(ValueError, match="impl='triton' takes 1 or 2 teacher crops, not"):
+                run(student, teacher, center, impl)
+            continue
+        q = torch.softmax((teacher - center) / 0.04, -1)
+        log_p = torch.log_softmax(student / 0.1, -1)
+        pairs = [(t, v) for t in range(teachers) for v in range(crops) if t != v]
+        loss, *_, grad = run(student, teacher, center, impl)
+        expected = -sum((q[t] * log_p[v]).sum(-1).mean() for t, v in pairs) / len(pairs)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        by_hand = sum(torch.nn.functional.one_hot(torch.tensor(v), crops)[:, None, None] * (log_p[v].exp() - q[t])
+                      for t, v in pairs) / (len(pairs) * 3 * 0.1)
+        torch.testing.assert_close(grad, by_hand, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_centre_may_move_before_backward(impl: str) -> None:
     student, teacher, center = loss_inputs("peaked", 3, 2, 37)
-    grad = torch.ops.dinofast.dino_loss(student, teacher, center, 0.1, torch.tensor(0.04), False, impl)[3]
-    assert grad.numel() == 0
+    expected = run(student, teacher, center.clone(), impl)[3]
+    leaf = student.clone().requires_grad_()
+    loss, *_ = ops.dino_loss(leaf, teacher, center, 0.1, 0.04, impl)
+    center.add_(1.0)
+    loss.backward()
+    assert torch.equal(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_teacher_from_inference_mode(impl: str) -> None:
+    student, teacher, center = loss_inputs("peaked", 3, 2, 37)
+    expected = run(student, teacher, center, impl)[3]
+    with torch.inference_mode():
+        teacher = teacher * 1
+    assert torch.equal(run(student, teacher, center, impl)[3], expected)
+
+
+def test_large_gradients_take_turns_in_one_memory() -> None:
+    """Memory goes on to the next gradient only when nobody holds the one before."""
+    student, teacher, center = loss_inputs("flat", 10, 1, 2**20)
+    leaf = student.requires_grad_()
+
+    def gradient(upstream: float) -> Tensor:
+        return torch.autograd.grad(ops.dino_loss(leaf, teacher, center, 0.1, 0.04, "cpp")[0] * upstream, leaf)[0]
+    first, second = gradient(1.0), gradient(1.0)
+    assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
+    kept = first.clone()
+    address = second.data_ptr()
+    del second
+    third = gradient(1.0)
+    assert third.data_ptr() == address and torch.equal(third, kept) and torch.equal(first, kept)
+    assert first.is_contiguous() and first.dtype == torch.float32
 
 
 def test_second_derivative_is_refused() -> None:

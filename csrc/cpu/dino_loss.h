@@ -12,10 +12,20 @@ struct Logits { // (outer, B, K), the last axis contiguous
     int64_t outer_stride, image_stride;  // in elements
 };
 
+struct LossSizes { int64_t crops, teachers, images, prototypes; };  // V, T, B, K
+
+struct LossOptions {
+    double student_temp, teacher_temp;
+    double terms;          // the loss is the sum over images and pairs divided by this
+    bool diagonal;         // whether crop v meets teacher row t = v
+    double grad_scale;     // gradient = grad_scale (mass softmax - Q)
+};
+
 struct LossSums { double loss, entropy; };
 
-// See dino_loss.cpp. `grad` (V, B, K), contiguous and in the student's dtype, may be null.
-LossSums dino_loss(Logits student, Logits teacher, const float* center, int64_t n_crops, int64_t n_images, int64_t n_prototypes,
-                   double student_temp, double teacher_temp, float* teacher_sum, void* grad, double grad_scale, int n_threads);
+// See dino_loss.cpp. Without `center` (K,) the teacher's rows are probabilities, and entropy means nothing. `teacher_sum` (K,) and
+// `grad` (V, B, K), contiguous and in the student's dtype, may be null.
+LossSums dino_loss(Logits student, Logits teacher, const float* center, LossSizes sizes, const LossOptions& options,
+                   float* teacher_sum, void* grad, int n_threads);
 
 }  // namespace dinofast

@@ -1,10 +1,11 @@
-"""dino_loss: schema, C++ and Triton implementations, fake, backward, and the public function with its checks.
+"""dino_loss and soft_cross_entropy: one schema, C++ and Triton implementations, fakes, backward, and the public functions.
 
-Axes: B images, V student crops (the first two global), K prototypes.
+Axes: B images, V student crops, T teacher crops, K prototypes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,42 +14,77 @@ from torch import Tensor
 from .. import reference
 from ._choice import _C, array_of, choose, is_known, library
 
-# The kernel has the gradient in hand while it reads the logits, so the operation returns it, for an upstream of 1, and backward
-# only multiplies. In float16 it would underflow before the loss scale could lift it: there it is kept as
-# 2^14 (n_v softmax - Q_v), and backward applies the rest of the factor together with the upstream gradient.
-library.define("dino_loss(Tensor student, Tensor teacher, Tensor center, float student_temp, Tensor teacher_temp, "
-               "bool with_grad, str impl) -> (Tensor loss, Tensor entropy, Tensor teacher_sum, Tensor grad)")
+# `saved` is what backward needs. The C++ kernel has a row's gradient in hand while it reads the logits, so `saved` is the
+# gradient (V, B, K) for an upstream of 1, and backward only multiplies. In float16 it would underflow before the loss scale
+# could lift it: there it is kept as 2^14 (mass softmax - Q), and backward applies the rest of the factor together with the
+# upstream. The Triton kernels read the logits twice in any case, for statistics and for the gradient: so the gradient is left
+# to backward, where the upstream is known, and `saved` is the statistics of the rows and the centre.
+library.define("dino_loss(Tensor student, Tensor teacher, Tensor? center, float student_temp, Tensor teacher_temp, "
+               "float terms, bool diagonal, bool with_grad, str impl) -> (Tensor loss, Tensor entropy, Tensor teacher_sum, "
+               "Tensor saved)")
+library.define("dino_loss_backward(Tensor upstream, Tensor student, Tensor teacher, Tensor saved, float student_temp, "
+               "Tensor teacher_temp, bool centered, float terms, bool diagonal) -> Tensor")
 _HALF_GRAD_SCALE = 2.0 ** 14
 
 
-def _gradient_scale(student: Tensor, student_temp: float) -> float:
-    """1 / (B P student_temp), the factor before (n_v softmax - Q_v)."""
-    crops, images = student.shape[:2]
-    return 1 / (images * 2 * (crops - 1) * student_temp)
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _dino_loss_kernel(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: Tensor,
-                      with_grad: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    student, teacher = (x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher))
-    grad_scale = _HALF_GRAD_SCALE if student.dtype == torch.float16 else _gradient_scale(student, student_temp)
-    if impl == "triton":
-        from ..kernels.dino_loss import dino_loss
-        if teacher_temp.device != student.device:
-            teacher_temp = torch.full((), teacher_temp.item(), dtype=torch.float32, device=student.device)
-        return dino_loss(student, teacher, center.contiguous(), student_temp, teacher_temp, with_grad, grad_scale)
-    teacher_sum = torch.empty(student.shape[2], dtype=torch.float32)
-    grad = torch.empty(student.shape if with_grad else 0, dtype=student.dtype)                          # (V, B, K)
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory of an earlier result where it is large: fresh memory costs as much as the kernel (csrc/cpu/recycled.h)."""
+    n_bytes = torch.Size(shape).numel() * dtype.itemsize
+    if n_bytes < _C.large:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(_C.empty(n_bytes)).view(dtype).view(shape)
+
+
+def _dino_loss_cpp(student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: Tensor,
+                   terms: float, diagonal: bool, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_scale = _HALF_GRAD_SCALE if student.dtype == torch.float16 else 1 / (terms * student_temp)
+    teacher_sum = torch.empty(0 if center is None else student.shape[2], dtype=torch.float32)
+    grad = _empty(student.shape, student.dtype) if with_grad else torch.empty(0, dtype=student.dtype)      # (V, B, K)
     loss, entropy = _C.dino_loss(
-        array_of(student), array_of(teacher), array_of(center.float().contiguous()), student_temp, teacher_temp.item(),
-        array_of(teacher_sum), array_of(grad) if with_grad else None, grad_scale, torch.get_num_threads())
+        array_of(student), array_of(teacher), None if center is None else array_of(center.float().contiguous()), student_temp,
+        teacher_temp.item(), terms, diagonal, None if center is None else teacher_sum.numpy(),
+        array_of(grad) if with_grad else None, grad_scale, torch.get_num_threads())
     return torch.scalar_tensor(loss, dtype=torch.float32), torch.scalar_tensor(entropy, dtype=torch.float32), teacher_sum, grad
 
 
-def _dino_loss_fake(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: Tensor,
-                    with_grad: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def stat(*shape: int) -> Tensor:
+def _dino_loss_kernel(student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: Tensor,
+                      terms: float, diagonal: bool, with_grad: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    student, teacher = _rows(student), _rows(teacher)
+    if impl == "cpp":
+        return _dino_loss_cpp(student, teacher, center, student_temp, teacher_temp, terms, diagonal, with_grad)
+    from ..kernels import dino_loss as triton
+    return triton.dino_loss(student, teacher, center, student_temp, _on(student.device, teacher_temp), terms, diagonal,
+                            with_grad)
+
+
+def _dino_loss_backward_kernel(upstream: Tensor, student: Tensor, teacher: Tensor, saved: Tensor, student_temp: float,
+                               teacher_temp: Tensor, centered: bool, terms: float, diagonal: bool) -> Tensor:
+    from ..kernels import dino_loss as triton
+    return triton.dino_loss_backward(upstream, _rows(student), _rows(teacher), saved, student_temp,
+                                     _on(student.device, teacher_temp), centered, terms, diagonal)
+
+
+def _on(device: torch.device, number: Tensor) -> Tensor:
+    """The number as a tensor on the device, without waiting for it."""
+    return number if number.device == device else torch.full((), number.item(), dtype=torch.float32, device=device)
+
+
+def _saved_numbers(student: Tensor, teacher: Tensor, center: Tensor | None) -> int:
+    """Two numbers for each row, and the centre: see kernels/dino_loss.py."""
+    return 2 * student.shape[1] * (student.shape[0] + teacher.shape[0]) + (0 if center is None else student.shape[2])
+
+
+def _dino_loss_fake(student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: Tensor,
+                    terms: float, diagonal: bool, with_grad: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def numbers(*shape: int) -> Tensor:
         return student.new_empty(shape, dtype=torch.float32)
-    return stat(), stat(), stat(student.shape[2]), student.new_empty(student.shape if with_grad else (0,))
+    saved = student.new_empty(student.shape if with_grad else (0,)) if impl == "cpp" else numbers(
+        _saved_numbers(student, teacher, center) if with_grad else 0)
+    return numbers(), numbers(), numbers(0 if center is None else student.shape[2]), saved
 
 
 def _below_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,79 +93,158 @@ def _below_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _dino_loss_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (_DinoLoss.apply if args[5] else _below_autograd)(*args)
+    with_grad = args[7]
+    return (_DinoLoss.apply if with_grad else _below_autograd)(*args)
 
 
 class _DinoLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: Tensor,
-                with_grad: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = _below_autograd(student, teacher, center, student_temp, teacher_temp, with_grad, impl)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        student, teacher, center, student_temp, teacher_temp, terms, diagonal, _, ctx.impl = args
+        output = _below_autograd(*args)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # or backward would be handed zeros of the size of the logits
-        ctx.save_for_backward(output[3])
-        ctx.scale = _gradient_scale(student, student_temp) / _HALF_GRAD_SCALE if student.dtype == torch.float16 else 1.0
+        if ctx.impl == "cpp":
+            ctx.save_for_backward(output[3])
+            ctx.scale = 1 / (terms * student_temp * _HALF_GRAD_SCALE) if student.dtype == torch.float16 else 1.0
+        else:
+            ctx.teacher = teacher if teacher.is_inference() else None  # which autograd refuses to save; nobody can change it
+            ctx.save_for_backward(student, None if teacher.is_inference() else teacher, output[3], teacher_temp)
+            ctx.rest = student_temp, center is not None, terms, diagonal
         return output
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 6
+        nothing = (None,) * 8
         if upstream is None:
             return None, *nothing
         if torch.is_grad_enabled():
             raise NotImplementedError("dino_loss has no second derivative (create_graph=True): use impl='reference'.")
-        grad, = ctx.saved_tensors
-        if is_known(upstream) and upstream.item() * ctx.scale == 1:  # the usual case, and a pass over the gradient saved
-            return grad, *nothing
-        return grad * (upstream * ctx.scale), *nothing
+        if ctx.impl == "cpp":
+            grad, = ctx.saved_tensors
+            if is_known(upstream) and upstream.item() * ctx.scale == 1:  # the usual case, and a pass over the gradient saved
+                return grad, *nothing
+            return grad * (upstream * ctx.scale), *nothing
+        student, teacher, saved, teacher_temp = ctx.saved_tensors
+        student_temp, centered, terms, diagonal = ctx.rest
+        return torch.ops.dinofast.dino_loss_backward(upstream, student, ctx.teacher if teacher is None else teacher, saved,
+                                                     student_temp, teacher_temp, centered, terms, diagonal), *nothing
 
 
-library.impl("dino_loss", _dino_loss_kernel, "CPU")
-library.impl("dino_loss", _dino_loss_kernel, "CUDA")
+for _device in ("CPU", "CUDA"):
+    library.impl("dino_loss", _dino_loss_kernel, _device)
+    library.impl("dino_loss_backward", _dino_loss_backward_kernel, _device)
 torch.library.register_fake("dinofast::dino_loss", _dino_loss_fake, lib=library)
+torch.library.register_fake("dinofast::dino_loss_backward", lambda upstream, student, *_: student.new_empty(student.shape),
+                            lib=library)
 library.impl("dino_loss", _dino_loss_autograd, "Autograd")
 
 
-def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float | Tensor,
-              impl: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The DINO loss over materialised logits (arXiv 2104.14294, equation 2 with multi-crop); see `reference.dino_loss`.
-
-    student (V, B, K) with V >= 2, teacher (2, B, K), center (K,): float32, bfloat16, float16 or float64, all on one device;
-    rows may be strided. student_temp and teacher_temp > 0; teacher_temp may be a tensor of one number, which under
-    torch.compile saves recompiling when it changes. impl: None takes the fastest; "reference", "cpp" (CPU) or
-    "triton" (CUDA; on the CPU only under TRITON_INTERPRET=1) that one or an error.
-    Returns the loss (), differentiable once in `student` only; the mean teacher entropy () in nats; the sum of the 2 B teacher
-    rows (K,). All float32 (float64 for a float64 student), whatever autocast says. NaN or infinity gives a loss that is not
-    finite, unless it means a probability of 0 (-inf in `teacher`, inf in `center`). The number of threads changes no bit.
-    Raises ValueError for shapes, dtypes, devices, temperatures and `impl` that do not fit; RuntimeError if an implementation
-    asked for by `impl` or DINOFAST_REQUIRE is absent.
-    """
-    if student.ndim != 3 or student.shape[0] < 2 or student.shape[1] < 1 or student.shape[2] < 1:
-        raise ValueError(f"student has shape {tuple(student.shape)}: expected (V, B, K) with V of 2 or more, B and K not 0.")
-    _, images, prototypes = student.shape
-    if teacher.shape != (2, images, prototypes):
-        raise ValueError(f"teacher has shape {tuple(teacher.shape)}: expected {(2, images, prototypes)} to go with student "
-                         f"{tuple(student.shape)}.")
-    if center.shape != (prototypes,):
-        raise ValueError(f"center has shape {tuple(center.shape)}: expected ({prototypes},).")
-    for name, x in (("student", student), ("teacher", teacher), ("center", center)):
+def _check_logits(student: Tensor, student_temp: float, **others: Tensor) -> None:
+    if student.ndim != 3 or 0 in student.shape:
+        raise ValueError(f"student has shape {tuple(student.shape)}: expected (V, B, K), none of them 0.")
+    for name, x in (("student", student), *others.items()):
         if not x.is_floating_point():
             raise ValueError(f"{name} is {x.dtype}: expected a floating-point tensor.")
         if x.device != student.device:
             raise ValueError(f"{name} is on {x.device} but student is on {student.device}: move them to one device.")
     if not student_temp > 0:
         raise ValueError(f"student_temp is {student_temp}: expected a number above 0.")
+
+
+def _check_targets(name: str, targets: Tensor, student: Tensor, diagonal: bool) -> int:
+    """The number of pairs (t, v)."""
+    crops, images, prototypes = student.shape
+    if targets.ndim != 3 or targets.shape[0] < 1 or targets.shape[1:] != (images, prototypes):
+        raise ValueError(f"{name} has shape {tuple(targets.shape)}: expected (T, {images}, {prototypes}) to go with student "
+                         f"{tuple(student.shape)}.")
+    pairs = reference.pairs(crops, targets.shape[0], diagonal)
+    if not pairs:
+        raise ValueError(f"student has {crops} crop and {name} has 1: without the pairs of the same crop there is nothing to "
+                         "compare; give one of them a second crop.")
+    return pairs
+
+
+def _choose(op: str, impl: str | None, student: Tensor, targets: Tensor) -> str:
+    chosen = choose(op, impl, student, targets)
+    if chosen == "triton" and targets.shape[0] > 2:
+        if impl is not None:
+            raise ValueError(f"impl='triton' takes 1 or 2 teacher crops, not {targets.shape[0]}: use impl='reference'.")
+        return "reference"
+    return chosen
+
+
+def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float | Tensor,
+              impl: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The DINO loss over materialised logits (arXiv 2104.14294, equation 2 with multi-crop); see `reference.dino_loss`.
+
+    student (V, B, K), teacher (T, B, K), center (K,): float32, bfloat16, float16 or float64, all on one device; rows may be
+    strided. Crops count alike on both sides (in DINO, T = 2 global crops come first): crop v and teacher crop t = v make no
+    pair. student_temp and teacher_temp > 0; teacher_temp may be a tensor of one number, which under torch.compile saves
+    recompiling when it changes. impl: None takes the fastest; "reference", "cpp" (CPU) or "triton" (CUDA, T of 1 or 2; on the
+    CPU only under TRITON_INTERPRET=1) that one or an error.
+    Returns the loss (), differentiable once in `student` only; the mean teacher entropy () in nats; the sum of the T B teacher
+    rows (K,). All float32 (float64 for a float64 student), whatever autocast says. NaN or infinity gives a loss that is not
+    finite, unless it means a probability of 0 (-inf in `teacher`, inf in `center`). The number of threads changes no bit.
+    Raises ValueError for shapes, dtypes, devices, temperatures and `impl` that do not fit; RuntimeError if an implementation
+    asked for by `impl` or DINOFAST_REQUIRE is absent.
+    """
+    _check_logits(student, student_temp, teacher=teacher, center=center)
+    pairs = _check_targets("teacher", teacher, student, diagonal=False)
+    if center.shape != student.shape[2:]:
+        raise ValueError(f"center has shape {tuple(center.shape)}: expected ({student.shape[2]},).")
     if isinstance(teacher_temp, Tensor) and teacher_temp.numel() != 1:
         raise ValueError(f"teacher_temp has shape {tuple(teacher_temp.shape)}: expected one number.")
     if is_known(teacher_temp) and not teacher_temp > 0:
         raise ValueError(f"teacher_temp is {float(teacher_temp)}: expected a number above 0.")
     teacher, center = teacher.detach(), center.detach()
-    impl = choose("dino_loss", impl, student, teacher)
+    impl = _choose("dino_loss", impl, student, teacher)
     if impl == "reference":
         return reference.dino_loss(student, teacher, center, student_temp, teacher_temp)
     if not isinstance(teacher_temp, Tensor):
         teacher_temp = torch.scalar_tensor(teacher_temp, dtype=torch.float64)
     with_grad = student.requires_grad and torch.is_grad_enabled()
     loss, entropy, teacher_sum, _ = torch.ops.dinofast.dino_loss(
-        student, teacher, center, student_temp, teacher_temp.detach(), with_grad, impl)
+        student, teacher, center, student_temp, teacher_temp.detach(), float(pairs * student.shape[1]), False, with_grad, impl)
     return loss, entropy, teacher_sum
+
+
+def soft_cross_entropy(student: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], student_temp: float = 0.1, *,
+                       diagonal: bool = True, reduction: str = "sum", impl: str | None = None) -> Tensor:
+    """Cross-entropy of every student crop with every row of teacher probabilities; see `reference.soft_cross_entropy`.
+
+    For training code that centres, or balances by Sinkhorn-Knopp, by itself (DINOv2, arXiv 2304.07193). student: logits
+    (V, B, K), or V tensors (B, K); the pieces of one chunked tensor are not copied. targets: probabilities (T, B, K), or T
+    tensors (B, K), without gradient. diagonal: False leaves out the pairs with t = v. reduction: "sum" over the pairs of the
+    mean over images, or the "mean" of both. dtypes, devices, impl and errors as in `dino_loss`. Returns the loss (), float32
+    (float64 for float64 logits), differentiable once in `student` only.
+    """
+    student, targets = _stacked(student), _stacked(targets).detach()
+    _check_logits(student, student_temp, targets=targets)
+    pairs = _check_targets("targets", targets, student, diagonal)
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction is {reduction!r}: use 'sum' or 'mean'.")
+    impl = _choose("soft_cross_entropy", impl, student, targets)
+    if impl == "reference":
+        loss = reference.soft_cross_entropy(student, targets, student_temp, diagonal)
+        return loss / pairs if reduction == "mean" else loss
+    terms = float(student.shape[1] * (pairs if reduction == "mean" else 1))
+    with_grad = student.requires_grad and torch.is_grad_enabled()
+    return torch.ops.dinofast.dino_loss(student, targets, None, student_temp, torch.ones(()), terms, diagonal, with_grad,
+                                        impl)[0]
+
+
+def _stacked(x: Tensor | Sequence[Tensor]) -> Tensor:
+    """n tensors (B, K) as one (n, B, K): the tensor that they are chunks of, without a copy, or a copy."""
+    if isinstance(x, Tensor):
+        return x
+    if not x:
+        raise ValueError("a list of crops is empty: give at least one tensor (B, K).")
+    if any(piece.shape != x[0].shape or piece.ndim != 2 for piece in x):
+        raise ValueError(f"crops have shapes {[tuple(piece.shape) for piece in x]}: expected all to be one (B, K).")
+    whole = None if torch.compiler.is_compiling() else x[0]._base
+    if whole is not None and whole.is_contiguous() and whole.numel() == sum(piece.numel() for piece in x) and all(
+            piece._base is whole and piece.is_contiguous() and piece.data_ptr() == whole.data_ptr() + i * piece.nbytes
+            and piece.dtype == whole.dtype and piece.requires_grad == whole.requires_grad for i, piece in enumerate(x)):
+        return whole.view(len(x), *x[0].shape)
+    return torch.stack(tuple(x))
