@@ -1,11 +1,11 @@
-// dinofast._C: the C++ core as seen from Python. Arrays arrive zero-copy from `tensor.numpy()`, bfloat16 as uint16.
+// dinofast._C: the C++ core as seen from Python.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -19,38 +19,38 @@ using Floats = py::array_t<float, py::array::c_style>;
 
 namespace {
 
-Dtype dtype_of(const py::array& array) {
-    const char kind = array.dtype().kind();
-    if (kind == 'f' && array.itemsize() == 4) return Dtype::f32;
-    if (kind == 'f' && array.itemsize() == 2) return Dtype::f16;
-    if (kind == 'u' && array.itemsize() == 2) return Dtype::bf16;
-    throw std::invalid_argument("logits must be float32, float16 or bfloat16 seen as uint16");
+// Tensors come as addresses, which `ops` has checked: an array costs 1 us to make and to take apart again.
+using Addresses = std::vector<uintptr_t>;
+using Sizes = std::vector<int64_t>;
+
+template <class... Lists>
+void check_lengths(size_t n, int n_threads, const Lists&... lists) {
+    if (((lists.size() != n) || ...) || n_threads < 1) throw std::invalid_argument("lists must be of one length");
 }
 
-dinofast::Logits logits(const py::array& array) {
-    if (array.ndim() != 3 || (array.shape(2) > 1 && array.strides(2) != array.itemsize()))
-        throw std::invalid_argument("logits must have three axes, the last one contiguous");
-    return {array.data(), dtype_of(array), array.strides(0) / array.itemsize(), array.strides(1) / array.itemsize()};
+template <class T = float>
+T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+dinofast::Numbers numbers(uintptr_t address, int dtype) {  // dtype: 0 float32, 1 bfloat16, 2 float16
+    return {reinterpret_cast<const void*>(address), static_cast<Dtype>(dtype)};
 }
 
-std::pair<double, double> dino_loss(const py::array& student, const py::array& teacher, std::optional<Floats> center,
-                                    double student_temp, double teacher_temp, double terms, bool diagonal,
-                                    std::optional<Floats> teacher_sum, std::optional<py::array> grad, double grad_scale,
-                                    int n_threads) {
-    const auto s = logits(student), t = logits(teacher);
-    const auto V = student.shape(0), T = teacher.shape(0), B = student.shape(1), K = student.shape(2);
-    if (V < 1 || T < 1 || B < 1 || K < 1 || teacher.shape(1) != B || teacher.shape(2) != K || (center && center->size() != K) ||
-        (teacher_sum && teacher_sum->size() != K) || n_threads < 1)
-        throw std::invalid_argument("shapes must be student (V, B, K), teacher (T, B, K), center (K,), teacher_sum (K,)");
-    if (grad && (grad->size() != student.size() || !(grad->flags() & py::array::c_style) || dtype_of(*grad) != s.dtype))
-        throw std::invalid_argument("grad must be contiguous, with the shape and dtype of student");
-    void* grad_data = grad ? grad->mutable_data() : nullptr;
-    float* sum_data = teacher_sum ? teacher_sum->mutable_data() : nullptr;
-    const float* center_data = center ? center->data() : nullptr;
+dinofast::Logits logits(uintptr_t address, int dtype, std::pair<int64_t, int64_t> strides) {
+    return {at<void>(address), static_cast<Dtype>(dtype), strides.first, strides.second};
+}
+
+std::pair<double, double> dino_loss(uintptr_t student, int student_dtype, std::pair<int64_t, int64_t> student_strides,
+                                    uintptr_t teacher, int teacher_dtype, std::pair<int64_t, int64_t> teacher_strides,
+                                    uintptr_t center, std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, double student_temp,
+                                    double teacher_temp, double terms, bool diagonal, uintptr_t teacher_sum, uintptr_t grad,
+                                    double grad_scale, int n_threads) {
+    const auto [V, T, B, K] = sizes;
+    if (V < 1 || T < 1 || B < 1 || K < 1 || n_threads < 1) throw std::invalid_argument("sizes must be above 0");
     py::gil_scoped_release release;
-    const auto sums = dinofast::dino_loss(s, t, center_data, {V, T, B, K},
-                                          {student_temp, teacher_temp, terms, diagonal, grad_scale}, sum_data, grad_data,
-                                          n_threads);
+    const auto sums = dinofast::dino_loss(logits(student, student_dtype, student_strides),
+                                          logits(teacher, teacher_dtype, teacher_strides), at<const float>(center), {V, T, B, K},
+                                          {student_temp, teacher_temp, terms, diagonal, grad_scale}, at(teacher_sum),
+                                          at<void>(grad), n_threads);
     return {sums.loss, sums.entropy};
 }
 
@@ -64,21 +64,6 @@ py::array_t<uint8_t> empty(size_t bytes) {
     })};
 }
 
-// Many tensors at once come as lists of addresses, which `ops` has checked: an array for each would cost 1 us a tensor.
-using Addresses = std::vector<uintptr_t>;
-using Sizes = std::vector<int64_t>;
-
-template <class... Lists>
-void check_lengths(size_t n, int n_threads, const Lists&... lists) {
-    if (((lists.size() != n) || ...) || n_threads < 1) throw std::invalid_argument("lists must be of one length");
-}
-
-float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
-
-dinofast::Numbers numbers(uintptr_t address, int dtype) {  // dtype: 0 float32, 1 bfloat16, 2 float16
-    return {reinterpret_cast<const void*>(address), static_cast<Dtype>(dtype)};
-}
-
 void adamw_ema(const Addresses& params, const Addresses& grads, const std::vector<int>& dtypes, const Addresses& exp_avgs,
                const Addresses& exp_avg_sqs, const Addresses& steps, const Addresses& teachers, const Sizes& sizes,
                const Floats& coefficients, double lr, double weight_decay, double beta1, double beta2, double eps,
@@ -88,8 +73,8 @@ void adamw_ema(const Addresses& params, const Addresses& grads, const std::vecto
     if (coefficients.size() != py::ssize_t(n)) throw std::invalid_argument("coefficients must be (n,)");
     std::vector<dinofast::AdamwTensor> tensors;
     for (size_t i = 0; i < n; ++i)
-        tensors.push_back({floats(params[i]), numbers(grads[i], dtypes[i]), floats(exp_avgs[i]), floats(exp_avg_sqs[i]),
-                           floats(teachers[i]), floats(steps[i]), sizes[i], coefficients.data()[i]});
+        tensors.push_back({at(params[i]), numbers(grads[i], dtypes[i]), at(exp_avgs[i]), at(exp_avg_sqs[i]),
+                           at(teachers[i]), at(steps[i]), sizes[i], coefficients.data()[i]});
     py::gil_scoped_release release;
     dinofast::adamw_ema(tensors, {lr, weight_decay, beta1, beta2, eps, momentum}, n_threads);
 }
@@ -99,7 +84,7 @@ void ema(const Addresses& teachers, const Addresses& students, const std::vector
     check_lengths(teachers.size(), n_threads, students, dtypes, sizes);
     std::vector<dinofast::EmaTensor> tensors;
     for (size_t i = 0; i < teachers.size(); ++i)
-        tensors.push_back({floats(teachers[i]), numbers(students[i], dtypes[i]), sizes[i]});
+        tensors.push_back({at(teachers[i]), numbers(students[i], dtypes[i]), sizes[i]});
     py::gil_scoped_release release;
     dinofast::ema(tensors, momentum, n_threads);
 }
@@ -118,10 +103,11 @@ void grad_norms(const Addresses& grads, const std::vector<int>& dtypes, const Si
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "C++ core of dinofast; use it through dinofast.ops.";
-    m.def("dino_loss", &dino_loss, py::arg("student").noconvert(), py::arg("teacher").noconvert(),
-          py::arg("center").noconvert(), py::arg("student_temp"), py::arg("teacher_temp"), py::arg("terms"), py::arg("diagonal"),
-          py::arg("teacher_sum").noconvert(), py::arg("grad").noconvert(), py::arg("grad_scale"), py::arg("n_threads"),
-          "Fills teacher_sum (K,) and grad (V, B, K) unless None; returns the loss and the mean teacher entropy.");
+    m.def("dino_loss", &dino_loss, py::arg("student"), py::arg("student_dtype"), py::arg("student_strides"), py::arg("teacher"),
+          py::arg("teacher_dtype"), py::arg("teacher_strides"), py::arg("center"), py::arg("sizes"), py::arg("student_temp"),
+          py::arg("teacher_temp"), py::arg("terms"), py::arg("diagonal"), py::arg("teacher_sum"), py::arg("grad"),
+          py::arg("grad_scale"), py::arg("n_threads"),
+          "Fills teacher_sum (K,) and grad (V, B, K) unless 0; returns the loss and the mean teacher entropy.");
     m.def("empty", &empty, py::arg("bytes"), "Memory for a large result, that of an earlier one where the size is the same.");
     m.attr("large") = dinofast::kLarge;
     m.def("adamw_ema_", &adamw_ema, py::arg("params"), py::arg("grads"), py::arg("dtypes"), py::arg("exp_avgs"),

@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 _HOME = {
     "DINOLoss": "loss", "DINOHead": "head", "MultiCropWrapper": "model", "Model": "model", "VisionTransformer": "vit",
     "vit_tiny": "vit", "vit_small": "vit", "vit_base": "vit", "vit_nano": "vit", "AdamWEMA": "optim", "SGDEMA": "optim",
-    "LARSEMA": "optim", "param_groups": "optim", "ema_": "ops", "Config": "config",
-    "load_backbone": "checkpoint",
+    "LARSEMA": "optim", "param_groups": "optim", "ema_": "ops", "dino_loss": "ops", "soft_cross_entropy": "ops",
+    "Config": "config", "load_backbone": "checkpoint",
 }
 __all__ = [*_HOME, "__version__"]
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from .loss import DINOLoss as DINOLoss
     from .model import Model as Model
     from .model import MultiCropWrapper as MultiCropWrapper
+    from .ops import dino_loss as dino_loss
     from .ops import ema_ as ema_
+    from .ops import soft_cross_entropy as soft_cross_entropy
     from .optim import LARSEMA as LARSEMA
     from .optim import SGDEMA as SGDEMA
     from .optim import AdamWEMA as AdamWEMA

@@ -48,7 +48,7 @@ def test_python_examples_use_what_exists():
 def test_drop_in_of_the_readme_runs():
     import torch
 
-    block = next(b for b in re.findall(r"```python\n(.*?)```", TEXT, flags=re.S) if "DINOLoss(" in b)
+    block = next(b for b in re.findall(r"```python\n(.*?)```", TEXT, flags=re.S) if "= DINOLoss(" in b)
     names = {"student_output": torch.randn(20, 65536, requires_grad=True), "teacher_output": torch.randn(4, 65536), "epoch": 3}
     exec(block, names)                                      # noqa: S102 - our own README
     names["loss"].backward()

@@ -93,6 +93,13 @@ def is_known(number: float | Tensor) -> bool:
         type(number) is Tensor and number.device.type == "cpu" and not torch.compiler.is_compiling())
 
 
+def is_watched(x: Tensor) -> bool:
+    """Whether a call on x must go through torch's dispatcher: somebody traces or transforms, or a mode or subclass looks on."""
+    return (torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+            or torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
+            or torch._C._are_functorch_transforms_active() or torch.autograd._profiler_enabled())
+
+
 def array_of(x: Tensor) -> np.ndarray:
     """The memory of x, bfloat16 as uint16."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).detach().numpy()

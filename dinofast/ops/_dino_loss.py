@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._choice import _C, array_of, choose, is_known, library
+from ._choice import _C, KERNEL_DTYPES, choose, is_known, is_watched, library
 
 # `saved` is what backward needs. The C++ kernel has a row's gradient in hand while it reads the logits, so `saved` is the
 # gradient (V, B, K) for an upstream of 1, and backward only multiplies. In float16 it would underflow before the loss scale
@@ -44,10 +44,13 @@ def _dino_loss_cpp(student: Tensor, teacher: Tensor, center: Tensor | None, stud
     grad_scale = _HALF_GRAD_SCALE if student.dtype == torch.float16 else 1 / (terms * student_temp)
     teacher_sum = torch.empty(0 if center is None else student.shape[2], dtype=torch.float32)
     grad = _empty(student.shape, student.dtype) if with_grad else torch.empty(0, dtype=student.dtype)      # (V, B, K)
+    center = None if center is None else center.float().contiguous()
     loss, entropy = _C.dino_loss(
-        array_of(student), array_of(teacher), None if center is None else array_of(center.float().contiguous()), student_temp,
-        teacher_temp.item(), terms, diagonal, None if center is None else teacher_sum.numpy(),
-        array_of(grad) if with_grad else None, grad_scale, torch.get_num_threads())
+        student.data_ptr(), KERNEL_DTYPES.index(student.dtype), student.stride()[:2],
+        teacher.data_ptr(), KERNEL_DTYPES.index(teacher.dtype), teacher.stride()[:2],
+        0 if center is None else center.data_ptr(), (student.shape[0], *teacher.shape), student_temp, teacher_temp.item(), terms,
+        diagonal, 0 if center is None else teacher_sum.data_ptr(), grad.data_ptr() if with_grad else 0, grad_scale,
+        torch.get_num_threads())
     return torch.scalar_tensor(loss, dtype=torch.float32), torch.scalar_tensor(entropy, dtype=torch.float32), teacher_sum, grad
 
 
@@ -88,6 +91,8 @@ def _dino_loss_fake(student: Tensor, teacher: Tensor, center: Tensor | None, stu
 
 
 def _below_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not is_watched(args[0]):
+        return _dino_loss_kernel(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.dinofast.dino_loss.default(*args)
 
@@ -140,6 +145,11 @@ torch.library.register_fake("dinofast::dino_loss_backward", lambda upstream, stu
 library.impl("dino_loss", _dino_loss_autograd, "Autograd")
 
 
+def _call(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operation; without the dispatcher, which takes longer than the rest of the call, where nobody would notice."""
+    return torch.ops.dinofast.dino_loss(*args) if is_watched(args[0]) else _dino_loss_autograd(*args)
+
+
 def _check_logits(student: Tensor, student_temp: float, **others: Tensor) -> None:
     if student.ndim != 3 or 0 in student.shape:
         raise ValueError(f"student has shape {tuple(student.shape)}: expected (V, B, K), none of them 0.")
@@ -174,21 +184,23 @@ def _choose(op: str, impl: str | None, student: Tensor, targets: Tensor) -> str:
     return chosen
 
 
-def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float | Tensor,
-              impl: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def dino_loss(student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], center: Tensor, student_temp: float,
+              teacher_temp: float | Tensor, impl: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The DINO loss over materialised logits (arXiv 2104.14294, equation 2 with multi-crop); see `reference.dino_loss`.
 
     student (V, B, K), teacher (T, B, K), center (K,): float32, bfloat16, float16 or float64, all on one device; rows may be
-    strided. Crops count alike on both sides (in DINO, T = 2 global crops come first): crop v and teacher crop t = v make no
-    pair. student_temp and teacher_temp > 0; teacher_temp may be a tensor of one number, which under torch.compile saves
-    recompiling when it changes. impl: None takes the fastest; "reference", "cpp" (CPU) or "triton" (CUDA, T of 1 or 2; on the
-    CPU only under TRITON_INTERPRET=1) that one or an error.
+    strided; student and teacher may be lists of tensors (B, K), the chunks of one tensor without a copy. Crops count alike on
+    both sides (in DINO, T = 2 global crops come first): crop v and teacher crop t = v make no pair. student_temp and
+    teacher_temp > 0; teacher_temp may be a tensor of one number, which under torch.compile saves recompiling when it changes.
+    impl: None takes the fastest; "reference", "cpp" (CPU) or "triton" (CUDA, T of 1 or 2; on the CPU only under
+    TRITON_INTERPRET=1) that one or an error.
     Returns the loss (), differentiable once in `student` only; the mean teacher entropy () in nats; the sum of the T B teacher
     rows (K,). All float32 (float64 for a float64 student), whatever autocast says. NaN or infinity gives a loss that is not
     finite, unless it means a probability of 0 (-inf in `teacher`, inf in `center`). The number of threads changes no bit.
     Raises ValueError for shapes, dtypes, devices, temperatures and `impl` that do not fit; RuntimeError if an implementation
     asked for by `impl` or DINOFAST_REQUIRE is absent.
     """
+    student, teacher = _stacked(student), _stacked(teacher).detach()
     _check_logits(student, student_temp, teacher=teacher, center=center)
     pairs = _check_targets("teacher", teacher, student, diagonal=False)
     if center.shape != student.shape[2:]:
@@ -197,15 +209,15 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: fl
         raise ValueError(f"teacher_temp has shape {tuple(teacher_temp.shape)}: expected one number.")
     if is_known(teacher_temp) and not teacher_temp > 0:
         raise ValueError(f"teacher_temp is {float(teacher_temp)}: expected a number above 0.")
-    teacher, center = teacher.detach(), center.detach()
+    center = center.detach()
     impl = _choose("dino_loss", impl, student, teacher)
     if impl == "reference":
         return reference.dino_loss(student, teacher, center, student_temp, teacher_temp)
     if not isinstance(teacher_temp, Tensor):
         teacher_temp = torch.scalar_tensor(teacher_temp, dtype=torch.float64)
     with_grad = student.requires_grad and torch.is_grad_enabled()
-    loss, entropy, teacher_sum, _ = torch.ops.dinofast.dino_loss(
-        student, teacher, center, student_temp, teacher_temp.detach(), float(pairs * student.shape[1]), False, with_grad, impl)
+    loss, entropy, teacher_sum, _ = _call(student, teacher, center, student_temp, teacher_temp.detach(),
+                                          float(pairs * student.shape[1]), False, with_grad, impl)
     return loss, entropy, teacher_sum
 
 
@@ -214,8 +226,8 @@ def soft_cross_entropy(student: Tensor | Sequence[Tensor], targets: Tensor | Seq
     """Cross-entropy of every student crop with every row of teacher probabilities; see `reference.soft_cross_entropy`.
 
     For training code that centres, or balances by Sinkhorn-Knopp, by itself (DINOv2, arXiv 2304.07193). student: logits
-    (V, B, K), or V tensors (B, K); the pieces of one chunked tensor are not copied. targets: probabilities (T, B, K), or T
-    tensors (B, K), without gradient. diagonal: False leaves out the pairs with t = v. reduction: "sum" over the pairs of the
+    (V, B, K), or a list of V tensors (B, K), the chunks of one tensor without a copy. targets: probabilities (T, B, K), or a
+    list, without gradient. diagonal: False leaves out the pairs with t = v. reduction: "sum" over the pairs of the
     mean over images, or the "mean" of both. dtypes, devices, impl and errors as in `dino_loss`. Returns the loss (), float32
     (float64 for float64 logits), differentiable once in `student` only.
     """
@@ -230,8 +242,7 @@ def soft_cross_entropy(student: Tensor | Sequence[Tensor], targets: Tensor | Seq
         return loss / pairs if reduction == "mean" else loss
     terms = float(student.shape[1] * (pairs if reduction == "mean" else 1))
     with_grad = student.requires_grad and torch.is_grad_enabled()
-    return torch.ops.dinofast.dino_loss(student, targets, None, student_temp, torch.ones(()), terms, diagonal, with_grad,
-                                        impl)[0]
+    return _call(student, targets, None, student_temp, torch.ones(()), terms, diagonal, with_grad, impl)[0]
 
 
 def _stacked(x: Tensor | Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,155 @@
+"""soft_cross_entropy: the kernels (Triton's interpreted) and the reference, against float64 and by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinofast import ops, soft_cross_entropy
+from dinofast.testing import assert_no_worse, loss_inputs
+
+IMPLS = ("reference", "cpp", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")  # NumPy's, from the interpreter
+
+
+@pytest.fixture(autouse=True)
+def kernel_is_there(request: pytest.FixtureRequest) -> None:
+    impl = getattr(request.node, "callspec", None) and request.node.callspec.params.get("impl")
+    if impl in ("cpp", "triton") and (reason := ops._choice.missing(impl)):
+        pytest.skip(reason)
+    if impl == "triton" and not ops._choice.interpreted():
+        pytest.skip("Triton kernels are compiled in this run (TRITON_INTERPRET is not 1), for the GPU alone")
+
+
+def draw(crops: int, teachers: int, images: int, prototypes: int, dtype: torch.dtype = torch.float32,
+         peaked: str = "peaked") -> tuple[Tensor, Tensor]:
+    """Logits (V, B, K) in dtype and probabilities (T, B, K) in float32."""
+    student = loss_inputs(peaked, max(crops, 2), images, prototypes, dtype=dtype)[0][:crops]
+    teacher = loss_inputs(peaked, max(teachers, 2), images, prototypes, seed=1)[0][:teachers]
+    return student, torch.softmax(teacher / 0.04, -1)
+
+
+def run(student: Tensor, targets: Tensor, impl: str | None, upstream: float = 1.0, **options: object) -> tuple[Tensor, Tensor]:
+    student = student.detach().requires_grad_()
+    loss = soft_cross_entropy(student, targets, impl=impl, **options)
+    loss.backward(torch.tensor(upstream, dtype=loss.dtype))
+    return loss.detach(), student.grad
+
+
+@pytest.mark.parametrize("impl", ("cpp", "triton"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("diagonal", (True, False))
+@pytest.mark.parametrize("sizes", ((8, 2, 3, 1027), (1, 1, 5, 2049), (2, 2, 2, 1)), ids=str)  # two chunks, one column over, one
+def test_no_worse_than_eager(sizes: tuple[int, ...], diagonal: bool, dtype: torch.dtype, impl: str) -> None:
+    if sizes[:2] == (1, 1) and not diagonal:
+        diagonal = True                                       # there is no other pair
+    student, targets = draw(*sizes, dtype=dtype)
+    exact = run(student.double(), targets.double(), "reference", diagonal=diagonal)
+    results = zip(run(student, targets, impl, diagonal=diagonal), run(student, targets, "reference", diagonal=diagonal), exact,
+                  strict=True)
+    for terms, (ours, eager, truth) in zip((10, 10 / sizes[2]), results, strict=True):
+        truncated = impl == "triton" and ours.dtype == torch.bfloat16  # by the interpreter; few entries count
+        assert_no_worse(ours, eager, truth, factor=8 if truncated else 2, terms=terms)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_need_not_sum_to_one(impl: str) -> None:
+    """Every probability counts as it is: half the probabilities, half the loss and gradient."""
+    student, targets = draw(3, 2, 2, 50)
+    whole, half = run(student, targets, impl), run(student, targets / 2, impl)
+    for a, b in zip(whole, half, strict=True):
+        torch.testing.assert_close(b, a / 2, rtol=1e-6, atol=1e-7)
+    uneven = targets * torch.tensor([1.0, 0.0])[:, None, None]
+    torch.testing.assert_close(run(student, uneven, impl)[0], run(student, targets[:1], impl)[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_reductions_and_pairs_by_hand(impl: str) -> None:
+    student, targets = draw(3, 2, 4, 33)
+    log_p = torch.log_softmax(student / 0.1, -1)
+    each = -torch.einsum("tbk,vbk->tv", targets, log_p) / 4
+    for diagonal in (True, False):
+        used = each if diagonal else each - torch.diagonal_scatter(torch.zeros(2, 3), each.diagonal())
+        total = run(student, targets, impl, diagonal=diagonal)[0]
+        torch.testing.assert_close(total, used.sum(), rtol=1e-5, atol=0)
+        mean, grad = run(student, targets, impl, upstream=-3.0, diagonal=diagonal, reduction="mean")
+        torch.testing.assert_close(mean, used.sum() / (6 if diagonal else 4), rtol=1e-5, atol=0)
+        torch.testing.assert_close(grad, run(student, targets, impl, diagonal=diagonal)[1] * -3 / (6 if diagonal else 4),
+                                   rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_uniform_logits_give_log_k(impl: str) -> None:
+    loss, grad = run(torch.full((2, 3, 1000), 5.0), torch.full((1, 3, 1000), 1e-3), impl)
+    assert loss.item() == pytest.approx(2 * math.log(1000), rel=1e-5) and grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bad_numbers_are_not_hidden(impl: str) -> None:
+    for which, bad in itertools.product(range(2), (math.nan, math.inf)):
+        inputs = draw(3, 2, 2, 37)
+        inputs[which][1, 1, 36] = bad
+        assert not run(*inputs, impl)[0].isfinite()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_chunks_of_one_tensor_are_not_copied(impl: str) -> None:
+    student, targets = draw(4, 2, 3, 40)
+    expected = run(student, targets, impl)
+    leaf = student.flatten(0, 1).requires_grad_()
+    whole = leaf * 1
+    loss = soft_cross_entropy(whole.chunk(4), list(targets), impl=impl)
+    loss.backward()
+    torch.testing.assert_close((loss.detach(), leaf.grad.view(4, 3, 40)), expected)
+    stacked = ops._dino_loss._stacked
+    assert stacked(whole.chunk(4)).data_ptr() == whole.data_ptr()
+    assert stacked(list(whole.unflatten(0, (4, 3)))).data_ptr() == whole.data_ptr()
+    pieces = whole.chunk(4)
+    others = (pieces[::-1], pieces[:3], [*pieces[:3], pieces[3].detach()], [x * 1 for x in pieces],
+              torch.zeros(12, 80).chunk(2, 1))
+    for pieces in others:
+        assert torch.equal(stacked(pieces), torch.stack(tuple(pieces))) and stacked(pieces).data_ptr() != pieces[0].data_ptr()
+
+
+@pytest.mark.parametrize("impl", (None, "triton"))
+def test_compiles_as_one_graph(impl: str | None) -> None:
+    student, targets = draw(4, 2, 3, 40)
+    expected = run(student, targets, impl, 2.0)
+    leaf = student.flatten(0, 1).requires_grad_()
+    compiled = torch.compile(lambda x, q: soft_cross_entropy((x * 1).chunk(4), q, impl=impl) * 2.0, fullgraph=True)
+    loss = compiled(leaf, targets)
+    loss.backward()
+    torch.testing.assert_close((loss.detach() / 2, leaf.grad.view(4, 3, 40)), expected)
+
+
+@pytest.mark.parametrize("impl", ("cpp", "triton"))
+def test_opcheck(impl: str) -> None:
+    student, targets = draw(3, 2, 2, 37)
+    given = (student.requires_grad_(), targets, None, 0.1, torch.ones(()), 2.0, True, True, impl)
+    torch.library.opcheck(torch.ops.dinofast.dino_loss.default, given)
+    if impl == "triton":
+        torch.library.opcheck(torch.ops.dinofast.dino_loss_backward.default, (
+            torch.tensor(2.0), student.detach(), targets, torch.ops.dinofast.dino_loss(*given)[3], 0.1, torch.ones(()), False,
+            2.0, True))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"student": []}, "a list of crops is empty"),
+    ({"student": [torch.zeros(2, 5), torch.zeros(3, 5)]}, r"crops have shapes \[\(2, 5\), \(3, 5\)\]"),
+    ({"targets": torch.zeros(2, 3, 5)}, r"targets has shape \(2, 3, 5\): expected \(T, 2, 5\)"),
+    ({"targets": torch.zeros(1, 2, 5), "student": torch.zeros(1, 2, 5), "diagonal": False}, "targets has 1: without the pairs"),
+    ({"reduction": "none"}, "reduction is 'none': use 'sum' or 'mean'"),
+    ({"student_temp": -1.0}, "student_temp is -1.0"),
+    ({"targets": torch.zeros(2, 2, 5, dtype=torch.long)}, "targets is torch.int64"),
+    ({"impl": "fast"}, "impl is 'fast': use one of"),
+])
+def test_refusals(change: dict[str, object], message: str) -> None:
+    good = {"student": torch.zeros(3, 2, 5), "targets": torch.zeros(2, 2, 5)}
+    soft_cross_entropy(**good)
+    with pytest.raises(ValueError, match=message):
+        soft_cross_entropy(**good | change)
