@@ -44,7 +44,7 @@ class StackedCrops(Centred):
 
 
 class ViewsTeacherFirst(Centred):
-    """LightlySSL: lists of teacher and student views, pairs of different index, temperature given or by epoch, moving centre."""
+    """LightlySSL: lists of teacher and student views, pairs of different index, temperature given or by epoch, a centre."""
 
     def __init__(self) -> None:
         super().__init__((1, 1, K))

@@ -77,3 +77,26 @@ def test_imports_without_the_core() -> None:
         print(ops.paths()["dino_loss"]["cpu"])"""
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout
     assert out.startswith("reference (plain torch): the C++ core dinofast._C does not load")
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_modes_see_the_operation_that_is_otherwise_called_directly() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+    seen: list[str] = []
+    student, teacher, center = loss_inputs("peaked", 3, 2, 37)
+    student.requires_grad_()
+    expected = ops.dino_loss(student, teacher, center, 0.1, 0.04)[0]
+    with Names():
+        assert torch.equal(ops.dino_loss(student, teacher, center, 0.1, 0.04)[0], expected)
+    assert "dinofast.dino_loss.default" in seen
+    with torch.profiler.profile() as profile:
+        ops.dino_loss(student, teacher, center, 0.1, 0.04)
+    assert "dinofast::dino_loss" in {event.key for event in profile.key_averages()}
+    both = torch.stack((student.detach(), student.detach() * 2))
+    each = torch.vmap(lambda x: ops.dino_loss(x, teacher, center, 0.1, 0.04)[0])(both)
+    assert torch.equal(each[0], expected) and torch.equal(each[1], ops.dino_loss(both[1], teacher, center, 0.1, 0.04)[0])

@@ -48,8 +48,8 @@ def _dino_loss_cpp(student: Tensor, teacher: Tensor, center: Tensor | None, stud
     loss, entropy = _C.dino_loss(
         student.data_ptr(), KERNEL_DTYPES.index(student.dtype), student.stride()[:2],
         teacher.data_ptr(), KERNEL_DTYPES.index(teacher.dtype), teacher.stride()[:2],
-        0 if center is None else center.data_ptr(), (student.shape[0], *teacher.shape), student_temp, teacher_temp.item(), terms,
-        diagonal, 0 if center is None else teacher_sum.data_ptr(), grad.data_ptr() if with_grad else 0, grad_scale,
+        0 if center is None else center.data_ptr(), (student.shape[0], *teacher.shape), student_temp, teacher_temp.item(),
+        terms, diagonal, 0 if center is None else teacher_sum.data_ptr(), grad.data_ptr() if with_grad else 0, grad_scale,
         torch.get_num_threads())
     return torch.scalar_tensor(loss, dtype=torch.float32), torch.scalar_tensor(entropy, dtype=torch.float32), teacher_sum, grad
 
