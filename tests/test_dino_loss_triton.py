@@ -111,6 +111,24 @@ def test_gpu_no_worse_than_eager(gpu: None, kind: str, dtype: torch.dtype, shape
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("crops", "teachers", "diagonal"), [(8, 2, True), (2, 2, False), (1, 1, True), (3, 1, False)])
+def test_gpu_soft_cross_entropy_no_worse_than_eager(gpu: None, crops: int, teachers: int, diagonal: bool,
+                                                    dtype: torch.dtype) -> None:
+    student, teacher, _ = loss_inputs("peaked", 8, 5, 40_000, dtype=dtype)
+    student, targets = student[:crops].cuda(), torch.softmax(teacher[:teachers].cuda().float() / 0.04, -1)
+
+    def result(student: Tensor, targets: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+        leaf = student.requires_grad_()
+        loss = ops.soft_cross_entropy(leaf, targets, diagonal=diagonal, impl=impl)
+        return loss.detach(), torch.autograd.grad(loss * 3, leaf)[0]
+    exact = result(student.double(), targets.double(), "reference")
+    ours, eager = (result(student, targets, impl) for impl in ("triton", "reference"))
+    for one, other, truth in zip(ours, eager, exact, strict=True):
+        assert_no_worse(one, other, truth, terms=10)
+
+
+@pytest.mark.gpu
 def test_gpu_default_same_bits_and_no_sync(gpu: None) -> None:
     assert ops.paths()["dino_loss"]["cuda"] == "triton"
     inputs = loss_inputs("peaked", 10, 8, 65536, dtype=torch.bfloat16)
