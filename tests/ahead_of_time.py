@@ -1,6 +1,6 @@
 """Compiles, without a GPU, what a launcher of Triton kernels would launch, and reads the machine code.
 
-    python tests/ahead_of_time.py     prints a JSON list, one entry per kernel, configuration and architecture
+    python tests/ahead_of_time.py dino_loss      prints a JSON list, one entry per kernel, configuration and architecture
 
 A process of its own, because TRITON_INTERPRET must not be set when the kernels are decorated. The launcher itself is run, on
 tensors without memory ("meta"), so that shapes, constants and divisibilities are those of a real call.
@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -83,5 +84,32 @@ def dino_loss() -> list[dict[str, object]]:
     return found
 
 
+def adamw_ema() -> list[dict[str, object]]:
+    from dinofast.kernels import adamw_ema as module
+
+    def tensors(dtype: torch.dtype | None = torch.float32) -> list[torch.Tensor | None]:
+        return [None if dtype is None else torch.empty(size, dtype=dtype, device="meta") for size in (4096, 7)]
+
+    def call(grad: torch.dtype, copy: torch.dtype | None) -> None:
+        number, skip = torch.empty((), device="meta"), torch.empty((), dtype=torch.bool, device="meta")
+        module.grad_norms(tensors(grad))
+        module.adamw_ema_(tensors(), tensors(grad), tensors(), tensors(), [number] * 2, tensors(), tensors(copy), tensors(copy),
+                          torch.empty(2, device="meta"), skip, number, number, 0.9, 0.999, 1e-8, number)
+        module.ema_(tensors(), tensors(grad), tensors(copy), number, skip)
+
+    found = []
+    cases = ((torch.float32, None), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16))
+    for aligned, (grad, copy) in itertools.product((True, False), cases):
+        module._are_aligned = lambda addresses, aligned=aligned: aligned
+        module._tables_of.cache_clear()                  # tensors without memory all have the same address
+        for (kernel, args, options), architecture in itertools.product(launches_of(module, partial(call, grad, copy)),
+                                                                       ARCHITECTURES):
+            if kernel.__name__ not in ("_prepare", "_norms") or (aligned and copy is None):     # these two do not vary
+                found.append({"kernel": kernel.__name__, "grad": str(grad), "aligned": aligned, "architecture": architecture,
+                              **health(kernel, args, options, architecture)})
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps(dino_loss()))
+    operations = {"dino_loss": dino_loss, "adamw_ema": adamw_ema}
+    print(json.dumps(operations[sys.argv[1] if len(sys.argv) > 1 else "dino_loss"]()))
