@@ -71,7 +71,7 @@ class Config:
         "A larger decay at the end helps ViTs.")
     clip_grad: float = _option(3.0, "Largest L2 norm of each parameter tensor's gradient; 0 switches clipping off. "
         "0.3 to 1.0 can help larger ViTs.")
-    clip_mode: str = _option("tensor", "[dinofast] What --clip_grad limits: tensor, each parameter tensor's gradient on its own "
+    clip_mode: str = _option("tensor", "[dinofast] What --clip_grad limits: tensor, each parameter tensor's gradient by itself "
         "as in the official code; global, the whole gradient, which keeps its direction and needs a larger limit.",
         choices=CLIP_MODES)
     batch_size_per_gpu: int = _option(64, "Images per process and forward pass.")

@@ -204,17 +204,18 @@ def test_channels_last_is_taken(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", KERNELS)
 def test_unaligned_views_are_taken(impl: str) -> None:
-    """As gradients in a bucket of DDP are: a multiple of 4 bytes, and of nothing more."""
+    """As gradients in a bucket of DDP are, with neighbours that nobody touches."""
     plain = draw([(2049,), (4, 3)])
-    views = clone(plain)
-    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
-        for x in views[name]:
-            x.set_(torch.cat((torch.zeros(1), x.flatten())).untyped_storage(), 1, x.shape)
-    ours = clone(plain) | {name: views[name] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
-    assert any(x.data_ptr() % 16 for x in ours["params"])
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "teachers")
+    buckets = {name: [torch.nn.functional.pad(x.flatten(), (1, 1), value=7) for x in plain[name]] for name in names}
+    views = {name: [x[1:-1].view(y.shape) for x, y in zip(buckets[name], plain[name], strict=True)] for name in names}
+    ours = clone(plain) | views
+    assert all(x.data_ptr() % 16 for x in ours["params"])
+    assert torch.equal(ops.grad_norms(views["grads"], impl), ops.grad_norms(plain["grads"], impl))
     ops.adamw_ema_(**ours, **OPTIONS, impl=impl)
     assert_same_bits(ours, run(plain, impl))
-    assert torch.equal(ops.grad_norms(views["grads"], impl), ops.grad_norms(plain["grads"], impl))
+    ops.ema_(views["teachers"], views["params"], 0.5, impl=impl)
+    assert all(x[0] == x[-1] == 7 for x in flat(buckets))
 
 
 @pytest.mark.parametrize("impl", KERNELS)
