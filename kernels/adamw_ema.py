@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK, WARPS = 1024, 4            # chunk of adamw_ema_ and ema_: 8 numbers a thread, two 16-byte loads of each fp32 array
-NORM_BLOCK, NORM_WARPS = 8192, 8  # chunk of grad_norms, which has one array: 32 a thread, eight 16-byte loads of fp32
+NORM_BLOCK, NORM_WARPS = 4096, 8  # chunk of grad_norms, which has one array: 16 a thread, four 16-byte loads of fp32
 PARTS = 1024                      # chunk sums that are added at a time
 TENSORS = 128                     # whose factors one program forms
 

@@ -40,7 +40,7 @@ def test_compiled_for_every_configuration(compiled: list[dict], architecture: in
         assert k["stack"] == 0 and k["spills"] == 0, k
         assert k["registers"] <= 96, k                                     # 128 threads a program: five on a multiprocessor
         is_fp32 = k["grad"] == "torch.float32"
-        loads, stores = {"_square_sums": (8 if is_fp32 else 4, 0), "_ema": (4 if is_fp32 else 2, 2),
+        loads, stores = {"_square_sums": (4 if is_fp32 else 2, 0), "_ema": (4 if is_fp32 else 2, 2),
                          "_adamw_ema": (10 if is_fp32 else 8, 8)}.get(k["kernel"], (0, 0))
         expected = (loads, stores) if k["aligned"] else (0, 0)             # 8 bytes at a time of 16-bit numbers beside fp32
         assert (k["loads_16"], k["stores_16"]) == expected, k
