@@ -21,6 +21,7 @@ namespace {
 
 // Tensors come as addresses, which `ops` has checked: an array costs 1 us to make and to take apart again.
 using Addresses = std::vector<uintptr_t>;
+using Dtypes = std::vector<int>;
 using Sizes = std::vector<int64_t>;
 
 template <class... Lists>
@@ -31,7 +32,8 @@ void check_lengths(size_t n, int n_threads, const Lists&... lists) {
 template <class T = float>
 T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
-dinofast::Numbers numbers(uintptr_t address, int dtype) {  // dtype: 0 float32, 1 bfloat16, 2 float16
+// dtypes: 0 float32, 1 bfloat16, 2 float16
+dinofast::Numbers numbers(uintptr_t address, int dtype) {
     return {reinterpret_cast<const void*>(address), static_cast<Dtype>(dtype)};
 }
 
@@ -64,32 +66,39 @@ py::array_t<uint8_t> empty(size_t bytes) {
     })};
 }
 
-void adamw_ema(const Addresses& params, const Addresses& grads, const std::vector<int>& dtypes, const Addresses& exp_avgs,
-               const Addresses& exp_avg_sqs, const Addresses& steps, const Addresses& teachers, const Sizes& sizes,
-               const Floats& coefficients, double lr, double weight_decay, double beta1, double beta2, double eps,
-               double momentum, int n_threads) {
+dinofast::Copy copy(uintptr_t address, int dtype) { return {reinterpret_cast<void*>(address), static_cast<Dtype>(dtype)}; }
+
+void adamw_ema(const Addresses& params, const Addresses& grads, const Dtypes& grad_dtypes, const Addresses& exp_avgs,
+               const Addresses& exp_avg_sqs, const Addresses& steps, const Addresses& teachers, const Addresses& param_copies,
+               const Dtypes& param_copy_dtypes, const Addresses& teacher_copies, const Dtypes& teacher_copy_dtypes,
+               const Sizes& sizes, const Floats& coefficients, double lr, double weight_decay, double beta1, double beta2,
+               double eps, double momentum, int n_threads) {
     const size_t n = params.size();
-    check_lengths(n, n_threads, grads, dtypes, exp_avgs, exp_avg_sqs, steps, teachers, sizes);
+    check_lengths(n, n_threads, grads, grad_dtypes, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, param_copy_dtypes,
+                  teacher_copies, teacher_copy_dtypes, sizes);
     if (coefficients.size() != py::ssize_t(n)) throw std::invalid_argument("coefficients must be (n,)");
     std::vector<dinofast::AdamwTensor> tensors;
     for (size_t i = 0; i < n; ++i)
-        tensors.push_back({at(params[i]), numbers(grads[i], dtypes[i]), at(exp_avgs[i]), at(exp_avg_sqs[i]),
-                           at(teachers[i]), at(steps[i]), sizes[i], coefficients.data()[i]});
+        tensors.push_back({at(params[i]), numbers(grads[i], grad_dtypes[i]), at(exp_avgs[i]), at(exp_avg_sqs[i]),
+                           at(teachers[i]), copy(param_copies[i], param_copy_dtypes[i]),
+                           copy(teacher_copies[i], teacher_copy_dtypes[i]), at(steps[i]), sizes[i],
+                           coefficients.data()[i]});
     py::gil_scoped_release release;
     dinofast::adamw_ema(tensors, {lr, weight_decay, beta1, beta2, eps, momentum}, n_threads);
 }
 
-void ema(const Addresses& teachers, const Addresses& students, const std::vector<int>& dtypes, const Sizes& sizes,
-         double momentum, int n_threads) {
-    check_lengths(teachers.size(), n_threads, students, dtypes, sizes);
+void ema(const Addresses& teachers, const Addresses& students, const Dtypes& student_dtypes, const Addresses& copies,
+         const Dtypes& copy_dtypes, const Sizes& sizes, double momentum, int n_threads) {
+    check_lengths(teachers.size(), n_threads, students, student_dtypes, copies, copy_dtypes, sizes);
     std::vector<dinofast::EmaTensor> tensors;
     for (size_t i = 0; i < teachers.size(); ++i)
-        tensors.push_back({at(teachers[i]), numbers(students[i], dtypes[i]), sizes[i]});
+        tensors.push_back({at(teachers[i]), numbers(students[i], student_dtypes[i]), copy(copies[i], copy_dtypes[i]),
+                           sizes[i]});
     py::gil_scoped_release release;
     dinofast::ema(tensors, momentum, n_threads);
 }
 
-void grad_norms(const Addresses& grads, const std::vector<int>& dtypes, const Sizes& sizes, Floats& norms, int n_threads) {
+void grad_norms(const Addresses& grads, const Dtypes& dtypes, const Sizes& sizes, Floats& norms, int n_threads) {
     check_lengths(grads.size(), n_threads, dtypes, sizes);
     if (norms.size() != py::ssize_t(grads.size())) throw std::invalid_argument("norms must be (n,)");
     std::vector<dinofast::GradTensor> tensors;
@@ -110,12 +119,15 @@ PYBIND11_MODULE(_C, m) {
           "Fills teacher_sum (K,) and grad (V, B, K) unless 0; returns the loss and the mean teacher entropy.");
     m.def("empty", &empty, py::arg("bytes"), "Memory for a large result, that of an earlier one where the size is the same.");
     m.attr("large") = dinofast::kLarge;
-    m.def("adamw_ema_", &adamw_ema, py::arg("params"), py::arg("grads"), py::arg("dtypes"), py::arg("exp_avgs"),
-          py::arg("exp_avg_sqs"), py::arg("steps"), py::arg("teachers"), py::arg("sizes"), py::arg("coefficients").noconvert(),
+    m.def("adamw_ema_", &adamw_ema, py::arg("params"), py::arg("grads"), py::arg("grad_dtypes"), py::arg("exp_avgs"),
+          py::arg("exp_avg_sqs"), py::arg("steps"), py::arg("teachers"), py::arg("param_copies"), py::arg("param_copy_dtypes"),
+          py::arg("teacher_copies"), py::arg("teacher_copy_dtypes"), py::arg("sizes"), py::arg("coefficients").noconvert(),
           py::arg("lr"), py::arg("weight_decay"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("momentum"),
-          py::arg("n_threads"), "AdamW and the teacher's average on n tensors, given by address; a teacher may be 0.");
-    m.def("ema_", &ema, py::arg("teachers"), py::arg("students"), py::arg("dtypes"), py::arg("sizes"), py::arg("momentum"),
-          py::arg("n_threads"), "The teacher's average on n tensors, given by address.");
+          py::arg("n_threads"),
+          "AdamW and the teacher's average on n tensors, given by address; a teacher and a rounded copy may be 0.");
+    m.def("ema_", &ema, py::arg("teachers"), py::arg("students"), py::arg("student_dtypes"), py::arg("copies"),
+          py::arg("copy_dtypes"), py::arg("sizes"), py::arg("momentum"), py::arg("n_threads"),
+          "The teacher's average on n tensors, given by address; a rounded copy may be 0.");
     m.def("grad_norms", &grad_norms, py::arg("grads"), py::arg("dtypes"), py::arg("sizes"), py::arg("norms").noconvert(),
           py::arg("n_threads"), "Fills norms (n,) with the L2 norm of each of n tensors, given by address.");
 }

@@ -15,6 +15,7 @@ from typing import Any
 VITS = ("vit_tiny", "vit_small", "vit_base", "vit_nano")
 OLD_NAMES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small", "deit_base": "vit_base"}      # as the official code maps them
 PRECISIONS = ("bf16", "fp16", "fp32")
+CLIP_MODES = ("tensor", "global")
 
 
 def parse_bool(text: str) -> bool:
@@ -70,6 +71,9 @@ class Config:
         "A larger decay at the end helps ViTs.")
     clip_grad: float = _option(3.0, "Largest L2 norm of each parameter tensor's gradient; 0 switches clipping off. "
         "0.3 to 1.0 can help larger ViTs.")
+    clip_mode: str = _option("tensor", "[dinofast] What --clip_grad limits: tensor, each parameter tensor's gradient by itself "
+        "as in the official code; global, the whole gradient, which keeps its direction and needs a larger limit.",
+        choices=CLIP_MODES)
     batch_size_per_gpu: int = _option(64, "Images per process and forward pass.")
     accumulate: int = _option(1, "[dinofast] Forward passes whose gradients are summed for one optimiser step. "
         "The learning rate is scaled with the whole batch.")

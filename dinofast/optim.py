@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from . import ops, reference
 
+CLIP_MODES = ("tensor", "global")
+_HALVES = (torch.bfloat16, torch.float16)
+_FLOAT32_STATE = ("exp_avg", "exp_avg_sq", "master", "teacher_master")    # whatever the parameter's dtype
+
 
 def param_groups(model: nn.Module) -> list[dict[str, Any]]:
     """The official two groups: weights with decay, then biases and one-dimensional tensors without; frozen ones left out."""
@@ -28,7 +32,9 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
 
     params: parameters or groups, as for any torch optimiser. student, teacher: modules with the same parameters in the same
     order; `teacher <- momentum teacher + (1 - momentum) student` follows every step, for frozen parameters too, not for
-    buffers. clip_grad: largest L2 norm of each gradient tensor, 0 for none.
+    buffers. A 16-bit teacher is the rounded copy of an average in float32 (`state["teacher_master"]`): it would stand still
+    otherwise. clip_grad: largest L2 norm, 0 for none; of each gradient tensor on its own with clip_mode "tensor", as in the
+    official code, of the whole gradient with "global", as in `torch.nn.utils.clip_grad_norm_`.
 
     After a step `grad_norm` () is the norm of the whole gradient before clipping, `skipped` () the number of steps left out
     because a gradient was not finite; both stay on the device. `lr` and `weight_decay` of a group may be floats or tensors ().
@@ -37,11 +43,13 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True          # torch.amp.GradScaler then leaves unscaling and the skip to us, without a sync
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], student: nn.Module | None, teacher: nn.Module | None,
-                 clip_grad: float) -> None:
+                 clip_grad: float, clip_mode: str) -> None:
         if (student is None) != (teacher is None):
             raise ValueError("student and teacher go together: give both modules, or neither.")
         if clip_grad < 0:
             raise ValueError(f"clip_grad is {clip_grad}: it must not be negative; 0 switches clipping off.")
+        if clip_mode not in CLIP_MODES:
+            raise ValueError(f"clip_mode is {clip_mode!r}: choose from {', '.join(CLIP_MODES)}.")
         super().__init__(params, defaults)
         pairs = list(zip(student.parameters(), teacher.parameters(), strict=True)) if student is not None else []
         for s, t in pairs:
@@ -49,7 +57,8 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"student and teacher differ: a parameter is {tuple(s.shape)} here and {tuple(t.shape)} "
                                  "there.")
         self._teacher_of = dict(pairs)
-        self.clip_grad = clip_grad
+        self._frozen_state: dict[Tensor, dict[str, Tensor]] = {}       # of students in no group, for which torch keeps none
+        self.clip_grad, self.clip_mode = clip_grad, clip_mode
         device = next(p.device for group in self.param_groups for p in group["params"])
         self.grad_norm = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -76,8 +85,9 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
             bad = bad | ~torch.isfinite(self.grad_norm)
             if found_inf is not None:
                 bad = bad | (found_inf > 0)
-            coefficients = (reference.clip_coefficients(norms, self.clip_grad) * inv_scale).split([len(ps) for ps in trained])
-            for group, params, clip in zip(self.param_groups, trained, coefficients, strict=True):
+            coefficients = reference.clip_coefficients(norms, self.clip_grad, self.clip_mode) * inv_scale
+            for group, params, clip in zip(self.param_groups, trained, coefficients.split([len(ps) for ps in trained]),
+                                           strict=True):
                 if params:
                     self._update(group, params, clip, bad, momentum)
         updated = set(active)
@@ -93,56 +103,96 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
         """The teachers of those that have one."""
         students = [s for s in students if s in self._teacher_of]
         if students:
-            ops.ema_([self._teacher_of[s] for s in students], students, momentum, skip)
+            teachers, copies = self._masters([(s, self._teacher_of[s]) for s in students], "teacher_master")
+            ops.ema_(teachers, [self._state_of(s).get("master", s) for s in students], momentum, skip, copies=copies)
+
+    def _state_of(self, p: Tensor) -> dict[str, Any]:
+        """What is kept for a parameter, in a group or not; an empty one that is not kept if there is nothing."""
+        return self.state[p] if p in self.state else self._frozen_state.get(p, {})
+
+    def _masters(self, pairs: list[tuple[Tensor, Tensor | None]], name: str) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """For pairs (parameter, it or its teacher): the tensors to update, and those they are then rounded into.
+
+        Of a 16-bit tensor the float32 master kept as `name` is updated, made from its values when it is first needed.
+        """
+        wide, copies = [], []
+        for p, x in pairs:
+            is_half = x is not None and x.dtype in _HALVES
+            if is_half and name not in self._state_of(p):
+                in_group = any(p is q for group in self.param_groups for q in group["params"])
+                (self.state[p] if in_group else self._frozen_state.setdefault(p, {}))[name] = x.detach().float()
+            wide.append(self._state_of(p)[name] if is_half else x)
+            copies.append(x if is_half else None)
+        return wide, copies
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's own: numbers instead of device scalars, so that any optimiser of the same kind can load it."""
         state = super().state_dict()
         for group in state["param_groups"]:
             group.update({k: v.item() for k, v in group.items() if isinstance(v, Tensor)})
+        if self._frozen_state:
+            state["frozen"] = {i: self._frozen_state[s] for i, s in enumerate(self._teacher_of) if s in self._frozen_state}
         return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's own, which rounds what is kept to the parameter's dtype: here float32 stays float32."""
+        super().load_state_dict(state_dict)
+        numbers = (i for group in state_dict["param_groups"] for i in group["params"])
+        for i, p in zip(numbers, (p for group in self.param_groups for p in group["params"]), strict=True):
+            if p.dtype in _HALVES:
+                self.state[p].update({name: x.to(p.device, torch.float32) for name, x in state_dict["state"].get(i, {}).items()
+                                      if name in _FLOAT32_STATE})
+        students, frozen = list(self._teacher_of), state_dict.get("frozen", {})
+        self._frozen_state = {students[i]: {name: x.to(students[i].device) for name, x in state.items()}
+                              for i, state in frozen.items()}
 
 
 class AdamWEMA(_StudentTeacherOptimizer):
-    """AdamW with per-tensor clipping and the teacher's average; state interchangeable with `torch.optim.AdamW`'s."""
+    """AdamW with clipping and the teacher's average; state interchangeable with `torch.optim.AdamW`'s for float32 parameters.
+
+    Of a 16-bit parameter the optimiser updates a float32 master (`state["master"]`, with moments in float32), made from its
+    values at the first step, and the parameter is the master rounded: what is written into it from elsewhere is lost then.
+    """
 
     def __init__(self, params: Iterable[Any], lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 1e-2, *, student: nn.Module | None = None,
-                 teacher: nn.Module | None = None, clip_grad: float = 0.0) -> None:
+                 teacher: nn.Module | None = None, clip_grad: float = 0.0, clip_mode: str = "tensor") -> None:
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=False, maximize=False, foreach=None,
                         capturable=False, differentiable=False, fused=None, decoupled_weight_decay=True)
-        super().__init__(params, defaults, student, teacher, clip_grad)
+        super().__init__(params, defaults, student, teacher, clip_grad, clip_mode)
 
     def _update(self, group: dict[str, Any], params: list[Tensor], coefficients: Tensor, skip: Tensor,
                 momentum: float | Tensor | None) -> None:
-        for p in params:
-            state = self.state[p]
-            if not state:
+        wide, param_copies = self._masters([(p, p) for p in params], "master")
+        teachers, teacher_copies = self._masters([(p, self._teacher_of.get(p)) for p in params], "teacher_master")
+        states = [self.state[p] for p in params]
+        for p, state in zip(wide, states, strict=True):
+            if "step" not in state:
                 state["step"] = torch.zeros((), device=p.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             elif state["step"].device != p.device:                   # torch keeps the counter of a loaded state on the host
                 state["step"] = state["step"].to(p.device)
-        states = [self.state[p] for p in params]
         ops.adamw_ema_(
-            params, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
-            [s["step"] for s in states], [self._teacher_of.get(p) for p in params], coefficients, skip,
-            lr=group["lr"], weight_decay=group["weight_decay"], betas=group["betas"], eps=group["eps"],
-            momentum=1.0 if momentum is None else momentum)
+            wide, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
+            [s["step"] for s in states], teachers, coefficients, skip, lr=group["lr"], weight_decay=group["weight_decay"],
+            betas=group["betas"], eps=group["eps"], momentum=1.0 if momentum is None else momentum,
+            param_copies=param_copies, teacher_copies=teacher_copies)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        state["state"] = {i: {**s, "step": s["step"].cpu()} for i, s in state["state"].items()}
+        state["state"] = {i: {**s, "step": s["step"].cpu()} if "step" in s else s for i, s in state["state"].items()}
         return state
 
 
 class SGDEMA(_StudentTeacherOptimizer):
-    """SGD with momentum, per-tensor clipping and the teacher's average; state as `torch.optim.SGD`'s."""
+    """SGD with momentum, clipping and the teacher's average; state as `torch.optim.SGD`'s."""
 
     def __init__(self, params: Iterable[Any], lr: float | Tensor = 0.0, momentum: float = 0.9, weight_decay: float = 0.0, *,
-                 student: nn.Module | None = None, teacher: nn.Module | None = None, clip_grad: float = 0.0) -> None:
+                 student: nn.Module | None = None, teacher: nn.Module | None = None, clip_grad: float = 0.0,
+                 clip_mode: str = "tensor") -> None:
         defaults = dict(lr=lr, momentum=momentum, dampening=0, weight_decay=weight_decay, nesterov=False, maximize=False,
                         foreach=None, differentiable=False, fused=None)
-        super().__init__(params, defaults, student, teacher, clip_grad)
+        super().__init__(params, defaults, student, teacher, clip_grad, clip_mode)
 
     _buffer = "momentum_buffer"
 
@@ -150,7 +200,7 @@ class SGDEMA(_StudentTeacherOptimizer):
                 momentum: float | Tensor | None) -> None:
         for p, coefficient in zip(params, coefficients.unbind(0), strict=True):
             state = self.state[p]
-            if not state:
+            if self._buffer not in state:
                 state[self._buffer] = torch.zeros_like(p)
             self._apply(group, p, p.grad * coefficient, state[self._buffer], skip)
         self._average(params, momentum, skip)
@@ -160,14 +210,14 @@ class SGDEMA(_StudentTeacherOptimizer):
 
 
 class LARSEMA(SGDEMA):
-    """LARS as the official code has it, with per-tensor clipping and the teacher's average."""
+    """LARS as the official code has it, with clipping and the teacher's average."""
 
     def __init__(self, params: Iterable[Any], lr: float | Tensor = 0.0, momentum: float = 0.9, weight_decay: float = 0.0,
                  eta: float = 0.001, *, student: nn.Module | None = None, teacher: nn.Module | None = None,
-                 clip_grad: float = 0.0) -> None:
+                 clip_grad: float = 0.0, clip_mode: str = "tensor") -> None:
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta, weight_decay_filter=None,
                         lars_adaptation_filter=None)
-        _StudentTeacherOptimizer.__init__(self, params, defaults, student, teacher, clip_grad)
+        _StudentTeacherOptimizer.__init__(self, params, defaults, student, teacher, clip_grad, clip_mode)
 
     _buffer = "mu"
 

@@ -69,18 +69,22 @@ def grad_norms(grads: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm([g.detach() for g in grads], 2, wide)).float()
 
 
-def clip_coefficients(norms: Tensor, max_norm: float) -> Tensor:
-    """The factor for each tensor on its own, as in the official `clip_gradients`: `min(1, max_norm / (norm + 1e-6))`.
+def clip_coefficients(norms: Tensor, max_norm: float, mode: str = "tensor") -> Tensor:
+    """The factor `min(1, max_norm / (norm + 1e-6))` for each of n gradient tensors: norms and result (n,), fp32.
 
-    norms and result (n,), fp32. `max_norm` 0 clips nothing.
+    mode "tensor": each with its own norm, as in the official `clip_gradients`; "global": all with the norm of all of them
+    together, as in `torch.nn.utils.clip_grad_norm_`. `max_norm` 0 clips nothing.
     """
-    return (max_norm / (norms + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norms)
+    if not max_norm:
+        return torch.ones_like(norms)
+    return (max_norm / ((norms.norm().expand_as(norms) if mode == "global" else norms) + 1e-6)).clamp(max=1.0)
 
 
 def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
                steps: Sequence[Tensor], teachers: Sequence[Tensor | None], coefficients: Tensor, skip: Tensor, *,
                lr: float | Tensor, weight_decay: float | Tensor, betas: tuple[float, float], eps: float,
-               momentum: float | Tensor) -> None:
+               momentum: float | Tensor, param_copies: Sequence[Tensor | None] | None = None,
+               teacher_copies: Sequence[Tensor | None] | None = None) -> None:
     """AdamW (arXiv 1711.05101) on clipped gradients, then the teacher's average, in place.
 
         for each tensor i, unless skip:
@@ -89,10 +93,12 @@ def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequ
             m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
             p = p - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
             teacher = momentum teacher + (1 - momentum) p
+            param_copy, teacher_copy = p, teacher, rounded
 
     params, grads, exp_avgs, exp_avg_sqs, teachers: n tensors of equal shapes; a teacher may be None. steps: n fp32 tensors ().
     coefficients (n,): clip factor over loss scale. skip (): bool, decided on the device; where true nothing changes, because
-    every factor becomes that of the identity.
+    every factor becomes that of the identity. param_copies, teacher_copies: what the network computes with when `params` and
+    `teachers` are the masters of 16-bit tensors; each may be None.
     """
     beta1, beta2 = betas
     one = 1.0 - skip.double()                                                               # 0 makes each line the identity
@@ -106,15 +112,30 @@ def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequ
         v.mul_(1 - (1 - beta2) * one).addcmul_(g, g, value=1 - beta2)
         denominator = v.sqrt().div_((1 - beta2**t).sqrt()).add_(eps)
         p.sub_(m.div(denominator).mul_(rate / (1 - beta1**t)))
+    if param_copies is not None:
+        _round_into(param_copies, params, skip)
     averaged = [i for i, teacher in enumerate(teachers) if teacher is not None]
-    ema_([teachers[i] for i in averaged], [params[i] for i in averaged], momentum, skip)
+    ema_([teachers[i] for i in averaged], [params[i] for i in averaged], momentum, skip,
+         None if teacher_copies is None else [teacher_copies[i] for i in averaged])
 
 
-def ema_(teachers: Sequence[Tensor], students: Sequence[Tensor], momentum: float | Tensor, skip: Tensor | None = None) -> None:
-    """`teacher <- momentum teacher + (1 - momentum) student` for n pairs of equal shape, in place; the identity where skip."""
+def ema_(teachers: Sequence[Tensor], students: Sequence[Tensor], momentum: float | Tensor, skip: Tensor | None = None,
+         copies: Sequence[Tensor | None] | None = None) -> None:
+    """`teacher <- momentum teacher + (1 - momentum) student` for n pairs of equal shape, in place; the identity where skip.
+
+    copies: what each teacher is then rounded into, or None.
+    """
     share = (1 - momentum) * (1.0 if skip is None else 1.0 - skip.double())
     for teacher, student in zip(teachers, students, strict=True):
         teacher.mul_(1 - share).add_(student.to(teacher.dtype) * share)
+    if copies is not None:
+        _round_into(copies, teachers, skip)
+
+
+def _round_into(copies: Sequence[Tensor | None], tensors: Sequence[Tensor], skip: Tensor | None) -> None:
+    for copy, x in zip(copies, tensors, strict=True):
+        if copy is not None:
+            copy.copy_(x if skip is None else torch.where(skip, copy, x.to(copy.dtype)))
 
 
 def sgd_(param: Tensor, grad: Tensor, buffer: Tensor, skip: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor,

@@ -71,7 +71,7 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.Pr
     model = Model.from_config(cfg, backbone).to(device)
     parallel = _distribute(model, process)
     optimizer = OPTIMIZERS[cfg.optimizer](param_groups(model.student), student=model.student, teacher=model.teacher,
-                                          clip_grad=cfg.clip_grad)
+                                          clip_grad=cfg.clip_grad, clip_mode=cfg.clip_mode)
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
     position, changed = checkpoint.Position(), []
     if path.exists():

@@ -98,7 +98,7 @@ def _teacher_chunk(teacher, t: tl.constexpr, center_chunk, factor, b, k, V, K, N
     return weight
 
 
-@triton.jit(do_not_specialize=("V", "B", "N", "column_programs"))
+@triton.jit(do_not_specialize=("V", "B", "N", "column_programs"), do_not_specialize_on_alignment=("teacher_temp",))
 def _statistics(
     student,         # (V, B, K)
     teacher,         # (T, B, K)
@@ -168,7 +168,7 @@ def _joined_dots(parts, plane, t: tl.constexpr, teacher_top, teacher_row, dots, 
     return tl.sum(weight[None, :] * (dots + tl.where(chunk < N, below, 0.0) * total[None, :]), 1)
 
 
-@triton.jit(do_not_specialize=("V", "B", "N"))
+@triton.jit(do_not_specialize=("V", "B", "N"), do_not_specialize_on_alignment=("teacher_temp",))
 def _join(
     parts,           # (4, B, V + T, N)
     teacher_temp,    # (), CENTERED only
@@ -314,7 +314,7 @@ def _teacher_tile(teacher, t: tl.constexpr, center_tile, factor, saved, b, k, V,
     return q, mass
 
 
-@triton.jit(do_not_specialize=("V", "B"))
+@triton.jit(do_not_specialize=("V", "B"), do_not_specialize_on_alignment=("teacher_temp", "upstream"))
 def _gradient(
     upstream,        # ()
     student,         # (V, B, K)

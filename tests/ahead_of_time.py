@@ -1,6 +1,6 @@
 """Compiles, without a GPU, what a launcher of Triton kernels would launch, and reads the machine code.
 
-    python tests/ahead_of_time.py     prints a JSON list, one entry per kernel, configuration and architecture
+    python tests/ahead_of_time.py dino_loss      prints a JSON list, one entry per kernel, configuration and architecture
 
 A process of its own, because TRITON_INTERPRET must not be set when the kernels are decorated. The launcher itself is run, on
 tensors without memory ("meta"), so that shapes, constants and divisibilities are those of a real call.
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -25,10 +27,11 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 ARCHITECTURES = (80, 90)
+Launch = tuple[JITFunction, tuple, dict]
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def launches_of(module: ModuleType, call: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict]]:
+def launches_of(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
     """The kernels of `module` that `call` launches, with their arguments; none is run."""
     recorded = []
 
@@ -74,10 +77,9 @@ def _dino_loss_step(module: ModuleType, student: torch.Tensor, teacher: torch.Te
         module.dino_loss(student, teacher, center, 0.1, number, 64.0, False, False)
 
 
-def dino_loss() -> list[dict[str, object]]:
+def dino_loss() -> Iterator[tuple[dict[str, object], Launch]]:
     from dinofast.kernels import dino_loss as module
 
-    found = []
     cases = [*itertools.product((torch.float32, torch.bfloat16, torch.float16), (65536,), (True, False), (2,)),
              *((torch.bfloat16, k, True, 2) for k in (1, 65537, 2**20)),  # strides of 1; unaligned rows; many chunks a row
              *((torch.bfloat16, k, False, 1) for k in (65536, 1))]
@@ -85,11 +87,46 @@ def dino_loss() -> list[dict[str, object]]:
         student, teacher = (torch.empty(n, 64, prototypes, dtype=dtype, device="meta") for n in (10, teachers))
         center, number = torch.empty(prototypes, device="meta") if centered else None, torch.empty((), device="meta")
         call = partial(_dino_loss_step, module, student, teacher, center, number)
-        for (kernel, args, options), architecture in itertools.product(launches_of(module, call), ARCHITECTURES):
-            found.append({"kernel": kernel.__name__, "dtype": str(dtype), "prototypes": prototypes, "centered": centered,
-                          "teachers": teachers, "architecture": architecture, **health(kernel, args, options, architecture)})
-    return found
+        for launch in launches_of(module, call):
+            yield {"dtype": str(dtype), "prototypes": prototypes, "centered": centered, "teachers": teachers}, launch
+
+
+def adamw_ema() -> Iterator[tuple[dict[str, object], Launch]]:
+    from dinofast.kernels import adamw_ema as module
+
+    def tensors(dtype: torch.dtype | None = torch.float32) -> list[torch.Tensor | None]:
+        return [None if dtype is None else torch.empty(size, dtype=dtype, device="meta") for size in (4096, 7)]
+
+    def call(grad: torch.dtype, copy: torch.dtype | None) -> None:
+        number, skip = torch.empty((), device="meta"), torch.empty((), dtype=torch.bool, device="meta")
+        module.grad_norms(tensors(grad))
+        module.adamw_ema_(tensors(), tensors(grad), tensors(), tensors(), [number] * 2, tensors(), tensors(copy), tensors(copy),
+                          torch.empty(2, device="meta"), skip, number, number, 0.9, 0.999, 1e-8, number)
+        module.ema_(tensors(), tensors(grad), tensors(copy), number, skip)
+
+    cases = ((torch.float32, None), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16))
+    for aligned, (grad, copy) in itertools.product((True, False), cases):
+        module._are_aligned = lambda addresses, aligned=aligned: aligned
+        module._tables_of.cache_clear()                  # tensors without memory all have the same address
+        for launch in launches_of(module, partial(call, grad, copy)):
+            if launch[0].__name__ not in ("_prepare", "_norms") or (aligned and copy is None):  # these two do not vary
+                yield {"grad": str(grad), "aligned": aligned}, launch
+
+
+_cases: list[tuple[tuple[dict[str, object], Launch], int]] = []  # launches do not pickle: there before processes fork
+
+
+def _entry(i: int) -> dict[str, object]:
+    (labels, (kernel, *call)), architecture = _cases[i]
+    return {"kernel": kernel.__name__, **labels, "architecture": architecture, **health(kernel, *call, architecture)}
+
+
+def compiled(operation: str) -> list[dict[str, object]]:
+    """One entry for every launch and architecture, compiled on all cores."""
+    _cases[:] = itertools.product({"dino_loss": dino_loss, "adamw_ema": adamw_ema}[operation](), ARCHITECTURES)
+    with multiprocessing.get_context("fork").Pool() as pool:
+        return pool.map(_entry, range(len(_cases)), chunksize=1)
 
 
 if __name__ == "__main__":
-    print(json.dumps(dino_loss()))
+    print(json.dumps(compiled(sys.argv[1])))

@@ -34,9 +34,10 @@ def pytest_configure(config):
             if callable(getattr(ops._choice._C, name)):
                 _count(ops._choice._C, name, "cpp")
     if not ops._choice.NO_TRITON:
-        from dinofast.kernels import dino_loss
+        from dinofast.kernels import adamw_ema, dino_loss
 
-        _count(dino_loss, "dino_loss", "triton")
+        for module, name in ((dino_loss, "dino_loss"), *((adamw_ema, name) for name in ("adamw_ema_", "ema_", "grad_norms"))):
+            _count(module, name, "triton")
 
 
 def _count(module, name, kind):

@@ -4,8 +4,10 @@
 //     m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
 //     p = p - lr weight_decay p - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
 //     teacher = momentum teacher + (1 - momentum) p
+//     param_copy, teacher_copy = p, teacher, rounded: only where p and teacher are the masters of 16-bit tensors
 //
 // Bytes an element: p, m, v, teacher read and written, grad read: 36 in fp32. The norms before it read grad: 4 more.
+// A copy adds the bytes it has: a chunk is rounded while it is still in the cache.
 // All tensors of a call are cut into chunks that threads take in turn, so that one huge tensor and many tiny ones balance alike.
 // A norm is the sum of its chunks' fp64 sums in their order: the number of threads changes no bit.
 
@@ -55,6 +57,12 @@ DINOFAST_INLINE void ema_chunk_of(float* teacher, const T* student, int64_t n, M
 }
 
 template <class T>
+DINOFAST_INLINE void round_chunk_of(const float* x, T* copy, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) copy[i] = narrow<T>(x[i]);
+}
+
+template <class T>
 DINOFAST_INLINE double square_sum_of(const T* x, int64_t n) {
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -74,23 +82,37 @@ DINOFAST_INLINE double square_sum_of(const T* x, int64_t n) {
     DINOFAST_CLONES void ema_chunk(float* teacher, const T* student, int64_t n, Mix mix) {                                    \
         ema_chunk_of(teacher, student, n, mix);                                                                               \
     }                                                                                                                         \
-    DINOFAST_CLONES double square_sum(const T* x, int64_t n) { return square_sum_of(x, n); }
+    DINOFAST_CLONES double square_sum(const T* x, int64_t n) { return square_sum_of(x, n); }                                  \
+    DINOFAST_CLONES void round_chunk(const float* x, T* copy, int64_t n) { round_chunk_of(x, copy, n); }
 DINOFAST_CHUNKS(float)
 DINOFAST_CHUNKS(BF16)
 DINOFAST_CHUNKS(FP16)
 #undef DINOFAST_CHUNKS
 
-// Calls f with a pointer to number `at` in its own type.
+// Calls f with a number of that type.
 template <class F>
-auto with_numbers(const Numbers& x, int64_t at, F f) {
-    switch (x.dtype) {
-        case Dtype::bf16: return f(static_cast<const BF16*>(x.data) + at);
-        case Dtype::f16: return f(static_cast<const FP16*>(x.data) + at);
-        default: return f(static_cast<const float*>(x.data) + at);
+auto with_type(Dtype dtype, F f) {
+    switch (dtype) {
+        case Dtype::bf16: return f(BF16{});
+        case Dtype::f16: return f(FP16{});
+        default: return f(float{});
     }
 }
 
+// Calls f with a pointer to number `at` in its own type.
+template <class F>
+auto with_numbers(const Numbers& x, int64_t at, F f) {
+    return with_type(x.dtype, [&](auto type) { return f(static_cast<const decltype(type)*>(x.data) + at); });
+}
+
 struct Chunk { size_t tensor; int64_t begin, size; };
+
+void round_into(const Copy& copy, const float* x, const Chunk& chunk) {
+    if (copy.data == nullptr) return;
+    with_type(copy.dtype, [&](auto type) {
+        round_chunk(x + chunk.begin, static_cast<decltype(type)*>(copy.data) + chunk.begin, chunk.size);
+    });
+}
 
 template <class T>
 std::vector<Chunk> chunks_of(const std::vector<T>& tensors) {
@@ -130,6 +152,8 @@ void adamw_ema(const std::vector<AdamwTensor>& tensors, const AdamwOptions& o, i
             else
                 adamw_chunk(p, grad, m, v, chunk.size, factors[chunk.tensor]);
         });
+        round_into(t.param_copy, t.param, chunk);
+        round_into(t.teacher_copy, t.teacher, chunk);
     });
 }
 
@@ -138,6 +162,7 @@ void ema(const std::vector<EmaTensor>& tensors, double momentum, int n_threads) 
         const EmaTensor& t = tensors[chunk.tensor];
         with_numbers(t.student, chunk.begin,
                      [&](auto* student) { ema_chunk(t.teacher + chunk.begin, student, chunk.size, mix(momentum)); });
+        round_into(t.copy, t.teacher, chunk);
     });
 }
 

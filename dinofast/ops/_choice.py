@@ -21,9 +21,9 @@ NO_TRITON = "" if importlib.util.find_spec("triton") else "Triton is not install
 KERNELS = {  # operation -> device type -> the implementation that is faster than the reference
     "dino_loss": {"cpu": "cpp", "cuda": "triton"},
     "soft_cross_entropy": {"cpu": "cpp", "cuda": "triton"},
-    "adamw_ema_": {"cpu": "cpp"},
-    "ema_": {"cpu": "cpp"},
-    "grad_norms": {"cpu": "cpp"},
+    "adamw_ema_": {"cpu": "cpp", "cuda": "triton"},
+    "ema_": {"cpu": "cpp", "cuda": "triton"},
+    "grad_norms": {"cpu": "cpp", "cuda": "triton"},
 }
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLS = (None, "reference", "cpp", "triton")
