@@ -60,7 +60,8 @@ def timed(request: pytest.FixtureRequest, benchmark: Callable, case: Any, rival:
     """Measures the case unless that is done, and gives pytest-benchmark the rounds of this rival."""
     module, device = request.module, record.choose_device(request.config.option.device)
     if module.NAME not in RESULTS:
-        RESULTS[module.NAME] = record.environment(module.NAME, device, "python -m pytest benchmarks/ --save-results") | {"cases": []}
+        command = "python -m pytest benchmarks/ --save-results"
+        RESULTS[module.NAME] = record.environment(module.NAME, device, command) | {"cases": []}
     done = RESULTS[module.NAME]["cases"]
     if str(case) not in [each["case"] for each in done]:
         done.append(module.measure_case(case, device))

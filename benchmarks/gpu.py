@@ -1,9 +1,9 @@
 """`make gpu`: builds, tests and measures on a machine with a CUDA torch and no network, within nine minutes; safe to repeat.
 
 Nothing is downloaded: dinofast is installed without its dependencies, or, where pip may not install, built in place; either way
-what runs is this checkout. Results go to $OUT if that is set, else to benchmarks/results and into README.md. Every part has a time limit and runs
-whatever became of those before it; the last lines say how each ended. Exit code 1 if a part failed or ran over, except that
-what could not be installed and what racecheck had no time for are only named.
+what runs is this checkout. Results go to $OUT if that is set, else to benchmarks/results and into README.md. Every part has a
+time limit and runs whatever became of those before it; the last lines say how each ended. Exit code 1 if a part failed or ran
+over, except that what could not be installed and what racecheck had no time for are only named.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def why_no_gpu() -> str:
 def run(name: str, arguments: tuple[str, ...], deadline: float, environment: dict[str, str]) -> str:
     """How one part ended: "ok, 12 s", or what went wrong. A part that runs over is ended with all its children."""
     limit_s = min(LIMIT_S[name], deadline - time.monotonic())
-    if limit_s < 5:
+    if limit_s < 1:
         return "FAILED: not begun, no time was left"
     print(f"\n==== {name} (at most {limit_s:.0f} s): {' '.join(arguments)}", flush=True)
     start = time.monotonic()

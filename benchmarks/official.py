@@ -77,11 +77,16 @@ def from_checkout(file: str, name: str) -> Any:
     return names[name]
 
 
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def checkout_dino_loss(crops: int, prototypes: int, student_temp: float, teacher_temp: float,
                        device: torch.device) -> nn.Module:
     """The checkout's own `DINOLoss`, with the process group of one process that its all-reduce asks for."""
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave)
     loss = from_checkout("main_dino.py", "DINOLoss")
     return loss(prototypes, crops, teacher_temp, teacher_temp, 0, 1, student_temp=student_temp).to(device)
