@@ -8,6 +8,7 @@ over, except that what could not be installed and what racecheck had no time for
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -61,9 +62,10 @@ def run(name: str, arguments: tuple[str, ...], deadline: float, environment: dic
 
 def install(deadline: float, environment: dict[str, str]) -> str:
     """The C++ core is wanted for the CPU only: without it the rest goes on."""
-    absent = [name for name in ("setuptools", "pybind11") if not importlib.util.find_spec(name)]
+    wanted = {"setuptools": 77, "pybind11": 2}
+    absent = [f"{name} {least} or newer" for name, least in wanted.items() if major_version(name) < least]
     if absent:
-        return f"left out: {' and '.join(absent)} not installed, so the C++ core cannot be built; the GPU kernels do without"
+        return f"left out: {PYTHON} has no {' and no '.join(absent)} to build the C++ core with; the GPU kernels do without"
     ended = "left out: pip is not installed"
     if importlib.util.find_spec("pip"):
         ended = run("install", (PYTHON, *INSTALL), deadline, environment)
@@ -71,6 +73,14 @@ def install(deadline: float, environment: dict[str, str]) -> str:
         ended = f"{run('install', (PYTHON, *BUILD), deadline, environment)} (built in place: pip may not install here)"
     has_core = subprocess.run((PYTHON, "-c", "from dinofast import _C"), cwd=ROOT, env=environment, capture_output=True)
     return ended if has_core.returncode == 0 else f"left out: the C++ core was not built ({ended}); the GPU kernels do without"
+
+
+def major_version(package: str) -> int:
+    """0 if it is not installed."""
+    try:
+        return int(importlib.metadata.version(package).split(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        return 0
 
 
 def sanitizer() -> str | None:

@@ -86,7 +86,7 @@ def save(result: dict[str, Any], folder: Path) -> Path:
 
 def text(case: dict[str, Any]) -> str:
     """One case for the terminal."""
-    head = ("rival", "median ms", "[quartiles]", "official / it", "it / copy", "GB/s", "of copy", "extra MiB")
+    head = ("rival", "median ms", "[quartiles]", "official / it", "it / copy", "GB/s", "of copy", "extra MiB", "host ms")
     lines = [head]
     for row in case["rows"]:
         low, high = row["quartiles_ms"]
@@ -94,9 +94,11 @@ def text(case: dict[str, Any]) -> str:
                       f"{row['times_faster_than_official']:.2f}", f"{row['times_the_copy']:.2f}",
                       f"{row['gbps']:.1f}" if row["gbps"] else "",
                       f"{row['share_of_copy_bandwidth']:.0%}" if row["gbps"] else "",
-                      "not measured" if row["extra_mib"] is None else f"{row['extra_mib']:.1f}"))
+                      "not measured" if row["extra_mib"] is None else f"{row['extra_mib']:.1f}",
+                      "" if row["launch_ms"] is None else f"{row['launch_ms']:.3f}"))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    body = "\n".join("  ".join(["", line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+    body = "\n".join("  ".join(["", line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+                     for line in lines)
     notes = "".join(f"\n  left out: {note}" for note in case["left_out"])
     return f"{case['case']}, {case['rounds']} rounds\n{body}{notes}"
 

@@ -42,8 +42,10 @@ def demo() -> str:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Columns in which no row has anything are left out."""
+    kept = [c for c in range(len(head)) if any(row[c] for row in rows)]
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line[c] for c in kept) + " |" for line in lines)
 
 
 def speed(benchmark: str, device_type: str) -> str:
@@ -53,7 +55,7 @@ def speed(benchmark: str, device_type: str) -> str:
         return f"`{benchmark}` on a {'GPU' if device_type == 'cuda' else 'CPU'}: no measurement has been committed yet."
     result = json.loads(path.read_text())
     first, *others = result["cases"]
-    parts = [f"`{benchmark}`, {first['case']}:", full_table(first)]
+    parts = [f"`{benchmark}` ({first['implementation']}), {first['case']}:", full_table(first)]
     if others:
         parts += ["In other cases:", brief_table(others)]
     commit, _, dirty = result["commit"].partition("-")
@@ -67,12 +69,13 @@ def speed(benchmark: str, device_type: str) -> str:
 def full_table(case: dict) -> str:
     """Every rival of one case."""
     head = ("", "ms: median [quartiles]", "official / this", "this / copy", "GB/s of counted bytes (of the copy's)",
-            "extra memory")
+            "extra memory", "ms on the host")
     rows = []
     for row in case["rows"]:
         low, high = row["quartiles_ms"]
         cells = (row["rival"], f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
-                 f"{row['times_faster_than_official']:.1f}", f"{row['times_the_copy']:.2f}", bandwidth(row), memory(case, row))
+                 f"{row['times_faster_than_official']:.1f}", f"{row['times_the_copy']:.2f}", bandwidth(row), memory(case, row),
+                 "" if row["launch_ms"] is None else digits(row["launch_ms"]))
         rows.append(tuple(f"**{cell}**" if cell and row["rival"] == "dinofast" else cell for cell in cells))
     return table(head, rows)
 
@@ -88,8 +91,7 @@ def brief_table(cases: list[dict]) -> str:
         rows.append((case["case"], digits(ours["median_ms"]), f"{ours['times_faster_than_official']:.1f}",
                      f"{compiled['median_ms'] / ours['median_ms']:.1f}" if compiled else "", f"{ours['times_the_copy']:.2f}",
                      bandwidth(ours)))
-    kept = [c for c in range(len(head)) if any(line[c] for line in rows)]
-    return table(tuple(head[c] for c in kept), [tuple(line[c] for c in kept) for line in rows])
+    return table(head, rows)
 
 
 def bandwidth(row: dict) -> str:

@@ -179,7 +179,7 @@ def test_a_result_file_has_every_field(results):
 
 def test_report_renders_a_file(results):
     shown = report.speed("dino_loss", "cpu")
-    assert "`dino_loss`, V = 4, B = 3, K = 50, float32:" in shown and "| V = 4, B = 5, K = 50, float32 |" in shown
+    assert "), V = 4, B = 3, K = 50, float32:" in shown and "| V = 4, B = 5, K = 50, float32 |" in shown
     row = json.loads((results / "dino_loss-cpu.json").read_text())["cases"][0]["rows"][3]
     assert f"| **dinofast** | **{report.digits(row['median_ms'])} [" in shown
     assert f"| **{row['times_faster_than_official']:.1f}** |" in shown
@@ -213,6 +213,18 @@ def test_pytest_is_handed_the_measured_times(tmp_path):
     records = json.loads((tmp_path / "record.json").read_text())["benchmarks"]
     theirs = {each["params"]["rival"]: each["stats"]["median"] for each in records}
     assert theirs == pytest.approx({row["rival"]: row["median_ms"] / 1e3 for row in rows[:-1]})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("module, small", [(bench_dino_loss, SMALL_LOSS), (bench_adamw_ema, SMALL_STEP)], ids=lambda x: str(x))
+def test_on_a_gpu(not_compiled, monkeypatch, module, small):
+    monkeypatch.delenv("DINO_OFFICIAL", raising=False)
+    case = module.measure_case(small, torch.device("cuda"), 0.01)
+    rows = {row["rival"]: row for row in case["rows"]}
+    assert 100 < rows["copy of 1 GiB"]["gbps"] < 20_000
+    assert all(row["launch_ms"] > 0 and row["median_ms"] > 0 for row in rows.values())
+    assert rows["copy of 1 GiB"]["extra_mib"] == 0
 
 
 def test_kernels_are_launched():
