@@ -1,142 +1,159 @@
-"""A whole optimiser step, clip + AdamW + teacher's average, on ViT-S/16 with its head (44 M parameters), and the plain average.
+"""The optimiser's step, clip + AdamW + teacher's average, on ViT-S/16 with its head (44 M parameters), and the plain average.
 
-    python -m pytest benchmarks/bench_adamw_ema.py --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
-    python benchmarks/bench_adamw_ema.py      the same in turns, medians and quartiles: for machines that are shared
+    python -m pytest benchmarks/bench_adamw_ema.py        prints the comparison; --save-results keeps it
+    python benchmarks/bench_adamw_ema.py --save-results   the same without pytest
 
 "official" does what the official loop does: norm of each tensor read on the host, clip in place, `torch.optim.AdamW`, average
-tensor by tensor; "official, fused" the same with torch's fused AdamW. Gradients are below the limit, so that the official clip
-only reads them. "copy" moves the parameters into memory already there.
+tensor by tensor; "official, fused AdamW" the same with torch's fused AdamW; "official checkout" takes `clip_gradients` itself
+from where $DINO_OFFICIAL points. Gradients are below the limit, so that the official clip only reads them.
 """
 
 from __future__ import annotations
 
 import copy
-import platform
-import statistics
-import time
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-import pytest
+import official
 import torch
+from record import main, rows_of
+from timing import MIB, Rival, copies, measure
 from torch import nn
 
 from dinofast import AdamWEMA, DINOHead, MultiCropWrapper, ops, param_groups, vit_small
 
-CLIP, MOMENTUM = 3.0, 0.996
-STEP_BYTES, AVERAGE_BYTES, COPY_BYTES = 40, 12, 8  # an element: what our two passes move; the average alone; a copy
+NAME = "adamw_ema"
+CLIP, MOMENTUM, LR, WEIGHT_DECAY = 3.0, 0.996, 5e-4, 0.04
+# Bytes a number: the gradient read for its norm, then 5 read and 4 written; the average alone.
+STEP_BYTES, AVERAGE_BYTES = 40, 12
+SECONDS = {"cpu": 8.0, "cuda": 3.0}  # a case
 
 
-def small_vit() -> nn.Module:
+class Case(NamedTuple):
+    what: str                        # "step" or "average"
+    numbers: int | None = None       # kept of each axis of each tensor; None: all
+
+    def __str__(self) -> str:
+        what = {"step": "clip, AdamW and average", "average": "average alone"}[self.what]
+        return f"{what}, ViT-S/16 with its head" + (f", cut to {self.numbers} an axis" if self.numbers else "")
+
+
+def cases(device: torch.device) -> list[Case]:
+    """The first is the one that README shows in full; the last shows the price of the calls."""
+    return [Case("step"), Case("average"), Case("step", 2)]
+
+
+def rivals_of(case: Case) -> tuple[str, ...]:
+    if case.what == "average":       # that of the official code is a part of a longer function, which cannot be taken out
+        return "official", "dinofast"
+    return "official", "official checkout", "official, fused AdamW", "dinofast"
+
+
+def measure_case(case: Case, device: torch.device, seconds: float | None = None) -> dict[str, Any]:
+    """The rivals, checked against each other and then measured in turns."""
+    model = make_model(case).to(device)
+    rivals, left_out = steps(model) if case.what == "step" else (averages(model), [])
+    if case.numbers:                 # so few bytes say nothing of bandwidth
+        rivals = [replace(rival, moved_bytes=None) for rival in rivals]
+    parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
+    timings = measure([*rivals, *copies(parameters, "the parameters")], device, seconds or SECONDS[device.type])
+    op = {"step": "adamw_ema_", "average": "ema_"}[case.what]
+    return {"case": str(case), "tensors": len(list(model.parameters())), "numbers": parameters.numel(), "dtype": "float32",
+            "implementation": ops.paths()[op][device.type], "rounds": len(timings[0].elapsed_ms),
+            "parameters_mib": parameters.nbytes / MIB, "rows": rows_of(timings), "left_out": left_out}
+
+
+def make_model(case: Case) -> nn.Module:
     torch.manual_seed(0)
-    return MultiCropWrapper(vit_small(), DINOHead(384, 65536))
-
-
-def tiny(model: nn.Module) -> nn.Module:
-    """As many tensors, next to no numbers: what is left is the price of the call."""
-    model = copy.deepcopy(model)
-    for p in model.parameters():
-        p.data = p.data[(slice(2),) * p.ndim].clone()
+    model = MultiCropWrapper(vit_small(), DINOHead(384, 65536 if case.numbers is None else 64))
+    if case.numbers:                 # as many tensors, next to no numbers
+        for p in model.parameters():
+            p.data = p.data[(slice(case.numbers),) * p.ndim].clone()
     return model
 
 
-def with_gradients(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A copy of the model whose gradients are set, and its teacher."""
-    student, teacher = copy.deepcopy(model), copy.deepcopy(model)
+def steps(model: nn.Module) -> tuple[list[Rival], list[str]]:
+    """Each has a student, teacher and moments of its own; checked after three steps."""
+    made = {"official": _official_step(model, official.clip_gradients)}
+    left_out = []
+    if official.has_checkout():
+        made["official checkout"] = _official_step(model, official.from_checkout("utils.py", "clip_gradients"))
+    else:
+        left_out.append(f"official checkout: {official.NOT_SET}")
+    made["official, fused AdamW"] = _official_step(model, official.clip_gradients, fused=True)
+    made["dinofast"] = _step(model)
+    for name, (call, student, teacher) in made.items():
+        for _ in range(3):
+            call()
+        check_same(name, (student, teacher), made["official"][1:])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return [Rival(name, call, STEP_BYTES * trained + AVERAGE_BYTES * frozen if name == "dinofast" else None)
+            for name, (call, _, _) in made.items()], left_out
+
+
+def averages(model: nn.Module) -> list[Rival]:
+    pairs = [(_shifted(model), copy.deepcopy(model)) for _ in range(2)]
+    lists = [list(m.parameters()) for m in reversed(pairs[1])]
+    calls = (lambda: official.average(*pairs[0], MOMENTUM), lambda: ops.ema_(*lists, MOMENTUM))
+    for call in calls:
+        call()
+    check_same("dinofast", pairs[1], pairs[0])
+    return [Rival("official", calls[0]), Rival("dinofast", calls[1], AVERAGE_BYTES * sum(p.numel() for p in lists[0]))]
+
+
+def check_same(name: str, ours: tuple[nn.Module, nn.Module], theirs: tuple[nn.Module, nn.Module]) -> None:
+    """Raise AssertionError unless student and teacher agree with the official ones."""
+    for one, other in zip(ours, theirs, strict=True):
+        for (where, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=lambda m, w=where: f"{w} of '{name}': {m}")
+
+
+def _step(model: nn.Module) -> tuple[Callable[[], None], nn.Module, nn.Module]:
+    student, teacher = _with_gradients(model), copy.deepcopy(model)
+    optimizer = AdamWEMA(param_groups(student), lr=LR, weight_decay=WEIGHT_DECAY, student=student, teacher=teacher,
+                         clip_grad=CLIP)
+
+    def call() -> None:
+        optimizer.step(momentum=MOMENTUM)
+    return call, student, teacher
+
+
+def _official_step(model: nn.Module, clip: Callable[[nn.Module, float], object],
+                   fused: bool | None = None) -> tuple[Callable[[], None], nn.Module, nn.Module]:
+    student, teacher = _with_gradients(model), copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(param_groups(student), lr=LR, weight_decay=WEIGHT_DECAY, fused=fused)
+
+    def call() -> None:
+        clip(student, CLIP)
+        optimizer.step()
+        official.average(student, teacher, MOMENTUM)
+    return call, student, teacher
+
+
+def _with_gradients(model: nn.Module) -> nn.Module:
+    student = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(1)
     for p in student.parameters():
         if p.requires_grad:
-            p.grad = torch.randn(p.shape, generator=generator) * 1e-4
-    return student, teacher
+            p.grad = (torch.randn(p.shape, generator=generator) * 1e-4).to(p.device)
+    return student
 
 
-def step(model: nn.Module) -> Callable[[], None]:
-    student, teacher = with_gradients(model)
-    optimizer = AdamWEMA(param_groups(student), lr=5e-4, weight_decay=0.04, student=student, teacher=teacher, clip_grad=CLIP)
-    return _keeping(lambda: optimizer.step(momentum=MOMENTUM), student, teacher)
-
-
-def official(model: nn.Module, fused: bool = False) -> Callable[[], None]:
-    student, teacher = with_gradients(model)
-    optimizer = torch.optim.AdamW(param_groups(student), lr=5e-4, weight_decay=0.04, fused=fused)
-
-    def once() -> None:
-        norms = []
+def _shifted(model: nn.Module) -> nn.Module:
+    """Far enough from the teacher that an average can be told from none."""
+    student = copy.deepcopy(model)
+    with torch.no_grad():
         for p in student.parameters():
-            if p.grad is not None:
-                norm = p.grad.norm(2)
-                norms.append(norm.item())
-                factor = CLIP / (norm + 1e-6)
-                if factor < 1:
-                    p.grad.mul_(factor)
-        optimizer.step()
-        with torch.no_grad():
-            for s, t in zip(student.parameters(), teacher.parameters(), strict=True):
-                t.mul_(MOMENTUM).add_((1 - MOMENTUM) * s.detach())
-    return _keeping(once, student, teacher)
+            p.add_(0.1)
+    return student
 
 
-def average(model: nn.Module, impl: str | None = None) -> Callable[[], None]:
-    students, teachers = list(model.parameters()), list(copy.deepcopy(model).parameters())
-    return lambda: ops.ema_(teachers, students, MOMENTUM, impl=impl)
-
-
-def copy_of(model: nn.Module) -> Callable[[], None]:
-    source = torch.cat([p.detach().flatten() for p in model.parameters()])
-    target = source.clone()
-    return lambda: target.copy_(source)
-
-
-def _keeping(once: Callable[[], None], student: nn.Module, teacher: nn.Module) -> Callable[[], None]:
-    once.weights = lambda: [p.detach() for p in (*student.parameters(), *teacher.parameters())]  # to compare the results
-    return once
-
-
-def check_same(ours: Callable[[], None], theirs: Callable[[], None]) -> None:
-    for a, b in zip(ours.weights(), theirs.weights(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-RIVALS = {"step": step, "official": official, "official, fused": lambda model: official(model, fused=True), "average": average,
-          "average, reference": lambda model: average(model, "reference"), "copy": copy_of}
-BYTES = {"step": STEP_BYTES, "average": AVERAGE_BYTES, "copy": COPY_BYTES}
-
-
-@pytest.mark.parametrize("name", RIVALS)
-def test_adamw_ema(benchmark: Callable, name: str) -> None:
-    benchmark.group = "adamw_ema_, ViT-S/16 with its head"
-    benchmark(RIVALS[name](small_vit()))
-
-
-def turns(model: nn.Module, rounds: int) -> dict[str, list[float]]:
-    """Elapsed milliseconds of every rival, one round after the other."""
-    rivals = {name: make(model) for name, make in RIVALS.items()}
-    elapsed_ms: dict[str, list[float]] = {name: [] for name in rivals}
-    for _ in range(rounds):
-        for name, once in rivals.items():
-            once()  # pays for the state of memory that the one before it has left
-            start = time.perf_counter()
-            once()
-            elapsed_ms[name].append((time.perf_counter() - start) * 1e3)
-    check_same(rivals["step"], rivals["official"])
-    return elapsed_ms
-
-
-def main() -> None:
-    model = small_vit()
-    tensors, numbers = len(list(model.parameters())), sum(p.numel() for p in model.parameters())
-    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads; "
-          f"{tensors} tensors, {numbers / 1e6:.1f} M numbers")
-    for what, subject, rounds in (("full size", model, 9), ("a few numbers a tensor", tiny(model), 51)):
-        elapsed_ms = turns(subject, rounds)
-        median = {name: statistics.median(times) for name, times in elapsed_ms.items()}
-        print(f"{what}, {rounds} rounds, medians [quartiles] in ms:")
-        for name, times in elapsed_ms.items():
-            low, _, high = statistics.quantiles(times, n=4)
-            speed = f", {BYTES[name] * numbers / median[name] / 1e6:.1f} GB/s" if name in BYTES and subject is model else ""
-            print(f"  {name:20} {median[name]:8.3f} [{low:.3f}, {high:.3f}]{speed}")
-        print(f"  official / step {median['official'] / median['step']:.2f}, official, fused / step "
-              f"{median['official, fused'] / median['step']:.2f}")
+def test_adamw_ema(timed: Callable[[], None]) -> None:
+    timed()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.modules[__name__])

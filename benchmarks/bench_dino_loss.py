@@ -1,69 +1,135 @@
-"""dino_loss forward and backward: every implementation, and a copy of the student logits as the yardstick.
+"""Loss and gradient of the student's logits: official semantics, the reference, the reference compiled, dinofast, and a copy.
 
-    python -m pytest benchmarks/bench_dino_loss.py --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
-    python benchmarks/bench_dino_loss.py      the same in turns, as ratios of medians: for machines that are shared
+    python -m pytest benchmarks/bench_dino_loss.py        prints the comparison; --save-results keeps it
+    python benchmarks/bench_dino_loss.py --save-results   the same without pytest
+
+"official" is a rewrite of the official semantics, eager; "official checkout" the official `DINOLoss` itself, its centre update
+included, where $DINO_OFFICIAL names a checkout. Axes: B images, V student crops, K prototypes.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import pytest
+import official
 import torch
+from record import main, rows_of
+from timing import MIB, Rival, copies, measure
 from torch import Tensor
 
-from dinofast import ops
+from dinofast import ops, reference
 from dinofast.testing import loss_inputs
 
-SHAPES = ((10, 32, 65536), (10, 32, 4096))  # (V, B, K): the official head, a small one
-DTYPES = (torch.float32, torch.bfloat16)
+NAME = "dino_loss"
+STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
+SECONDS = {"cpu": 8.0, "cuda": 3.0}              # a case
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}     # ||difference|| / ||official||; bf16: of the gradient itself
 
 
-def step(inputs: tuple[Tensor, Tensor, Tensor], impl: str) -> Callable[[], None]:
-    """Loss and gradient of the logits, freshly allocated each time, as in training."""
-    student, teacher, center = inputs
-    student.requires_grad_()
+class Case(NamedTuple):
+    crops: int
+    images: int
+    prototypes: int
+    dtype: torch.dtype
 
-    def once() -> None:
-        student.grad = None
-        ops.dino_loss(student, teacher, center, 0.1, 0.04, impl)[0].backward()
-    return once
-
-
-def copy(inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], None]:
-    """The student logits into memory already there: a read and a write by all threads."""
-    source, target = inputs[0].detach(), torch.empty_like(inputs[0])
-    return lambda: target.copy_(source)
+    def __str__(self) -> str:
+        return f"V = {self.crops}, B = {self.images}, K = {self.prototypes:,}, {str(self.dtype).removeprefix('torch.')}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("impl", ("cpp", "reference", "copy"))
-def test_dino_loss(benchmark: Callable, impl: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    inputs = loss_inputs("peaked", *shape, dtype=dtype)
-    benchmark.group = f"dino_loss {shape} {dtype}"
-    benchmark(copy(inputs) if impl == "copy" else step(inputs, impl))
+def cases(device: torch.device) -> list[Case]:
+    """The first is the one that README shows in full."""
+    if device.type == "cuda":
+        return [Case(10, images, 65536, dtype) for dtype in (torch.bfloat16, torch.float32) for images in (64, 32, 128)]
+    return [Case(10, images, prototypes, dtype) for images, prototypes in ((32, 65536), (8, 65536), (32, 4096))
+            for dtype in (torch.float32, torch.bfloat16)]
 
 
-def main() -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians in ms")
-    for shape in SHAPES:
-        for dtype in DTYPES:
-            inputs = loss_inputs("peaked", *shape, dtype=dtype)
-            rivals = {"cpp": step(inputs, "cpp"), "reference": step(inputs, "reference"), "copy": copy(inputs)}
-            elapsed_ms: dict[str, list[float]] = {name: [] for name in rivals}
-            for _ in range(7):
-                for name, once in rivals.items():
-                    once()  # pays for the state of memory that the one before it has left
-                    start = time.perf_counter()
-                    once()
-                    elapsed_ms[name].append((time.perf_counter() - start) * 1e3)
-            median = {name: statistics.median(times) for name, times in elapsed_ms.items()}
-            print(f"{shape} {str(dtype):15}", *(f"{name} {ms:8.2f}" for name, ms in median.items()),
-                  f"reference/cpp {median['reference'] / median['cpp']:.1f}", f"cpp/copy {median['cpp'] / median['copy']:.2f}")
+def rivals_of(case: Case) -> tuple[str, ...]:
+    return "official", "official checkout", "reference", "reference, compiled", "dinofast"
+
+
+def measure_case(case: Case, device: torch.device, seconds: float | None = None) -> dict[str, Any]:
+    """The rivals, checked against each other and then measured in turns."""
+    student, teacher, center = (x.to(device) for x in loss_inputs("peaked", *case[:3], dtype=case.dtype))
+    rivals, left_out = make_rivals(student.requires_grad_(), teacher, center)
+    check_same(rivals, TOLERANCE[case.dtype])
+    timings = measure([*rivals, *copies(student, "the student's logits")], device, seconds or SECONDS[device.type])
+    return {"case": str(case), "crops": case.crops, "images": case.images, "prototypes": case.prototypes,
+            "dtype": str(case.dtype).removeprefix("torch."), "implementation": ops.paths()["dino_loss"][device.type],
+            "rounds": len(timings[0].elapsed_ms), "student_mib": student.nbytes / MIB, "rows": rows_of(timings),
+            "left_out": left_out}
+
+
+def make_rivals(student: Tensor, teacher: Tensor, center: Tensor) -> tuple[list[Rival], list[str]]:
+    """Each returns (loss, gradient of the logits (V, B, K), sum of the teacher's rows); and why others are left out.
+
+    student (V, B, K), teacher (2, B, K), center (K,).
+    """
+    crops, _, prototypes = student.shape
+    flat = (student.flatten(0, 1), teacher.flatten(0, 1), center[None])                     # crop-major, as the official code
+    temps = (STUDENT_TEMP, TEACHER_TEMP)
+
+    def with_gradient(loss_of: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+        def call() -> tuple[Tensor, Tensor, Tensor]:
+            loss, *_, teacher_sum = loss_of()
+            return loss.detach(), torch.autograd.grad(loss, student)[0], teacher_sum
+        return call
+
+    rivals = [Rival("official", with_gradient(lambda: official.dino_loss(*flat, *temps)))]
+    left_out = []
+    if official.has_checkout():
+        module = official.checkout_dino_loss(crops, prototypes, *temps, student.device)
+        narrow = student.dtype != torch.float32
+
+        def checkout() -> tuple[Tensor, Tensor]:
+            module.center = center[None]
+            with torch.autocast(student.device.type, student.dtype, enabled=narrow):        # as in the official loop
+                return module(flat[0], flat[1], 0), module.center
+        rivals.append(Rival("official checkout", with_gradient(checkout)))
+    else:
+        left_out.append(f"official checkout: {official.NOT_SET}")
+    rivals.append(Rival("reference", with_gradient(lambda: reference.dino_loss(student, teacher, center, *temps))))
+    torch.compiler.reset()
+    compiled = torch.compile(reference.dino_loss, dynamic=False)
+    rivals.append(Rival("reference, compiled", with_gradient(lambda: compiled(student, teacher, center, *temps))))
+    if reason := why_not(rivals[-1].call):
+        rivals.pop()
+        left_out.append(f"reference, compiled: {reason}")
+    rivals.append(Rival("dinofast", with_gradient(lambda: ops.dino_loss(student, teacher, center, *temps)),
+                        moved_bytes(student)))
+    return rivals, left_out
+
+
+def moved_bytes(student: Tensor) -> int | None:
+    """By the scheme of the implementation, in slabs of B K numbers: V + 2 read and V written; the Triton kernels read twice."""
+    passes = {"cpp": 1, "triton": 2}.get(ops.paths()["dino_loss"][student.device.type])
+    crops = student.shape[0]
+    return passes and (passes * (crops + 2) + crops) * student[0].numel() * student.itemsize
+
+
+def why_not(compiled: Callable[[], object]) -> str:
+    """Compiles by calling; one sentence if torch.compile cannot work on this machine, mostly for want of a compiler."""
+    try:
+        compiled()
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+        return f"torch.compile fails here ({type(error).__name__}: {str(error).strip().splitlines()[0][:100]})"
+    return ""
+
+
+def check_same(rivals: Sequence[Rival], tolerance: float) -> None:
+    """Raise AssertionError unless all give the loss and the gradient of the first within ||difference|| / ||first||."""
+    loss, gradient, _ = rivals[0].call()
+    for rival in rivals[1:]:
+        for what, other, first in zip(("loss", "gradient"), rival.call(), (loss, gradient), strict=False):
+            off = ((other.double() - first.double()).norm() / first.double().norm()).item()
+            assert off <= tolerance, f"{what} of '{rival.name}' is off by {off:.2g} from '{rivals[0].name}', above {tolerance}"
+
+
+def test_dino_loss(timed: Callable[[], None]) -> None:
+    timed()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.modules[__name__])

@@ -5,7 +5,9 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; a test checks that 
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -40,11 +42,82 @@ def demo() -> str:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Columns in which no row has anything are left out."""
+    kept = [c for c in range(len(head)) if any(row[c] for row in rows)]
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line[c] for c in kept) + " |" for line in lines)
 
 
-TABLES = {"demo": demo}
+def speed(benchmark: str, device_type: str) -> str:
+    """The first case of results/BENCHMARK-DEVICE.json in full, a line for each other; a sentence if there is no file."""
+    path = RESULTS / f"{benchmark}-{device_type}.json"
+    if not path.is_file():
+        return f"`{benchmark}` on a {'GPU' if device_type == 'cuda' else 'CPU'}: no measurement has been committed yet."
+    result = json.loads(path.read_text())
+    first, *others = result["cases"]
+    parts = [f"`{benchmark}` ({first['implementation']}), {first['case']}:", full_table(first)]
+    if others:
+        parts += ["In other cases:", brief_table(others)]
+    commit, _, dirty = result["commit"].partition("-")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    threads = "" if device_type == "cuda" else f", {result['threads']} threads"
+    parts.append(f"{result['device']}{threads}; {versions}; commit {commit[:10]}{' with changes' if dirty else ''}, "
+                 f"{result['date']}; `{result['command']}`. {' '.join(reasons(result))}".strip())
+    return "\n\n".join(parts)
+
+
+def full_table(case: dict) -> str:
+    """Every rival of one case."""
+    head = ("", "ms: median [quartiles]", "official / this", "this / copy", "GB/s of counted bytes (of the copy's)",
+            "extra memory", "ms on the host")
+    rows = []
+    for row in case["rows"]:
+        low, high = row["quartiles_ms"]
+        cells = (row["rival"], f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
+                 f"{row['times_faster_than_official']:.1f}", f"{row['times_the_copy']:.2f}", bandwidth(row), memory(case, row),
+                 "" if row["launch_ms"] is None else digits(row["launch_ms"]))
+        rows.append(tuple(f"**{cell}**" if cell and row["rival"] == "dinofast" else cell for cell in cells))
+    return table(head, rows)
+
+
+def brief_table(cases: list[dict]) -> str:
+    """dinofast in every case."""
+    head = ("", "dinofast, ms", "official / dinofast", "compiled reference / dinofast", "dinofast / copy",
+            "GB/s of counted bytes (of the copy's)")
+    rows = []
+    for case in cases:
+        row = {row["rival"]: row for row in case["rows"]}
+        ours, compiled = row["dinofast"], row.get("reference, compiled")
+        rows.append((case["case"], digits(ours["median_ms"]), f"{ours['times_faster_than_official']:.1f}",
+                     f"{compiled['median_ms'] / ours['median_ms']:.1f}" if compiled else "", f"{ours['times_the_copy']:.2f}",
+                     bandwidth(ours)))
+    return table(head, rows)
+
+
+def bandwidth(row: dict) -> str:
+    return f"{row['gbps']:,.0f} ({row['share_of_copy_bandwidth']:.0%})" if row["gbps"] else ""
+
+
+def memory(case: dict, row: dict) -> str:
+    """Beside inputs and gradient; of the loss also as a share of the student's logits."""
+    if row["extra_mib"] is None:
+        return "not measured"
+    share = f" ({row['extra_mib'] / case['student_mib']:.0%})" if "student_mib" in case else ""
+    return f"{row['extra_mib']:,.1f} MiB{share}"
+
+
+def reasons(result: dict) -> list[str]:
+    """Why rivals are absent, each said once."""
+    return sorted({f"Left out: {reason}." for case in result["cases"] for reason in case["left_out"]})
+
+
+def digits(ms: float) -> str:
+    """Three significant digits, or all before the point."""
+    return f"{ms:,.{max(0, 2 - math.floor(math.log10(ms)))}f}"
+
+
+SPEED = [(benchmark, device_type) for device_type in ("cpu", "cuda") for benchmark in ("dino_loss", "adamw_ema")]
+TABLES = {"demo": demo} | {f"{b}-{d}": functools.partial(speed, b, d) for b, d in SPEED}
 
 
 def render(text: str) -> str:
@@ -57,6 +130,10 @@ def render(text: str) -> str:
     return text
 
 
-if __name__ == "__main__":
+def main() -> None:
     readme = ROOT / "README.md"
     readme.write_text(render(readme.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Launches every kernel once at awkward shapes: `compute-sanitizer --tool memcheck python benchmarks/launch_kernels.py`.
+
+Odd lengths, one row, strided rows, more chunks than one, every dtype: where an index can run over the end. Few variants: each
+is compiled, and the sanitizer is slow.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from record import choose_device
+
+from dinofast import ops
+from dinofast.testing import loss_inputs
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOSS_SHAPES = ((2, 1, 1), (3, 2, 1001), (10, 3, 8193))      # (V, B, K)
+TENSOR_SHAPES = ((1,), (3, 5), (1023,), (7, 11, 13), (65537,))
+
+
+def dino_loss(device: torch.device) -> int:
+    """Loss and gradient, contiguous and with a gap after each row, and the loss alone; the number of calls."""
+    calls = 0
+    for dtype in DTYPES:
+        for shape in LOSS_SHAPES if dtype != torch.float16 else LOSS_SHAPES[-1:]:
+            student, teacher, center = (x.to(device) for x in loss_inputs("peaked", *shape, dtype=dtype))
+            for gap in (0, 3):
+                wide = torch.cat([student, student[..., :1].expand(-1, -1, gap)], -1).requires_grad_()
+                loss = ops.dino_loss(wide[..., :shape[2]], teacher, center, 0.1, 0.04)[0]
+                loss.backward()
+                assert loss.isfinite() and wide.grad.isfinite().all()
+                calls += 1
+        assert ops.dino_loss(student, teacher, center, 0.1, 0.04)[0].isfinite()
+        calls += 1
+    return calls
+
+
+def lists(device: torch.device) -> int:
+    """Norms, optimiser's step and average of lists of tensors; some without a teacher; skipped and not."""
+    def tensors(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        return [torch.rand(shape, generator=generator).to(device, dtype) for shape in TENSOR_SHAPES]
+
+    generator, calls = torch.Generator().manual_seed(0), 0
+    for dtype in DTYPES:
+        grads, teachers = tensors(dtype), tensors()
+        assert ops.grad_norms(grads).isfinite().all()
+        steps = [torch.zeros((), device=device) for _ in grads]
+        factors = torch.ones(len(grads), device=device)
+        for skip in (False, True):
+            params, moments, squares = tensors(), tensors(), tensors()
+            ops.adamw_ema_(params, grads, moments, squares, steps, [*teachers[:-1], None], factors,
+                           torch.tensor(skip, device=device), lr=1e-3, weight_decay=0.04, betas=(0.9, 0.999), eps=1e-8,
+                           momentum=0.99)
+            assert all(p.isfinite().all() for p in params)
+            calls += 1
+        ops.ema_(teachers, grads, 0.99)
+        assert all(t.isfinite().all() for t in teachers)
+        calls += 2
+    return calls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    device = choose_device(parser.parse_args().device)
+    paths = {op: by_device[device.type] for op, by_device in ops.paths().items()}
+    print(f"{dino_loss(device) + lists(device)} calls on {device}: {paths}")
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

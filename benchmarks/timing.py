@@ -1,0 +1,160 @@
+"""The one way in which benchmarks measure: rivals in turns in one process, medians and quartiles, and the memory of a call."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+GIB, MIB = 2**30, 2**20
+ROUNDS = {"cpu": (5, 31), "cuda": (20, 200)}     # fewest and most
+LEAD_MS = 20.0                                   # longest head start of the host
+
+
+@dataclass(frozen=True)
+class Rival:
+    """`call` does the work once and returns the tensors that it has made, if any.
+
+    moved_bytes: what its scheme reads and writes in one call, counted; None where nobody has counted.
+    """
+
+    name: str
+    call: Callable[[], Sequence[Tensor] | None]
+    moved_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Elapsed milliseconds of every round; MiB that a call needs beside what it was given and what it returns (None: not
+    measured); on CUDA the milliseconds until the call returns to the host, which may be before the device has finished."""
+
+    rival: Rival
+    elapsed_ms: list[float]
+    extra_mib: float | None
+    launch_ms: float | None
+
+
+def measure(rivals: Sequence[Rival], device: torch.device, seconds: float) -> list[Timing]:
+    """Times of all rivals, one round after the other until `seconds` are over, within the limits of ROUNDS.
+
+    Results are dropped outside the timed region: allocating them counts, freeing them does not.
+    """
+    clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
+    extra_mib, launch_ms = {}, {}
+    for rival in rivals:
+        rival.call()                                                            # compiles, allocates, starts threads
+        extra_mib[rival.name] = clock.extra_mib(rival.call)
+        launch_ms[rival.name] = clock.prepare(rival.call)
+    elapsed_ms: dict[str, list[float]] = {rival.name: [] for rival in rivals}
+    fewest, most = ROUNDS[device.type]
+    start, rounds = time.perf_counter(), 0
+    while rounds < fewest or (rounds < most and time.perf_counter() - start < seconds):
+        for rival in rivals:
+            elapsed_ms[rival.name].append(clock.once(rival.call, launch_ms[rival.name]))
+        rounds += 1
+    return [Timing(rival, elapsed_ms[rival.name], extra_mib[rival.name], launch_ms[rival.name]) for rival in rivals]
+
+
+def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return low, median, high
+
+
+def copies(source: Tensor, what: str) -> list[Rival]:
+    """Yardsticks, into memory already there: a copy of `source` (which may fit a cache), and on CUDA one of 1 GiB."""
+    def copy(name: str, source: Tensor) -> Rival:
+        target = source.clone()
+
+        def call() -> None:
+            target.copy_(source)
+        return Rival(f"copy of {name}", call, 2 * source.nbytes)
+    large = [torch.randn(GIB // 4, device=source.device)] if source.is_cuda else []
+    return [copy(what, source.detach()), *(copy("1 GiB", x) for x in large)]
+
+
+class _CpuClock:
+    def prepare(self, call: Callable[[], object]) -> None:
+        """Nothing to learn about a call that has finished when it returns."""
+
+    def once(self, call: Callable[[], object], launch_ms: None) -> float:
+        call()                                   # pays for the state of memory that the rival before has left
+        start = time.perf_counter()
+        result = call()
+        elapsed_ms = (time.perf_counter() - start) * 1e3
+        del result
+        return elapsed_ms
+
+    def extra_mib(self, call: Callable[[], Sequence[Tensor] | None]) -> float | None:
+        """Growth of the peak resident set, exact to about 1 MiB; Linux only."""
+        try:
+            ctypes.CDLL(None).malloc_trim(0)     # or memory that malloc has kept would not count
+            Path("/proc/self/clear_refs").write_text("5")
+        except (OSError, AttributeError):
+            return None
+        before = _peak_resident_mib()
+        result = call()
+        return max(0.0, _peak_resident_mib() - before - _mib(result))
+
+
+class _CudaClock:
+    """Device time by events, inputs not in L2, the host far enough ahead that its launches do not show, as in training."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self.other = torch.randn(max(l2_bytes, 64 * MIB), device=device)        # 4 times L2: reading it evicts all else
+        self.start, self.stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._wait(10**6)
+        self.cycles_per_ms = 10**7 / self._wait(10**7)
+
+    def prepare(self, call: Callable[[], object]) -> float:
+        """Warms up; the milliseconds until the call returns, from an idle device."""
+        times = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e3)
+        torch.cuda.synchronize()
+        return statistics.median(times)
+
+    def once(self, call: Callable[[], object], launch_ms: float) -> float:
+        self.other.sum()                         # reads only: written lines would be flushed at the expense of the call
+        torch.cuda._sleep(int(min(2 * launch_ms + 0.1, LEAD_MS) * self.cycles_per_ms))
+        self.start.record()
+        result = call()
+        self.stop.record()
+        self.stop.synchronize()
+        del result
+        return self.start.elapsed_time(self.stop)
+
+    def extra_mib(self, call: Callable[[], Sequence[Tensor] | None]) -> float:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        result = call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated(self.device) - before) / MIB - _mib(result)
+
+    def _wait(self, cycles: int) -> float:
+        self.start.record()
+        torch.cuda._sleep(cycles)
+        self.stop.record()
+        self.stop.synchronize()
+        return self.start.elapsed_time(self.stop)
+
+
+def _mib(result: Sequence[Tensor] | None) -> float:
+    return sum(x.nbytes for x in result or ()) / MIB
+
+
+def _peak_resident_mib() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024

@@ -1,0 +1,246 @@
+"""The machinery of the benchmarks at tiny sizes: rivals agree, numbers are what they are called, files hold every field."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench_adamw_ema  # noqa: E402
+import bench_dino_loss  # noqa: E402
+import gpu  # noqa: E402
+import launch_kernels  # noqa: E402
+import official  # noqa: E402
+import record  # noqa: E402
+import report  # noqa: E402
+import timing  # noqa: E402
+
+CPU = torch.device("cpu")
+SMALL_LOSS = bench_dino_loss.Case(4, 3, 50, torch.float32)
+SMALL_STEP = bench_adamw_ema.Case("step", 2)
+ROW = {"rival", "median_ms", "quartiles_ms", "moved_bytes", "gbps", "extra_mib", "launch_ms", "times_faster_than_official",
+       "times_the_copy", "share_of_copy_bandwidth"}
+
+
+def rows(*timings):
+    """Rows of rivals given as (name, bytes, times in ms)."""
+    return {row["rival"]: row for row in record.rows_of([
+        timing.Timing(timing.Rival(name, lambda: None, moved), times, 1.0, None) for name, moved, times in timings])}
+
+
+@pytest.fixture
+def not_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)        # 5 s for nothing that is tested here
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """Stands in for a checkout: scripts that cannot be imported, with what is taken from them."""
+    (tmp_path / "main_dino.py").write_text(
+        "import package_that_does_not_exist\n"
+        "class DINOLoss(nn.Module):\n"
+        "    def __init__(self, out_dim, ncrops, warmup, temp, epochs, nepochs, student_temp=0.1, center_momentum=0.9):\n"
+        "        super().__init__()\n"
+        "        self.ncrops, self.temp, self.student_temp = ncrops, np.float64(temp), student_temp\n"
+        "        self.register_buffer('center', torch.zeros(1, out_dim))\n"
+        "    def forward(self, student, teacher, epoch):\n"
+        "        q = F.softmax((teacher - self.center) / self.temp, dim=-1).detach().chunk(2)\n"
+        "        p = F.log_softmax(student / self.student_temp, dim=-1).chunk(self.ncrops)\n"
+        "        batch_center = teacher.sum(0, keepdim=True)\n"
+        "        dist.all_reduce(batch_center)\n"
+        "        self.center = 0.9 * self.center + 0.1 * batch_center / len(teacher) / dist.get_world_size()\n"
+        "        terms = [-(q[t] * p[v]).sum(-1).mean() for t in range(2) for v in range(self.ncrops) if v != t]\n"
+        "        return sum(terms) / len(terms)\n")
+    (tmp_path / "utils.py").write_text(
+        "import package_that_does_not_exist\n"
+        "def clip_gradients(model, clip):\n"
+        "    for p in model.parameters():\n"
+        "        if p.grad is not None:\n"
+        "            p.grad.mul_(torch.clamp(clip / (p.grad.norm() + 1e-6), max=1))\n")
+    monkeypatch.setenv("DINO_OFFICIAL", str(tmp_path))
+    yield tmp_path
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rivals_of_the_loss_agree(not_compiled, monkeypatch, dtype):
+    monkeypatch.delenv("DINO_OFFICIAL", raising=False)
+    case = bench_dino_loss.measure_case(SMALL_LOSS._replace(dtype=dtype), CPU, 0.01)
+    assert [row["rival"] for row in case["rows"]] == [
+        "official", "reference", "reference, compiled", "dinofast", "copy of the student's logits"]
+    assert case["left_out"] == [f"official checkout: {official.NOT_SET}"]
+
+
+def test_a_rival_that_differs_is_not_timed():
+    good = timing.Rival("official", lambda: (torch.ones(()), torch.ones(3), torch.ones(3)))
+    bad = timing.Rival("wrong", lambda: (torch.ones(()), torch.tensor([1.0, 1.0, 1.01]), torch.ones(3)))
+    with pytest.raises(AssertionError, match="gradient of 'wrong' is off by 0.0058 from 'official'"):
+        bench_dino_loss.check_same([good, bad], 1e-4)
+    model = bench_adamw_ema.make_model(SMALL_STEP)
+    other = bench_adamw_ema._shifted(model)
+    with pytest.raises(AssertionError, match="of 'dinofast'"):
+        bench_adamw_ema.check_same("dinofast", (model, other), (model, model))
+
+
+def test_without_a_compiler_the_row_is_left_out():
+    def fails():
+        raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("No working C++ compiler"), None)
+    assert "torch.compile fails here (BackendCompilerFailed" in bench_dino_loss.why_not(fails)
+
+
+def test_checkout_is_a_row(not_compiled, checkout):
+    case = bench_dino_loss.measure_case(SMALL_LOSS, CPU, 0.01)
+    assert "official checkout" in [row["rival"] for row in case["rows"]] and not case["left_out"]
+    case = bench_adamw_ema.measure_case(SMALL_STEP, CPU, 0.01)
+    assert "official checkout" in [row["rival"] for row in case["rows"]] and not case["left_out"]
+    assert record.environment("x", CPU, "y")["command"] == "DINO_OFFICIAL=DIR y"
+
+
+def test_what_is_no_checkout(checkout):
+    with pytest.raises(ValueError, match="has no missing.py: name a checkout of facebookresearch/dino"):
+        official.from_checkout("missing.py", "DINOLoss")
+    with pytest.raises(ValueError, match="defines no DINOLoss: DINO_OFFICIAL must name a checkout"):
+        official.from_checkout("utils.py", "DINOLoss")
+
+
+def test_our_rewrite_clips_as_the_official_code():
+    layer = torch.nn.Linear(2, 2)
+    layer.weight.grad, layer.bias.grad = torch.full((2, 2), 3.0), torch.tensor([0.3, 0.4])
+    norms = official.clip_gradients(layer, 3.0)
+    assert norms == pytest.approx([6.0, 0.5])
+    torch.testing.assert_close(layer.weight.grad, torch.full((2, 2), 1.5))
+    torch.testing.assert_close(layer.bias.grad, torch.tensor([0.3, 0.4]))
+
+
+def test_arithmetic_of_the_rows():
+    made = rows(("official", None, [40.0, 41.0, 39.0]), ("dinofast", 8 * 10**9, [2.0, 1.0, 4.0]),
+                ("copy of the logits", 10**9, [0.5, 0.5, 0.5]), ("copy of 1 GiB", 2 * 10**9, [0.4, 0.4, 0.4]))
+    ours = made["dinofast"]
+    assert ours["median_ms"] == 2.0 and ours["quartiles_ms"] == [1.5, 3.0]
+    assert ours["times_faster_than_official"] == 20.0 and ours["times_the_copy"] == 4.0
+    assert ours["gbps"] == 4000.0 and ours["share_of_copy_bandwidth"] == pytest.approx(0.8)      # of the larger copy
+    assert made["official"]["gbps"] is None and made["official"]["share_of_copy_bandwidth"] is None
+
+
+def test_bytes_are_those_of_the_scheme(monkeypatch):
+    student = torch.empty(10, 3, 7, dtype=torch.bfloat16)
+    for implementation, slabs in (("cpp", 22), ("triton", 34)):
+        monkeypatch.setattr(bench_dino_loss.ops, "paths", lambda i=implementation: {"dino_loss": {"cpu": i}})
+        assert bench_dino_loss.moved_bytes(student) == slabs * 3 * 7 * 2
+    monkeypatch.setattr(bench_dino_loss.ops, "paths", lambda: {"dino_loss": {"cpu": "reference (plain torch)"}})
+    assert bench_dino_loss.moved_bytes(student) is None
+
+
+def test_rivals_take_turns(monkeypatch):
+    monkeypatch.setitem(timing.ROUNDS, "cpu", (3, 3))
+    order = []
+    timings = timing.measure([timing.Rival(name, lambda name=name: order.append(name)) for name in "AB"], CPU, 0.0)
+    assert "".join(order[-12:]) == "AABBAABBAABB"            # each once untimed, then timed
+    assert [len(t.elapsed_ms) for t in timings] == [3, 3]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_memory_of_a_call_on_the_cpu():
+    def call():
+        scratch = torch.ones(48 * timing.MIB // 4)
+        return (scratch[: 16 * timing.MIB // 4].clone(),)
+    found = timing._CpuClock().extra_mib(call)
+    assert found == pytest.approx(48, abs=6)                 # the 16 MiB that it returns are not extra
+
+
+@pytest.fixture
+def results(not_compiled, monkeypatch, tmp_path):
+    """A results folder with the loss on a CPU."""
+    monkeypatch.delenv("DINO_OFFICIAL", raising=False)
+    result = record.environment("dino_loss", CPU, "a command")
+    result["cases"] = [bench_dino_loss.measure_case(SMALL_LOSS._replace(images=b), CPU, 0.01) for b in (3, 5)]
+    record.save(result, tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_a_result_file_has_every_field(results):
+    result = json.loads((results / "dino_loss-cpu.json").read_text())
+    assert set(result) == {"benchmark", "device_type", "device", "threads", "cuda", "versions", "commit", "date", "command",
+                           "cases"}
+    assert set(result["versions"]) == {"dinofast", "python", "torch", "triton"} and result["commit"]
+    for case in result["cases"]:
+        assert case["rounds"] >= 5 and case["implementation"] and case["dtype"] == "float32"
+        assert {frozenset(row) for row in case["rows"]} == {frozenset(ROW)}
+    assert [path.name for path in results.iterdir()] == ["dino_loss-cpu.json"]
+
+
+def test_report_renders_a_file(results):
+    shown = report.speed("dino_loss", "cpu")
+    assert "), V = 4, B = 3, K = 50, float32:" in shown and "| V = 4, B = 5, K = 50, float32 |" in shown
+    row = json.loads((results / "dino_loss-cpu.json").read_text())["cases"][0]["rows"][3]
+    assert f"| **dinofast** | **{report.digits(row['median_ms'])} [" in shown
+    assert f"| **{row['times_faster_than_official']:.1f}** |" in shown
+    assert f"Left out: official checkout: {official.NOT_SET}." in shown and "`a command`" in shown
+
+
+def test_report_without_a_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.speed("dino_loss", "cuda") == "`dino_loss` on a GPU: no measurement has been committed yet."
+
+
+@pytest.mark.parametrize("ms, shown", [(0.01234, "0.0123"), (1.234, "1.23"), (45.67, "45.7"), (1234.5, "1,234")])
+def test_digits(ms, shown):
+    assert report.digits(ms) == shown
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("pytest_benchmark"), reason="needs pytest-benchmark")
+def test_pytest_is_handed_the_measured_times(tmp_path):
+    """A whole session over one small case: pytest-benchmark's medians are those of the result file."""
+    for name in ("conftest.py", "record.py", "timing.py", "official.py", "bench_adamw_ema.py"):
+        (tmp_path / name).write_text((ROOT / "benchmarks" / name).read_text())
+    with (tmp_path / "bench_adamw_ema.py").open("a") as f:
+        f.write("\n\ndef cases(device):\n    return [Case('step', 2)]\n")
+    environment = {k: v for k, v in os.environ.items() if k != "DINO_OFFICIAL"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run((sys.executable, "-m", "pytest", "-q", "-rs", "-o", "python_files=bench_*.py", ".", "--device", "cpu",
+                           "--save-results", "results", "--benchmark-json", "record.json", "-p", "no:cacheprovider"),
+                          cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "3 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
+    assert official.NOT_SET in done.stdout and "official / it" in done.stdout
+    rows = json.loads((tmp_path / "results" / "adamw_ema-cpu.json").read_text())["cases"][0]["rows"]
+    records = json.loads((tmp_path / "record.json").read_text())["benchmarks"]
+    theirs = {each["params"]["rival"]: each["stats"]["median"] for each in records}
+    assert theirs == pytest.approx({row["rival"]: row["median_ms"] / 1e3 for row in rows[:-1]})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("module, small", [(bench_dino_loss, SMALL_LOSS), (bench_adamw_ema, SMALL_STEP)], ids=lambda x: str(x))
+def test_on_a_gpu(not_compiled, monkeypatch, module, small):
+    monkeypatch.delenv("DINO_OFFICIAL", raising=False)
+    case = module.measure_case(small, torch.device("cuda"), 0.01)
+    rows = {row["rival"]: row for row in case["rows"]}
+    assert 100 < rows["copy of 1 GiB"]["gbps"] < 20_000
+    assert all(row["launch_ms"] > 0 and row["median_ms"] > 0 for row in rows.values())
+    assert rows["copy of 1 GiB"]["extra_mib"] == 0
+
+
+def test_kernels_are_launched():
+    assert launch_kernels.dino_loss(CPU) > 10 and launch_kernels.lists(CPU) > 10
+
+
+def test_gpu_run_says_why_it_cannot_begin(monkeypatch, capsys):
+    assert sum(gpu.LIMIT_S.values()) <= 9 * 60 - 15
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main() == 1 and "sees no CUDA device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code, limit_s, ended", [
+    ("", 60, "ok"), ("raise SystemExit(3)", 60, "FAILED: exit code 3"),
+    ("import time; time.sleep(60)", 1, "FAILED: not finished after 1 s")])
+def test_gpu_run_reports_each_part(monkeypatch, code, limit_s, ended):
+    monkeypatch.setitem(gpu.LIMIT_S, "tests", limit_s)
+    assert gpu.run("tests", (sys.executable, "-c", code), float("inf"), dict(os.environ)).startswith(ended)
+    assert gpu.run("tests", (sys.executable, "-c", code), 0.0, {}) == "FAILED: not begun, no time was left"
