@@ -20,7 +20,7 @@ TENSOR_SHAPES = ((1,), (3, 5), (1023,), (7, 11, 13), (65537,))
 
 
 def dino_loss(device: torch.device) -> int:
-    """Loss and gradient, contiguous and with a gap after each row, and the loss alone; the number of calls."""
+    """Loss and gradient, contiguous and with a gap after each row, the loss alone, of probabilities; the number of calls."""
     calls = 0
     for dtype in DTYPES:
         for shape in LOSS_SHAPES if dtype != torch.float16 else LOSS_SHAPES[-1:]:
@@ -32,7 +32,12 @@ def dino_loss(device: torch.device) -> int:
                 assert loss.isfinite() and wide.grad.isfinite().all()
                 calls += 1
         assert ops.dino_loss(student, teacher, center, 0.1, 0.04)[0].isfinite()
-        calls += 1
+        for crops, diagonal in ((1, True), (2, False)):
+            targets = torch.softmax(teacher[:crops].float() / 0.04, -1)
+            loss = ops.soft_cross_entropy(student.requires_grad_(), targets, diagonal=diagonal)
+            loss.backward()
+            assert loss.isfinite() and student.grad.isfinite().all()
+        calls += 3
     return calls
 
 

@@ -93,6 +93,7 @@ class _CpuClock:
 
     def extra_mib(self, call: Callable[[], Sequence[Tensor] | None]) -> float | None:
         """Growth of the peak resident set, exact to about 1 MiB; Linux only."""
+        held = call()                            # or the next call might use its memory again, and the growth would be hidden
         try:
             ctypes.CDLL(None).malloc_trim(0)     # or memory that malloc has kept would not count
             Path("/proc/self/clear_refs").write_text("5")
@@ -100,7 +101,9 @@ class _CpuClock:
             return None
         before = _peak_resident_mib()
         result = call()
-        return max(0.0, _peak_resident_mib() - before - _mib(result))
+        grown_mib = _peak_resident_mib() - before
+        del held
+        return max(0.0, grown_mib - _mib(result))
 
 
 class _CudaClock:
