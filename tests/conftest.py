@@ -1,4 +1,9 @@
+import importlib.metadata
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")          # before torch is imported; see cli.main
 
@@ -22,6 +27,67 @@ def photographs(tmp_path_factory):
     return folder
 
 
+# ---- what a test needs that may not be here
+def why_not_here(impl):
+    """Why an implementation cannot run in this test run, in a sentence; empty if it can."""
+    from dinofast import ops
+
+    if impl in (None, "reference"):
+        return ""
+    if reason := ops._choice.missing(impl):
+        return reason
+    if impl == "triton":
+        if not ops._choice.interpreted():
+            return "Triton kernels are compiled in this run (TRITON_INTERPRET is not 1), for the GPU alone"
+        triton, numpy = (tuple(map(int, importlib.metadata.version(name).split(".")[:2])) for name in ("triton", "numpy"))
+        if triton < (3, 7) and numpy >= (2, 4):
+            return "the interpreter of Triton 3.6 does not work with NumPy 2.4 and newer: pip install 'numpy<2.4' to run it"
+    return ""
+
+
+@pytest.fixture(autouse=True)
+def implementation_is_here(request):
+    """Skips a test whose parameter `impl`, or else its module's NEEDS, names what is not here."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if reason := why_not_here(params["impl"] if "impl" in params else getattr(request.module, "NEEDS", None)):
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def interpreter():
+    if reason := why_not_here("triton"):
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def gpu():
+    from dinofast import ops
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    if ops._choice.interpreted():
+        pytest.skip("TRITON_INTERPRET is 1: Triton kernels are not compiled in this run")
+
+
+@pytest.fixture(scope="session")
+def compiled_ahead_of_time():
+    """A function: what ahead_of_time.py found in the machine code of an operation's kernels."""
+    from dinofast import ops
+
+    def found(operation):
+        if ops._choice.NO_TRITON:
+            pytest.skip(ops._choice.NO_TRITON)
+        if operation not in done:
+            environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+            process = subprocess.run([sys.executable, Path(__file__).parent / "ahead_of_time.py", operation], timeout=300,
+                                     capture_output=True, text=True, env=environment)
+            assert process.returncode == 0, process.stderr
+            done[operation] = json.loads(process.stdout)
+        return done[operation]
+    done = {}
+    return found
+
+
 # ---- which implementations this test run went through; printed in its last lines
 _calls = {"cpp": 0, "triton": 0}
 
@@ -36,8 +102,9 @@ def pytest_configure(config):
     if not ops._choice.NO_TRITON:
         from dinofast.kernels import adamw_ema, dino_loss
 
-        for module, name in ((dino_loss, "dino_loss"), *((adamw_ema, name) for name in ("adamw_ema_", "ema_", "grad_norms"))):
-            _count(module, name, "triton")
+        for module, names in ((dino_loss, "dino_loss dino_loss_backward"), (adamw_ema, "adamw_ema_ ema_ grad_norms")):
+            for name in names.split():
+                _count(module, name, "triton")
 
 
 def _count(module, name, kind):

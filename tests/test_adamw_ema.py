@@ -13,24 +13,14 @@ from torch import Tensor
 from dinofast import ops, reference
 from dinofast.testing import assert_no_worse
 
+NEEDS = "cpp"
 KERNELS = ("cpp", "triton")
 IMPLS = ("reference", *KERNELS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of gradients, and of the students of ema_
 SHAPES = [(1,), (7,), (3, 11), (4097,), (0,), (), (2, 50_001), (5, 3, 2, 2)]  # shorter than a vector, odd, four chunks, empty
 CHUNKS = [(1,), (0,), (2, 1025), (), (2048,), (5, 3, 2, 2)]                   # the same for Triton's chunks, fewer: interpreted
 OPTIONS: dict[str, Any] = dict(lr=0.003, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8, momentum=0.99)
-
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
-
-
-@pytest.fixture(autouse=True)
-def kernel_is_there(request: pytest.FixtureRequest) -> None:
-    impl = request.node.callspec.params.get("impl", "cpp") if hasattr(request.node, "callspec") else "cpp"
-    if reason := impl != "reference" and ops._choice.missing(impl):
-        pytest.skip(reason)
-    if impl == "triton" and not ops._choice.interpreted():
-        pytest.skip("TRITON_INTERPRET is not 1")
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")  # NumPy's, from the interpreter
 
 
 def draw(shapes: list[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32, teachers: bool = True,

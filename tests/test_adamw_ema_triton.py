@@ -4,11 +4,7 @@ Interpreted: test_adamw_ema.py."""
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,20 +16,9 @@ from dinofast import AdamWEMA, ops, param_groups
 from dinofast.testing import assert_no_worse
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[dict]:
-    if ops._choice.NO_TRITON:
-        pytest.skip(ops._choice.NO_TRITON)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, Path(__file__).parent / "ahead_of_time.py", "adamw_ema"], capture_output=True,
-                          text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.mark.parametrize("architecture", (80, 90))
-def test_compiled_for_every_configuration(compiled: list[dict], architecture: int) -> None:
-    kernels = [k for k in compiled if k["architecture"] == architecture]
+def test_compiled_for_every_configuration(compiled_ahead_of_time: Callable, architecture: int) -> None:
+    kernels = [k for k in compiled_ahead_of_time("adamw_ema") if k["architecture"] == architecture]
     assert {k["kernel"] for k in kernels} == {"_square_sums", "_norms", "_prepare", "_adamw_ema", "_ema"}
     assert len(kernels) == 3 * 3 * 2 + 2
     for k in kernels:
@@ -47,9 +32,7 @@ def test_compiled_for_every_configuration(compiled: list[dict], architecture: in
 
 
 @pytest.fixture
-def kernels() -> Any:
-    if reason := ops._choice.missing("triton") or ("" if ops._choice.interpreted() else "TRITON_INTERPRET is not 1"):
-        pytest.skip(reason)
+def kernels(interpreter: None) -> Any:
     from dinofast.kernels import adamw_ema
 
     adamw_ema._tables_of.cache_clear()
@@ -89,14 +72,6 @@ def test_many_chunks_and_no_numbers(kernels: Any, monkeypatch: pytest.MonkeyPatc
 
 
 # ------------------------------------------------------------------------------------------------------------------- on a GPU
-
-
-@pytest.fixture
-def gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
-    if ops._choice.interpreted():
-        pytest.skip("TRITON_INTERPRET is 1: Triton kernels are not compiled in this run")
 
 
 def moved(x: Any, to: str | torch.dtype) -> Any:

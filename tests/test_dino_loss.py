@@ -14,6 +14,7 @@ from torch import Tensor
 from dinofast import ops, reference
 from dinofast.testing import LOSS_KINDS, assert_no_worse, loss_inputs
 
+NEEDS = "cpp"
 KERNELS = ("cpp", "triton")
 IMPLS = ("reference", *KERNELS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,16 +26,6 @@ SHAPES = [              # (V, B, K)
     (10, 5, 4097),      # the official number of crops; one past a block of sums
     (4, 1, 65537),      # one past the official K; fewer images than threads
 ]
-
-
-@pytest.fixture(autouse=True)
-def kernel_is_there(request: pytest.FixtureRequest) -> None:
-    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    impl = params.get("impl") or "cpp"
-    if impl != "reference" and (reason := ops._choice.missing(impl)):
-        pytest.skip(reason)
-    if impl == "triton" and not ops._choice.interpreted():
-        pytest.skip("Triton kernels are compiled in this run (TRITON_INTERPRET is not 1), for the GPU alone")
 
 
 def run(student: Tensor, teacher: Tensor, center: Tensor, impl: str | None, upstream: float = 1.0, student_temp: float = 0.1,

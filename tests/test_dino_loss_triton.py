@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,20 +17,9 @@ from dinofast.testing import LOSS_KINDS, assert_no_worse, loss_inputs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[dict]:
-    if ops._choice.NO_TRITON:
-        pytest.skip(ops._choice.NO_TRITON)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, Path(__file__).parent / "ahead_of_time.py", "dino_loss"], capture_output=True,
-                          text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.mark.parametrize("architecture", (80, 90))
-def test_compiled_for_every_configuration(compiled: list[dict], architecture: int) -> None:
-    kernels = [k for k in compiled if k["architecture"] == architecture]
+def test_compiled_for_every_configuration(compiled_ahead_of_time: Callable, architecture: int) -> None:
+    kernels = [k for k in compiled_ahead_of_time("dino_loss") if k["architecture"] == architecture]
     assert {k["kernel"] for k in kernels} == {"_statistics", "_join", "_finish", "_gradient"}
     assert len(kernels) == 6 * 7 + 5 * 4                # with a centre also without a gradient
     for k in kernels:
@@ -61,10 +48,8 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
-def test_a_chunk_without_weight() -> None:
+def test_a_chunk_without_weight(interpreter: None) -> None:
     """-inf in a whole chunk of a teacher row is a probability of 0; in a whole row it leaves nothing to normalise."""
-    if reason := ops._choice.missing("triton") or ("" if ops._choice.interpreted() else "TRITON_INTERPRET is not 1"):
-        pytest.skip(reason)
     student, teacher, center = loss_inputs("peaked", 3, 2, 8192 + 3)
     for columns in (slice(8192, None), slice(0, 8192)):
         masked = teacher.clone()
@@ -77,14 +62,6 @@ def test_a_chunk_without_weight() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------- on a GPU
-
-
-@pytest.fixture
-def gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
-    if ops._choice.interpreted():
-        pytest.skip("TRITON_INTERPRET is 1: Triton kernels are not compiled in this run")
 
 
 def run(inputs: tuple[Tensor, ...], impl: str | None, upstream: float = 1.0,

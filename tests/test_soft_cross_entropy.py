@@ -17,15 +17,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")  # NumPy's, from the interpreter
 
 
-@pytest.fixture(autouse=True)
-def kernel_is_there(request: pytest.FixtureRequest) -> None:
-    impl = getattr(request.node, "callspec", None) and request.node.callspec.params.get("impl")
-    if impl in ("cpp", "triton") and (reason := ops._choice.missing(impl)):
-        pytest.skip(reason)
-    if impl == "triton" and not ops._choice.interpreted():
-        pytest.skip("Triton kernels are compiled in this run (TRITON_INTERPRET is not 1), for the GPU alone")
-
-
 def draw(crops: int, teachers: int, images: int, prototypes: int, dtype: torch.dtype = torch.float32,
          peaked: str = "peaked") -> tuple[Tensor, Tensor]:
     """Logits (V, B, K) in dtype and probabilities (T, B, K) in float32."""
