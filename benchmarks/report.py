@@ -89,8 +89,8 @@ def brief_table(cases: list[dict]) -> str:
         row = {row["rival"]: row for row in case["rows"]}
         ours, compiled = row["dinofast"], row.get("reference, compiled")
         rows.append((case["case"], digits(ours["median_ms"]), f"{ours['times_faster_than_official']:.1f}",
-                     f"{compiled['median_ms'] / ours['median_ms']:.1f}" if compiled else "", f"{ours['times_the_copy']:.2f}",
-                     bandwidth(ours)))
+                     f"{compiled['median_ms'] / ours['median_ms']:.1f}" if compiled else "",
+                     f"{ours['times_the_copy']:.2f}" if ours["gbps"] else "", bandwidth(ours)))
     return table(head, rows)
 
 
