@@ -9,6 +9,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   := .venv
 RUN    := $(VENV)/bin/python
+PIP    := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)" 2>/dev/null
 SITE := $(shell $(PYTHON) $(HAS_TORCH) && echo --system-site-packages)
@@ -32,7 +33,7 @@ bench: $(VENV)/test-tools
 gpu:
 	@for python in $(PYTHON) $(RUN); do \
 	  $$python -c "import torch; assert torch.cuda.is_available()" 2>/dev/null && exec $$python benchmarks/gpu.py; \
-	done; exec $(PYTHON) benchmarks/gpu.py
+	done; test -x $(RUN) && exec $(RUN) benchmarks/gpu.py; exec $(PYTHON) benchmarks/gpu.py
 
 install: $(VENV)/installed
 
@@ -40,13 +41,13 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(SITE) $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python $(CODE)
-	$(RUN) $(HAS_TORCH) || $(RUN) -m pip install --quiet "$(TORCH)"
-	$(RUN) -m pip install --quiet --editable .
+	$(RUN) $(HAS_TORCH) || $(PIP) "$(TORCH)"
+	$(PIP) --config-settings editable_mode=compat --editable .
 	@$(RUN) -c "from dinofast import _C" 2>/dev/null || echo "note: the C++ core was not built (no C++17 compiler?); plain torch is used instead"
 	@touch $@
 
 $(VENV)/test-tools: $(VENV)/installed
-	$(RUN) -m pip install --quiet --editable ".[test]"
+	$(PIP) --config-settings editable_mode=compat --editable ".[test]"
 	@touch $@
 
 clean:

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
@@ -43,16 +44,19 @@ dinofast::Logits logits(uintptr_t address, int dtype, std::pair<int64_t, int64_t
 
 std::pair<double, double> dino_loss(uintptr_t student, int student_dtype, std::pair<int64_t, int64_t> student_strides,
                                     uintptr_t teacher, int teacher_dtype, std::pair<int64_t, int64_t> teacher_strides,
-                                    uintptr_t center, std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, double student_temp,
-                                    double teacher_temp, double terms, bool diagonal, uintptr_t teacher_sum, uintptr_t grad,
-                                    double grad_scale, int n_threads) {
+                                    std::optional<uintptr_t> center, std::tuple<int64_t, int64_t, int64_t, int64_t> sizes,
+                                    double student_temp, double teacher_temp, double terms, bool diagonal,
+                                    std::optional<uintptr_t> teacher_sum, std::optional<uintptr_t> grad, double grad_scale,
+                                    bool streamed, int n_threads) {
     const auto [V, T, B, K] = sizes;
     if (V < 1 || T < 1 || B < 1 || K < 1 || n_threads < 1) throw std::invalid_argument("sizes must be above 0");
+    for (const std::optional<uintptr_t>& address : {std::optional(student), std::optional(teacher), center, teacher_sum, grad})
+        if (address == 0) throw std::invalid_argument("a tensor has no memory");  // a wrapper, which has no address
     py::gil_scoped_release release;
     const auto sums = dinofast::dino_loss(logits(student, student_dtype, student_strides),
-                                          logits(teacher, teacher_dtype, teacher_strides), at<const float>(center), {V, T, B, K},
-                                          {student_temp, teacher_temp, terms, diagonal, grad_scale}, at(teacher_sum),
-                                          at<void>(grad), n_threads);
+                                          logits(teacher, teacher_dtype, teacher_strides), at<const float>(center.value_or(0)),
+                                          {V, T, B, K}, {student_temp, teacher_temp, terms, diagonal, grad_scale, streamed},
+                                          at(teacher_sum.value_or(0)), at<void>(grad.value_or(0)), n_threads);
     return {sums.loss, sums.entropy};
 }
 
@@ -115,8 +119,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("dino_loss", &dino_loss, py::arg("student"), py::arg("student_dtype"), py::arg("student_strides"), py::arg("teacher"),
           py::arg("teacher_dtype"), py::arg("teacher_strides"), py::arg("center"), py::arg("sizes"), py::arg("student_temp"),
           py::arg("teacher_temp"), py::arg("terms"), py::arg("diagonal"), py::arg("teacher_sum"), py::arg("grad"),
-          py::arg("grad_scale"), py::arg("n_threads"),
-          "Fills teacher_sum (K,) and grad (V, B, K) unless 0; returns the loss and the mean teacher entropy.");
+          py::arg("grad_scale"), py::arg("streamed"), py::arg("n_threads"),
+          "Fills teacher_sum (K,) and grad (V, B, K) unless None; returns the loss and the mean teacher entropy.");
     m.def("empty", &empty, py::arg("bytes"), "Memory for a large result, that of an earlier one where the size is the same.");
     m.attr("large") = dinofast::kLarge;
     m.def("adamw_ema_", &adamw_ema, py::arg("params"), py::arg("grads"), py::arg("grad_dtypes"), py::arg("exp_avgs"),

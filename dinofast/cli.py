@@ -117,7 +117,7 @@ def _parser() -> Parser:
     sample.set_defaults(run=_sample_data)
 
     demo = commands.add_parser("demo", help="pretrain a small ViT on the sample data and show what it learnt")
-    demo.add_argument("--output_dir", default="runs/demo", metavar="DIR", help="(default: runs/demo)")
+    demo.add_argument("--output_dir", metavar="DIR", help="(default: runs/demo, or runs/demo-seedN for another seed than 0)")
     demo.add_argument("--seed", type=int, default=0, help="(default: 0)")
     demo.add_argument("--device", choices=("cuda", "cpu"), help="(default: a GPU if there is one)")
     demo.set_defaults(run=_demo)
@@ -128,6 +128,8 @@ def _parser() -> Parser:
 
 
 def _pretrain(given: dict[str, Any]) -> None:
+    if "data_path" not in given:
+        raise ValueError("--data_path is missing: give a folder of images, or a text file of image paths.")
     cfg = from_arguments(given)
     if not os.path.exists(cfg.data_path):                           # before torch is even imported
         raise ValueError(f"--data_path '{cfg.data_path}' does not exist: give a folder of images, or a text file of image "
@@ -150,7 +152,9 @@ def _sample_data(options: dict[str, Any]) -> None:
     from .sample_data import write
 
     write(**options)
-    print(f"{options['n_images']} images in '{options['folder']}': train/ and val/ with class folders, masks/ of the objects")
+    folder = options["folder"]
+    print(f"{options['n_images']} images in '{folder}': train/ and val/ with class folders, masks/ of the objects; "
+          f"pretrain --data_path {os.path.join(folder, 'train')}, then knn --data_path {folder}")
 
 
 def _demo(options: dict[str, Any]) -> None:

@@ -28,16 +28,18 @@ PEAK_LR = 4e-3
 K = 10
 
 
-def run(output_dir: str | Path = "runs/demo", seed: int = 0, epochs: int = 24, device: str | None = None,
+def run(output_dir: str | Path | None = None, seed: int = 0, epochs: int = 24, device: str | None = None,
         n_images: int = 4000) -> dict:
     """Run the demo, print its table, and write `attention_maps.png` and `result.json` into `output_dir`; returns the result.
 
-    The data set goes to `output_dir/data`. What an interrupted demo has left is used and continued. device: left alone, a GPU
-    if there is one. Raises ValueError when the folder holds the data set of another seed.
+    output_dir is runs/demo, or runs/demo-seedN for another seed than 0. The data set goes to `output_dir/data`. What an
+    interrupted demo has left is used and continued. device: left alone, a GPU if there is one. Raises ValueError when the
+    folder holds the data set of another seed.
     """
     start = time.perf_counter()
-    out = Path(output_dir)
-    print(f"writing {n_images:,} images of drawn objects into '{out / 'data'}'", flush=True)
+    out = Path(output_dir or ("runs/demo" if seed == 0 else f"runs/demo-seed{seed}"))
+    what = "using" if (out / "data" / "train").is_dir() else "writing"
+    print(f"{what} {n_images:,} images of drawn objects in '{out / 'data'}'", flush=True)
     sample_data.write(out / "data", n_images, seed=seed)
 
     cfg = settings(out, seed, epochs, device)

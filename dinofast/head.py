@@ -51,4 +51,5 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mlp(x)
-        return self.last_layer(F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1))
+        x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+        return self.last_layer(x.to(self.last_layer.weight_v.dtype))

@@ -50,13 +50,15 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
             raise ValueError(f"clip_grad is {clip_grad}: it must not be negative; 0 switches clipping off.")
         if clip_mode not in CLIP_MODES:
             raise ValueError(f"clip_mode is {clip_mode!r}: choose from {', '.join(CLIP_MODES)}.")
+        for name in ("lr", "weight_decay", "eps"):
+            if not isinstance(defaults.get(name, 0.0), Tensor) and not defaults.get(name, 0.0) >= 0:
+                raise ValueError(f"{name} is {defaults[name]}: it must not be negative.")
         super().__init__(params, defaults)
-        pairs = list(zip(student.parameters(), teacher.parameters(), strict=True)) if student is not None else []
-        for s, t in pairs:
-            if s.shape != t.shape:
-                raise ValueError(f"student and teacher differ: a parameter is {tuple(s.shape)} here and {tuple(t.shape)} "
-                                 "there.")
-        self._teacher_of = dict(pairs)
+        self._teacher_of = _pairs(student, teacher) if student is not None and teacher is not None else {}
+        trained = {p for group in self.param_groups for p in group["params"]}
+        if self._teacher_of and trained.isdisjoint(self._teacher_of):
+            raise ValueError("none of the parameters given is one of student's: give those of the student that the teacher "
+                             "follows.")
         self._frozen_state: dict[Tensor, dict[str, Tensor]] = {}       # of students in no group, for which torch keeps none
         self.clip_grad, self.clip_mode = clip_grad, clip_mode
         device = next(p.device for group in self.param_groups for p in group["params"])
@@ -73,6 +75,8 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self._teacher_of and momentum is None:
             raise ValueError("this optimiser averages a teacher: give step(momentum=...), for example 0.996.")
+        if momentum is not None:
+            ops.check_momentum(momentum)
         trained = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         active = [p for params in trained for p in params]
         bad = torch.zeros((), dtype=torch.bool, device=self.grad_norm.device) if skip is None else skip
@@ -118,9 +122,12 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
         wide, copies = [], []
         for p, x in pairs:
             is_half = x is not None and x.dtype in _HALVES
-            if is_half and name not in self._state_of(p):
+            if is_half and name not in self.state.get(p, {}):
                 in_group = any(p is q for group in self.param_groups for q in group["params"])
-                (self.state[p] if in_group else self._frozen_state.setdefault(p, {}))[name] = x.detach().float()
+                if in_group:
+                    self.state[p].update(self._frozen_state.pop(p, {}))       # it was in none before
+                kept = self.state[p] if in_group else self._frozen_state.setdefault(p, {})
+                kept.setdefault(name, x.detach().float())
             wide.append(self._state_of(p)[name] if is_half else x)
             copies.append(x if is_half else None)
         return wide, copies
@@ -135,7 +142,15 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's own, which rounds what is kept to the parameter's dtype: here float32 stays float32."""
+        """As torch's own, which rounds what is kept to the parameter's dtype: here float32 stays float32.
+
+        Raises ValueError for a state of `maximize=True` or `amsgrad=True`, which these optimisers do not have.
+        """
+        for group in state_dict["param_groups"]:
+            for name in ("maximize", "amsgrad"):
+                if group.get(name):
+                    raise ValueError(f"the state is of an optimiser with {name}=True, which {type(self).__name__} does not "
+                                     "have.")
         super().load_state_dict(state_dict)
         numbers = (i for group in state_dict["param_groups"] for i in group["params"])
         for i, p in zip(numbers, (p for group in self.param_groups for p in group["params"]), strict=True):
@@ -145,6 +160,25 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
         students, frozen = list(self._teacher_of), state_dict.get("frozen", {})
         self._frozen_state = {students[i]: {name: x.to(students[i].device) for name, x in state.items()}
                               for i, state in frozen.items()}
+
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: torch's own keeps its three attributes only."""
+        own = ("_teacher_of", "_frozen_state", "clip_grad", "clip_mode", "grad_norm", "skipped")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+
+def _pairs(student: nn.Module, teacher: nn.Module) -> dict[Tensor, Tensor]:
+    """Student's parameter -> teacher's. Raises ValueError for modules that do not go together."""
+    students, teachers = list(student.parameters()), list(teacher.parameters())
+    if len(students) != len(teachers):
+        raise ValueError(f"student and teacher differ: {len(students)} parameters here and {len(teachers)} there.")
+    for s, t in zip(students, teachers, strict=True):
+        if s.shape != t.shape:
+            raise ValueError(f"student and teacher differ: a parameter is {tuple(s.shape)} here and {tuple(t.shape)} there.")
+        if s is t:
+            raise ValueError("student and teacher share a parameter: the teacher must be a copy (copy.deepcopy(student)).")
+    return dict(zip(students, teachers, strict=True))
 
 
 class AdamWEMA(_StudentTeacherOptimizer):
@@ -157,6 +191,8 @@ class AdamWEMA(_StudentTeacherOptimizer):
     def __init__(self, params: Iterable[Any], lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 1e-2, *, student: nn.Module | None = None,
                  teacher: nn.Module | None = None, clip_grad: float = 0.0, clip_mode: str = "tensor") -> None:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas are {betas}: each must be at least 0 and below 1.")
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=False, maximize=False, foreach=None,
                         capturable=False, differentiable=False, fused=None, decoupled_weight_decay=True)
         super().__init__(params, defaults, student, teacher, clip_grad, clip_mode)
@@ -170,8 +206,8 @@ class AdamWEMA(_StudentTeacherOptimizer):
             if "step" not in state:
                 state["step"] = torch.zeros((), device=p.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            elif state["step"].device != p.device:                   # torch keeps the counter of a loaded state on the host
-                state["step"] = state["step"].to(p.device)
+            else:                                  # a loaded state's counter is on the host, or a float in files of torch 1.11
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
         ops.adamw_ema_(
             wide, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
             [s["step"] for s in states], teachers, coefficients, skip, lr=group["lr"], weight_decay=group["weight_decay"],

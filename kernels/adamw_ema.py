@@ -249,9 +249,6 @@ def _upload(numbers: Tensor, device: torch.device) -> Tensor:
     """On the device without waiting for it."""
     if device.type != "cuda":
         return numbers.to(device)
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("adamw_ema_, ema_ and grad_norms cannot be captured in a CUDA graph: they upload the addresses of "
-                           "their tensors; leave the optimiser's step outside the graph.")
     return numbers.pin_memory().to(device, non_blocking=True)
 
 
@@ -277,13 +274,13 @@ class _Tables:
         self.sizes, self.starts = _upload(torch.tensor([sizes, starts]), device)               # (n,) each
         self._seen: tuple[list[int], Tensor | None, bool] = [], None, False
 
-    def addresses(self, *rows: Sequence[Tensor | None]) -> tuple[Tensor, bool]:
-        """The table (rows, n), and whether all addresses are multiples of 16 bytes."""
-        now = [0 if x is None else x.data_ptr() for row in rows for x in row]
+    def addresses(self, *rows: Sequence[Tensor | None], counters: Sequence[Tensor] = ()) -> tuple[Tensor, bool]:
+        """The table (rows, n), counters last, and whether the addresses of all others are multiples of 16 bytes."""
+        now = [0 if x is None else x.data_ptr() for row in (*rows, counters) for x in row]
         seen, table, aligned = self._seen
         if now != seen:
             table = _upload(torch.frombuffer(array("q", now), dtype=torch.int64).clone(), self.device)
-            aligned = _are_aligned(now)
+            aligned = _are_aligned(now[:len(now) - len(counters)])
             self._seen = now, table, aligned
         return table, aligned
 
@@ -300,6 +297,9 @@ def _tables_of(device: torch.device, stream: int, sizes: tuple[int, ...], kinds:
 
 def _tables(tensors: Sequence[Tensor], kinds: tuple[Hashable, ...], block: int) -> _Tables:
     device = tensors[0].device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():    # the replay would write where tables once led
+        raise RuntimeError("adamw_ema_, ema_ and grad_norms cannot be captured in a CUDA graph: the addresses of their tensors "
+                           "lie in tables of the host's keeping; leave the optimiser's step outside the graph.")
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _tables_of(device, stream, tuple([x.numel() for x in tensors]), kinds, block)
 
@@ -338,7 +338,8 @@ def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequ
     logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
     with torch.cuda.device_of(params[0]):
         tables = _tables(params, kinds, BLOCK)
-        table, aligned = tables.addresses(params, grads, exp_avgs, exp_avg_sqs, teachers, param_copies, teacher_copies, steps)
+        table, aligned = tables.addresses(params, grads, exp_avgs, exp_avg_sqs, teachers, param_copies, teacher_copies,
+                                          counters=steps)
         factors = torch.empty(n, COLUMNS.value, dtype=torch.float32, device=tables.device)
         _prepare[triton.cdiv(n, TENSORS),](table, coefficients, skip, lr, weight_decay, momentum, factors, n, *logs, TENSORS,
                                            num_warps=WARPS)

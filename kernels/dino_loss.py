@@ -1,9 +1,9 @@
 """dino_loss (arXiv 2104.14294, equation 2 with multi-crop) over materialised logits: the loss, and in backward its gradient.
 
     q[t, b, :] = softmax((teacher[t, b, :] - center) / teacher_temp), or teacher[t, b, :] itself           t = 0 .. T-1, T <= 2
-    loss       = 1 / terms sum_b sum_v [mass_v log sum_k e^(d / student_temp) - <Q_v, d> / student_temp]
+    loss       = 1 / (B pairs) sum_b sum_v [mass_v log sum_k e^(d / student_temp) - <Q_v, d> / student_temp]
                  d = student[v, b, :] - max_k,   Q_v = sum of q[t, b, :] over t != v, or over all t,   mass_v = sum_k Q_v
-    grad       = upstream / (terms student_temp) (mass_v softmax(student / student_temp) - Q_v)
+    grad       = upstream / (B pairs student_temp) (mass_v softmax(student / student_temp) - Q_v)
 
 Both terms of the bracket are positive: nothing cancels, however large the logits.
 
@@ -18,7 +18,8 @@ A forward program takes a chunk of columns of all rows of an image: the teacher'
 rows go by, each chunk relative to its own maximum. A second, small kernel joins the chunks of a row, as flash attention joins
 its blocks. A backward program takes a block of columns of all rows and needs two numbers a row. Both load a row ahead, because
 a load cannot pass the store of the row before. Scratch, in fp32: 4 numbers per row and chunk until the loss is there; 2 per
-row, and the centre (which moves before backward), until the gradient is there. Block sizes are reasoned, not measured.
+row, the temperature and the centre (which move before backward), until the gradient is there. Block sizes are reasoned, not
+measured.
 
 No atomics: every sum is taken in an order fixed by the shapes. Sums over a row are fp32, in trees of a chunk and then over the
 chunks; the sum over images is fp64.
@@ -168,11 +169,12 @@ def _joined_dots(parts, plane, t: tl.constexpr, teacher_top, teacher_row, dots, 
     return tl.sum(weight[None, :] * (dots + tl.where(chunk < N, below, 0.0) * total[None, :]), 1)
 
 
-@triton.jit(do_not_specialize=("V", "B", "N"), do_not_specialize_on_alignment=("teacher_temp",))
+@triton.jit(do_not_specialize=("V", "B", "N"), do_not_specialize_on_alignment=("teacher_temp", "temp_kept"))
 def _join(
     parts,           # (4, B, V + T, N)
     teacher_temp,    # (), CENTERED only
     saved,           # (B, V + T, 2) out, KEEP only: maximum and 1 / sum of each row; of a row of probabilities 0 and its sum
+    temp_kept,       # () out, KEEP only; zeros fill the place up to 16 bytes
     losses,          # (B,) out: sum over the crops of an image
     entropies,       # (B,) out: sum over the teacher's rows
     student_inv_temp, V, B, N, T: tl.constexpr, CENTERED: tl.constexpr, DIAGONAL: tl.constexpr, KEEP: tl.constexpr,
@@ -236,6 +238,9 @@ def _join(
         if T == 2:
             tl.store(at + 2, top1)
             tl.store(at + 3, scale1 if CENTERED else total1)
+        if b == 0:
+            i = tl.arange(0, 4)
+            tl.store(temp_kept + i, tl.where(i == 0, temp, 0.0), i < 4 - 2 * B * (V + T) % 4)      # up to the centre
 
 
 @triton.jit
@@ -262,14 +267,20 @@ def _finish(
     entropies,       # (B,)
     loss,            # () out
     entropy,         # () out
-    inv_terms, B, T: tl.constexpr, PARTS: tl.constexpr,
+    inv_pairs, B, T: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Grid: 1."""
-    tl.store(loss, (_sum_parts(losses, B, PARTS) * inv_terms).to(tl.float32))
+    tl.store(loss, (_sum_parts(losses, B, PARTS) * inv_pairs / tl.cast(B, tl.float64)).to(tl.float32))
     tl.store(entropy, (_sum_parts(entropies, B, PARTS) / (tl.cast(B, tl.float64) * T)).to(tl.float32))
 
 
-def dino_loss(student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: Tensor, terms: float,
+def _parts_of(saved: Tensor, B: int, rows: int) -> tuple[Tensor, Tensor]:
+    """The temperature () and the centre (K,) in what is kept for backward; before them 2 numbers for each of B rows' rows."""
+    start = 2 * B * rows
+    return saved[start:], saved[(start + 4) // 4 * 4:]               # the centre on a multiple of 16 bytes
+
+
+def dino_loss(student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: Tensor, pairs: int,
               diagonal: bool, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss (), mean teacher entropy (), teacher_sum (K,) and what `dino_loss_backward` needs, all fp32.
 
@@ -284,17 +295,18 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor | None, student_t
     def numbers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=student.device)
     loss, entropy, teacher_sum = numbers(), numbers(), numbers(K if centered else 0)
-    saved = numbers(2 * B * (V + T) + (K if centered else 0) if with_grad else 0)
+    saved = numbers((2 * B * (V + T) + 4) // 4 * 4 + (K if centered else 0) if with_grad else 0)
+    temp_kept, center_kept = _parts_of(saved, B, V + T)
     parts, losses, entropies = numbers(4, B, V + T, N), numbers(B), numbers(B)
     center = center.contiguous() if centered else teacher_temp
     with torch.cuda.device_of(student):
         _statistics[column_programs + B * N,](
-            student, teacher, center, teacher_temp, teacher_sum, saved[2 * B * (V + T):], parts, 1 / student_temp, V, B, K, N,
+            student, teacher, center, teacher_temp, teacher_sum, center_kept, parts, 1 / student_temp, V, B, K, N,
             *student.stride()[:2], *teacher.stride()[:2], column_programs, T, centered, centered and with_grad, CHUNK, ROWS,
             COLUMNS, num_warps=WARPS)
-        _join[B,](parts, teacher_temp, saved, losses, entropies, 1 / student_temp, V, B, N, T, centered, diagonal, with_grad,
-                  triton.next_power_of_2(V), CHUNKS, num_warps=WARPS)
-        _finish[1,](losses, entropies, loss, entropy, 1 / terms, B, T, PARTS, num_warps=WARPS)
+        _join[B,](parts, teacher_temp, saved, temp_kept, losses, entropies, 1 / student_temp, V, B, N, T, centered, diagonal,
+                  with_grad, triton.next_power_of_2(V), CHUNKS, num_warps=WARPS)
+        _finish[1,](losses, entropies, loss, entropy, 1 / pairs, B, T, PARTS, num_warps=WARPS)
     return loss, entropy, teacher_sum, saved
 
 
@@ -314,14 +326,14 @@ def _teacher_tile(teacher, t: tl.constexpr, center_tile, factor, saved, b, k, V,
     return q, mass
 
 
-@triton.jit(do_not_specialize=("V", "B"), do_not_specialize_on_alignment=("teacher_temp", "upstream"))
+@triton.jit(do_not_specialize=("V", "B"), do_not_specialize_on_alignment=("temp_kept", "upstream"))
 def _gradient(
     upstream,        # ()
     student,         # (V, B, K)
     teacher,         # (T, B, K)
     saved,           # (B, V + T, 2)
     center_kept,     # (K,), CENTERED only
-    teacher_temp,    # (), CENTERED only
+    temp_kept,       # (), CENTERED only
     grad,            # (V, B, K) out, contiguous
     student_inv_temp, grad_scale, V, B, K, student_outer_stride, student_image_stride, teacher_outer_stride,
     teacher_image_stride, T: tl.constexpr, CENTERED: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
@@ -331,7 +343,7 @@ def _gradient(
     b, block = B - 1 - tl.program_id(0) // blocks, tl.program_id(0) % blocks
     k = block * BLOCK + tl.arange(0, BLOCK)                                                    # (BLOCK,)
     c = tl.load(center_kept + k, k < K, 0.0) if CENTERED else 0.0
-    teacher_factor = LOG2E / tl.load(teacher_temp).to(tl.float32) if CENTERED else 0.0
+    teacher_factor = LOG2E / tl.load(temp_kept) if CENTERED else 0.0
     scale = tl.load(upstream).to(tl.float32) * grad_scale
     q0, mass0 = _teacher_tile(teacher, 0, c, teacher_factor, saved, b, k, V, K, teacher_outer_stride, teacher_image_stride, T,
                               CENTERED)
@@ -354,14 +366,15 @@ def _gradient(
         tl.store(_row(grad, v, b, tl.cast(B, tl.int64) * K, K) + k, g.to(grad.dtype.element_ty), k < K)
 
 
-def dino_loss_backward(upstream: Tensor, student: Tensor, teacher: Tensor, saved: Tensor, student_temp: float,
-                       teacher_temp: Tensor, centered: bool, terms: float, diagonal: bool) -> Tensor:
+def dino_loss_backward(upstream: Tensor, student: Tensor, teacher: Tensor, saved: Tensor, student_temp: float, centered: bool,
+                       pairs: int, diagonal: bool) -> Tensor:
     """The gradient (V, B, K) in student's dtype; upstream () in any float dtype on the device, the rest as in `dino_loss`."""
     (V, B, K), T = student.shape, len(teacher)
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    temp_kept, center_kept = _parts_of(saved, B, V + T)
     with torch.cuda.device_of(student):
         _gradient[B * triton.cdiv(K, BLOCK),](
-            upstream, student, teacher, saved, saved[2 * B * (V + T):], teacher_temp, grad, 1 / student_temp,
-            1 / (terms * student_temp), V, B, K, *student.stride()[:2], *teacher.stride()[:2], T, centered, diagonal, BLOCK,
+            upstream, student, teacher, saved, center_kept, temp_kept, grad, 1 / student_temp,
+            1 / (B * pairs * student_temp), V, B, K, *student.stride()[:2], *teacher.stride()[:2], T, centered, diagonal, BLOCK,
             num_warps=WARPS)
     return grad

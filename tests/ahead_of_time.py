@@ -71,10 +71,10 @@ def health(kernel: JITFunction, args: tuple, options: dict, architecture: int) -
 
 def _dino_loss_step(module: ModuleType, student: torch.Tensor, teacher: torch.Tensor, center: torch.Tensor | None,
                     number: torch.Tensor) -> None:
-    *_, saved = module.dino_loss(student, teacher, center, 0.1, number, 64.0, center is None, True)
-    module.dino_loss_backward(number, student, teacher, saved, 0.1, number, center is not None, 64.0, center is None)
+    *_, saved = module.dino_loss(student, teacher, center, 0.1, number, 18, center is None, True)
+    module.dino_loss_backward(number, student, teacher, saved, 0.1, center is not None, 18, center is None)
     if center is not None:
-        module.dino_loss(student, teacher, center, 0.1, number, 64.0, False, False)
+        module.dino_loss(student, teacher, center, 0.1, number, 18, False, False)
 
 
 def dino_loss() -> Iterator[tuple[dict[str, object], Launch]]:

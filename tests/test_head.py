@@ -1,3 +1,5 @@
+import copy
+
 import golden
 import pytest
 import torch
@@ -33,3 +35,17 @@ def test_tiny_features_do_not_vanish_in_half_precision():
     head.last_layer.float()
     out = head(torch.full((2, 8), 1e-6, dtype=torch.float16))
     assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_head_trains_in_other_dtypes(dtype):
+    torch.manual_seed(0)
+    head = DINOHead(12, 20, hidden_dim=16, bottleneck_dim=8)
+    x = torch.randn(4, 12)
+    expected = head(x)
+    half = copy.deepcopy(head).to(dtype)
+    out = half(x.to(dtype))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.02)
+    out.sum().backward()
+    assert all(p.grad.dtype == dtype for p in half.parameters() if p.requires_grad)

@@ -107,3 +107,11 @@ def test_plain_import_takes_no_notable_time():
     """It does not even import torch: that waits for the first name that is used."""
     code = "import sys, dinofast; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_scripts_beside_the_clone_find_the_package(tmp_path):
+    """A folder named like the package, as a clone is, must not hide it."""
+    (tmp_path / "dinofast" / "dinofast").mkdir(parents=True)
+    done = subprocess.run([sys.executable, "-c", "from dinofast import DINOLoss"], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == 0, f"{done.stderr}: install as the Makefile does, with --config-settings editable_mode=compat"

@@ -345,3 +345,63 @@ def test_other_dtypes_train_too(dtype):
         expected = old.double() * (1 - 0.1 * 0.01 if p.ndim > 1 else 1) - 0.1  # 0.1 down, weights also decay
         torch.testing.assert_close(p.double(), expected, rtol=1e-2, atol=2e-3)
         torch.testing.assert_close(t.double(), (expected + old.double()) / 2, rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("make", [lambda g, **k: AdamWEMA(g, **k), lambda g, **k: SGDEMA(g, lr=0.1, **k)])
+def test_copies_and_pickles_go_on(make):
+    import pickle
+
+    model = small_model()
+    teacher = copy.deepcopy(model)
+    optimizer = make(param_groups(model), student=model, teacher=teacher, clip_grad=0.5)
+    train(model, optimizer, 2, momentum=0.9)
+    for clone in (copy.deepcopy((model, teacher, optimizer)), pickle.loads(pickle.dumps((model, teacher, optimizer)))):
+        train(clone[0], clone[2], 2, momentum=0.9)
+        other = copy.deepcopy((model, teacher, optimizer))
+        train(other[0], other[2], 2, momentum=0.9)
+        close(clone[0], other[0], rtol=0, atol=0)
+        close(clone[1], other[1], rtol=0, atol=0)
+    assert not torch.equal(clone[1][0].weight, teacher[0].weight)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"lr": -1.0}, "lr is -1.0"),
+    ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+    ({"eps": float("nan")}, "eps is nan"),
+    ({"betas": (1.5, 0.9)}, r"betas are \(1.5, 0.9\)"),
+])
+def test_impossible_numbers_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AdamWEMA(small_model().parameters(), **arguments)
+
+
+def test_student_and_teacher_must_go_together():
+    model = small_model()
+    with pytest.raises(ValueError, match="4 parameters here and 6 there|4 parameters here and 2 there|5 parameters here"):
+        AdamWEMA(model.parameters(), student=model, teacher=nn.Sequential(*list(copy.deepcopy(model))[:1]))
+    with pytest.raises(ValueError, match="share a parameter"):
+        AdamWEMA(model.parameters(), student=model, teacher=model)
+    with pytest.raises(ValueError, match="none of the parameters given is one of student's"):
+        AdamWEMA(small_model().parameters(), student=model, teacher=copy.deepcopy(model))
+    optimizer = AdamWEMA(model.parameters(), student=model, teacher=copy.deepcopy(model))
+    backward(model, 0)
+    for momentum in (9.0, -0.1, float("nan"), torch.tensor(1.5)):
+        with pytest.raises(ValueError, match="momentum is"):
+            optimizer.step(momentum=momentum)
+
+
+def test_foreign_states_that_mean_something_else_are_refused():
+    model = small_model()
+    theirs = torch.optim.AdamW(model.parameters(), maximize=True)
+    train(model, theirs, 1)
+    ours = AdamWEMA(model.parameters())
+    with pytest.raises(ValueError, match="maximize=True, which AdamWEMA does not have"):
+        ours.load_state_dict(theirs.state_dict())
+    plain = torch.optim.AdamW(model.parameters())
+    train(model, plain, 1)
+    state = plain.state_dict()
+    for kept in state["state"].values():
+        kept["step"] = kept["step"].item()                       # as torch 1.11 saved it
+    ours.load_state_dict(state)
+    train(model, ours, 1)
+    assert ours.state_dict()["state"][0]["step"] == 2

@@ -99,12 +99,56 @@ def test_chunks_of_one_tensor_are_not_copied(impl: str) -> None:
     torch.testing.assert_close((loss.detach(), leaf.grad.view(4, 3, 40)), expected)
     stacked = ops._dino_loss._stacked
     assert stacked(whole.chunk(4)).data_ptr() == whole.data_ptr()
-    assert stacked(list(whole.unflatten(0, (4, 3)))).data_ptr() == whole.data_ptr()
+    assert stacked(list(whole.detach().unflatten(0, (4, 3)))).data_ptr() == whole.data_ptr()
+    assert stacked([whole]).data_ptr() == whole.data_ptr()
     pieces = whole.chunk(4)
     others = (pieces[::-1], pieces[:3], [*pieces[:3], pieces[3].detach()], [x * 1 for x in pieces],
-              torch.zeros(12, 80).chunk(2, 1))
+              torch.zeros(12, 80).chunk(2, 1), list(whole.unflatten(0, (4, 3))))    # the last has a view between
     for pieces in others:
         assert torch.equal(stacked(pieces), torch.stack(tuple(pieces))) and stacked(pieces).data_ptr() != pieces[0].data_ptr()
+
+
+def test_what_is_done_to_the_chunks_counts() -> None:
+    """Hooks on chunks, gradients asked for of chunks, views by functions of one's own, chunks made without gradient."""
+    class Reversed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, g: Tensor) -> Tensor:
+            return -g
+    student, targets = draw(4, 2, 3, 40)
+    expected = run(student, targets, "cpp")[1].flatten(0, 1)
+
+    def gradient(change) -> tuple[Tensor, list[Tensor]]:
+        leaf = student.flatten(0, 1).requires_grad_()
+        pieces = change(leaf * 1)
+        soft_cross_entropy(pieces, targets, impl="cpp").backward()
+        return leaf.grad, pieces
+
+    def hooked(x: Tensor) -> list[Tensor]:
+        pieces = list(x.chunk(4))
+        pieces[1].register_hook(lambda g: g * 0)
+        return pieces
+
+    def retained(x: Tensor) -> list[Tensor]:
+        pieces = list(x.chunk(4))
+        pieces[2].retain_grad()
+        return pieces
+    zeroed = expected.clone()
+    zeroed[3:6] = 0
+    torch.testing.assert_close(gradient(hooked)[0], zeroed)
+    torch.testing.assert_close(gradient(retained)[1][2].grad, expected[6:9])
+    torch.testing.assert_close(gradient(lambda x: [Reversed.apply(piece) for piece in x.chunk(4)])[0], -expected)
+    torch.testing.assert_close(gradient(lambda x: Reversed.apply(x).chunk(4))[0], -expected)
+    torch.testing.assert_close(gradient(lambda x: x.split(3))[0], expected)
+    leaf = student.flatten(0, 1).requires_grad_()
+    with torch.no_grad():
+        pieces = [piece.requires_grad_() for piece in leaf.chunk(4)]
+    soft_cross_entropy(pieces, targets, impl="cpp").backward()
+    assert leaf.grad is None
+    torch.testing.assert_close(torch.cat([piece.grad for piece in pieces]), expected)
 
 
 @pytest.mark.parametrize("impl", (None, "triton"))
@@ -121,12 +165,11 @@ def test_compiles_as_one_graph(impl: str | None) -> None:
 @pytest.mark.parametrize("impl", ("cpp", "triton"))
 def test_opcheck(impl: str) -> None:
     student, targets = draw(3, 2, 2, 37)
-    given = (student.requires_grad_(), targets, None, 0.1, torch.ones(()), 2.0, True, True, impl)
+    given = (student.requires_grad_(), targets, None, 0.1, torch.ones(()), 1, True, True, impl)
     torch.library.opcheck(torch.ops.dinofast.dino_loss.default, given)
     if impl == "triton":
         torch.library.opcheck(torch.ops.dinofast.dino_loss_backward.default, (
-            torch.tensor(2.0), student.detach(), targets, torch.ops.dinofast.dino_loss(*given)[3], 0.1, torch.ones(()), False,
-            2.0, True))
+            torch.tensor(2.0), student.detach(), targets, torch.ops.dinofast.dino_loss(*given)[3], 0.1, False, 1, True))
 
 
 @pytest.mark.parametrize(("change", "message"), [

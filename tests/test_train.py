@@ -215,7 +215,7 @@ def reads_of_a_run(tmp_path, steps, **changes):
     with pytest.MonkeyPatch.context() as patch:
         for module in (ops._dino_loss, ops._adamw_ema):               # the C++ path may look at numbers: it has no device
             patch.setattr(module, "choose", lambda *_: "reference")
-        patch.setattr(ops._dino_loss, "is_known", lambda _: False)
+            patch.setattr(module, "is_known", lambda _: False)
         patch.setattr(checkpoint, "save", lambda *_: None)
         loader = GoldenLoader()
         loader.steps_per_epoch, loader.n_images = steps, 4 * steps

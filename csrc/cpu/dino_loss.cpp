@@ -22,6 +22,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -85,10 +86,15 @@ struct Target {  // Q = weight q
     double weight, mass;
 };
 
+// Of the gradient.
+template <class T> struct Wide { using type = float; };
+template <> struct Wide<BF16> { using type = BF16; };
+template <class T> using Grad = typename Wide<T>::type;
+
 // The bracket of one row; its gradient where wanted, past the cache if `streamed`. e and blocks are scratch.
 template <class T>
-DINOFAST_INLINE double student_row_of(const T* x, const Target& target, int64_t n, double temp, float* e, Block* blocks, T* grad,
-                                      double grad_scale, bool streamed) {
+DINOFAST_INLINE double student_row_of(const T* x, const Target& target, int64_t n, double temp, float* e, Block* blocks,
+                                      Grad<T>* grad, double grad_scale, bool streamed) {
     const float* q = target.q;
     const float factor = float(kLog2E / temp);
     const int64_t n_blocks = (n + kBlock - 1) / kBlock;
@@ -119,16 +125,17 @@ DINOFAST_INLINE double student_row_of(const T* x, const Target& target, int64_t 
         sum += blocks[i].sum * std::exp2(below * factor);
     }
     if (grad) {
-        alignas(64) T ready[kBlock];
+        alignas(64) Grad<T> ready[kBlock];
         const float pull = float(grad_scale * target.weight);
         for (int64_t i = 0; i < n_blocks; ++i) {
             const int64_t begin = i * kBlock, size = std::min(n - begin, kBlock);
             const float own = float(grad_scale * target.mass / sum * std::exp2((double(blocks[i].top) - top) * factor));
-            T* out = streamed ? ready : grad + begin;
+            Grad<T>* out = streamed ? ready : grad + begin;
 #pragma omp simd
-            for (int64_t k = 0; k < size; ++k) out[k] = narrow<T>(own * e[begin + k] - pull * q[begin + k]);
+            for (int64_t k = 0; k < size; ++k) out[k] = narrow<Grad<T>>(own * e[begin + k] - pull * q[begin + k]);
             if (streamed) stream(grad + begin, ready, size);
         }
+        if (streamed) stream_end();
     }
     return target.mass * std::log(sum) - target.weight * dot / temp;
 }
@@ -149,7 +156,7 @@ DINOFAST_INLINE void add_row_of(const T* x, int64_t n, double* sums) {
         return probability_row_of(x, n, e, sums);                                                                             \
     }                                                                                                                         \
     DINOFAST_CLONES double student_row(const T* x, const Target& target, int64_t n, double temp, float* e, Block* blocks,     \
-                                       T* grad, double grad_scale, bool streamed) {                                           \
+                                       Grad<T>* grad, double grad_scale, bool streamed) {                                     \
         return student_row_of(x, target, n, temp, e, blocks, grad, grad_scale, streamed);                                     \
     }                                                                                                                         \
     DINOFAST_CLONES void add_row(const T* x, int64_t n, double* sums) { add_row_of(x, n, sums); }
@@ -180,7 +187,8 @@ class Targets {
   public:
     Targets(int64_t teachers, int64_t n, bool diagonal)
         : n_(n), n_blocks_((n + kBlock - 1) / kBlock), diagonal_(diagonal), rows_(teachers),
-          memory_((teachers + (teachers > 2 && !diagonal)) * n), sums_(memory_.size() / n * n_blocks_) {}
+          memory_(new float[(teachers + (teachers > 2 && !diagonal)) * n]),
+          sums_(new double[(teachers + (teachers > 2 && !diagonal)) * n_blocks_]) {}
 
     // Takes in the rows of image b; returns the sum of their entropies.
     double read(const Logits& teacher, int64_t b, const float* center, double temp) {
@@ -219,15 +227,24 @@ class Targets {
         return {q(where), sums(where), 1, a.mass + b.mass};
     }
 
-    float* q(size_t t) { return memory_.data() + t * n_; }
-    double* sums(size_t t) { return sums_.data() + t * n_blocks_; }
+    float* q(size_t t) { return memory_.get() + t * n_; }
+    double* sums(size_t t) { return sums_.get() + t * n_blocks_; }
 
     int64_t n_, n_blocks_;
     bool diagonal_;
     std::vector<Target> rows_;
-    std::vector<float> memory_;  // T rows of K, and one more for a sum of several while all are still needed
-    std::vector<double> sums_;   // of their blocks
+    std::unique_ptr<float[]> memory_;  // T rows of K, and one more for a sum of several while all are still needed
+    std::unique_ptr<double[]> sums_;   // of their blocks
     Target all_{};
+};
+
+struct Scratch {  // of a thread; not cleared
+    Targets targets;
+    std::unique_ptr<float[]> e;
+    std::unique_ptr<Block[]> blocks;
+
+    Scratch(int64_t teachers, int64_t n, bool diagonal)
+        : targets(teachers, n, diagonal), e(new float[n]), blocks(new Block[(n + kBlock - 1) / kBlock]) {}
 };
 
 }  // namespace
@@ -235,11 +252,13 @@ class Targets {
 LossSums dino_loss(Logits student, Logits teacher, const float* center, LossSizes sizes, const LossOptions& options,
                    float* teacher_sum, void* grad, int n_threads) {
     const int64_t V = sizes.crops, T = sizes.teachers, B = sizes.images, K = sizes.prototypes;
-    const size_t grad_bytes = size_t(V) * B * K * (student.dtype == Dtype::f32 ? 4 : 2);
-    const bool streamed = grad_bytes >= kLarge && K % 16 == 0;  // a smaller one is better found in the cache afterwards
-    if ((V + T) * B * K < 1 << 15) n_threads = 1;               // starting threads takes longer
+    if ((V + T) * B * K < 1 << 15) n_threads = 1;  // starting threads takes longer
+    const bool streamed = options.streamed && K % 8 == 0;
 
     std::vector<LossSums> image(B);
+    std::vector<Scratch> scratch;  // here, where running out of memory can still be told
+    scratch.reserve(n_threads);
+    for (int i = 0; i < n_threads; ++i) scratch.emplace_back(T, K, options.diagonal);
 #pragma omp parallel num_threads(n_threads)
     {
         if (teacher_sum) {
@@ -252,20 +271,22 @@ LossSums dino_loss(Logits student, Logits teacher, const float* center, LossSize
                 std::copy(sums, sums + size, teacher_sum + k0);
             }
         }
-        Targets targets(T, K, options.diagonal);
-        std::vector<float> e(K);
-        std::vector<Block> blocks((K + kBlock - 1) / kBlock);
+#ifdef _OPENMP
+        auto& [targets, e, blocks] = scratch[omp_get_thread_num()];
+#else
+        auto& [targets, e, blocks] = scratch[0];
+#endif
 #pragma omp for schedule(dynamic) nowait  // one barrier in all: each costs a time slice where cores are shared
         for (int64_t b = 0; b < B; ++b) {
             const double entropy = targets.read(teacher, b, center, options.teacher_temp);
             double loss = 0;
             for (int64_t v = 0; v < V; ++v) {
                 const Target target = targets.of(v);
-                loss += with_row(student, v, b, [&](auto* x) {
-                    using Number = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+                loss += with_row(student, v, b, [&, &e = e, &blocks = blocks](auto* x) {
+                    using Number = Grad<std::remove_const_t<std::remove_pointer_t<decltype(x)>>>;
                     Number* out = grad ? static_cast<Number*>(grad) + (v * B + b) * K : nullptr;
                     if (target.q)
-                        return student_row(x, target, K, options.student_temp, e.data(), blocks.data(), out, options.grad_scale,
+                        return student_row(x, target, K, options.student_temp, e.get(), blocks.get(), out, options.grad_scale,
                                            streamed);
                     if (out) std::fill(out, out + K, Number{});
                     return 0.0;

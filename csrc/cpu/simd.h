@@ -108,6 +108,13 @@ DINOFAST_INLINE void stream(T* to, const T* from, int64_t n) {
 #endif
 }
 
+// After the last of them, before another thread looks.
+DINOFAST_INLINE void stream_end() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 // Asks for 2 MiB pages in memory not yet touched. A fresh 84 MB tensor costs 18 ms of page faults on an EPYC (2 cores,
 // 2026-11-23), 3 ms with large pages; the kernel itself takes 9 ms.
 inline void huge_pages(void* data, size_t bytes) {

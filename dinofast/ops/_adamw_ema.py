@@ -5,13 +5,13 @@ Axes: n tensors in a list.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ._choice import _C, KERNEL_DTYPES, array_of, choose, library
+from ._choice import _C, KERNEL_DTYPES, array_of, choose, is_known, library
 
 # Lists of tensors go to a kernel as addresses: an array for each would cost 1 us a tensor. Autograd has nothing to do here.
 # Where a list may have holes, those present are passed with a list of which there are: torch cannot functionalise
@@ -146,6 +146,12 @@ def _check_lists(**lists: Sequence[Tensor | None]) -> None:
                 raise ValueError(f"{name}[{i}] has shape {tuple(x.shape)}: expected {tuple(shape)}, that of {first_name}[{i}].")
 
 
+def check_momentum(momentum: float | Tensor) -> None:
+    """Raise ValueError for a teacher's momentum that is known and no share."""
+    if is_known(momentum) and not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is {float(momentum)}: it must lie between 0 and 1.")
+
+
 def _scalar(number: float | Tensor) -> Tensor:
     return number if isinstance(number, Tensor) else torch.scalar_tensor(number, dtype=torch.float64)
 
@@ -204,18 +210,22 @@ def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequ
 
 
 @torch.no_grad()
-def ema_(teachers: Sequence[Tensor], students: Sequence[Tensor], momentum: float | Tensor, skip: Tensor | None = None,
+def ema_(teachers: Iterable[Tensor], students: Iterable[Tensor], momentum: float | Tensor, skip: Tensor | None = None,
          impl: str | None = None, *, copies: Sequence[Tensor | None] | None = None) -> None:
     """The teacher's average, `teacher <- momentum teacher + (1 - momentum) student`, for n tensors at once, in place.
 
-        ema_(list(teacher.parameters()), list(student.parameters()), 0.996)
+        ema_(teacher.parameters(), student.parameters(), 0.996)
 
-    teachers, students: n tensors, equal in shape. skip (): bool; where true nothing changes. copies: None, or n tensors or
-    None, which the teachers are rounded into. No gradient is recorded.
+    teachers, students: n tensors, equal in shape; a 16-bit teacher would stand still, as its steps round to nothing: keep it in
+    float32. skip (): bool; where true nothing changes. copies: None, or n tensors or None, which the teachers are rounded into.
+    No gradient is recorded.
     impl: as in `dino_loss`. The kernels take float32 teachers with students and copies in float32, bfloat16 or float16, all
-    of a row contiguous or channels_last. Raises ValueError for lists that differ in length or shape.
+    of a row contiguous or channels_last. Raises ValueError for lists that differ in length or shape, and for a momentum
+    outside 0 .. 1.
     """
+    teachers, students = list(teachers), list(students)
     copies = [None] * len(teachers) if copies is None else copies
+    check_momentum(momentum)
     _check_lists(teachers=teachers, students=students, copies=copies)
     impl = _choose_for_lists("ema_", impl, [students, copies], [teachers])
     if impl == "reference":

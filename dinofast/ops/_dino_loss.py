@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import reference
 from ._choice import _C, KERNEL_DTYPES, choose, is_known, is_watched, library
 
-# `saved` is what backward needs. The C++ kernel has a row's gradient in hand while it reads the logits, so `saved` is the
-# gradient (V, B, K) for an upstream of 1, and backward only multiplies. In float16 it would underflow before the loss scale
-# could lift it: there it is kept as 2^14 (mass softmax - Q), and backward applies the rest of the factor together with the
-# upstream. The Triton kernels read the logits twice in any case, for statistics and for the gradient: so the gradient is left
-# to backward, where the upstream is known, and `saved` is the statistics of the rows and the centre.
-library.define("dino_loss(Tensor student, Tensor teacher, Tensor? center, float student_temp, Tensor teacher_temp, "
-               "float terms, bool diagonal, bool with_grad, str impl) -> (Tensor loss, Tensor entropy, Tensor teacher_sum, "
-               "Tensor saved)")
+# The loss is a sum over images and pairs, divided by the images and by `pairs`. `saved` is what backward needs. The C++
+# kernel has a row's gradient in hand while it reads the logits, so `saved` is the gradient (V, B, K) for an upstream of 1, and
+# backward only multiplies; of a float16 student in float32, as float16 might underflow before the loss scale lifts it. The
+# Triton kernels read the logits twice in any case, for statistics and for the gradient: so the gradient is left to backward,
+# where the upstream is known, and `saved` holds statistics of the rows, the temperature and the centre.
+library.define("dino_loss(Tensor student, Tensor teacher, Tensor? center, float student_temp, Tensor teacher_temp, int pairs, "
+               "bool diagonal, bool with_grad, str impl) -> (Tensor loss, Tensor entropy, Tensor teacher_sum, Tensor saved)")
 library.define("dino_loss_backward(Tensor upstream, Tensor student, Tensor teacher, Tensor saved, float student_temp, "
-               "Tensor teacher_temp, bool centered, float terms, bool diagonal) -> Tensor")
-_HALF_GRAD_SCALE = 2.0 ** 14
+               "bool centered, int pairs, bool diagonal) -> Tensor")
+_LARGE = 0 if _C is None else _C.large  # bytes
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -34,67 +34,75 @@ def _rows(x: Tensor) -> Tensor:
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory of an earlier result where it is large: fresh memory costs as much as the kernel (csrc/cpu/recycled.h)."""
     n_bytes = torch.Size(shape).numel() * dtype.itemsize
-    if n_bytes < _C.large:
+    if n_bytes < _LARGE:
         return torch.empty(shape, dtype=dtype)
     return torch.from_numpy(_C.empty(n_bytes)).view(dtype).view(shape)
 
 
+def _saved_dtype(student: Tensor) -> torch.dtype:
+    return torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32
+
+
 def _dino_loss_cpp(student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: Tensor,
-                   terms: float, diagonal: bool, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_scale = _HALF_GRAD_SCALE if student.dtype == torch.float16 else 1 / (terms * student_temp)
-    teacher_sum = torch.empty(0 if center is None else student.shape[2], dtype=torch.float32)
-    grad = _empty(student.shape, student.dtype) if with_grad else torch.empty(0, dtype=student.dtype)      # (V, B, K)
+                   pairs: int, diagonal: bool, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes = (student.shape[0], *teacher.shape)                                                             # V, T, B, K
+    terms = float(pairs * sizes[2])
+    teacher_sum = torch.empty(0 if center is None else sizes[3], dtype=torch.float32)
+    dtype = _saved_dtype(student)
+    grad = _empty(student.shape, dtype) if with_grad else torch.empty(0, dtype=dtype)                      # (V, B, K)
     center = None if center is None else center.float().contiguous()
     loss, entropy = _C.dino_loss(
         student.data_ptr(), KERNEL_DTYPES.index(student.dtype), student.stride()[:2],
         teacher.data_ptr(), KERNEL_DTYPES.index(teacher.dtype), teacher.stride()[:2],
-        0 if center is None else center.data_ptr(), (student.shape[0], *teacher.shape), student_temp, teacher_temp.item(),
-        terms, diagonal, 0 if center is None else teacher_sum.data_ptr(), grad.data_ptr() if with_grad else 0, grad_scale,
-        torch.get_num_threads())
+        None if center is None else center.data_ptr(), sizes, student_temp, teacher_temp.item(), terms, diagonal,
+        None if center is None else teacher_sum.data_ptr(), grad.data_ptr() if with_grad else None, 1 / (terms * student_temp),
+        grad.nbytes >= _LARGE, torch.get_num_threads())
     return torch.scalar_tensor(loss, dtype=torch.float32), torch.scalar_tensor(entropy, dtype=torch.float32), teacher_sum, grad
 
 
 def _dino_loss_kernel(student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: Tensor,
-                      terms: float, diagonal: bool, with_grad: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                      pairs: int, diagonal: bool, with_grad: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     student, teacher = _rows(student), _rows(teacher)
     if impl == "cpp":
-        return _dino_loss_cpp(student, teacher, center, student_temp, teacher_temp, terms, diagonal, with_grad)
+        return _dino_loss_cpp(student, teacher, center, student_temp, teacher_temp, pairs, diagonal, with_grad)
     from ..kernels import dino_loss as triton
-    return triton.dino_loss(student, teacher, center, student_temp, _on(student.device, teacher_temp), terms, diagonal,
-                            with_grad)
+    if teacher_temp.device != student.device:  # a number on the host is sent without waiting
+        teacher_temp = torch.full((), teacher_temp.item(), dtype=torch.float32, device=student.device)
+    return triton.dino_loss(student, teacher, center, student_temp, teacher_temp, pairs, diagonal, with_grad)
 
 
 def _dino_loss_backward_kernel(upstream: Tensor, student: Tensor, teacher: Tensor, saved: Tensor, student_temp: float,
-                               teacher_temp: Tensor, centered: bool, terms: float, diagonal: bool) -> Tensor:
+                               centered: bool, pairs: int, diagonal: bool) -> Tensor:
     from ..kernels import dino_loss as triton
-    return triton.dino_loss_backward(upstream, _rows(student), _rows(teacher), saved, student_temp,
-                                     _on(student.device, teacher_temp), centered, terms, diagonal)
-
-
-def _on(device: torch.device, number: Tensor) -> Tensor:
-    """The number as a tensor on the device, without waiting for it."""
-    return number if number.device == device else torch.full((), number.item(), dtype=torch.float32, device=device)
+    return triton.dino_loss_backward(upstream, _rows(student), _rows(teacher), saved, student_temp, centered, pairs, diagonal)
 
 
 def _saved_numbers(student: Tensor, teacher: Tensor, center: Tensor | None) -> int:
-    """Two numbers for each row, and the centre: see kernels/dino_loss.py."""
-    return 2 * student.shape[1] * (student.shape[0] + teacher.shape[0]) + (0 if center is None else student.shape[2])
+    """See kernels/dino_loss.py: two numbers for each row and the temperature, filled up to 16 bytes, and the centre."""
+    statistics = 2 * student.shape[1] * (student.shape[0] + teacher.shape[0]) + 1
+    return (statistics + 3) // 4 * 4 + (0 if center is None else student.shape[2])
 
 
 def _dino_loss_fake(student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: Tensor,
-                    terms: float, diagonal: bool, with_grad: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                    pairs: int, diagonal: bool, with_grad: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def numbers(*shape: int) -> Tensor:
         return student.new_empty(shape, dtype=torch.float32)
-    saved = student.new_empty(student.shape if with_grad else (0,)) if impl == "cpp" else numbers(
-        _saved_numbers(student, teacher, center) if with_grad else 0)
+    if impl == "cpp":
+        saved = student.new_empty(student.shape if with_grad else (0,), dtype=_saved_dtype(student))
+    else:
+        saved = numbers(_saved_numbers(student, teacher, center) if with_grad else 0)
     return numbers(), numbers(), numbers(0 if center is None else student.shape[2]), saved
 
 
 def _below_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not is_watched(args[0]):
+    if not _is_watched(*args):
         return _dino_loss_kernel(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.dinofast.dino_loss.default(*args)
+
+
+def _is_watched(student: Tensor, teacher: Tensor, center: Tensor | None, _: float, teacher_temp: Tensor, *rest: Any) -> bool:
+    return is_watched(student, teacher, center, teacher_temp)
 
 
 def _dino_loss_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -105,17 +113,17 @@ def _dino_loss_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 class _DinoLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        student, teacher, center, student_temp, teacher_temp, terms, diagonal, _, ctx.impl = args
+        student, teacher, center, student_temp, _, pairs, diagonal, _, ctx.impl = args
         output = _below_autograd(*args)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # or backward would be handed zeros of the size of the logits
         if ctx.impl == "cpp":
             ctx.save_for_backward(output[3])
-            ctx.scale = 1 / (terms * student_temp * _HALF_GRAD_SCALE) if student.dtype == torch.float16 else 1.0
+            ctx.dtype = student.dtype
         else:
             ctx.teacher = teacher if teacher.is_inference() else None  # which autograd refuses to save; nobody can change it
-            ctx.save_for_backward(student, None if teacher.is_inference() else teacher, output[3], teacher_temp)
-            ctx.rest = student_temp, center is not None, terms, diagonal
+            ctx.save_for_backward(student, None if teacher.is_inference() else teacher, output[3])
+            ctx.rest = student_temp, center is not None, pairs, diagonal
         return output
 
     @staticmethod
@@ -127,13 +135,12 @@ class _DinoLoss(torch.autograd.Function):
             raise NotImplementedError("dino_loss has no second derivative (create_graph=True): use impl='reference'.")
         if ctx.impl == "cpp":
             grad, = ctx.saved_tensors
-            if is_known(upstream) and upstream.item() * ctx.scale == 1:  # the usual case, and a pass over the gradient saved
-                return grad, *nothing
-            return grad * (upstream * ctx.scale), *nothing
-        student, teacher, saved, teacher_temp = ctx.saved_tensors
-        student_temp, centered, terms, diagonal = ctx.rest
+            if is_known(upstream) and upstream.item() == 1:  # the usual case, and a pass over the gradient saved
+                return grad.to(ctx.dtype), *nothing
+            return (grad * upstream).to(ctx.dtype), *nothing
+        student, teacher, saved = ctx.saved_tensors
         return torch.ops.dinofast.dino_loss_backward(upstream, student, ctx.teacher if teacher is None else teacher, saved,
-                                                     student_temp, teacher_temp, centered, terms, diagonal), *nothing
+                                                     *ctx.rest), *nothing
 
 
 for _device in ("CPU", "CUDA"):
@@ -147,7 +154,10 @@ library.impl("dino_loss", _dino_loss_autograd, "Autograd")
 
 def _call(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operation; without the dispatcher, which takes longer than the rest of the call, where nobody would notice."""
-    return torch.ops.dinofast.dino_loss(*args) if is_watched(args[0]) else _dino_loss_autograd(*args)
+    student = args[0]
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None:
+        raise NotImplementedError("dino_loss has no forward-mode derivative: use impl='reference'.")
+    return torch.ops.dinofast.dino_loss(*args) if _is_watched(*args) else _dino_loss_autograd(*args)
 
 
 def _check_logits(student: Tensor, student_temp: float, **others: Tensor) -> None:
@@ -216,8 +226,8 @@ def dino_loss(student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Ten
     if not isinstance(teacher_temp, Tensor):
         teacher_temp = torch.scalar_tensor(teacher_temp, dtype=torch.float64)
     with_grad = student.requires_grad and torch.is_grad_enabled()
-    loss, entropy, teacher_sum, _ = _call(student, teacher, center, student_temp, teacher_temp.detach(),
-                                          float(pairs * student.shape[1]), False, with_grad, impl)
+    loss, entropy, teacher_sum, _ = _call(student, teacher, center, student_temp, teacher_temp.detach(), pairs, False,
+                                          with_grad, impl)
     return loss, entropy, teacher_sum
 
 
@@ -240,22 +250,39 @@ def soft_cross_entropy(student: Tensor | Sequence[Tensor], targets: Tensor | Seq
     if impl == "reference":
         loss = reference.soft_cross_entropy(student, targets, student_temp, diagonal)
         return loss / pairs if reduction == "mean" else loss
-    terms = float(student.shape[1] * (pairs if reduction == "mean" else 1))
     with_grad = student.requires_grad and torch.is_grad_enabled()
-    return _call(student, targets, None, student_temp, torch.ones(()), terms, diagonal, with_grad, impl)[0]
+    return _call(student, targets, None, student_temp, torch.ones(()), pairs if reduction == "mean" else 1, diagonal, with_grad,
+                 impl)[0]
 
 
 def _stacked(x: Tensor | Sequence[Tensor]) -> Tensor:
-    """n tensors (B, K) as one (n, B, K): the tensor that they are chunks of, without a copy, or a copy."""
+    """n tensors (B, K) as one (n, B, K): the tensor that they are all the chunks of, or else a copy."""
     if isinstance(x, Tensor):
         return x
     if not x:
         raise ValueError("a list of crops is empty: give at least one tensor (B, K).")
     if any(piece.shape != x[0].shape or piece.ndim != 2 for piece in x):
         raise ValueError(f"crops have shapes {[tuple(piece.shape) for piece in x]}: expected all to be one (B, K).")
-    whole = None if torch.compiler.is_compiling() else x[0]._base
-    if whole is not None and whole.is_contiguous() and whole.numel() == sum(piece.numel() for piece in x) and all(
-            piece._base is whole and piece.is_contiguous() and piece.data_ptr() == whole.data_ptr() + i * piece.nbytes
-            and piece.dtype == whole.dtype and piece.requires_grad == whole.requires_grad for i, piece in enumerate(x)):
-        return whole.view(len(x), *x[0].shape)
-    return torch.stack(tuple(x))
+    if len(x) == 1:
+        return x[0][None]
+    whole = None if is_watched(*x) else x[0]._base
+    tiled = (whole is not None and whole.is_contiguous() and (whole.dtype, whole.nbytes) == (x[0].dtype, len(x) * x[0].nbytes)
+             and all(piece._base is whole and piece.is_contiguous()
+                     and piece.data_ptr() == whole.data_ptr() + i * piece.nbytes for i, piece in enumerate(x)))
+    return whole.view(len(x), *x[0].shape) if tiled and _gradients_join(x, whole) else torch.stack(tuple(x))
+
+
+_SPLITS = ("SplitBackward0", "UnbindBackward0")  # of chunk and split, and of iterating over a tensor
+
+
+def _gradients_join(pieces: Sequence[Tensor], whole: Tensor) -> bool:
+    """Whether the gradient of the whole is just the gradients of its pieces, side by side, and nobody looks at those alone."""
+    if not whole.requires_grad and not any(piece.requires_grad for piece in pieces):
+        return True
+    node = pieces[0].grad_fn
+    if node is None or node.name() not in _SPLITS or len(node.next_functions) != 1:
+        return False
+    above, _ = node.next_functions[0]
+    joins = getattr(above, "variable", None) is whole if whole.is_leaf else above is whole.grad_fn
+    return joins and all(piece.grad_fn is node and piece.output_nr == i and not piece._backward_hooks and not piece.retains_grad
+                         for i, piece in enumerate(pieces))
