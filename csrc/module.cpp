@@ -12,6 +12,7 @@
 
 #include "cpu/adamw_ema.h"
 #include "cpu/dino_loss.h"
+#include "cpu/multicrop.h"
 #include "cpu/recycled.h"
 
 namespace py = pybind11;
@@ -58,6 +59,30 @@ std::pair<double, double> dino_loss(uintptr_t student, int student_dtype, std::p
                                           {V, T, B, K}, {student_temp, teacher_temp, terms, diagonal, grad_scale, streamed},
                                           at(teacher_sum.value_or(0)), at<void>(grad.value_or(0)), n_threads);
     return {sums.loss, sums.entropy};
+}
+
+void multicrop(const py::array_t<uint8_t, py::array::c_style>& rgb, const py::array& views, const Addresses& crops, int kind,
+               const std::optional<Floats>& table) {
+    using dinofast::Levels;
+    if (rgb.ndim() != 3 || rgb.shape(2) != 3) throw std::invalid_argument("rgb must be (height, width, 3)");
+    if (views.itemsize() != sizeof(dinofast::View) || views.ndim() != 1 || !(views.flags() & py::array::c_style) ||
+        size_t(views.size()) != crops.size())
+        throw std::invalid_argument("views must be as many as crops, one after the other, as plan.VIEW lays them out");
+    if (kind < 0 || kind > 2 || (kind && (!table || table->size() != 3 * 256))) throw std::invalid_argument("table must be (3, 256)");
+    const auto* drawn = static_cast<const dinofast::View*>(views.data());
+    for (size_t i = 0; i < crops.size(); ++i) {
+        const int64_t y = drawn[i].box[0], x = drawn[i].box[1], h = drawn[i].box[2], w = drawn[i].box[3];
+        if (y < 0 || x < 0 || h < 1 || w < 1 || y + h > rgb.shape(0) || x + w > rgb.shape(1) || drawn[i].size < 1)
+            throw std::invalid_argument("a box does not lie in the image");
+        for (const uint8_t operation : drawn[i].order)
+            if (drawn[i].jitter && operation > 3) throw std::invalid_argument("an order names a colour operation beyond 3");
+        if (!(drawn[i].blur_radius >= 0 && drawn[i].blur_radius < 1000)) throw std::invalid_argument("a blur radius is beyond 1000");
+    }
+    std::vector<void*> places;
+    for (const uintptr_t address : crops) places.push_back(at<void>(address));
+    const Levels levels{static_cast<Levels::Kind>(kind), table ? table->data() : nullptr};
+    py::gil_scoped_release release;
+    dinofast::multicrop(rgb.data(), rgb.shape(0), rgb.shape(1), drawn, int64_t(places.size()), levels, places.data());
 }
 
 py::array_t<uint8_t> empty(size_t bytes) {
@@ -121,6 +146,8 @@ PYBIND11_MODULE(_C, m) {
           py::arg("teacher_temp"), py::arg("terms"), py::arg("diagonal"), py::arg("teacher_sum"), py::arg("grad"),
           py::arg("grad_scale"), py::arg("streamed"), py::arg("n_threads"),
           "Fills teacher_sum (K,) and grad (V, B, K) unless None; returns the loss and the mean teacher entropy.");
+    m.def("multicrop", &multicrop, py::arg("rgb").noconvert(), py::arg("views"), py::arg("crops"), py::arg("kind"),
+          py::arg("table").noconvert(), "All crops of an image; kind: 0 uint8, 1 float32, 2 bfloat16, the last two by table.");
     m.def("empty", &empty, py::arg("bytes"), "Memory for a large result, that of an earlier one where the size is the same.");
     m.attr("large") = dinofast::kLarge;
     m.def("adamw_ema_", &adamw_ema, py::arg("params"), py::arg("grads"), py::arg("grad_dtypes"), py::arg("exp_avgs"),

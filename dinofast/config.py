@@ -109,7 +109,10 @@ class Config:
     log_steps: int = _option(10, "[dinofast] Steps between two readings of the loss; the device is waited for only then.")
     max_refused: float = _option(0.5, "[dinofast] Share of unreadable images at which the run stops.")
     seed: int = _option(0, "Random seed of the weights, the order of images and the augmentation.")
-    num_workers: int = _option(10, "Data loading processes per training process; at most one per core is started.")
+    num_workers: int = _option(10, "Threads (native) or processes (pil) that make crops, per training process; at most one per "
+        "core is started.")
+    data_backend: str | None = _option(None, "[dinofast] What makes the crops: native, C++ in threads, or pil, processes; both "
+        "make the same. Left alone: native where it was built.", choices=("native", "pil"))
     device: str | None = _option(None, "[dinofast] cuda or cpu. Left alone: a GPU if there is one.", choices=("cuda", "cpu"))
     dist_url: str = _option("env://", "Where processes meet; torchrun sets it up.")
     local_rank: int = _option(0, "Ignored; torchrun sets it through the environment.")

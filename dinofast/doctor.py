@@ -10,6 +10,7 @@ import torch
 
 from . import __version__, ops
 from .config import cores
+from .data import choose_backend
 
 _PACKAGES = ("numpy", "pillow", "rich", "triton", "xformers", "nvidia-dali-cuda130", "torchvision", "timm")
 
@@ -25,6 +26,8 @@ def report() -> str:
         lines.append(f"on {device}:" if device == "cpu" or torch.cuda.is_available() else "on cuda (none here):")
         lines += [f"  {name:22} {paths[device]}" for name, paths in ops.paths().items()]
         lines += [f"  {name:22} {what}" for name, what in _ELSEWHERE.items()]
+        crops, why = choose_backend(None)
+        lines.append(f"  {'crops':22} {crops}{f': {why}' if why else ''}; PIL decodes; DALI is not in this version")
     unset = "not set; name paths there (for example cpp) to make their absence an error"
     lines += ["", f"DINOFAST_REQUIRE: {os.environ.get('DINOFAST_REQUIRE') or unset}"]
     return "\n".join(lines)
@@ -33,7 +36,6 @@ def report() -> str:
 _ELSEWHERE = {
     "attention": "torch scaled_dot_product_attention, per crop size; packed crops and xformers are not in this version",
     "SGD, LARS": "torch, tensor by tensor",
-    "decoding, crops, colour": "PIL in worker processes; C++ crops and DALI are not in this version",
 }
 
 

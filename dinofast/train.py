@@ -187,7 +187,8 @@ def _introduce(run: Run, cfg: Config, process: dist.Process, model: Model, loade
     name = torch.cuda.get_device_name(process.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     run.say(f"{loader.n_images} images, {loader.steps_per_epoch} steps an epoch, {run.images_per_step} images a step; "
             f"{cfg.arch}: {parameters / 1e6:.2f} M parameters; {name}, {precision}, {process.world} process(es)")
-    run.say(f"loss: {ops.paths()['dino_loss'][process.device.type]}")
+    note = f" ({loader.backend_note})" if loader.backend_note else ""
+    run.say(f"loss: {ops.paths()['dino_loss'][process.device.type]}; crops: {loader.backend}{note}")
     run.tell_refused(loader.refused, Path(cfg.output_dir) / "refused.txt")
     if start >= cfg.epochs * loader.steps_per_epoch:
         run.say(f"nothing left to do: '{path}' has {start} steps behind it; raise --epochs to go on")

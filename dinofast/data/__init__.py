@@ -18,10 +18,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dinofast.config import Config, cores
-from dinofast.data import index, pil, plan
-
-Task = tuple[int, np.ndarray]  # epoch, samples (B,)
-Refusals = list[tuple[str, str]]  # path, reason
+from dinofast.data import index, native, pil, plan
+from dinofast.data.native import Refusals, Task
 
 
 def make_loader(cfg: Config, *, rank: int = 0, world: int = 1, start_step: int = 0, device: str | torch.device = "cpu",
@@ -66,10 +64,9 @@ class Loader:
         self._refused_file, self._rank = os.path.join(cfg.output_dir, "refused.txt"), rank
         self._device, self._step, self._batches = device, start_step, None
         self._mean, self._std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std))
-        self._workers = dict(
-            dataset=Crops(found, cfg.seed, views(cfg)), batch_size=None, collate_fn=_as_it_is, worker_init_fn=_ignore_signals,
-            num_workers=min(cfg.num_workers, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world)))),
-            pin_memory=device.type == "cuda")
+        self.backend, self.backend_note = choose_backend(cfg.data_backend)
+        self._crops = Crops(found, cfg.seed, views(cfg))
+        self._n_workers = min(cfg.num_workers, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
         self._tasks = partial(tasks, cfg, rank, world, n=self.n_images, steps_per_epoch=self.steps_per_epoch)
 
     def seek(self, step: int) -> None:
@@ -91,64 +88,79 @@ class Loader:
             self._refuse(refusals)
         if not crops:
             raise ValueError(f"None of the {self.n_images:,} images decodes any more: see {self._refused_file} for reasons.")
-        return [self._normalise(c) for c in crops]
+        on_device = [c.to(self._device, non_blocking=True) for c in crops]
+        return [c if c.dtype == torch.float32 else self._normalise(c) for c in on_device]
 
     def _start(self) -> None:
         os.makedirs(os.path.dirname(self._refused_file), exist_ok=True)
         if self._rank == 0:
             _record(self._refused_file, self.refused, anew=True)
+        tasks, pinned = self._tasks(start_step=self._step), self._device.type == "cuda"
+        if self.backend == "native":
+            levels = torch.arange(256, dtype=torch.uint8, device=self._device).expand(1, 3, 1, 256)
+            table = None if pinned else self._normalise(levels).view(3, 256).numpy()     # a GPU normalises in no time
+            self._batches = native.Batches(tasks, self._crops.draw, self._crops.decode_array, self._crops.resolutions, table,
+                                           pinned, self._n_workers)
+            return
         generator = torch.Generator()  # iter() takes a number from it: leave the global generator alone
-        self._batches = iter(DataLoader(sampler=self._tasks(start_step=self._step), generator=generator, **self._workers))
+        self._batches = iter(DataLoader(self._crops, batch_size=None, sampler=tasks, num_workers=self._n_workers,
+                                        collate_fn=_as_it_is, worker_init_fn=_ignore_signals, pin_memory=pinned,
+                                        generator=generator))
 
     def close(self) -> None:
         """End the worker processes. Only `seek` makes the loader usable again."""
         batches, self._batches = self._batches, iter(())
-        if hasattr(batches, "_workers"):  # torch has no public way to end them at a known moment
+        if isinstance(batches, native.Batches):
+            batches.close()
+        elif hasattr(batches, "_workers"):  # torch has no public way to end them at a known moment
             batches._shutdown_workers()  # waits for the batch at hand, a few seconds at most
             for worker in batches._workers:  # a stuck one ignores the SIGTERM that torch sends
                 worker.kill()
                 worker.join()
 
     def _normalise(self, crops: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, S, S, 3) to float32 (N, 3, S, S) on the device, in the steps of torchvision's ToTensor and Normalize."""
-        crops = crops.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        """uint8 (N, 3, S, S) to float32, in the steps of torchvision's ToTensor and Normalize."""
         return crops.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(self._mean).div_(self._std)
 
     def _refuse(self, refusals: Refusals) -> None:
         known = dict(self.refused)
-        new = [(path, reason) for path, reason in refusals if path not in known]  # each worker meets a bad file on its own
+        new = [(path, reason) for path, reason in dict(refusals).items() if path not in known]  # each worker meets it
         self.refused += new
         _record(self._refused_file, new)
         index.check_share(self.refused, self._n_listed, self._max_refused)
 
 
 class Crops(Dataset):
-    """uint8 crops of a micro-batch, one array (crops x B, S, S, 3) per resolution, and the files refused on the way."""
+    """What is in a micro-batch. As a data set of tasks, with PIL: uint8 crops, one array (V_r B, 3, S_r, S_r) per resolution,
+    and the files refused on the way."""
 
     def __init__(self, found: index.Index, seed: int, views: tuple[plan.View, ...]) -> None:
         self.index, self.seed, self.views = found, seed, views
         self.bad: set[int] = set()  # samples that failed, so that each is tried once
+        self.resolutions = [(len(group), group[0].size) for group in (views[:2], views[2:]) if group]
+
+    def draw(self, epoch: int, samples: np.ndarray) -> np.ndarray:
+        """The plan (B, V) of samples (B,)."""
+        return plan.draw(self.seed, epoch, samples, self.index.sizes[samples], self.views)
 
     def __getitem__(self, task: Task) -> tuple[list[torch.Tensor], Refusals]:
         epoch, samples = task
-        draw = partial(plan.draw, self.seed, epoch, views=self.views)
-        drawn = draw(samples, self.index.sizes[samples])
-        groups = [g for g in (self.views[:2], self.views[2:]) if g]
-        crops = [np.empty((len(g), len(samples), g[0].size, g[0].size, 3), np.uint8) for g in groups]
+        drawn = self.draw(epoch, samples)
+        crops = [np.empty((n, len(samples), side, side, 3), np.uint8) for n, side in self.resolutions]
         places = [place for c in crops for place in c]  # V arrays (B, S, S, 3)
         refusals: Refusals = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
             for b, sample in enumerate(samples.tolist()):
-                image, used = self._decode(sample, refusals)
+                image, used = self.decode(sample, refusals)
                 if image is None:
                     return [], refusals
-                row = drawn[b] if used == sample else draw(np.array([used]), self.index.sizes[[used]])[0]
+                row = drawn[b] if used == sample else self.draw(epoch, np.array([used]))[0]
                 for place, view in zip(places, row, strict=True):
                     place[b] = pil.render(image, view)
-        return [torch.from_numpy(c).flatten(0, 1) for c in crops], refusals
+        return [torch.from_numpy(c).flatten(0, 1).permute(0, 3, 1, 2) for c in crops], refusals
 
-    def _decode(self, sample: int, refusals: Refusals) -> tuple[Image.Image | None, int]:
+    def decode(self, sample: int, refusals: Refusals) -> tuple[Image.Image | None, int]:
         """The image of the first sample, from this one on and round the index, that decodes, and which it is."""
         for used in itertools.chain(range(sample, len(self.index)), range(sample)):
             if used in self.bad:
@@ -163,6 +175,18 @@ class Crops(Dataset):
                 self.bad.add(used)
                 refusals.append((path, str(reason)))
         return None, sample
+
+    def decode_array(self, sample: int, refusals: Refusals) -> tuple[np.ndarray | None, int]:
+        """The same as an array (H, W, 3) uint8."""
+        image, used = self.decode(sample, refusals)
+        return None if image is None else np.asarray(image), used
+
+
+def choose_backend(asked: str | None) -> tuple[str, str]:
+    """Which backend executes the plan, and why not a faster one. Raises `ValueError` if what was asked for cannot run here."""
+    if asked == "native" and native.missing():
+        raise ValueError(f"--data_backend native was asked for, but {native.missing()}.")
+    return asked or ("pil" if native.missing() else "native"), "" if asked else native.missing()
 
 
 def views(cfg: Config) -> tuple[plan.View, ...]:

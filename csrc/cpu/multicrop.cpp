@@ -1,0 +1,353 @@
+// The augmentation of DINO (arXiv 2104.14294, section 3.2) on one decoded image: every crop of a plan, bit for bit as PIL makes
+// it (dinofast/data/pil.py). Each step rounds to 8 bits where PIL does, by the arithmetic that PIL uses, so a crop does not tell
+// which of the two has made it. No product is contracted with a sum here: PIL's are not.
+//
+//     box, bicubic with antialiasing, columns and then rows -> mirror -> brightness, contrast, saturation and hue as ordered
+//     -> grey -> three box blurs in each direction -> solarise
+//
+// The image is turned once into planes of columns, in which a resize along the row is a sum of whole columns, and every crop is
+// worked on in planes (3, size, size), which stay in L2. Vectors always run along contiguous numbers.
+
+#include "multicrop.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "simd.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+namespace dinofast {
+namespace {
+
+using Plane = std::vector<uint8_t>;
+
+// ---------------------------------------------------------------------------------------------------------------- box and size
+
+constexpr int kBits = 32 - 8 - 2;  // of a weight's fraction
+
+// Weights that make one number of `size` ones out of some of n.
+struct Resampling {
+    std::vector<int32_t> weights;  // (size, taps)
+    std::vector<int32_t> first, count;
+    int64_t taps;
+};
+
+double cubic(double x) {
+    constexpr double a = -0.5;
+    x = std::fabs(x);
+    if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;
+    if (x < 2) return (((x - 5) * x + 8) * x - 4) * a;
+    return 0;
+}
+
+Resampling resampling(int64_t n, int64_t size) {
+    const double scale = double(n) / double(size), stretch = std::max(scale, 1.0), support = 2 * stretch;
+    Resampling r;
+    r.taps = int64_t(std::ceil(support)) * 2 + 1;
+    r.weights.assign(size * r.taps, 0);
+    r.first.resize(size), r.count.resize(size);
+    std::vector<double> w(r.taps);
+    for (int64_t i = 0; i < size; ++i) {
+        const double center = (i + 0.5) * scale, inverse = 1 / stretch;
+        const int64_t first = std::max<int64_t>(0, int64_t(center - support + 0.5));
+        const int64_t count = std::min<int64_t>(n, int64_t(center + support + 0.5)) - first;
+        double sum = 0;
+        for (int64_t k = 0; k < count; ++k) sum += w[k] = cubic((k + first - center + 0.5) * inverse);
+        for (int64_t k = 0; k < count; ++k) {
+            const double weight = sum != 0 ? w[k] / sum : w[k];
+            r.weights[i * r.taps + k] = int32_t((weight < 0 ? -0.5 : 0.5) + weight * (1 << kBits));
+        }
+        r.first[i] = int32_t(first), r.count[i] = int32_t(count);
+    }
+    return r;
+}
+
+// sums[j] += sum of weights[k] rows[k stride + j] over TAPS rows k, for n numbers j.
+template <int TAPS>
+DINOFAST_INLINE void add_rows_of(const uint8_t* rows, int64_t stride, const int32_t* weights, int64_t n, int32_t* sums) {
+    const uint8_t *a = rows, *b = a + stride, *c = b + stride, *d = c + stride;
+    const int32_t wa = weights[0], wb = TAPS > 1 ? weights[1] : 0, wc = TAPS > 2 ? weights[2] : 0, wd = TAPS > 3 ? weights[3] : 0;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+        int32_t sum = sums[j] + wa * int32_t(a[j]);
+        if (TAPS > 1) sum += wb * int32_t(b[j]);
+        if (TAPS > 2) sum += wc * int32_t(c[j]);
+        if (TAPS > 3) sum += wd * int32_t(d[j]);
+        sums[j] = sum;
+    }
+}
+
+// out[j] = sum of weights[k] rows[k stride + j] over `count` rows k, rounded and clipped, for n numbers j; sums (n,) is scratch.
+DINOFAST_CLONES void weighted_sum(const uint8_t* rows, int64_t stride, const int32_t* weights, int64_t count, int64_t n,
+                                  int32_t* sums, uint8_t* out) {
+    std::fill(sums, sums + n, 1 << (kBits - 1));
+    int64_t k = 0;
+    for (; k + 4 <= count; k += 4) add_rows_of<4>(rows + k * stride, stride, weights + k, n, sums);
+    switch (count - k) {
+        case 3: add_rows_of<3>(rows + k * stride, stride, weights + k, n, sums); break;
+        case 2: add_rows_of<2>(rows + k * stride, stride, weights + k, n, sums); break;
+        case 1: add_rows_of<1>(rows + k * stride, stride, weights + k, n, sums);
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+        const int32_t level = sums[j] >> kBits;
+        out[j] = uint8_t(level < 0 ? 0 : level > 255 ? 255 : level);
+    }
+}
+
+// Square blocks, so that both sides stay in L1: to[x, y] = from[y, x] for h rows of w.
+DINOFAST_CLONES void transpose(const uint8_t* from, int64_t from_stride, int64_t h, int64_t w, uint8_t* to, int64_t to_stride) {
+    constexpr int64_t side = 16;
+    for (int64_t y0 = 0; y0 < h; y0 += side)
+        for (int64_t x0 = 0; x0 < w; x0 += side)
+            for (int64_t x = x0; x < std::min(w, x0 + side); ++x)
+                for (int64_t y = y0; y < std::min(h, y0 + side); ++y) to[x * to_stride + y] = from[y * from_stride + x];
+}
+
+// (height, width, 3) to planes of rows (3, height, width).
+DINOFAST_CLONES void rows_of(const uint8_t* rgb, int64_t n, uint8_t* planes) {
+    uint8_t *r = planes, *g = r + n, *b = g + n;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) r[i] = rgb[3 * i], g[i] = rgb[3 * i + 1], b[i] = rgb[3 * i + 2];
+}
+
+// (height, width, 3) to planes of columns (3, width, height).
+DINOFAST_CLONES void columns_of(const uint8_t* rgb, int64_t height, int64_t width, uint8_t* planes) {
+    constexpr int64_t side = 16;
+    for (int64_t y0 = 0; y0 < height; y0 += side)
+        for (int64_t x0 = 0; x0 < width; x0 += side)
+            for (int c = 0; c < 3; ++c)
+                for (int64_t x = x0; x < std::min(width, x0 + side); ++x)
+                    for (int64_t y = y0; y < std::min(height, y0 + side); ++y)
+                        planes[(c * width + x) * height + y] = rgb[(y * width + x) * 3 + c];
+}
+
+struct Scratch {
+    Plane first, turned, second;
+};
+
+// Line i of `size` is the weighted sum of lines of `length` numbers, each `stride` after the one before; out (size, length).
+void resize_lines(const uint8_t* lines, int64_t stride, int64_t length, int64_t n, int64_t size, bool mirrored, uint8_t* out) {
+    const Resampling r = resampling(n, size);
+    std::vector<int32_t> sums(length);
+    for (int64_t i = 0; i < size; ++i) {
+        uint8_t* line = out + (mirrored ? size - 1 - i : i) * length;
+        if (n == size)
+            std::copy(lines + i * stride, lines + i * stride + length, line);
+        else
+            weighted_sum(lines + r.first[i] * stride, stride, &r.weights[i * r.taps], r.count[i], length, sums.data(),
+                         line);
+    }
+}
+
+// What PIL does first matters, as it rounds in between: since version 13 rows, where that saves most.
+bool rows_first(int64_t h, int64_t w, int64_t size) { return h - size > 2 * std::max<int64_t>(0, w - size); }
+
+// The box of one channel, (size, size), mirrored or not. `rows` (height, width) if rows come first, else `columns` (width, height).
+void cut(const uint8_t* rows, const uint8_t* columns, int64_t height, int64_t width, const View& view, uint8_t* out,
+         Scratch& scratch) {
+    const int64_t y = view.box[0], x = view.box[1], h = view.box[2], w = view.box[3], size = view.size;
+    if (rows_first(h, w, size)) {
+        scratch.first.resize(size * w), scratch.turned.resize(size * w), scratch.second.resize(size * size);
+        resize_lines(rows + y * width + x, width, w, h, size, false, scratch.first.data());
+        transpose(scratch.first.data(), w, size, w, scratch.turned.data(), size);
+        resize_lines(scratch.turned.data(), size, size, w, size, view.flip, scratch.second.data());
+        transpose(scratch.second.data(), size, size, size, out, size);
+    } else {
+        scratch.first.resize(size * h), scratch.turned.resize(size * h);
+        resize_lines(columns + x * height + y, height, h, w, size, view.flip, scratch.first.data());
+        transpose(scratch.first.data(), h, size, h, scratch.turned.data(), size);
+        resize_lines(scratch.turned.data(), size, size, h, size, false, out);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------------- colour
+
+DINOFAST_INLINE uint8_t luma(int32_t r, int32_t g, int32_t b) { return uint8_t((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16); }
+
+// base + factor (x - base), cut off below the point; PIL's `blend`.
+DINOFAST_INLINE uint8_t blend(int32_t base, int32_t x, float factor) {
+    const float mixed = float(base) + factor * float(x - base);
+    return uint8_t(int32_t(std::min(std::max(mixed, 0.0f), 255.0f)));
+}
+
+DINOFAST_CLONES void brightness(uint8_t* x, int64_t n, float factor) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) x[i] = blend(0, x[i], factor);
+}
+
+DINOFAST_CLONES void contrast(uint8_t* r, uint8_t* g, uint8_t* b, int64_t n, float factor) {
+    int64_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += luma(r[i], g[i], b[i]);
+    const int32_t mean = int32_t(double(sum) / double(n) + 0.5);
+    for (uint8_t* x : {r, g, b}) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) x[i] = blend(mean, x[i], factor);
+    }
+}
+
+DINOFAST_CLONES void saturation(uint8_t* r, uint8_t* g, uint8_t* b, int64_t n, float factor) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t grey = luma(r[i], g[i], b[i]);
+        r[i] = blend(grey, r[i], factor), g[i] = blend(grey, g[i], factor), b[i] = blend(grey, b[i], factor);
+    }
+}
+
+DINOFAST_CLONES void grey(uint8_t* r, uint8_t* g, uint8_t* b, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) r[i] = g[i] = b[i] = luma(r[i], g[i], b[i]);
+}
+
+// Through PIL's 8-bit HSV, in which the hue is turned by `step` of 256. PIL computes partly in double; floats and products with
+// reciprocals stand where they give the same for every colour (tests/test_native.py tries all).
+DINOFAST_CLONES void hue(uint8_t* r, uint8_t* g, uint8_t* b, int64_t n, int32_t step) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t R = r[i], G = g[i], B = b[i];
+        const int32_t more = G > B ? G : B, less = G < B ? G : B, most = R > more ? R : more, least = R < less ? R : less;
+        const int32_t range = most - least;
+        const float value = float(most), divisor = float(range > 1 ? range : 1), ceiling = float(most > 1 ? most : 1);
+        const float rc = float(most - R) / divisor, gc = float(most - G) / divisor, bc = float(most - B) / divisor;
+        float plus = gc, minus = rc, base = 4.0f;
+        plus = G == most ? rc : plus, minus = G == most ? bc : minus, base = G == most ? 2.0f : base;
+        plus = R == most ? bc : plus, minus = R == most ? gc : minus, base = R == most ? 0.0f : base;
+        const double sector = float(double(base) + plus - minus);
+        const double turn = sector * (1 / 6.0) + 1.0;
+        const double back = turn - 1.0;
+        const int32_t level = int32_t(float(turn >= 1.0 ? back : turn) * 255.0);
+        const int32_t h = (level + step) & 255;
+        const float s = float(int32_t(float(range) * (255.0f / ceiling) + 1e-5f)) / 255.0f;
+        const int32_t sixth = h * 6 / 255;
+        const float f = float(h * 6 - sixth * 255) / 255.0f;
+        const int32_t p = int32_t(value * (1.0f - s) + 0.5f);
+        const int32_t q = int32_t(value * (1.0f - s * f) + 0.5f);
+        const int32_t t = int32_t(value * (1.0f - s * (1.0f - f)) + 0.5f);
+        const int32_t k = sixth == 6 ? 0 : sixth;
+        const int32_t k0 = -(k == 0), k1 = -(k == 1), k2 = -(k == 2), k3 = -(k == 3), k4 = -(k == 4), k5 = -(k == 5);  // all bits
+        r[i] = uint8_t((most & (k0 | k5)) | (q & k1) | (p & (k2 | k3)) | (t & k4));
+        g[i] = uint8_t((most & (k1 | k2)) | (q & k3) | (p & (k4 | k5)) | (t & k0));
+        b[i] = uint8_t((most & (k3 | k4)) | (q & k5) | (p & (k0 | k1)) | (t & k2));
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------------- blur, solarise
+
+struct BoxBlur {
+    int64_t radius;     // whole pixels on either side
+    uint32_t near, far;  // weight of those, and of the two beyond them; 24 bits
+};
+
+BoxBlur box_blur(double sigma) {  // of three passes that together come near a Gaussian (Gwosdek et al., SSVM 2011)
+    const float passes = 3, radius = float(sigma);
+    const float sigma2 = radius * radius / passes;
+    const float length = float(std::sqrt(12.0 * sigma2 + 1.0));
+    const float whole = float(std::floor((length - 1.0) / 2.0));
+    float rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * sigma2);
+    rest /= 6 * (sigma2 - (whole + 1) * (whole + 1));
+    const float box = whole + rest;
+    const int64_t r = int64_t(box);
+    const uint32_t near = uint32_t(float(uint32_t(1) << 24) / (box * 2 + 1));
+    return {r, near, ((uint32_t(1) << 24) - uint32_t(r * 2 + 1) * near) / 2};
+}
+
+// out[y, :] from rows y - radius - 1 .. y + radius + 1 of x (size, size), the border repeated.
+DINOFAST_CLONES void blur_down(const uint8_t* x, int64_t size, const BoxBlur& blur, uint8_t* out) {
+    std::vector<uint32_t> sums(size);
+    for (int64_t y = 0; y < size; ++y) {
+        const auto row = [&](int64_t at) { return x + std::min(std::max<int64_t>(at, 0), size - 1) * size; };
+        const uint8_t *above = row(y - blur.radius - 1), *below = row(y + blur.radius + 1);
+        uint32_t* sum = sums.data();
+#pragma omp simd
+        for (int64_t j = 0; j < size; ++j) sum[j] = (uint32_t(above[j]) + below[j]) * blur.far + (1u << 23);
+        for (int64_t k = -blur.radius; k <= blur.radius; ++k) {
+            const uint8_t* near = row(y + k);
+#pragma omp simd
+            for (int64_t j = 0; j < size; ++j) sum[j] += near[j] * blur.near;
+        }
+        uint8_t* to = out + y * size;
+#pragma omp simd
+        for (int64_t j = 0; j < size; ++j) to[j] = uint8_t(sum[j] >> 24);
+    }
+}
+
+void gaussian_blur(uint8_t* plane, int64_t size, double sigma, Scratch& scratch) {
+    const BoxBlur blur = box_blur(sigma);
+    scratch.first.resize(size * size), scratch.second.resize(size * size);
+    uint8_t *a = scratch.first.data(), *b = scratch.second.data();
+    transpose(plane, size, size, size, a, size);
+    for (int pass = 0; pass < 3; ++pass) blur_down(a, size, blur, b), std::swap(a, b);
+    transpose(a, size, size, size, plane, size);
+    blur_down(plane, size, blur, a);
+    blur_down(a, size, blur, b);
+    blur_down(b, size, blur, plane);
+}
+
+DINOFAST_CLONES void solarise(uint8_t* x, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) x[i] = x[i] < 128 ? x[i] : uint8_t(255 - x[i]);
+}
+
+// A crop (3, area) into its place.
+void write(const uint8_t* crop, int64_t area, const Levels& levels, void* out) {
+    if (levels.kind == Levels::Kind::u8) {
+        std::memcpy(out, crop, size_t(3 * area));
+        return;
+    }
+    for (int c = 0; c < 3; ++c) {
+        const uint8_t* x = crop + c * area;
+        const float* table = levels.table + c * 256;
+        if (levels.kind == Levels::Kind::f32) {
+            float* to = static_cast<float*>(out) + c * area;
+            for (int64_t i = 0; i < area; ++i) to[i] = table[x[i]];
+        } else {
+            BF16 rounded[256], *to = static_cast<BF16*>(out) + c * area;
+            for (int level = 0; level < 256; ++level) rounded[level] = narrow<BF16>(table[level]);
+            for (int64_t i = 0; i < area; ++i) to[i] = rounded[x[i]];
+        }
+    }
+}
+
+}  // namespace
+
+void multicrop(const uint8_t* rgb, int64_t height, int64_t width, const View* views, int64_t n, const Levels& levels,
+               void* const* crops) {
+    const int64_t pixels = height * width;
+    Plane columns(3 * pixels), rows, crop;
+    Scratch scratch;
+    columns_of(rgb, height, width, columns.data());
+    for (int64_t i = 0; i < n; ++i) {
+        const View& view = views[i];
+        const int64_t size = view.size, area = size * size;
+        crop.resize(3 * area);
+        uint8_t *r = crop.data(), *g = r + area, *b = g + area;
+        if (rows.empty() && rows_first(view.box[2], view.box[3], size)) {
+            rows.resize(3 * pixels);
+            rows_of(rgb, pixels, rows.data());
+        }
+        for (int c = 0; c < 3; ++c)
+            cut(rows.data() + c * pixels, columns.data() + c * pixels, height, width, view, r + c * area, scratch);
+        for (int k = 0; view.jitter && k < 4; ++k) {
+            const double factor = view.factors[view.order[k]];
+            switch (view.order[k]) {
+                case 0: brightness(r, 3 * area, float(factor)); break;
+                case 1: contrast(r, g, b, area, float(factor)); break;
+                case 2: saturation(r, g, b, area, float(factor)); break;
+                default: hue(r, g, b, area, int32_t(factor * 255));
+            }
+        }
+        if (view.grey) grey(r, g, b, area);
+        for (uint8_t* plane : {r, g, b})
+            if (view.blur_radius > 0) gaussian_blur(plane, size, view.blur_radius, scratch);
+        if (view.solarise) solarise(r, 3 * area);
+        write(crop.data(), area, levels, crops[i]);
+    }
+}
+
+}  // namespace dinofast

@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cstdint>
+
+namespace dinofast {
+
+struct View {  // one crop as it was drawn: dinofast/data/plan.py, VIEW
+    int32_t box[4];  // y, x, height, width in the image, pixels
+    int32_t size;    // side of the crop, pixels
+    bool flip, jitter;
+    uint8_t order[4];  // of brightness 0, contrast 1, saturation 2, hue 3
+    double factors[4];
+    bool grey;
+    double blur_radius;  // 0: no blur
+    bool solarise;
+};
+
+// What becomes of a level: itself, or an entry of `table` (3, 256), which normalises, in fp32 or rounded to bf16.
+struct Levels {
+    enum class Kind { u8, f32, bf16 } kind;
+    const float* table;
+};
+
+// See multicrop.cpp. rgb (height, width, 3); n views, whose boxes lie in the image; crops[i] (3, size, size) out.
+void multicrop(const uint8_t* rgb, int64_t height, int64_t width, const View* views, int64_t n, const Levels& levels,
+               void* const* crops);
+
+}  // namespace dinofast

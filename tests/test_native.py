@@ -1,0 +1,139 @@
+"""The C++ crops against PIL and the official results, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import PIL
+import pytest
+import torch
+from PIL import Image
+from test_pil import GOLDEN, golden_view
+
+from dinofast.config import Config
+from dinofast.data import native, pil, plan, views
+
+pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "here")
+old_pillow = pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13,
+                                reason=f"Pillow before 13 resizes some boxes in another order, and this is {PIL.__version__}")
+
+
+def render(image: np.ndarray, drawn: np.ndarray, **options: object) -> list[np.ndarray]:
+    """Crops (S, S, 3) of an image (H, W, 3) by views (V,)."""
+    places = [torch.full((3, side, side), 77, dtype=torch.uint8) for side in drawn["size"].tolist()]
+    native.render(image, drawn, places, **options)
+    return [place.permute(1, 2, 0).numpy() for place in places]
+
+
+def one(image: np.ndarray, **fields: object) -> np.ndarray:
+    """A view of a whole square image at its size, in which nothing is done but what is named."""
+    view = np.zeros(1, plan.VIEW)
+    view["box"], view["size"], view["order"], view["factors"] = (0, 0, *image.shape[:2]), len(image), range(4), (1, 1, 1, 0)
+    for name, value in fields.items():
+        view[name] = value
+    return view
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_every_stage_equals_the_official_one() -> None:
+    drawn = np.stack([golden_view(i) for i in range(8)])
+    stages = {"final_u8": (), "blur_out": ("solarise",), "gray_out": ("solarise", "blur_radius"),
+              "jitter": ("solarise", "blur_radius", "grey"), "crop": ("solarise", "blur_radius", "grey", "jitter", "flip")}
+    for stage, switched_off in stages.items():
+        changed = drawn.copy()
+        for name in switched_off:
+            changed[name] = 0
+        for i, crop in enumerate(render(GOLDEN["image"], changed)):
+            assert (crop == GOLDEN[f"{i}.{stage}"]).all(), (i, stage)
+
+
+@pytest.fixture(scope="module")
+def all_colours() -> np.ndarray:
+    return np.stack(np.meshgrid(*[np.arange(256, dtype=np.uint8)] * 3, indexing="ij"), -1).reshape(4096, 4096, 3)
+
+
+@pytest.mark.parametrize(("operation", "factors"), [
+    (0, (0.6137, 1.3999)), (1, (0.6, 1.31)), (2, (0.8, 1.1873)), (3, (0.0999, -0.1, 0.0)),
+])
+def test_every_colour_becomes_what_pil_makes_of_it(all_colours: np.ndarray, operation: int, factors: tuple) -> None:
+    """All 16.8 million. The hue's turn by 0 is the way to HSV and back, in which every HSV that a colour has occurs."""
+    for factor in factors:
+        all_factors = [1.0, 1.0, 1.0, 0.0]
+        all_factors[operation] = factor
+        crop, = render(all_colours, one(all_colours, jitter=True, factors=all_factors))
+        assert (crop == np.asarray(pil.jitter(Image.fromarray(all_colours), [0, 1, 2, 3], all_factors))).all(), factor
+
+
+def test_grey_and_solarise(all_colours: np.ndarray) -> None:
+    crop, = render(all_colours, one(all_colours, grey=True, solarise=True))
+    assert (crop == pil.render(Image.fromarray(all_colours), one(all_colours, grey=True, solarise=True)[0])).all()
+
+
+@pytest.mark.parametrize("side", (1, 2, 5, 64, 224))
+def test_blur(side: int) -> None:
+    image = noise(side, side)
+    for radius in (0.1, 0.31, 0.5, 0.77, 1.0, 1.63, 2.0, 3.7, 11.0):
+        view = one(image, blur_radius=radius)
+        assert (render(image, view)[0] == pil.render(Image.fromarray(image), view[0])).all(), radius
+
+
+@old_pillow
+def test_any_box_of_any_image() -> None:
+    """Enlarged and reduced, long and narrow, at every border, one pixel."""
+    rng = np.random.default_rng(1)
+    for case in range(120):
+        height, width = rng.integers(1, 500, 2).tolist()
+        h, w = (int(rng.integers(1, n + 1)) for n in (height, width))
+        image = noise(height, width, case)
+        box = (int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w)
+        view = one(image, box=box, size=int(rng.choice([1, 7, 32, 96, 224])), flip=bool(case % 2))
+        assert (render(image, view)[0] == pil.render(Image.fromarray(image), view[0])).all(), (height, width, view)
+
+
+@old_pillow
+def test_a_whole_plan() -> None:
+    kinds = views(Config(global_crops_size=64, local_crops_size=32))
+    for sample, size in enumerate(((375, 500), (500, 333), (64, 64), (31, 200), (3, 2))):
+        drawn = plan.draw(3, 1, np.array([sample]), np.array([size]), kinds)[0]
+        image = noise(*size, sample)
+        for crop, view in zip(render(image, drawn), drawn, strict=True):
+            assert (crop == pil.render(Image.fromarray(image), view)).all(), (size, view)
+
+
+def test_levels_by_table() -> None:
+    image, table = noise(40, 30), torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    drawn = np.concatenate([one(image, box=(3, 2, 20, 21), size=16), one(image, size=9, flip=True)])
+    exact = [table.numpy()[np.arange(3)[:, None, None], crop.transpose(2, 0, 1)] for crop in render(image, drawn)]
+    for dtype in (torch.float32, torch.bfloat16):
+        places = [torch.full((3, side, side), 7, dtype=dtype) for side in (16, 9)]
+        native.render(image, drawn, places, table.numpy())
+        for place, expected in zip(places, exact, strict=True):
+            assert torch.equal(place, torch.from_numpy(expected).to(dtype))
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"box": (0, 0, 41, 30)}, "a box does not lie in the image"),
+    ({"box": (-1, 0, 3, 3)}, "a box does not lie in the image"),
+    ({"box": (0, 2**31 - 2, 3, 3)}, "a box does not lie in the image"),
+    ({"box": (0, 0, 0, 3)}, "a box does not lie in the image"),
+    ({"size": 0}, "a box does not lie in the image"),
+    ({"jitter": True, "order": (0, 1, 2, 4)}, "an order names a colour operation beyond 3"),
+    ({"blur_radius": float("nan")}, "a blur radius"),
+    ({"blur_radius": 1e9}, "a blur radius"),
+])
+def test_what_would_leave_the_image_is_refused(fields: dict, message: str) -> None:
+    image = noise(40, 30)
+    with pytest.raises(ValueError, match=message):
+        native.render(image, one(image, **{"size": 8, "box": (0, 0, 8, 8)} | fields), [torch.empty(3, 8, 8, dtype=torch.uint8)])
+    for bad in (image[..., 0], image[..., :2], image.astype(np.int64)):
+        with pytest.raises((ValueError, TypeError)):
+            native.render(bad, one(image, size=8, box=(0, 0, 8, 8)), [torch.empty(3, 8, 8, dtype=torch.uint8)])
+
+
+def test_images_need_not_be_contiguous() -> None:
+    image = noise(40, 60)
+    view = one(image, box=(0, 0, 20, 20), size=8)
+    for same in (np.asfortranarray(image), np.ascontiguousarray(image[:, ::-1])[:, ::-1]):
+        assert (render(same, view)[0] == render(image, view)[0]).all()
