@@ -67,46 +67,84 @@ Resampling resampling(int64_t n, int64_t size) {
     return r;
 }
 
-// sums[j] += sum of weights[k] rows[k stride + j] over TAPS rows k, for n numbers j.
+DINOFAST_INLINE uint8_t rounded(int32_t sum) {
+    const int32_t level = sum >> kBits;
+    return uint8_t(level < 0 ? 0 : level > 255 ? 255 : level);
+}
+
+// sum of weights[k] rows[k stride + j] over TAPS rows k.
 template <int TAPS>
-DINOFAST_INLINE void add_rows_of(const uint8_t* rows, int64_t stride, const int32_t* weights, int64_t n, int32_t* sums) {
-    const uint8_t *a = rows, *b = a + stride, *c = b + stride, *d = c + stride;
-    const int32_t wa = weights[0], wb = TAPS > 1 ? weights[1] : 0, wc = TAPS > 2 ? weights[2] : 0, wd = TAPS > 3 ? weights[3] : 0;
+DINOFAST_INLINE int32_t taps(const uint8_t* rows, int64_t stride, const int32_t* weights, int64_t j) {
+    int32_t sum = 0;
+#pragma GCC unroll 8
+    for (int k = 0; k < TAPS; ++k) sum += weights[k] * int32_t(rows[k * stride + j]);
+    return sum;
+}
+
+// out[j] = the sum over TAPS rows, and what was summed up before, rounded and clipped, for n numbers j.
+template <int TAPS>
+DINOFAST_INLINE void last_taps(const uint8_t* rows, int64_t stride, const int32_t* weights, int64_t n, const int32_t* before,
+                               uint8_t* out) {
+    constexpr int32_t half = 1 << (kBits - 1);
+    int32_t w[TAPS];
+    std::copy(weights, weights + TAPS, w);
+    if (before) {
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-        int32_t sum = sums[j] + wa * int32_t(a[j]);
-        if (TAPS > 1) sum += wb * int32_t(b[j]);
-        if (TAPS > 2) sum += wc * int32_t(c[j]);
-        if (TAPS > 3) sum += wd * int32_t(d[j]);
-        sums[j] = sum;
+        for (int64_t j = 0; j < n; ++j) out[j] = rounded(before[j] + taps<TAPS>(rows, stride, w, j));
+    } else {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) out[j] = rounded(half + taps<TAPS>(rows, stride, w, j));
     }
 }
 
 // out[j] = sum of weights[k] rows[k stride + j] over `count` rows k, rounded and clipped, for n numbers j; sums (n,) is scratch.
 DINOFAST_CLONES void weighted_sum(const uint8_t* rows, int64_t stride, const int32_t* weights, int64_t count, int64_t n,
                                   int32_t* sums, uint8_t* out) {
-    std::fill(sums, sums + n, 1 << (kBits - 1));
-    int64_t k = 0;
-    for (; k + 4 <= count; k += 4) add_rows_of<4>(rows + k * stride, stride, weights + k, n, sums);
-    switch (count - k) {
-        case 3: add_rows_of<3>(rows + k * stride, stride, weights + k, n, sums); break;
-        case 2: add_rows_of<2>(rows + k * stride, stride, weights + k, n, sums); break;
-        case 1: add_rows_of<1>(rows + k * stride, stride, weights + k, n, sums);
-    }
+    const int32_t* before = nullptr;
+    for (; count > 8; count -= 8, rows += 8 * stride, weights += 8) {
+        if (!before) std::fill(sums, sums + n, 1 << (kBits - 1));
+        before = sums;
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-        const int32_t level = sums[j] >> kBits;
-        out[j] = uint8_t(level < 0 ? 0 : level > 255 ? 255 : level);
+        for (int64_t j = 0; j < n; ++j) sums[j] += taps<8>(rows, stride, weights, j);
+    }
+    switch (count) {
+        case 1: last_taps<1>(rows, stride, weights, n, before, out); break;
+        case 2: last_taps<2>(rows, stride, weights, n, before, out); break;
+        case 3: last_taps<3>(rows, stride, weights, n, before, out); break;
+        case 4: last_taps<4>(rows, stride, weights, n, before, out); break;
+        case 5: last_taps<5>(rows, stride, weights, n, before, out); break;
+        case 6: last_taps<6>(rows, stride, weights, n, before, out); break;
+        case 7: last_taps<7>(rows, stride, weights, n, before, out); break;
+        case 8: last_taps<8>(rows, stride, weights, n, before, out);
     }
 }
 
-// Square blocks, so that both sides stay in L1: to[x, y] = from[y, x] for h rows of w.
-DINOFAST_CLONES void transpose(const uint8_t* from, int64_t from_stride, int64_t h, int64_t w, uint8_t* to, int64_t to_stride) {
+// to[x, y] = from[y, x] for a square of 16.
+DINOFAST_INLINE void transpose_square(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) {
+#if defined(__SSE2__)
+    __m128i a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * from_stride));
+    for (int step = 0; step < 4; ++step) {  // rows 0 and 8 are dealt out like cards, 1 and 9, ...: four times is the transpose
+        for (int i = 0; i < 8; ++i) b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]), b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
+        std::memcpy(a, b, sizeof a);
+    }
+    for (int i = 0; i < 16; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * to_stride), a[i]);
+#else
+    for (int x = 0; x < 16; ++x)
+        for (int y = 0; y < 16; ++y) to[x * to_stride + y] = from[y * from_stride + x];
+#endif
+}
+
+// to[x, y] = from[y, x] for h rows of w.
+void transpose(const uint8_t* from, int64_t from_stride, int64_t h, int64_t w, uint8_t* to, int64_t to_stride) {
     constexpr int64_t side = 16;
     for (int64_t y0 = 0; y0 < h; y0 += side)
         for (int64_t x0 = 0; x0 < w; x0 += side)
-            for (int64_t x = x0; x < std::min(w, x0 + side); ++x)
-                for (int64_t y = y0; y < std::min(h, y0 + side); ++y) to[x * to_stride + y] = from[y * from_stride + x];
+            if (y0 + side <= h && x0 + side <= w)
+                transpose_square(from + y0 * from_stride + x0, from_stride, to + x0 * to_stride + y0, to_stride);
+            else
+                for (int64_t x = x0; x < std::min(w, x0 + side); ++x)
+                    for (int64_t y = y0; y < std::min(h, y0 + side); ++y) to[x * to_stride + y] = from[y * from_stride + x];
 }
 
 // (height, width, 3) to planes of rows (3, height, width).
@@ -129,6 +167,7 @@ DINOFAST_CLONES void columns_of(const uint8_t* rgb, int64_t height, int64_t widt
 
 struct Scratch {
     Plane first, turned, second;
+    std::vector<uint32_t> sums;
 };
 
 // Line i of `size` is the weighted sum of lines of `length` numbers, each `stride` after the one before; out (size, length).
@@ -257,36 +296,51 @@ BoxBlur box_blur(double sigma) {  // of three passes that together come near a G
     return {r, near, ((uint32_t(1) << 24) - uint32_t(r * 2 + 1) * near) / 2};
 }
 
-// out[y, :] from rows y - radius - 1 .. y + radius + 1 of x (size, size), the border repeated.
-DINOFAST_CLONES void blur_down(const uint8_t* x, int64_t size, const BoxBlur& blur, uint8_t* out) {
-    std::vector<uint32_t> sums(size);
+// Three passes along a row of n numbers, the border repeated; x and sums are scratch.
+DINOFAST_CLONES void blur_row(uint8_t* row, int64_t n, const BoxBlur& blur, uint8_t* x, uint32_t* sums) {
+    const int64_t reach = blur.radius + 1;
+    for (int pass = 0; pass < 3; ++pass) {
+        std::memset(x, row[0], size_t(reach)), std::memcpy(x + reach, row, size_t(n));
+        std::memset(x + reach + n, row[n - 1], size_t(reach));
+        const uint8_t *left = x, *right = x + 2 * reach;
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) sums[j] = (uint32_t(left[j]) + right[j]) * blur.far + (1u << 23);
+        for (int64_t k = 1; k < 2 * reach; ++k) {
+            const uint8_t* near = x + k;
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j) sums[j] += near[j] * blur.near;
+        }
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) row[j] = uint8_t(sums[j] >> 24);
+    }
+}
+
+// out[y, :] from rows y - radius - 1 .. y + radius + 1 of x (size, size), the border repeated; sums is scratch.
+DINOFAST_CLONES void blur_down(const uint8_t* x, int64_t size, const BoxBlur& blur, uint32_t* sums, uint8_t* out) {
     for (int64_t y = 0; y < size; ++y) {
         const auto row = [&](int64_t at) { return x + std::min(std::max<int64_t>(at, 0), size - 1) * size; };
         const uint8_t *above = row(y - blur.radius - 1), *below = row(y + blur.radius + 1);
-        uint32_t* sum = sums.data();
 #pragma omp simd
-        for (int64_t j = 0; j < size; ++j) sum[j] = (uint32_t(above[j]) + below[j]) * blur.far + (1u << 23);
+        for (int64_t j = 0; j < size; ++j) sums[j] = (uint32_t(above[j]) + below[j]) * blur.far + (1u << 23);
         for (int64_t k = -blur.radius; k <= blur.radius; ++k) {
             const uint8_t* near = row(y + k);
 #pragma omp simd
-            for (int64_t j = 0; j < size; ++j) sum[j] += near[j] * blur.near;
+            for (int64_t j = 0; j < size; ++j) sums[j] += near[j] * blur.near;
         }
         uint8_t* to = out + y * size;
 #pragma omp simd
-        for (int64_t j = 0; j < size; ++j) to[j] = uint8_t(sum[j] >> 24);
+        for (int64_t j = 0; j < size; ++j) to[j] = uint8_t(sums[j] >> 24);
     }
 }
 
 void gaussian_blur(uint8_t* plane, int64_t size, double sigma, Scratch& scratch) {
     const BoxBlur blur = box_blur(sigma);
-    scratch.first.resize(size * size), scratch.second.resize(size * size);
-    uint8_t *a = scratch.first.data(), *b = scratch.second.data();
-    transpose(plane, size, size, size, a, size);
-    for (int pass = 0; pass < 3; ++pass) blur_down(a, size, blur, b), std::swap(a, b);
-    transpose(a, size, size, size, plane, size);
-    blur_down(plane, size, blur, a);
-    blur_down(a, size, blur, b);
-    blur_down(b, size, blur, plane);
+    scratch.first.resize(size * size), scratch.second.resize(size * size), scratch.sums.resize(size);
+    scratch.turned.resize(size + 2 * (blur.radius + 1));
+    for (int64_t y = 0; y < size; ++y) blur_row(plane + y * size, size, blur, scratch.turned.data(), scratch.sums.data());
+    blur_down(plane, size, blur, scratch.sums.data(), scratch.first.data());
+    blur_down(scratch.first.data(), size, blur, scratch.sums.data(), scratch.second.data());
+    blur_down(scratch.second.data(), size, blur, scratch.sums.data(), plane);
 }
 
 DINOFAST_CLONES void solarise(uint8_t* x, int64_t n) {
