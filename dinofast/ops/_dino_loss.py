@@ -94,53 +94,73 @@ def _dino_loss_fake(student: Tensor, teacher: Tensor, center: Tensor | None, stu
     return numbers(), numbers(), numbers(0 if center is None else student.shape[2]), saved
 
 
-def _below_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not _is_watched(*args):
-        return _dino_loss_kernel(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.dinofast.dino_loss.default(*args)
-
-
 def _is_watched(student: Tensor, teacher: Tensor, center: Tensor | None, _: float, teacher_temp: Tensor, *rest: Any) -> bool:
     return is_watched(student, teacher, center, teacher_temp)
 
 
-def _dino_loss_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with_grad = args[7]
-    return (_DinoLoss.apply if with_grad else _below_autograd)(*args)
+def _below_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.dinofast.dino_loss.default(*args)
 
 
 class _DinoLoss(torch.autograd.Function):
+    """Through the dispatcher."""
+
+    compute = staticmethod(_below_autograd)
+
+    @classmethod
+    def of(cls, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with_grad = args[7]
+        return (cls.apply if with_grad else cls.compute)(*args)
+
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        student, teacher, center, student_temp, _, pairs, diagonal, _, ctx.impl = args
-        output = _below_autograd(*args)
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # or backward would be handed zeros of the size of the logits
-        if ctx.impl == "cpp":
-            ctx.save_for_backward(output[3])
-            ctx.dtype = student.dtype
-        else:
-            ctx.teacher = teacher if teacher.is_inference() else None  # which autograd refuses to save; nobody can change it
-            ctx.save_for_backward(student, None if teacher.is_inference() else teacher, output[3])
-            ctx.rest = student_temp, center is not None, pairs, diagonal
-        return output
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        return _keep(ctx, _below_autograd(*args), args)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 8
-        if upstream is None:
-            return None, *nothing
-        if torch.is_grad_enabled():
-            raise NotImplementedError("dino_loss has no second derivative (create_graph=True): use impl='reference'.")
-        if ctx.impl == "cpp":
-            grad, = ctx.saved_tensors
-            if is_known(upstream) and upstream.item() == 1:  # the usual case, and a pass over the gradient saved
-                return grad.to(ctx.dtype), *nothing
-            return (grad * upstream).to(ctx.dtype), *nothing
-        student, teacher, saved = ctx.saved_tensors
-        return torch.ops.dinofast.dino_loss_backward(upstream, student, ctx.teacher if teacher is None else teacher, saved,
-                                                     *ctx.rest), *nothing
+        return _gradient(ctx, upstream), *(None,) * 8
+
+
+class _DinoLossDirect(_DinoLoss):
+    """Without the dispatcher, which takes longer than the rest of the call."""
+
+    compute = staticmethod(_dino_loss_kernel)
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        return _keep(ctx, _dino_loss_kernel(*args), args)
+
+
+def _keep(ctx: Any, output: tuple[Tensor, ...], args: tuple) -> tuple[Tensor, ...]:
+    """The output, after what backward needs has been kept."""
+    student, teacher, center, student_temp, _, pairs, diagonal, _, ctx.impl = args
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or backward would be handed zeros of the size of the logits
+    if ctx.impl == "cpp":
+        ctx.save_for_backward(output[3])
+        ctx.dtype = student.dtype
+    else:
+        ctx.teacher = teacher if teacher.is_inference() else None  # which autograd refuses to save; nobody can change it
+        ctx.save_for_backward(student, None if teacher.is_inference() else teacher, output[3])
+        ctx.rest = student_temp, center is not None, pairs, diagonal
+    return output
+
+
+def _gradient(ctx: Any, upstream: Tensor | None) -> Tensor | None:
+    """The gradient of the student's logits."""
+    if upstream is None:
+        return None
+    if torch.is_grad_enabled():
+        raise NotImplementedError("dino_loss has no second derivative (create_graph=True): use impl='reference'.")
+    if ctx.impl == "cpp":
+        grad, = ctx.saved_tensors
+        if is_known(upstream) and upstream.item() == 1:  # the usual case, and a pass over the gradient saved
+            return grad.to(ctx.dtype)
+        return (grad * upstream).to(ctx.dtype)
+    student, teacher, saved = ctx.saved_tensors
+    teacher = ctx.teacher if teacher is None else teacher
+    return torch.ops.dinofast.dino_loss_backward(upstream, student, teacher, saved, *ctx.rest)
 
 
 for _device in ("CPU", "CUDA"):
@@ -149,15 +169,15 @@ for _device in ("CPU", "CUDA"):
 torch.library.register_fake("dinofast::dino_loss", _dino_loss_fake, lib=library)
 torch.library.register_fake("dinofast::dino_loss_backward", lambda upstream, student, *_: student.new_empty(student.shape),
                             lib=library)
-library.impl("dino_loss", _dino_loss_autograd, "Autograd")
+library.impl("dino_loss", _DinoLoss.of, "Autograd")
 
 
 def _call(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operation; without the dispatcher, which takes longer than the rest of the call, where nobody would notice."""
+    """The operation; without the dispatcher where nobody would notice."""
     student = args[0]
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None:
         raise NotImplementedError("dino_loss has no forward-mode derivative: use impl='reference'.")
-    return torch.ops.dinofast.dino_loss(*args) if _is_watched(*args) else _dino_loss_autograd(*args)
+    return torch.ops.dinofast.dino_loss(*args) if _is_watched(*args) else _DinoLossDirect.of(*args)
 
 
 def _check_logits(student: Tensor, student_temp: float, **others: Tensor) -> None:
