@@ -1,4 +1,4 @@
-"""The command line: `dinofast pretrain | knn | sample-data | demo | doctor`."""
+"""The command line: `dinofast pretrain | knn | show-crops | sample-data | demo | doctor`."""
 
 from __future__ import annotations
 
@@ -107,6 +107,16 @@ def _parser() -> Parser:
     knn.add_argument("--use_cuda", type=parse_bool, help=argparse.SUPPRESS)     # official name, says where features are kept
     knn.set_defaults(run=_knn)
 
+    show = commands.add_parser("show-crops", help="a picture of what the network sees",
+                               description="Draw the first images of an epoch and their crops into a PNG, with what was drawn "
+                               "for each. Takes the flags of pretrain.")
+    show.add_argument("folder", metavar="DIR", help="images, as --data_path of pretrain")
+    show.add_argument("-o", dest="sheet", default="crops.png", metavar="FILE", help="(default: crops.png)")
+    show.add_argument("--n_images", type=int, default=4, metavar="N", help="(default: 4)")
+    show.add_argument("--epoch", type=int, default=0, metavar="N", help="counted from 0 (default: 0)")
+    add_arguments(show)
+    show.set_defaults(run=_show_crops)
+
     sample = commands.add_parser("sample-data", help="write a small labelled data set to try things on",
                                  description="Write ordinary JPEG files in class folders: objects of ten kinds on cluttered "
                                  "ground.")
@@ -139,6 +149,17 @@ def _pretrain(given: dict[str, Any]) -> None:
     from .train import train
 
     train(cfg)
+
+
+def _show_crops(given: dict[str, Any]) -> None:
+    folder, sheet, n_images, epoch = (given.pop(name) for name in ("folder", "sheet", "n_images", "epoch"))
+    if n_images < 1 or epoch < 0:
+        raise ValueError(f"--n_images is {n_images} and --epoch {epoch}: give at least 1 image, and an epoch from 0 on.")
+    cfg = from_arguments(given | {"data_path": folder})
+    from .show_crops import write
+
+    shown = write(cfg, Path(sheet), n_images, epoch)
+    print(f"{shown} image(s) and their {cfg.n_crops} crops each in '{sheet}'")
 
 
 def _knn(options: dict[str, Any]) -> None:

@@ -1,0 +1,72 @@
+"""`dinofast show-crops`: a contact sheet of what the network sees, with what was drawn for each view."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .config import Config
+from .data import index, pil, plan, views
+
+CELL, GAP, LINES = 160, 8, 6  # pixels of a picture's place, between places, and lines of text below it
+LINE = 12
+NAMES = ("brightness", "contrast", "saturation", "hue")
+
+
+def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
+    """Draw the first `n_images` of `epoch` and all their crops into a PNG at `path`; the number of images shown.
+
+    They are the crops that a run with these options trains on, made by PIL. Raises ValueError if the source holds no images,
+    or the folder of `path` does not exist.
+    """
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"'{path}' cannot be written: there is no folder '{path.parent}'.")
+    found, _ = index.build(cfg.data_path, cfg.max_refused)
+    samples = plan.epoch_order(cfg.seed, epoch, len(found))[:n_images]
+    drawn = plan.draw(cfg.seed, epoch, samples, found.sizes[samples], views(cfg))
+    columns = 1 + drawn.shape[1]
+    sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, len(samples) * (CELL + LINES * LINE + 2 * GAP) + GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for row, (sample, plans) in enumerate(zip(samples.tolist(), drawn, strict=True)):
+        name = Path(found.path(sample)).name[-26:]
+        try:
+            image = pil.decode(found.path(sample))
+            cells = [(_boxes(image, plans), [name, f"{image.width} x {image.height}", "boxes: global red, local blue"])]
+            cells += [(Image.fromarray(pil.render(image, view)), describe(view)) for view in plans]
+        except pil.Refused as reason:            # a run would take the next image in its place
+            cells = [(Image.new("RGB", (CELL, CELL), "lightgrey"), [name, f"refused: {reason}"])]
+        top = GAP + row * (CELL + LINES * LINE + 2 * GAP)
+        for column, (picture, lines) in enumerate(cells):
+            left = GAP + column * (CELL + GAP)
+            scale = CELL / max(picture.size)
+            shown = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+            sheet.paste(shown, (left, top))
+            for i, line in enumerate(lines):
+                pen.text((left, top + CELL + 2 + i * LINE), line, "black", font)
+    sheet.save(path, "PNG")
+    return len(samples)
+
+
+def _boxes(image: Image.Image, plans: np.ndarray) -> Image.Image:
+    """The image with the box of each crop."""
+    image = image.copy()
+    pen, width = ImageDraw.Draw(image), max(1, max(image.size) // 150)
+    for i, view in enumerate(plans):
+        y, x, h, w = view["box"].tolist()
+        pen.rectangle((x, y, x + w - 1, y + h - 1), outline="red" if i < 2 else "blue", width=width)
+    return image
+
+
+def describe(view: np.void) -> list[str]:
+    """What was drawn for a view, a fact a line."""
+    y, x, h, w = view["box"].tolist()
+    lines = [f"{view['size']} px of {w} x {h} at {x}, {y}"]
+    if view["jitter"]:
+        changes = [f"{NAMES[k]} {view['factors'][k]:{'+.2f' if k == 3 else '.2f'}}" for k in view["order"].tolist()]
+        lines += [", ".join(changes[:2]), ", ".join(changes[2:])]
+    last = [word for word, done in (("mirrored", view["flip"]), ("grey", view["grey"]),
+                                    (f"blur {view['blur_radius']:.2f}", view["blur_radius"] > 0),
+                                    ("solarised", view["solarise"])) if done]
+    return lines + ([", ".join(last)] if last else [])

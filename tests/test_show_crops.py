@@ -1,0 +1,55 @@
+"""The contact sheet shows the crops of a run, and what was drawn."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_loader import spoil
+
+from dinofast import cli
+from dinofast.config import Config
+from dinofast.data import index, pil, plan, views
+from dinofast.show_crops import CELL, GAP, LINE, LINES, describe, write
+
+
+def test_the_sheet_holds_the_crops_of_the_run(photographs, tmp_path):
+    sheet = tmp_path / "crops.png"
+    assert cli.main(["show-crops", str(photographs), "-o", str(sheet), "--n_images", "2", "--epoch", "3", "--seed", "5",
+                     "--local_crops_number", "2", "--global_crops_size", "160", "--local_crops_size", "160"]) == 0
+    picture = np.asarray(Image.open(sheet))
+    assert picture.shape == (2 * (CELL + LINES * LINE + 2 * GAP) + GAP, 5 * (CELL + GAP) + GAP, 3)
+    cfg = Config(local_crops_number=2, global_crops_size=160, local_crops_size=160)
+    found, _ = index.build(str(photographs), 0.5)
+    samples = plan.epoch_order(5, 3, len(found))[:2]
+    drawn = plan.draw(5, 3, samples, found.sizes[samples], views(cfg))
+    for row, sample in enumerate(samples.tolist()):
+        for column, view in enumerate(drawn[row], 1):                    # drawn at their size, so pixel for pixel
+            top, left = GAP + row * (CELL + LINES * LINE + 2 * GAP), GAP + column * (CELL + GAP)
+            expected = pil.render(pil.decode(found.path(sample)), view)
+            assert (picture[top : top + CELL, left : left + CELL] == expected).all()
+        assert (picture[GAP + CELL + 4 : GAP + CELL + LINES * LINE] < 128).any()      # text
+
+
+def test_everything_drawn_is_told():
+    view = np.zeros((), plan.VIEW)
+    view["box"], view["size"] = (3, 4, 50, 60), 96
+    assert describe(view) == ["96 px of 60 x 50 at 4, 3"]
+    view["jitter"], view["order"], view["factors"] = True, (3, 0, 2, 1), (0.7, 1.25, 0.9, -0.05)
+    view["flip"], view["grey"], view["blur_radius"], view["solarise"] = True, True, 0.5, True
+    assert describe(view)[1:] == ["hue -0.05, brightness 0.70", "saturation 0.90, contrast 1.25",
+                                  "mirrored, grey, blur 0.50, solarised"]
+
+
+def test_an_image_that_does_not_decode_is_named(tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "data" / "a.png")
+    spoil(tmp_path / "data" / "a.png")
+    assert write(Config(data_path=str(tmp_path / "data")), tmp_path / "sheet.png") == 1
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--n_images", "0"], "--n_images is 0"), (["--epoch", "-1"], "--epoch -1"), (["-o", "no/such/folder/x.png"], "no folder"),
+    (["--blur_radius", "2", "1"], "--blur_radius is 2.0 1.0"),
+])
+def test_what_cannot_be_is_said(photographs, more, message, capsys):
+    assert cli.main(["show-crops", str(photographs), *more]) == 2
+    assert message in capsys.readouterr().err
