@@ -5,8 +5,8 @@
 //     box, bicubic with antialiasing, columns and then rows -> mirror -> brightness, contrast, saturation and hue as ordered
 //     -> grey -> three box blurs in each direction -> solarise
 //
-// The image is turned once into planes of columns, in which a resize along the row is a sum of whole columns, and every crop is
-// worked on in planes (3, size, size), which stay in L2. Vectors always run along contiguous numbers.
+// The image is turned once into planes of rows and of columns: a resize along one is a sum of whole ones of the other. Every crop
+// is worked on in planes (3, size, size), which stay in L2. Vectors always run along contiguous numbers.
 
 #include "multicrop.h"
 
@@ -37,6 +37,7 @@ struct Resampling {
     std::vector<int32_t> weights;  // (size, taps)
     std::vector<int32_t> first, count;
     int64_t taps;
+    bool same;  // as many as there were: PIL leaves them alone
 };
 
 double cubic(double x) {
@@ -50,6 +51,7 @@ double cubic(double x) {
 Resampling resampling(int64_t n, int64_t size) {
     const double scale = double(n) / double(size), stretch = std::max(scale, 1.0), support = 2 * stretch;
     Resampling r;
+    r.same = n == size;
     r.taps = int64_t(std::ceil(support)) * 2 + 1;
     r.weights.assign(size * r.taps, 0);
     r.first.resize(size), r.count.resize(size);
@@ -156,29 +158,18 @@ DINOFAST_CLONES void rows_of(const uint8_t* rgb, int64_t n, uint8_t* planes) {
     for (int64_t i = 0; i < n; ++i) r[i] = rgb[3 * i], g[i] = rgb[3 * i + 1], b[i] = rgb[3 * i + 2];
 }
 
-// (height, width, 3) to planes of columns (3, width, height).
-DINOFAST_CLONES void columns_of(const uint8_t* rgb, int64_t height, int64_t width, uint8_t* planes) {
-    constexpr int64_t side = 16;
-    for (int64_t y0 = 0; y0 < height; y0 += side)
-        for (int64_t x0 = 0; x0 < width; x0 += side)
-            for (int c = 0; c < 3; ++c)
-                for (int64_t x = x0; x < std::min(width, x0 + side); ++x)
-                    for (int64_t y = y0; y < std::min(height, y0 + side); ++y)
-                        planes[(c * width + x) * height + y] = rgb[(y * width + x) * 3 + c];
-}
-
 struct Scratch {
     Plane first, turned, second;
     std::vector<uint32_t> sums;
 };
 
 // Line i of `size` is the weighted sum of lines of `length` numbers, each `stride` after the one before; out (size, length).
-void resize_lines(const uint8_t* lines, int64_t stride, int64_t length, int64_t n, int64_t size, bool mirrored, uint8_t* out) {
-    const Resampling r = resampling(n, size);
+void resize_lines(const uint8_t* lines, int64_t stride, int64_t length, const Resampling& r, bool mirrored, uint8_t* out) {
+    const int64_t size = int64_t(r.first.size());
     std::vector<int32_t> sums(length);
     for (int64_t i = 0; i < size; ++i) {
         uint8_t* line = out + (mirrored ? size - 1 - i : i) * length;
-        if (n == size)
+        if (r.same)
             std::copy(lines + i * stride, lines + i * stride + length, line);
         else
             weighted_sum(lines + r.first[i] * stride, stride, &r.weights[i * r.taps], r.count[i], length, sums.data(),
@@ -190,20 +181,20 @@ void resize_lines(const uint8_t* lines, int64_t stride, int64_t length, int64_t 
 bool rows_first(int64_t h, int64_t w, int64_t size) { return h - size > 2 * std::max<int64_t>(0, w - size); }
 
 // The box of one channel, (size, size), mirrored or not. `rows` (height, width) if rows come first, else `columns` (width, height).
-void cut(const uint8_t* rows, const uint8_t* columns, int64_t height, int64_t width, const View& view, uint8_t* out,
-         Scratch& scratch) {
+void cut(const uint8_t* rows, const uint8_t* columns, int64_t height, int64_t width, const View& view, const Resampling& across,
+         const Resampling& down, uint8_t* out, Scratch& scratch) {
     const int64_t y = view.box[0], x = view.box[1], h = view.box[2], w = view.box[3], size = view.size;
     if (rows_first(h, w, size)) {
         scratch.first.resize(size * w), scratch.turned.resize(size * w), scratch.second.resize(size * size);
-        resize_lines(rows + y * width + x, width, w, h, size, false, scratch.first.data());
+        resize_lines(rows + y * width + x, width, w, down, false, scratch.first.data());
         transpose(scratch.first.data(), w, size, w, scratch.turned.data(), size);
-        resize_lines(scratch.turned.data(), size, size, w, size, view.flip, scratch.second.data());
+        resize_lines(scratch.turned.data(), size, size, across, view.flip, scratch.second.data());
         transpose(scratch.second.data(), size, size, size, out, size);
     } else {
         scratch.first.resize(size * h), scratch.turned.resize(size * h);
-        resize_lines(columns + x * height + y, height, h, w, size, view.flip, scratch.first.data());
+        resize_lines(columns + x * height + y, height, h, across, view.flip, scratch.first.data());
         transpose(scratch.first.data(), h, size, h, scratch.turned.data(), size);
-        resize_lines(scratch.turned.data(), size, size, h, size, false, out);
+        resize_lines(scratch.turned.data(), size, size, down, false, out);
     }
 }
 
@@ -375,20 +366,18 @@ void write(const uint8_t* crop, int64_t area, const Levels& levels, void* out) {
 void multicrop(const uint8_t* rgb, int64_t height, int64_t width, const View* views, int64_t n, const Levels& levels,
                void* const* crops) {
     const int64_t pixels = height * width;
-    Plane columns(3 * pixels), rows, crop;
+    Plane rows(3 * pixels), columns(3 * pixels), crop;
     Scratch scratch;
-    columns_of(rgb, height, width, columns.data());
+    rows_of(rgb, pixels, rows.data());
+    for (int c = 0; c < 3; ++c) transpose(rows.data() + c * pixels, width, height, width, columns.data() + c * pixels, height);
     for (int64_t i = 0; i < n; ++i) {
         const View& view = views[i];
         const int64_t size = view.size, area = size * size;
         crop.resize(3 * area);
         uint8_t *r = crop.data(), *g = r + area, *b = g + area;
-        if (rows.empty() && rows_first(view.box[2], view.box[3], size)) {
-            rows.resize(3 * pixels);
-            rows_of(rgb, pixels, rows.data());
-        }
+        const Resampling across = resampling(view.box[3], size), down = resampling(view.box[2], size);
         for (int c = 0; c < 3; ++c)
-            cut(rows.data() + c * pixels, columns.data() + c * pixels, height, width, view, r + c * area, scratch);
+            cut(rows.data() + c * pixels, columns.data() + c * pixels, height, width, view, across, down, r + c * area, scratch);
         for (int k = 0; view.jitter && k < 4; ++k) {
             const double factor = view.factors[view.order[k]];
             switch (view.order[k]) {
