@@ -163,12 +163,19 @@ struct Scratch {
     std::vector<uint32_t> sums;
 };
 
-// Line i of `size` is the weighted sum of lines of `length` numbers, each `stride` after the one before; out (size, length).
-void resize_lines(const uint8_t* lines, int64_t stride, int64_t length, const Resampling& r, bool mirrored, uint8_t* out) {
+constexpr int64_t kVector = 16;  // numbers that are worked on together: a rest of fewer costs as much as many vectors
+
+int64_t whole_vectors(int64_t n) { return (n + kVector - 1) / kVector * kVector; }
+
+// Line i of `size` is the weighted sum of lines of `length` numbers, each `stride` after the one before; out (size, out_stride).
+// Where out has room, what lies behind a line is worked on too: of `lines`, kVector numbers more than there are must be readable.
+void resize_lines(const uint8_t* lines, int64_t stride, int64_t length, const Resampling& r, bool mirrored, uint8_t* out,
+                  int64_t out_stride) {
     const int64_t size = int64_t(r.first.size());
+    if (out_stride >= whole_vectors(length)) length = whole_vectors(length);
     std::vector<int32_t> sums(length);
     for (int64_t i = 0; i < size; ++i) {
-        uint8_t* line = out + (mirrored ? size - 1 - i : i) * length;
+        uint8_t* line = out + (mirrored ? size - 1 - i : i) * out_stride;
         if (r.same)
             std::copy(lines + i * stride, lines + i * stride + length, line);
         else
@@ -184,17 +191,19 @@ bool rows_first(int64_t h, int64_t w, int64_t size) { return h - size > 2 * std:
 void cut(const uint8_t* rows, const uint8_t* columns, int64_t height, int64_t width, const View& view, const Resampling& across,
          const Resampling& down, uint8_t* out, Scratch& scratch) {
     const int64_t y = view.box[0], x = view.box[1], h = view.box[2], w = view.box[3], size = view.size;
-    if (rows_first(h, w, size)) {
-        scratch.first.resize(size * w), scratch.turned.resize(size * w), scratch.second.resize(size * size);
-        resize_lines(rows + y * width + x, width, w, down, false, scratch.first.data());
-        transpose(scratch.first.data(), w, size, w, scratch.turned.data(), size);
-        resize_lines(scratch.turned.data(), size, size, across, view.flip, scratch.second.data());
-        transpose(scratch.second.data(), size, size, size, out, size);
+    const bool by_rows = rows_first(h, w, size);
+    const int64_t length = by_rows ? w : h, first_stride = whole_vectors(length), room = whole_vectors(size);
+    scratch.first.resize(size * first_stride), scratch.turned.resize(length * size + kVector);
+    if (by_rows) {
+        scratch.second.resize(size * room);
+        resize_lines(rows + y * width + x, width, w, down, false, scratch.first.data(), first_stride);
+        transpose(scratch.first.data(), first_stride, size, w, scratch.turned.data(), size);
+        resize_lines(scratch.turned.data(), size, size, across, view.flip, scratch.second.data(), room);
+        transpose(scratch.second.data(), room, size, size, out, size);
     } else {
-        scratch.first.resize(size * h), scratch.turned.resize(size * h);
-        resize_lines(columns + x * height + y, height, h, across, view.flip, scratch.first.data());
-        transpose(scratch.first.data(), h, size, h, scratch.turned.data(), size);
-        resize_lines(scratch.turned.data(), size, size, down, false, out);
+        resize_lines(columns + x * height + y, height, h, across, view.flip, scratch.first.data(), first_stride);
+        transpose(scratch.first.data(), first_stride, size, h, scratch.turned.data(), size);
+        resize_lines(scratch.turned.data(), size, size, down, false, out, size);
     }
 }
 
@@ -366,7 +375,7 @@ void write(const uint8_t* crop, int64_t area, const Levels& levels, void* out) {
 void multicrop(const uint8_t* rgb, int64_t height, int64_t width, const View* views, int64_t n, const Levels& levels,
                void* const* crops) {
     const int64_t pixels = height * width;
-    Plane rows(3 * pixels), columns(3 * pixels), crop;
+    Plane rows(3 * pixels + kVector), columns(3 * pixels + kVector), crop;
     Scratch scratch;
     rows_of(rgb, pixels, rows.data());
     for (int c = 0; c < 3; ++c) transpose(rows.data() + c * pixels, width, height, width, columns.data() + c * pixels, height);
