@@ -36,7 +36,7 @@ T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 // dtypes: 0 float32, 1 bfloat16, 2 float16
 dinofast::Numbers numbers(uintptr_t address, int dtype) {
-    return {reinterpret_cast<const void*>(address), static_cast<Dtype>(dtype)};
+    return {at<const void>(address), static_cast<Dtype>(dtype)};
 }
 
 dinofast::Logits logits(uintptr_t address, int dtype, std::pair<int64_t, int64_t> strides) {
@@ -95,7 +95,7 @@ py::array_t<uint8_t> empty(size_t bytes) {
     })};
 }
 
-dinofast::Copy copy(uintptr_t address, int dtype) { return {reinterpret_cast<void*>(address), static_cast<Dtype>(dtype)}; }
+dinofast::Copy copy(uintptr_t address, int dtype) { return {at<void>(address), static_cast<Dtype>(dtype)}; }
 
 void adamw_ema(const Addresses& params, const Addresses& grads, const Dtypes& grad_dtypes, const Addresses& exp_avgs,
                const Addresses& exp_avg_sqs, const Addresses& steps, const Addresses& teachers, const Addresses& param_copies,

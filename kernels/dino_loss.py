@@ -274,10 +274,15 @@ def _finish(
     tl.store(entropy, (_sum_parts(entropies, B, PARTS) / (tl.cast(B, tl.float64) * T)).to(tl.float32))
 
 
+def saved_numbers(B: int, rows: int, K: int) -> int:
+    """How many numbers are kept for backward: 2 for each of the V + T rows of B images, the temperature, and a centre (K,),
+    which begins on a multiple of 16 bytes; K is 0 without one."""
+    return (2 * B * rows + 4) // 4 * 4 + K
+
+
 def _parts_of(saved: Tensor, B: int, rows: int) -> tuple[Tensor, Tensor]:
-    """The temperature () and the centre (K,) in what is kept for backward; before them 2 numbers for each of B rows' rows."""
-    start = 2 * B * rows
-    return saved[start:], saved[(start + 4) // 4 * 4:]               # the centre on a multiple of 16 bytes
+    """The temperature () and the centre (K,) in what is kept for backward."""
+    return saved[2 * B * rows:], saved[saved_numbers(B, rows, 0):]
 
 
 def dino_loss(student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: Tensor, pairs: int,
@@ -295,7 +300,7 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor | None, student_t
     def numbers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=student.device)
     loss, entropy, teacher_sum = numbers(), numbers(), numbers(K if centered else 0)
-    saved = numbers((2 * B * (V + T) + 4) // 4 * 4 + (K if centered else 0) if with_grad else 0)
+    saved = numbers(saved_numbers(B, V + T, K if centered else 0) if with_grad else 0)
     temp_kept, center_kept = _parts_of(saved, B, V + T)
     parts, losses, entropies = numbers(4, B, V + T, N), numbers(B), numbers(B)
     center = center.contiguous() if centered else teacher_temp

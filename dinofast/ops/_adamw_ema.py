@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._choice import _C, KERNEL_DTYPES, array_of, choose, is_known, library
+from ._choice import _C, KERNEL_DTYPES, choose, is_known, library, on_device
 
 # Lists of tensors go to a kernel as addresses: an array for each would cost 1 us a tensor. Autograd has nothing to do here.
 # Where a list may have holes, those present are passed with a list of which there are: torch cannot functionalise
@@ -52,11 +52,6 @@ def _mark_written(tensors: Sequence[Tensor]) -> None:
     torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
 
 
-def _on(device: torch.device, number: Tensor) -> Tensor:
-    """A tensor of one number on the device; one on the host is sent without waiting."""
-    return number if number.device == device else torch.full((), number.item(), dtype=number.dtype, device=device)
-
-
 def _grad_norms_kernel(grads: list[Tensor], impl: str) -> Tensor:
     if impl == "triton":
         from ..kernels.adamw_ema import grad_norms
@@ -76,14 +71,14 @@ def _adamw_ema_kernel(params: list[Tensor], grads: list[Tensor], exp_avgs: list[
         (teachers, averaged), (param_copies, param_copied), (teacher_copies, teacher_copied)))
     if impl == "triton":
         from ..kernels.adamw_ema import adamw_ema_
-        skip, lr, weight_decay, momentum = (_on(params[0].device, x) for x in (skip, lr, weight_decay, momentum))
+        skip, lr, weight_decay, momentum = (on_device(params[0].device, x) for x in (skip, lr, weight_decay, momentum))
         adamw_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, all_teachers, all_param_copies, all_teacher_copies,
                    coefficients.contiguous(), skip, lr, weight_decay, beta1, beta2, eps, momentum)
     elif not skip.item():
         _C.adamw_ema_(_addresses(params), _addresses(grads), _dtype_codes(grads), _addresses(exp_avgs),
                       _addresses(exp_avg_sqs), _addresses(steps), _addresses(all_teachers), _addresses(all_param_copies),
                       _dtype_codes(all_param_copies), _addresses(all_teacher_copies), _dtype_codes(all_teacher_copies),
-                      _sizes(params), array_of(coefficients.float().contiguous()), lr.item(), weight_decay.item(), beta1,
+                      _sizes(params), coefficients.detach().float().contiguous().numpy(), lr.item(), weight_decay.item(), beta1,
                       beta2, eps, momentum.item(), torch.get_num_threads())
     _mark_written(written)
 
@@ -93,7 +88,7 @@ def _ema_kernel(teachers: list[Tensor], students: list[Tensor], copies: list[Ten
     all_copies = _with_holes(copies, copied)
     if impl == "triton":
         from ..kernels.adamw_ema import ema_
-        ema_(teachers, students, all_copies, *(_on(teachers[0].device, x) for x in (momentum, skip)))
+        ema_(teachers, students, all_copies, *(on_device(teachers[0].device, x) for x in (momentum, skip)))
     elif not skip.item():
         _C.ema_(_addresses(teachers), _addresses(students), _dtype_codes(students), _addresses(all_copies),
                 _dtype_codes(all_copies), _sizes(teachers), momentum.item(), torch.get_num_threads())

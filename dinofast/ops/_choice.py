@@ -6,7 +6,6 @@ import importlib.util
 import os
 import warnings
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,6 +102,6 @@ def is_watched(*tensors: Tensor | None) -> bool:
                    for x in tensors if x is not None))
 
 
-def array_of(x: Tensor) -> np.ndarray:
-    """The memory of x, bfloat16 as uint16."""
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).detach().numpy()
+def on_device(device: torch.device, number: Tensor) -> Tensor:
+    """A tensor of one number on the device; one on the host is sent without waiting."""
+    return number if number.device == device else torch.full((), number.item(), dtype=number.dtype, device=device)

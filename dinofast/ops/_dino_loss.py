@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import reference
-from ._choice import _C, KERNEL_DTYPES, choose, is_known, is_watched, library
+from ._choice import _C, KERNEL_DTYPES, choose, is_known, is_watched, library, on_device
 
 # The loss is a sum over images and pairs, divided by the images and by `pairs`. `saved` is what backward needs. The C++
 # kernel has a row's gradient in hand while it reads the logits, so `saved` is the gradient (V, B, K) for an upstream of 1, and
@@ -66,21 +66,14 @@ def _dino_loss_kernel(student: Tensor, teacher: Tensor, center: Tensor | None, s
     if impl == "cpp":
         return _dino_loss_cpp(student, teacher, center, student_temp, teacher_temp, pairs, diagonal, with_grad)
     from ..kernels import dino_loss as triton
-    if teacher_temp.device != student.device:  # a number on the host is sent without waiting
-        teacher_temp = torch.full((), teacher_temp.item(), dtype=torch.float32, device=student.device)
-    return triton.dino_loss(student, teacher, center, student_temp, teacher_temp, pairs, diagonal, with_grad)
+    return triton.dino_loss(student, teacher, center, student_temp, on_device(student.device, teacher_temp), pairs, diagonal,
+                            with_grad)
 
 
 def _dino_loss_backward_kernel(upstream: Tensor, student: Tensor, teacher: Tensor, saved: Tensor, student_temp: float,
                                centered: bool, pairs: int, diagonal: bool) -> Tensor:
     from ..kernels import dino_loss as triton
     return triton.dino_loss_backward(upstream, _rows(student), _rows(teacher), saved, student_temp, centered, pairs, diagonal)
-
-
-def _saved_numbers(student: Tensor, teacher: Tensor, center: Tensor | None) -> int:
-    """See kernels/dino_loss.py: two numbers for each row and the temperature, filled up to 16 bytes, and the centre."""
-    statistics = 2 * student.shape[1] * (student.shape[0] + teacher.shape[0]) + 1
-    return (statistics + 3) // 4 * 4 + (0 if center is None else student.shape[2])
 
 
 def _dino_loss_fake(student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: Tensor,
@@ -90,7 +83,10 @@ def _dino_loss_fake(student: Tensor, teacher: Tensor, center: Tensor | None, stu
     if impl == "cpp":
         saved = student.new_empty(student.shape if with_grad else (0,), dtype=_saved_dtype(student))
     else:
-        saved = numbers(_saved_numbers(student, teacher, center) if with_grad else 0)
+        from ..kernels import dino_loss as triton
+        crops, images, prototypes = student.shape
+        centre = 0 if center is None else prototypes
+        saved = numbers(triton.saved_numbers(images, crops + teacher.shape[0], centre) if with_grad else 0)
     return numbers(), numbers(), numbers(0 if center is None else student.shape[2]), saved
 
 
