@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
@@ -61,22 +62,29 @@ std::pair<double, double> dino_loss(uintptr_t student, int student_dtype, std::p
     return {sums.loss, sums.entropy};
 }
 
+constexpr int32_t kLargestCrop = 1 << 14;  // pixels, as in dinofast/config.py
+
 void multicrop(const py::array_t<uint8_t, py::array::c_style>& rgb, const py::array& views, const Addresses& crops, int kind,
                const std::optional<Floats>& table) {
     using dinofast::Levels;
     if (rgb.ndim() != 3 || rgb.shape(2) != 3) throw std::invalid_argument("rgb must be (height, width, 3)");
     if (views.itemsize() != sizeof(dinofast::View) || views.ndim() != 1 || !(views.flags() & py::array::c_style) ||
-        size_t(views.size()) != crops.size())
+        uintptr_t(views.data()) % alignof(dinofast::View) || size_t(views.size()) != crops.size())
         throw std::invalid_argument("views must be as many as crops, one after the other, as plan.VIEW lays them out");
-    if (kind < 0 || kind > 2 || (kind && (!table || table->size() != 3 * 256))) throw std::invalid_argument("table must be (3, 256)");
+    if (kind < 0 || kind > 2 || (kind && (!table || table->ndim() != 2 || table->shape(0) != 3 || table->shape(1) != 256)))
+        throw std::invalid_argument("table must be (3, 256)");
     const auto* drawn = static_cast<const dinofast::View*>(views.data());
-    for (size_t i = 0; i < crops.size(); ++i) {
+    for (size_t i = 0; i < crops.size(); ++i) {  // any bytes may come: what passes here is safe to execute
         const int64_t y = drawn[i].box[0], x = drawn[i].box[1], h = drawn[i].box[2], w = drawn[i].box[3];
         if (y < 0 || x < 0 || h < 1 || w < 1 || y + h > rgb.shape(0) || x + w > rgb.shape(1) || drawn[i].size < 1)
             throw std::invalid_argument("a box does not lie in the image");
-        for (const uint8_t operation : drawn[i].order)
-            if (drawn[i].jitter && operation > 3) throw std::invalid_argument("an order names a colour operation beyond 3");
+        if (drawn[i].size > kLargestCrop) throw std::invalid_argument("a crop is larger than 16384");
+        for (int k = 0; drawn[i].jitter && k < 4; ++k) {
+            if (drawn[i].order[k] > 3) throw std::invalid_argument("an order names a colour operation beyond 3");
+            if (!(std::fabs(drawn[i].factors[k]) < 1000)) throw std::invalid_argument("a colour factor is beyond 1000");
+        }
         if (!(drawn[i].blur_radius >= 0 && drawn[i].blur_radius < 1000)) throw std::invalid_argument("a blur radius is beyond 1000");
+        if (!crops[i]) throw std::invalid_argument("a crop has no memory");
     }
     std::vector<void*> places;
     for (const uintptr_t address : crops) places.push_back(at<void>(address));

@@ -120,16 +120,29 @@ def test_levels_by_table() -> None:
     ({"box": (0, 0, 0, 3)}, "a box does not lie in the image"),
     ({"size": 0}, "a box does not lie in the image"),
     ({"jitter": True, "order": (0, 1, 2, 4)}, "an order names a colour operation beyond 3"),
+    ({"jitter": True, "factors": (1, float("nan"), 1, 0)}, "a colour factor"),
+    ({"jitter": True, "factors": (1, 1, 1, -1e300)}, "a colour factor"),
     ({"blur_radius": float("nan")}, "a blur radius"),
     ({"blur_radius": 1e9}, "a blur radius"),
 ])
 def test_what_would_leave_the_image_is_refused(fields: dict, message: str) -> None:
     image = noise(40, 30)
+    view = one(image, **{"size": 8, "box": (0, 0, 8, 8)} | fields)
     with pytest.raises(ValueError, match=message):
-        native.render(image, one(image, **{"size": 8, "box": (0, 0, 8, 8)} | fields), [torch.empty(3, 8, 8, dtype=torch.uint8)])
+        render(image, view)
     for bad in (image[..., 0], image[..., :2], image.astype(np.int64)):
         with pytest.raises((ValueError, TypeError)):
             native.render(bad, one(image, size=8, box=(0, 0, 8, 8)), [torch.empty(3, 8, 8, dtype=torch.uint8)])
+
+
+@pytest.mark.parametrize("places", [
+    [torch.empty(3, 8, 9, dtype=torch.uint8)], [torch.empty(3, 7, 7, dtype=torch.uint8)], [torch.empty(192, dtype=torch.uint8)],
+    [torch.empty(8, 8, 3, dtype=torch.uint8).permute(2, 0, 1)], [torch.empty(3, 8, 8, dtype=torch.uint8)] * 2, [],
+])
+def test_a_place_that_a_crop_would_overrun_is_refused(places: list[torch.Tensor]) -> None:
+    image = noise(40, 30)
+    with pytest.raises(ValueError, match="does not fit its place|zip"):
+        native.render(image, one(image, size=8, box=(0, 0, 8, 8)), places)
 
 
 def test_images_need_not_be_contiguous() -> None:

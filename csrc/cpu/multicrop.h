@@ -7,12 +7,12 @@ namespace dinofast {
 struct View {  // one crop as it was drawn: dinofast/data/plan.py, VIEW
     int32_t box[4];  // y, x, height, width in the image, pixels
     int32_t size;    // side of the crop, pixels
-    bool flip, jitter;
+    uint8_t flip, jitter;  // and the other switches: not bool, which a byte of 2 would make undefined
     uint8_t order[4];  // of brightness 0, contrast 1, saturation 2, hue 3
     double factors[4];
-    bool grey;
+    uint8_t grey;
     double blur_radius;  // 0: no blur
-    bool solarise;
+    uint8_t solarise;
 };
 
 // What becomes of a level: itself, or an entry of `table` (3, 256), which normalises, in fp32 or rounded to bf16.
