@@ -39,8 +39,8 @@ def render(rgb: np.ndarray, views: np.ndarray, places: Sequence[Tensor], table: 
     """Every crop of one image into its place.
 
     rgb (H, W, 3) uint8; views (V,) of `plan.VIEW`; places: V contiguous tensors (3, S, S), uint8, or float32 or bfloat16 by
-    table (3, 256), what each level of each channel becomes. Raises ValueError for a box that does not lie in the image, a number
-    beyond all reason, or a place that the crop does not fit.
+    table (3, 256), what each level of each channel becomes. Raises ValueError for a box outside the image, a number beyond
+    all reason, or a place that the crop does not fit.
     """
     for place, side in zip(places, views["size"].tolist(), strict=True):  # C++ sees only where they begin
         if place.shape != (3, side, side) or place.dtype != places[0].dtype or place.is_cuda or not place.is_contiguous():
