@@ -1,0 +1,352 @@
+"""Files and plans that nobody should send: each is refused in a line or makes the right crops; none ends or holds up a run.
+
+DINOFAST_FUZZ=20000 python -m pytest tests/test_fuzz.py tries so many files instead of 3,000.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import os
+import resource
+import struct
+import time
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.random import Generator
+from PIL import Image
+from test_native import noise, old_pillow, one
+
+from dinofast.config import Config
+from dinofast.data import index, native, pil, plan, views
+
+pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "here")
+N_FILES, N_PLANS = int(os.environ.get("DINOFAST_FUZZ", 3000)), 1500
+SLOWEST_S, HUNG_S = 10, 600  # a file, which takes a millisecond; all of them
+KINDS = views(Config(global_crops_size=40, local_crops_size=17, local_crops_number=2))
+TABLE = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float32)
+
+
+@contextmanager
+def hang_ends_the_tests() -> Iterator[None]:
+    """With the place where it hangs: no signal handler of Python runs inside a C function."""
+    faulthandler.dump_traceback_later(HUNG_S, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+# ---- mutated files
+def originals() -> list[bytes]:
+    """Small JPEGs and PNGs of every mode."""
+    rgb = Image.fromarray(noise(6, 8)).resize((48, 36), Image.Resampling.BICUBIC)
+    deep = Image.fromarray(np.arange(36 * 48, dtype=np.uint16).reshape(36, 48) * 37)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "long " * 5000  # more than the index pass reads at first
+    grey, cmyk, palette, pixel = rgb.convert("L"), rgb.convert("CMYK"), rgb.quantize(16), rgb.resize((1, 1))
+    jpegs = [(rgb, {}), (rgb, {"progressive": True}), (rgb, {"subsampling": 0, "restart_marker_blocks": 2}),
+             (rgb, {"exif": exif}), (grey, {}), (cmyk, {}), (cmyk, {"progressive": True}), (pixel, {})]
+    pngs = [(rgb, {}), (rgb.convert("RGBA"), {}), (grey, {}), (rgb.convert("LA"), {}), (rgb.convert("1"), {}), (palette, {}),
+            (palette, {"transparency": bytes(range(0, 256, 16))}), (deep, {}), (pixel, {})]
+    return [encoded(image, kind, options) for kind, images in (("JPEG", jpegs), ("PNG", pngs)) for image, options in images]
+
+
+def encoded(image: Image.Image, kind: str, options: dict) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def parts(data: bytes) -> list[bytes]:
+    """Signature, segments or chunks, and what follows the start of a JPEG's scan; their sum is the file."""
+    png = data.startswith(b"\x89PNG")
+    at = [0, 8 if png else 2]
+    while at[-1] + 4 <= len(data):
+        length = struct.unpack_from(">I", data, at[-1])[0] + 12 if png else struct.unpack_from(">H", data, at[-1] + 2)[0] + 2
+        at.append(at[-1] + length)
+        if not png and data[at[-2] + 1] == 0xDA:
+            break
+    return [data[a:b] for a, b in zip(at, at[1:] + [len(data)], strict=True)]
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def flip_bits(rng: Generator, data: bytes, other: bytes) -> bytes:
+    changed = bytearray(data)
+    for at in rng.integers(0, len(data), rng.integers(1, 9)):
+        changed[at] ^= 1 << rng.integers(8)
+    return bytes(changed)
+
+
+def overwrite(rng: Generator, data: bytes, other: bytes) -> bytes:
+    at, n = rng.integers(len(data)), rng.integers(1, 30)
+    run = rng.bytes(n) if rng.random() < 0.5 else rng.bytes(1) * int(n)
+    return data[:at] + run + data[at + n :]
+
+
+def truncate(rng: Generator, data: bytes, other: bytes) -> bytes:
+    """Half of them with the end marker, so that only decoding finds out."""
+    end = b"" if rng.random() < 0.5 else b"\xff\xd9" if data.startswith(b"\xff") else chunk(b"IEND", b"")
+    return data[: rng.integers(len(data))] + end
+
+
+def splice(rng: Generator, data: bytes, other: bytes) -> bytes:
+    return data[: rng.integers(len(data))] + other[rng.integers(len(other)) :]
+
+
+def repeat(rng: Generator, data: bytes, other: bytes) -> bytes:
+    (at, first), n = rng.integers(0, len(data), 2), rng.integers(1, 300)
+    return data[:at] + data[first : first + n] * int(rng.integers(1, 4)) + data[at:]
+
+
+def swap_parts(rng: Generator, data: bytes, other: bytes) -> bytes:
+    """Some of the other file's among them, once in a while."""
+    pieces = parts(data) + (parts(other)[1:] if rng.random() < 0.3 else [])
+    a, b = rng.integers(1, len(pieces), 2)
+    pieces[a], pieces[b] = pieces[b], pieces[a]
+    return b"".join(pieces)
+
+
+def change_part(rng: Generator, data: bytes, other: bytes) -> bytes:
+    """A JPEG's segment of another length or content; a PNG's chunk of another content with the right checksum, pixels too."""
+    pieces = parts(data)
+    at = int(rng.integers(1, len(pieces)))
+    piece = pieces[at]
+    if data.startswith(b"\xff") and rng.random() < 0.5:
+        pieces[at] = piece[:2] + rng.bytes(2) + piece[4:]
+    elif data.startswith(b"\xff"):
+        pieces[at] = piece[:4] + flip_bits(rng, piece[4:] + b"\0", b"")
+    elif piece[4:8] == b"IDAT" and rng.random() < 0.7:
+        lines = zlib.decompress(piece[8:-4])
+        pieces[at] = chunk(b"IDAT", zlib.compress((flip_bits if rng.random() < 0.5 else truncate)(rng, lines, b"")))
+    elif piece[4:8] == b"IHDR":
+        pieces[at] = chunk(b"IHDR", piece[8:16] + flip_bits(rng, piece[16:-4], b""))  # depth, colour, method, interlace
+    else:
+        pieces[at] = chunk(piece[4:8], flip_bits(rng, piece[8:-4] + b"\0", b""))
+    return b"".join(pieces)
+
+
+def change_size(rng: Generator, data: bytes, other: bytes) -> bytes:
+    """Another size in the header, now and then an enormous one."""
+    huge = rng.random() < 0.2
+    width, height = rng.choice(HUGE) if huge else rng.choice((0, 1, 2, 7, 35, 36, 37, 47, 48, 49, 300, 2000), 2)
+    return resized(data, int(width), int(height))
+
+
+HUGE = ((65500, 65500), (2**31 - 1, 1), (1, 2**31 - 1), (2**31 - 1, 2**31 - 1), (13400, 13400), (2**32 - 1, 40))
+
+
+def resized(data: bytes, width: int, height: int) -> bytes:
+    pieces = parts(data)
+    for i, piece in enumerate(pieces):
+        if piece[4:8] == b"IHDR":
+            pieces[i] = chunk(b"IHDR", struct.pack(">II", width, height) + piece[16:-4])
+        elif piece[:2] in (b"\xff\xc0", b"\xff\xc2"):
+            pieces[i] = piece[:5] + struct.pack(">HH", min(height, 65535), min(width, 65535)) + piece[9:]
+    return b"".join(pieces)
+
+
+MUTATIONS = (flip_bits, overwrite, truncate, splice, repeat, swap_parts, change_part, change_size)
+
+
+class Made(NamedTuple):
+    """What became of a file: its pixels (H, W, 3), the plan (V,) and the crops, levels by TABLE; or the reason alone."""
+
+    reason: str = ""
+    image: np.ndarray | None = None
+    drawn: np.ndarray | None = None
+    crops: list[torch.Tensor] = []
+    seconds: float = 0.0
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
+    """Mutated files, by name, through the data path of a run: index pass, plan, decoding, crops in C++."""
+    folder, whole = tmp_path_factory.mktemp("fuzz"), originals()
+    for i in range(N_FILES):
+        rng = np.random.default_rng(i)
+        mutation = MUTATIONS[i % len(MUTATIONS)]
+        data = mutation(rng, whole[rng.integers(len(whole))], whole[rng.integers(len(whole))])
+        (folder / f"{i:06}_{mutation.__name__}.{'jpg' if i % 3 else 'png'}").write_bytes(data)  # names may lie
+    with hang_ends_the_tests(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's remarks, as in a run
+        found, refused = index.build(str(folder), 1.0)
+        made = {Path(path).name: Made(reason) for path, reason in refused}
+        for i in range(len(found)):
+            made[Path(found.path(i)).name] = through(found, i)
+    return made
+
+
+def through(found: index.Index, i: int) -> Made:
+    start = time.perf_counter()
+    try:
+        image = pil.decode(found.path(i))
+    except pil.Refused as reason:
+        return Made(str(reason), seconds=time.perf_counter() - start)
+    if image.size[::-1] != tuple(found.sizes[i]):  # as `Crops.decode` does
+        return Made("its size has changed", seconds=time.perf_counter() - start)
+    drawn = plan.draw(0, 0, np.array([i]), found.sizes[i : i + 1], KINDS)[0]
+    crops = [torch.full((3, side, side), torch.nan) for side in drawn["size"].tolist()]
+    native.render(np.asarray(image), drawn, crops, TABLE)
+    return Made("", np.asarray(image), drawn, crops, time.perf_counter() - start)
+
+
+def test_mutated_files_are_refused_in_a_line_or_make_crops(outcomes: dict[str, Made]) -> None:
+    assert len(outcomes) == N_FILES
+    for name, made in outcomes.items():
+        assert bool(made.reason) == (not made.crops), name
+        assert made.reason.isprintable() and len(made.reason) < 500, (name, made.reason)
+        assert all(torch.isfinite(crop).all() for crop in made.crops), name  # each pixel was written
+        assert made.seconds < SLOWEST_S, name
+
+
+def test_each_mutation_is_refused_and_gets_through_at_times(outcomes: dict[str, Made]) -> None:
+    """Or the files would try little."""
+    for mutation in MUTATIONS:
+        ended = [bool(made.reason) for name, made in outcomes.items() if name[7:].startswith(mutation.__name__)]
+        assert 0.05 < np.mean(ended) < 0.98, mutation.__name__
+
+
+@old_pillow
+def test_crops_of_mutated_files_are_those_of_pil(outcomes: dict[str, Made]) -> None:
+    for name, made in list(outcomes.items())[::2]:
+        for crop, view in zip(made.crops, made.drawn if made.crops else [], strict=True):
+            expected = pil.render(Image.fromarray(made.image), view).transpose(2, 0, 1)
+            assert (crop.numpy() == TABLE[np.arange(3)[:, None, None], expected]).all(), name
+
+
+@pytest.mark.parametrize("size", HUGE, ids=str)
+def test_a_huge_claimed_size_is_refused_before_memory_is_taken(size: tuple[int, int], tmp_path: Path) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for i, data in enumerate(originals()):
+        if data.startswith(b"\xff") and max(size) > 65535:
+            continue  # more than a JPEG can claim
+        path = tmp_path / f"{i}.jpg"
+        path.write_bytes(resized(data, *size))
+        for look in (index.inspect, pil.decode):
+            with pytest.raises(pil.Refused):
+                look(str(path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100 * 1024  # KiB
+
+
+# ---- plans, straight into C++
+GUARD = 64  # bytes before and after a crop, which must stay as they are
+INTS, FLOATS = np.iinfo(np.int32), np.array([np.nan, np.inf, -np.inf, 1e300, -1e300, 1e9, -1e9, 5e-324, -0.0, -1, 999.9, 1000])
+
+
+class Called(NamedTuple):
+    """A plan (V,), the image (H, W, 3) it came with, and the crops, uint8 (S, S, 3); None if it was refused."""
+
+    drawn: np.ndarray
+    image: np.ndarray
+    crops: list[np.ndarray] | None
+
+
+def hostile_plan(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+    """An image and one to three views of it, in whose fields one number in some is not what it should be."""
+    height, width = (rng.integers(0, 3, 2) if rng.random() < 0.1 else rng.integers(1, 70, 2)).tolist()
+    drawn = plan.draw(int(rng.integers(2**32)), 0, np.arange(rng.integers(1, 4)), np.array([[max(height, 1), max(width, 1)]]),
+                      KINDS[:1])[:, 0]
+    drawn["size"] = rng.integers(1, 50, len(drawn))
+    for name in rng.permutation(plan.VIEW.names)[: rng.integers(3)]:
+        field = drawn[name].reshape(-1)  # a copy where it has several numbers
+        kind, at = field.dtype.kind, rng.integers(len(field))
+        field.view(np.uint8 if kind == "b" else field.dtype)[at] = rng.choice(
+            FLOATS if kind == "f" else range(7) if kind == "u" else range(256) if kind == "b" else  # a switch that is 77, too
+            [INTS.min, INTS.max, -1, 0, 2**14 + 1, rng.integers(70), rng.integers(INTS.min, INTS.max)])
+        drawn[name] = field.reshape(drawn[name].shape)
+    if rng.random() < 0.05:
+        drawn[0] = np.frombuffer(rng.bytes(plan.VIEW.itemsize), plan.VIEW)[0]
+    return drawn, noise(height, width, int(rng.integers(99)))
+
+
+def legal(view: np.void, image: np.ndarray) -> bool:
+    y, x, h, w = view["box"].tolist()
+    return (0 <= y and 0 <= x and 0 < h <= len(image) - y and 0 < w <= image.shape[1] - x and 0 < view["size"] <= 2**14
+            and (not view["jitter"] or ((view["order"] < 4).all() and (np.abs(view["factors"]) < 1000).all()))
+            and 0 <= view["blur_radius"] < 1000)
+
+
+def call(drawn: np.ndarray, image: np.ndarray) -> Called:
+    """The crops as C++ makes them, between guards."""
+    allowed = all(legal(view, image) for view in drawn)
+    sides = [int(view["size"]) if allowed else 1 for view in drawn]  # what is refused needs no memory
+    memory = [np.full(3 * side * side + 2 * GUARD, 77, np.uint8) for side in sides]
+    try:
+        native._C.multicrop(image, drawn, [m.ctypes.data + GUARD for m in memory], 0, None)
+    except ValueError as refusal:
+        assert not allowed, f"{refusal}: {drawn}"
+        return Called(drawn, image, None)
+    assert allowed, drawn
+    assert all((m[:GUARD] == 77).all() and (m[-GUARD:] == 77).all() for m in memory), drawn
+    crops = [m[GUARD:-GUARD].reshape(3, side, side) for m, side in zip(memory, sides, strict=True)]
+    return Called(drawn, image, [crop.transpose(1, 2, 0) for crop in crops])
+
+
+@pytest.fixture(scope="module")
+def calls() -> list[Called]:
+    with hang_ends_the_tests():
+        return [call(*hostile_plan(np.random.default_rng(i))) for i in range(N_PLANS)]
+
+
+def test_hostile_plans_are_refused_or_carried_out(calls: list[Called]) -> None:
+    refused = [called.crops is None for called in calls]
+    assert 0.2 < np.mean(refused) < 0.8
+
+
+@old_pillow
+def test_what_is_carried_out_is_what_pil_makes_of_it(calls: list[Called]) -> None:
+    for drawn, image, crops in calls:
+        for view, crop in zip(drawn, crops, strict=True) if crops else ():
+            assert (crop == pil.render(Image.fromarray(image), view)).all(), view
+
+
+VIEWS = np.concatenate([one(noise(9, 9), size=4)] * 2)
+BAD_VIEWS = {
+    "packed": VIEWS.astype(np.dtype([(name, VIEWS.dtype[name]) for name in VIEWS.dtype.names])), "floats": np.zeros((2, 9)),
+    "bytes": np.zeros(2 * VIEWS.itemsize, np.uint8), "stride": np.repeat(VIEWS, 2)[::2], "backwards": VIEWS[::-1],
+    "columns": VIEWS[:, None], "one": VIEWS[:1], "three": np.repeat(VIEWS, 2)[:3], "scalar": VIEWS[0], "none": None,
+    "misaligned": np.frombuffer(b"\0" + VIEWS.tobytes(), VIEWS.dtype, offset=1), "empty": VIEWS[:0],
+}
+BAD_IMAGES = {
+    "floats": np.zeros((9, 9, 3), np.float32), "signed": np.zeros((9, 9, 3), np.int8), "grey": noise(9, 9)[..., 0],
+    "alpha": np.zeros((9, 9, 4), np.uint8), "fortran": np.asfortranarray(noise(9, 9)), "stride": noise(18, 9)[::2],
+    "planes": noise(9, 9).transpose(2, 0, 1), "empty": noise(0, 9), "no columns": noise(9, 0), "none": None, "text": "rgb",
+    "small": noise(8, 9), "nothing": np.zeros(0, np.uint8), "scalar": np.uint8(3),
+}
+BAD_TABLES = {
+    "none": None, "turned": TABLE.T.copy(), "short": TABLE[:, :255].copy(), "flat": TABLE.ravel(),
+    "doubles": TABLE.astype(float), "stride": np.repeat(TABLE, 2, 1)[:, ::2], "two": TABLE[:2], "empty": TABLE[:0],
+    "number": 1.0,
+}
+PLACES = np.zeros((2, 3 * 4 * 4), np.float32)
+ADDRESSES = [place.ctypes.data for place in PLACES]
+GOOD = {"rgb": noise(9, 9), "views": VIEWS, "crops": ADDRESSES, "kind": 1, "table": TABLE}
+BAD = [(name, word, value) for name, values in (("views", BAD_VIEWS), ("rgb", BAD_IMAGES), ("table", BAD_TABLES), (
+    "crops", {"null": [ADDRESSES[0], 0], "negative": [-1, -1], "few": ADDRESSES[:1], "none": None, "text": "crops",
+              "floats": [0.5, 0.5], "beyond": [2**64, 2**64]}), (
+    "kind", {"below": -1, "above": 3, "beyond": 2**40, "none": None, "float": 1.5})) for word, value in values.items()]
+
+
+def test_right_arguments_are_taken() -> None:
+    native._C.multicrop(**GOOD)
+    assert np.isin(PLACES, TABLE).all()
+
+
+@pytest.mark.parametrize(("name", "value"), [pytest.param(name, value, id=f"{name} {word}") for name, word, value in BAD])
+def test_arguments_of_the_wrong_kind_are_refused(name: str, value: object) -> None:
+    PLACES.fill(7)
+    with pytest.raises((ValueError, TypeError)):
+        native._C.multicrop(**GOOD | {name: value})
+    assert (PLACES == 7).all()  # before anything was written
