@@ -1,4 +1,4 @@
-"""The command line: `dinofast pretrain | knn | show-crops | sample-data | demo | doctor`."""
+"""The command line: `dinofast pretrain | knn | show-crops | bench-data | sample-data | demo | doctor`."""
 
 from __future__ import annotations
 
@@ -117,6 +117,16 @@ def _parser() -> Parser:
     add_arguments(show)
     show.set_defaults(run=_show_crops)
 
+    bench = commands.add_parser("bench-data", help="whether the data keeps up with a GPU",
+                                description="Measure the data path alone: images/s, their CPU time by stage, and whether that "
+                                "keeps up with a training speed. Takes the flags of pretrain and writes nothing.")
+    bench.add_argument("folder", metavar="DIR", help="images, as --data_path of pretrain")
+    bench.add_argument("--seconds", type=float, default=10.0, metavar="X", help="of the measurement, at least (default: 10)")
+    bench.add_argument("--images_per_second", "--images-per-second", type=float, metavar="X",
+                       help="speed of training to keep up with (default: says up to which speed the data would be enough)")
+    add_arguments(bench)
+    bench.set_defaults(run=_bench_data)
+
     sample = commands.add_parser("sample-data", help="write a small labelled data set to try things on",
                                  description="Write ordinary JPEG files in class folders: objects of ten kinds on cluttered "
                                  "ground.")
@@ -160,6 +170,17 @@ def _show_crops(given: dict[str, Any]) -> None:
 
     shown = write(cfg, Path(sheet), n_images, epoch)
     print(f"{shown} image(s) and their {cfg.n_crops} crops each in '{sheet}'")
+
+
+def _bench_data(given: dict[str, Any]) -> None:
+    folder, seconds, wanted = (given.pop(name) for name in ("folder", "seconds", "images_per_second"))
+    for name, value in (("seconds", seconds), ("images_per_second", 1.0 if wanted is None else wanted)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"--{name} is {value:g}: give a number above 0.")
+    cfg = from_arguments(given | {"data_path": folder})
+    from .bench_data import measure, report
+
+    print(report(measure(cfg, seconds), wanted))
 
 
 def _knn(options: dict[str, Any]) -> None:

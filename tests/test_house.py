@@ -20,7 +20,7 @@ LAYERS = [
     {"checkpoint"},
     {"evaluate"},
     {"train"},
-    {"demo", "doctor", "show_crops"},
+    {"demo", "doctor", "show_crops", "bench_data"},
     {"cli"},
     {"__main__"},
 ]
@@ -80,7 +80,8 @@ def test_every_file_has_a_layer():
 
 def test_only_the_named_files_read_the_configuration():
     readers = {room(p) for p in files() if "config" in imports(p)} - {"__init__"}
-    assert readers <= {"model", "data", "schedule", "train", "cli", "demo", "checkpoint", "doctor", "evaluate", "show_crops"}
+    assert readers <= {"model", "data", "schedule", "train", "cli", "demo", "checkpoint", "doctor", "evaluate", "show_crops",
+                       "bench_data"}
 
 
 def test_no_file_outgrows_its_room():

@@ -46,6 +46,8 @@ class Loader:
     n_images: images found usable by the index pass. fingerprint: equal for the same images in the same order. steps_per_epoch:
     optimiser steps; an incomplete last batch is left out.
     refused: (path, reason) of each file refused so far in this process. wait_s: seconds spent blocked in `next`.
+    backend, backend_note: what makes the crops, and why not something faster. crops: what is in a micro-batch. n_workers:
+    threads or processes.
     """
 
     def __init__(self, cfg: Config, rank: int, world: int, start_step: int, device: torch.device,
@@ -65,8 +67,8 @@ class Loader:
         self._device, self._step, self._batches = device, start_step, None
         self._mean, self._std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std))
         self.backend, self.backend_note = choose_backend(cfg.data_backend)
-        self._crops = Crops(found, cfg.seed, views(cfg))
-        self._n_workers = min(cfg.num_workers, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+        self.crops = Crops(found, cfg.seed, views(cfg))
+        self.n_workers = min(cfg.num_workers, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
         self._tasks = partial(tasks, cfg, rank, world, n=self.n_images, steps_per_epoch=self.steps_per_epoch)
 
     def seek(self, step: int) -> None:
@@ -99,11 +101,11 @@ class Loader:
         if self.backend == "native":
             levels = torch.arange(256, dtype=torch.uint8, device=self._device).expand(1, 3, 1, 256)
             table = None if pinned else self._normalise(levels).view(3, 256).numpy()     # a GPU normalises in no time
-            self._batches = native.Batches(tasks, self._crops.draw, self._crops.decode_array, self._crops.resolutions, table,
-                                           pinned, self._n_workers)
+            self._batches = native.Batches(tasks, self.crops.draw, self.crops.decode_array, self.crops.resolutions, table,
+                                           pinned, self.n_workers)
             return
         generator = torch.Generator()  # iter() takes a number from it: leave the global generator alone
-        self._batches = iter(DataLoader(self._crops, batch_size=None, sampler=tasks, num_workers=self._n_workers,
+        self._batches = iter(DataLoader(self.crops, batch_size=None, sampler=tasks, num_workers=self.n_workers,
                                         collate_fn=_as_it_is, worker_init_fn=_ignore_signals, pin_memory=pinned,
                                         generator=generator))
 

@@ -1,0 +1,162 @@
+"""`dinofast bench-data`: how many images a second the data path makes, what they cost, and whether that is enough."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import tempfile
+import time
+import warnings
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from .config import Config, cores
+from .data import Loader, make_loader, native, pil
+from .dist import pick_device
+from .log import counting
+
+INTERVALS = 10     # of the measurement, at most
+SAMPLE = 100       # images of which the stages are timed, at most
+STAGES_SHARE = 0.2  # of the seconds, for that
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one process that does nothing but take batches from its loader."""
+
+    source: str
+    n_images: int                          # usable ones
+    refused: list[tuple[str, str]]         # path and reason
+    index_s: float
+    backend: str
+    backend_note: str
+    n_workers: int
+    batch_size: int
+    n_crops: int
+    n_counted: int                         # images, in so many seconds
+    seconds: float
+    rates: list[float]                     # images/s, by interval
+    cpu_ms: float | None                   # an image, in all threads and processes; None where workers cannot be asked
+    stages_ms: dict[str, float]            # an image, CPU time of one thread: read, decode, crops
+
+    @property
+    def images_per_s(self) -> float:
+        return median(self.rates)
+
+
+def measure(cfg: Config, seconds: float) -> Measured:
+    """Take batches from the loader of a run with these options for at least so many seconds, then time its parts one by one.
+
+    Nothing is written to `cfg.output_dir`. Raises ValueError for a source without images, or with too few for a step.
+    """
+    device = pick_device(cfg.device)
+    with tempfile.TemporaryDirectory(prefix="dinofast-") as folder:
+        start = time.perf_counter()
+        loader = make_loader(replace(cfg, output_dir=folder), device=device, on_progress=counting("images looked at", True))
+        index_s = time.perf_counter() - start
+        with closing(loader):
+            batches_a_round = max(1, loader.n_workers)         # workers finish at about the same time, batch by batch
+            _take(loader, max(2, batches_a_round))             # starts them
+            ends, cpu = [time.perf_counter()], [_cpu_s()]
+            while ends[-1] - ends[0] < seconds:
+                _take(loader, batches_a_round)
+                ends.append(time.perf_counter())
+            cpu.append(_cpu_s())
+        rounds = np.array_split(np.arange(len(ends) - 1), min(INTERVALS, len(ends) - 1))
+        images_a_round = batches_a_round * cfg.batch_size_per_gpu
+        rates = [len(part) * images_a_round / (ends[part[-1] + 1] - ends[part[0]]) for part in rounds]
+        n_counted = (len(ends) - 1) * images_a_round
+        cpu_ms = None if None in cpu else (cpu[1] - cpu[0]) / n_counted * 1e3
+        return Measured(cfg.data_path, loader.n_images, loader.refused, index_s, loader.backend, loader.backend_note,
+                        loader.n_workers, cfg.batch_size_per_gpu, cfg.n_crops, n_counted, ends[-1] - ends[0], rates, cpu_ms,
+                        _stages(loader, device.type == "cuda", seconds * STAGES_SHARE))
+
+
+def _take(loader: Loader, n: int) -> None:
+    for _ in range(n):
+        crops = next(loader)
+    if crops[0].is_cuda:
+        torch.cuda.synchronize(crops[0].device)
+
+
+def _cpu_s() -> float | None:
+    """Seconds of CPU time of this process and its workers so far."""
+    total = time.process_time()
+    try:
+        for worker in multiprocessing.active_children():
+            fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+            total += sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")      # in user and in system mode
+    except OSError:
+        return None
+    return total
+
+
+def _stages(loader: Loader, on_gpu: bool, seconds: float) -> dict[str, float]:
+    """Mean CPU time an image, in ms, of images from all over the source, worked on in this thread as the loader does."""
+    crops, spent = loader.crops, []
+    table = None if on_gpu else np.zeros((3, 256), np.float32)                  # the CPU normalises as it writes
+    places = [torch.empty(3, side, side, dtype=torch.uint8 if on_gpu else torch.float32)
+              for n, side in crops.resolutions for _ in range(n)]
+    end = time.perf_counter() + seconds
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for sample in np.linspace(0, len(crops.index) - 1, min(SAMPLE, len(crops.index)), dtype=int).tolist():
+            _, sample = crops.decode(sample, [])                                # the next one that decodes
+            path, drawn = crops.index.path(sample), crops.draw(0, np.array([sample]))[0]
+            times = [time.thread_time()]
+            Path(path).read_bytes()
+            times.append(time.thread_time())
+            image = pil.decode(path)                                            # reads it once more, from memory
+            times.append(time.thread_time())
+            if loader.backend == "native":
+                native.render(np.asarray(image), drawn, places, table)
+            else:
+                for view in drawn:
+                    pil.render(image, view)
+            times.append(time.thread_time())
+            spent.append(np.diff(times) * 1e3)
+            if time.perf_counter() > end:
+                break
+    return dict(zip(("read", "decode", "crops"), np.mean(spent, 0).tolist(), strict=True))
+
+
+def report(measured: Measured, wanted: float | None) -> str:
+    """Plain text, one fact a line; the last is whether the data keeps up with training at `wanted` images/s."""
+    m = measured
+    workers = f"{m.n_workers} {'process(es)' if m.backend == 'pil' else 'thread(s)'}" if m.n_workers else "in the main thread"
+    lines = [f"source: '{m.source}', {m.n_images:,} usable images, looked at in {m.index_s:.2f} s"]
+    if m.refused:
+        path, reason = m.refused[-1]
+        lines.append(f"{len(m.refused):,} unreadable image(s) left out; the last: {path} ({reason})")
+    lines += [f"crops: {m.backend}, {workers}{f' ({m.backend_note})' if m.backend_note else ''}; "
+              f"{m.n_crops} crops an image, {m.batch_size} images a batch, {cores()} core(s)",
+              f"speed: {_short(m.images_per_s)} images/s, median of {len(m.rates)} interval(s) from {_short(min(m.rates))} to "
+              f"{_short(max(m.rates))}; {m.n_counted:,} images in {m.seconds:.1f} s",
+              f"CPU time an image, one thread alone: {', '.join(f'{stage} {ms:.2f} ms' for stage, ms in m.stages_ms.items())}"]
+    if m.cpu_ms is not None:
+        lines.append(f"CPU time an image, all in all: {m.cpu_ms:.2f} ms")
+    return "\n".join([*lines, verdict(m, wanted)])
+
+
+def verdict(measured: Measured, wanted: float | None) -> str:
+    m, rate = measured, _short(measured.images_per_s)
+    if wanted is None:
+        return f"enough for training at up to {rate} images/s"
+    if m.images_per_s >= wanted:
+        return f"keeps up with {_short(wanted)} images/s"
+    needed = math.ceil(wanted * (m.cpu_ms or sum(m.stages_ms.values())) / 1e3)
+    if needed > min(cores(), m.n_workers):
+        way_out = f"{needed:,} cores of this kind would do"
+    else:                                                      # they are here, and wait
+        way_out = f"{needed:,} core(s) would do, so the files come too slowly, or something else takes the cores"
+    return f"does not keep up: {rate} of {_short(wanted)} images/s; {way_out}"
+
+
+def _short(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
