@@ -14,7 +14,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from PIL import Image
 from test_native import noise, old_pillow, one
 
 from dinofast.config import Config
-from dinofast.data import index, native, pil, plan, views
+from dinofast.data import index, make_loader, native, pil, plan, views
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "here")
 N_FILES, N_PLANS = int(os.environ.get("DINOFAST_FUZZ", 3000)), 1500
@@ -171,14 +171,20 @@ class Made(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
-    """Mutated files, by name, through the data path of a run: index pass, plan, decoding, crops in C++."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """N_FILES mutated files."""
     folder, whole = tmp_path_factory.mktemp("fuzz"), originals()
     for i in range(N_FILES):
         rng = np.random.default_rng(i)
         mutation = MUTATIONS[i % len(MUTATIONS)]
         data = mutation(rng, whole[rng.integers(len(whole))], whole[rng.integers(len(whole))])
         (folder / f"{i:06}_{mutation.__name__}.{'jpg' if i % 3 else 'png'}").write_bytes(data)  # names may lie
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, Made]:
+    """The files, by name, through the parts of the data path: index pass, plan, decoding, crops in C++."""
     with hang_ends_the_tests(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's remarks, as in a run
         found, refused = index.build(str(folder), 1.0)
@@ -216,6 +222,18 @@ def test_each_mutation_is_refused_and_gets_through_at_times(outcomes: dict[str, 
     for mutation in MUTATIONS:
         ended = [bool(made.reason) for name, made in outcomes.items() if name[7:].startswith(mutation.__name__)]
         assert 0.05 < np.mean(ended) < 0.98, mutation.__name__
+
+
+def test_a_run_over_all_of_them_refuses_the_same_files(folder: Path, outcomes: dict[str, Made], tmp_path: Path) -> None:
+    cfg = Config(data_path=str(folder), output_dir=str(tmp_path), data_backend="native", num_workers=2, batch_size_per_gpu=1,
+                 global_crops_size=40, local_crops_size=17, local_crops_number=2, max_refused=1.0)
+    with hang_ends_the_tests(), closing(make_loader(cfg)) as loader:
+        for _ in range(loader.steps_per_epoch):
+            assert all(torch.isfinite(crops).all() for crops in next(loader))
+    refused = {Path(path).name: reason for path, reason in loader.refused}
+    assert refused.keys() == {name for name, made in outcomes.items() if made.reason}
+    lines = (tmp_path / "refused.txt").read_text().splitlines()
+    assert dict(line.split("\t") for line in lines) == dict(loader.refused)
 
 
 @old_pillow
