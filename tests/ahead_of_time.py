@@ -52,7 +52,8 @@ def launches_of(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
 
 
 def health(kernel: JITFunction, args: tuple, options: dict, architecture: int) -> dict[str, int]:
-    """Registers and bytes of stack a thread; how many spills, and global loads and stores of 16 bytes."""
+    """Registers and bytes of stack a thread; how many spills, global loads and stores of 16 bytes, products fused with a sum,
+    and quotients that are not rounded to nearest."""
     target = GPUTarget("cuda", architecture, 32)
     backend = make_backend(target)
     bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **options)
@@ -64,6 +65,8 @@ def health(kernel: JITFunction, args: tuple, options: dict, architecture: int) -
         usage, code = (subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
                        for what in ("-res-usage", "-sass"))
     found = {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1])}
+    ptx = compiled.asm["ptx"]
+    found |= {"fused": len(re.findall(r"\bfma\.", ptx)), "approximate": len(re.findall(r"\b(div|rcp)\.(full|approx)", ptx))}
     for name, pattern in (("spills", r"(STL|LDL)\b"), ("loads_16", r"LDG\S*\.128\b"), ("stores_16", r"STG\S*\.128\b")):
         found[name] = len(re.findall(r"\b" + pattern, code))
     return found
@@ -113,6 +116,18 @@ def adamw_ema() -> Iterator[tuple[dict[str, object], Launch]]:
                 yield {"grad": str(grad), "aligned": aligned}, launch
 
 
+def colour() -> Iterator[tuple[dict[str, object], Launch]]:
+    from dinofast.kernels import colour as module
+
+    crops = [torch.empty(64, 224, 224, 3, dtype=torch.uint8, device="meta")] * 2
+    numbers, table = torch.empty(128, module.FIELDS, dtype=torch.int32, device="meta"), torch.empty(3, 256, device="meta")
+    for dtype in (torch.float32, torch.bfloat16):
+        call = partial(module.colour, crops, numbers, 70, table, dtype)
+        for launch in {(kernel, str(options)): (kernel, args, options) for kernel, args, options in launches_of(module, call)
+                       }.values():
+            yield {"dtype": str(dtype)}, launch
+
+
 _cases: list[tuple[tuple[dict[str, object], Launch], int]] = []  # launches do not pickle: there before processes fork
 
 
@@ -123,7 +138,7 @@ def _entry(i: int) -> dict[str, object]:
 
 def compiled(operation: str) -> list[dict[str, object]]:
     """One entry for every launch and architecture, compiled on all cores."""
-    _cases[:] = itertools.product({"dino_loss": dino_loss, "adamw_ema": adamw_ema}[operation](), ARCHITECTURES)
+    _cases[:] = itertools.product({"dino_loss": dino_loss, "adamw_ema": adamw_ema, "colour": colour}[operation](), ARCHITECTURES)
     with multiprocessing.get_context("fork").Pool() as pool:
         return pool.map(_entry, range(len(_cases)), chunksize=1)
 

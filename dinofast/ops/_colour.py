@@ -1,0 +1,80 @@
+"""colour: the numbers that its kernels take, C++ and Triton, and the public function with its checks.
+
+Nothing traces or differentiates the data path, so it is no operator of torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._choice import _C, choose
+
+_CPP_KINDS = {torch.float32: 1, torch.bfloat16: 2}
+
+
+def colour(crops: Sequence[Tensor], views: np.ndarray, table: Tensor, dtype: torch.dtype = torch.float32, *,
+           impl: str | None = None) -> Tensor:
+    """Colour jitter, grey, blur and solarisation as drawn, then each level by a table: what follows the cut of a crop.
+
+    crops: V tensors (B, S, S, 3), uint8, contiguous, RGB; views (V, B) of `data.plan.VIEW`, whose boxes, sizes and flips are
+    not looked at; table (3, 256) float32 on their device: what each level of each channel becomes, normalisation for example.
+    Returns (V B, 3, S, S) in `dtype`, crop-major. Bit for bit what Pillow 13 makes of the same crops (arXiv 2104.14294,
+    section 3.2). Raises ValueError for tensors or views that do not fit together.
+    """
+    shape, device = crops[0].shape, table.device
+    for c in crops:
+        if c.dtype != torch.uint8 or c.shape != shape or c.ndim != 4 or shape[1] != shape[2] or shape[3] != 3 \
+                or c.device != device or not c.is_contiguous():
+            raise ValueError(f"crops must be contiguous uint8 tensors (B, S, S, 3) on {device}, and one is {tuple(c.shape)} "
+                             f"{c.dtype} on {c.device}.")
+    if views.shape != (len(crops), shape[0]):
+        raise ValueError(f"views are {views.shape}: give one for each of {len(crops)} x {shape[0]} crops.")
+    if table.shape != (3, 256) or table.dtype != torch.float32 or not table.is_contiguous():
+        raise ValueError(f"table is {tuple(table.shape)} {table.dtype}: give (3, 256) float32, contiguous.")
+    impl = choose("colour", impl, table)
+    if impl == "reference":
+        return reference.colour(crops, views, table, dtype)
+    if impl == "cpp":
+        return _colour_cpp(crops, views, table, dtype)
+    from ..kernels.colour import colour as kernel
+
+    rows, n_blurred = numbers(views)
+    return kernel(crops, _sent(torch.from_numpy(rows), device), n_blurred, table, dtype)
+
+
+def numbers(views: np.ndarray) -> tuple[np.ndarray, int]:
+    """What the Triton kernels know of each crop, int32 (V B, FIELDS) as kernels/colour.py names them, and how many are
+    blurred."""
+    views = views.ravel()
+    order = views["order"].astype(np.int32)                                                    # (V B, 4)
+    factors = np.take_along_axis(views["factors"], order.astype(np.int64), 1)
+    factors = np.where(order == 3, np.trunc(factors * 255), factors).astype(np.float32)
+    blurred = np.flatnonzero(views["blur_radius"] > 0)
+    rows = np.full((len(views), 16), -1, np.int32)
+    rows[:, 0:4], rows[:, 4:8] = order, factors.view(np.int32)
+    rows[:, 8] = np.where(views["jitter"], (order == 1).argmax(1), -1)
+    rows[:, 9], rows[:, 10] = views["grey"], views["solarise"]
+    rows[blurred, 11:14] = np.stack(reference.box_blur(views["blur_radius"][blurred]), 1)
+    rows[blurred, 14] = np.arange(len(blurred))
+    rows[: len(blurred), 15] = blurred
+    return rows, len(blurred)
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+def _colour_cpp(crops: Sequence[Tensor], views: np.ndarray, table: Tensor, dtype: torch.dtype) -> Tensor:
+    (images, side, _, _), kind = crops[0].shape, dtype if dtype in _CPP_KINDS else torch.float32
+    out = torch.empty(len(crops) * images, 3, side, side, dtype=kind)
+    whole = views.copy()
+    whole["box"], whole["size"], whole["flip"] = (0, 0, side, side), side, False               # nothing is left to cut
+    for crop, view, place in zip((c for batch in crops for c in batch), whole.ravel(), out, strict=True):
+        _C.multicrop(crop.numpy(), view.reshape(1), [place.data_ptr()], _CPP_KINDS[kind], table.numpy())
+    return out.to(dtype)
