@@ -209,11 +209,11 @@ def _contrast(x: Tensor, factor: float) -> Tensor:
 
 def _hue(x: Tensor, turn: float) -> Tensor:
     """Through 8-bit HSV, in which the hue is turned by this share of the circle, rounded towards 0."""
-    most, least, (r, g, b) = x.amax(0), x.amin(0), x
+    most, least = x.amax(0), x.amin(0)
     span, divisor = most - least, (most - least).clamp(min=1).float()
     rc, gc, bc = ((most - channel).float() / divisor for channel in x)
-    sector = torch.where(r == most, bc.double() - gc,
-                         torch.where(g == most, 2 + rc.double() - bc, 4 + gc.double() - rc)).float().double()
+    sector = torch.where(x[0] == most, bc.double() - gc,
+                         torch.where(x[1] == most, 2 + rc.double() - bc, 4 + gc.double() - rc)).float().double()
     hue = (torch.remainder(sector / 6 + 1, 1.0).float().double() * 255).int() + int(turn * 255) & 255
     saturation = (span.float() * 255 / most.clamp(min=1).float()).int().float() / 255
     sixth = hue * 6 // 255

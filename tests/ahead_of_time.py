@@ -138,7 +138,8 @@ def _entry(i: int) -> dict[str, object]:
 
 def compiled(operation: str) -> list[dict[str, object]]:
     """One entry for every launch and architecture, compiled on all cores."""
-    _cases[:] = itertools.product({"dino_loss": dino_loss, "adamw_ema": adamw_ema, "colour": colour}[operation](), ARCHITECTURES)
+    launches = {"dino_loss": dino_loss, "adamw_ema": adamw_ema, "colour": colour}[operation]()
+    _cases[:] = itertools.product(launches, ARCHITECTURES)
     with multiprocessing.get_context("fork").Pool() as pool:
         return pool.map(_entry, range(len(_cases)), chunksize=1)
 
