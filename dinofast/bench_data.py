@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import warnings
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,7 @@ from .config import Config, cores
 from .data import Loader, make_loader, native, pil
 from .dist import pick_device
 from .log import counting
+from .ops import colour
 
 INTERVALS = 10     # of the measurement, at most
 SAMPLE = 100       # images of which the stages are timed, at most
@@ -75,7 +76,7 @@ def measure(cfg: Config, seconds: float) -> Measured:
         cpu_ms = None if None in cpu else (cpu[1] - cpu[0]) / n_counted * 1e3
         return Measured(cfg.data_path, loader.n_images, loader.refused, index_s, loader.backend, loader.backend_note,
                         loader.n_workers, cfg.batch_size_per_gpu, cfg.n_crops, n_counted, ends[-1] - ends[0], rates, cpu_ms,
-                        _stages(loader, device.type == "cuda", seconds * STAGES_SHARE))
+                        _stages(loader, device, seconds * STAGES_SHARE, cpu_ms or 0.0))
 
 
 def _take(loader: Loader, n: int) -> None:
@@ -97,9 +98,12 @@ def _cpu_s() -> float | None:
     return total
 
 
-def _stages(loader: Loader, on_gpu: bool, seconds: float) -> dict[str, float]:
-    """Mean CPU time an image, in ms, of images from all over the source, worked on in this thread as the loader does."""
+def _stages(loader: Loader, device: torch.device, seconds: float, cpu_ms: float) -> dict[str, float]:
+    """Mean CPU time an image, in ms: of images from all over the source, worked on in this thread as the loader does."""
     crops, spent = loader.crops, []
+    if loader.backend == "dali":
+        return _stages_of_dali(loader, device, seconds, cpu_ms)
+    on_gpu = device.type == "cuda"
     table = None if on_gpu else np.zeros((3, 256), np.float32)                  # the CPU normalises as it writes
     places = [torch.empty(3, side, side, dtype=torch.uint8 if on_gpu else torch.float32)
               for n, side in crops.resolutions for _ in range(n)]
@@ -126,6 +130,30 @@ def _stages(loader: Loader, on_gpu: bool, seconds: float) -> dict[str, float]:
     return dict(zip(("read", "decode", "crops"), np.mean(spent, 0).tolist(), strict=True))
 
 
+def _stages_of_dali(loader: Loader, device: torch.device, seconds: float, cpu_ms: float) -> dict[str, float]:
+    """Reading and colour by themselves; the rest of `cpu_ms` is the graph's, whose threads cannot be asked."""
+    crops, n_images = loader.crops, loader.batch_size
+    samples = np.arange(n_images) % len(crops.index)
+    drawn, table = crops.draw(0, samples), torch.zeros(3, 256, device=device)
+    cut = [torch.zeros(n_images, side, side, 3, dtype=torch.uint8, device=device)
+           for n, side in crops.resolutions for _ in range(n)]
+    spent, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or not spent:
+        times = [time.process_time()]
+        for sample in samples.tolist():
+            with suppress(pil.Refused):
+                crops.read(sample)
+        times.append(time.process_time())
+        first = 0
+        for n, _ in crops.resolutions:
+            colour(cut[first : first + n], np.ascontiguousarray(drawn[:, first : first + n].T), table, loader.dtype)
+            first += n
+        times.append(time.process_time())
+        spent.append(np.diff(times) / n_images * 1e3)
+    read_ms, colour_ms = np.mean(spent, 0).tolist()
+    return {"read": read_ms, "decode and cut": max(0.0, cpu_ms - read_ms - colour_ms), "colour": colour_ms}
+
+
 def report(measured: Measured, wanted: float | None) -> str:
     """Plain text, one fact a line; the last is whether the data keeps up with training at `wanted` images/s."""
     m = measured
@@ -138,7 +166,7 @@ def report(measured: Measured, wanted: float | None) -> str:
               f"{m.n_crops} crops an image, {m.batch_size} images a batch, {cores()} core(s)",
               f"speed: {_short(m.images_per_s)} images/s, median of {len(m.rates)} interval(s) from {_short(min(m.rates))} to "
               f"{_short(max(m.rates))}; {m.n_counted:,} images in {m.seconds:.1f} s",
-              f"CPU time an image, one thread alone: {', '.join(f'{stage} {ms:.2f} ms' for stage, ms in m.stages_ms.items())}"]
+              f"CPU time an image, {'by stage' if m.backend == 'dali' else 'one thread alone'}: {', '.join(f'{stage} {ms:.2f} ms' for stage, ms in m.stages_ms.items())}"]
     if m.cpu_ms is not None:
         lines.append(f"CPU time an image, all in all: {m.cpu_ms:.2f} ms")
     return "\n".join([*lines, verdict(m, wanted)])

@@ -109,10 +109,13 @@ class Config:
     log_steps: int = _option(10, "[dinofast] Steps between two readings of the loss; the device is waited for only then.")
     max_refused: float = _option(0.5, "[dinofast] Share of unreadable images at which the run stops.")
     seed: int = _option(0, "Random seed of the weights, the order of images and the augmentation.")
-    num_workers: int = _option(10, "Threads (native) or processes (pil) that make crops, per training process; at most one per "
-        "core is started.")
-    data_backend: str | None = _option(None, "[dinofast] What makes the crops: native, C++ in threads, or pil, processes; both "
-        "make the same. Left alone: native where it was built.", choices=("native", "pil"))
+    num_workers: int = _option(10, "Threads (dali, native) or processes (pil) that make crops, per training process; at most "
+        "one per core is started.")
+    data_backend: str | None = _option(None, "[dinofast] What makes the crops: dali, decoding and cuts by NVIDIA DALI on the "
+        "GPU; native, C++ in threads; or pil, processes. native and pil make the same bits, dali the same but for rounding. "
+        "Left alone: dali on a GPU where it is installed, else native where it was built.", choices=("dali", "native", "pil"))
+    hw_decoder_load: float = _option(0.0, "[dinofast] dali: share of the JPEGs for the GPU's decoding engine (A100, H100), "
+        "the rest is decoded by its cores. The two differ slightly: shares between 0 and 1 do not repeat a run exactly.")
     device: str | None = _option(None, "[dinofast] cuda or cpu. Left alone: a GPU if there is one.", choices=("cuda", "cpu"))
     dist_url: str = _option("env://", "Where processes meet; torchrun sets it up.")
     local_rank: int = _option(0, "Ignored; torchrun sets it through the environment.")
@@ -167,7 +170,7 @@ class Config:
             self._need(name, getattr(self, name) <= most, f"must be at most {most}")
         for name in ("warmup_teacher_temp", "teacher_temp", "student_temp"):
             self._need(name, getattr(self, name) > 0, "must be above 0")
-        for name in ("momentum_teacher", "center_momentum", "max_refused"):
+        for name in ("momentum_teacher", "center_momentum", "max_refused", "hw_decoder_load"):
             self._need(name, 0 <= getattr(self, name) <= 1, "must lie between 0 and 1")
         self._need("drop_path_rate", 0 <= self.drop_path_rate < 1, "must be at least 0 and below 1")
         for name in ("global_crops_scale", "local_crops_scale"):

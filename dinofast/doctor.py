@@ -26,8 +26,8 @@ def report() -> str:
         lines.append(f"on {device}:" if device == "cpu" or torch.cuda.is_available() else "on cuda (none here):")
         lines += [f"  {name:22} {paths[device]}" for name, paths in ops.paths().items()]
         lines += [f"  {name:22} {what}" for name, what in _ELSEWHERE.items()]
-        crops, why = choose_backend(None)
-        lines.append(f"  {'crops':22} {crops}{f': {why}' if why else ''}; PIL decodes; DALI is not in this version")
+        crops, why = choose_backend(None, device)
+        lines.append(f"  {'crops':22} {crops}{f' ({why})' if why else ''}; {'nvJPEG' if crops == 'dali' else 'PIL'} decodes")
     unset = "not set; name paths there (for example cpp) to make their absence an error"
     lines += ["", f"DINOFAST_REQUIRE: {os.environ.get('DINOFAST_REQUIRE') or unset}"]
     return "\n".join(lines)

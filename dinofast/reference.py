@@ -171,14 +171,17 @@ def colour(crops: Sequence[Tensor], views: np.ndarray, table: Tensor, dtype: tor
     """What becomes of a crop once it is cut (arXiv 2104.14294, section 3.2), bit for bit as Pillow computes it.
 
         for each crop of view n:
-            brightness, contrast, saturation, hue in the drawn order;  grey;  blur;  solarise;  out = table[channel, level]
+            mirror;  brightness, contrast, saturation, hue in the drawn order;  grey;  blur;  solarise
+            out = table[channel, level]
 
-    crops: V tensors (B, S, S, 3) of uint8, RGB; views (V, B) of `data.plan.VIEW`, whose boxes, sizes and flips are not looked
-    at; table (3, 256) fp32: what each level of each channel becomes. Returns (V B, 3, S, S), crop-major.
+    crops: V tensors (B, S, S, 3) of uint8, RGB; views (V, B) of `data.plan.VIEW`, whose boxes and sizes are not looked at;
+    table (3, 256) fp32: what each level of each channel becomes. Returns (V B, 3, S, S), crop-major.
     """
     planes = torch.stack(list(crops)).flatten(0, 1).permute(0, 3, 1, 2).int()                # (V B, 3, S, S)
     out = []
     for x, view in zip(planes, views.ravel(), strict=True):
+        if view["flip"]:
+            x = x.flip(-1)
         for operation in view["order"].tolist() if view["jitter"] else ():
             x = _COLOUR[operation](x, float(view["factors"][operation]))
         if view["grey"]:

@@ -1,7 +1,7 @@
 """colour: what becomes of a crop once it is cut (arXiv 2104.14294, section 3.2), bit for bit as Pillow computes it.
 
-    brightness, contrast about the crop's own grey mean, saturation and HSV hue, in the drawn order -> grey -> three box blurs
-    along rows and three along columns -> solarise -> out = table[channel, level], normalised
+    mirror -> brightness, contrast about the crop's own grey mean, saturation and HSV hue, in the drawn order -> grey -> three
+    box blurs along rows and three along columns -> solarise -> out = table[channel, level], normalised
 
 Pillow rounds to 8 bits after every step, so the steps are integers and single fp32 operations: nothing may be contracted to an
 fma, divisions are rounded to nearest, and part of the hue is fp64, as there.
@@ -27,7 +27,7 @@ BLOCK = 1024        # pixels of a program: 4 a thread; sums of a block's levels 
 WARPS = 8
 PARTS = 64          # partial sums that are added at a time
 
-FIELDS = 16                     # numbers of a crop
+FIELDS = 17                     # numbers of a crop
 ORDER = tl.constexpr(0)         # 0 brightness, 1 contrast, 2 saturation, 3 hue: four, as they are applied
 FACTOR = tl.constexpr(4)        # of each of those, the bits of an fp32; of hue the turn in steps of 256, a whole number
 CONTRAST = tl.constexpr(8)      # how many operations come before contrast; NONE without jitter
@@ -38,6 +38,7 @@ NEAR = tl.constexpr(12)         # the weight of those, 24 bits
 FAR = tl.constexpr(13)          # the weight of the two beyond
 SLOT = tl.constexpr(14)         # which of the blurred crops it is
 BLURRED = tl.constexpr(15)      # in row i: which crop is number i of the blurred ones
+FLIP = tl.constexpr(16)         # 0 or 1
 NONE = tl.constexpr(-1)
 
 
@@ -103,8 +104,9 @@ def _jittered(r, g, b, fields, first, last, mean):
 
 
 @triton.jit
-def _pixels(crops, n, i, inside, B, area):
-    """Levels of pixels i of crop n, one of V B."""
+def _pixels(crops, n, i, inside, fields, B, side, area):
+    """Levels of pixels i of crop n, one of V B, as they are once it is mirrored or not."""
+    i = tl.where(tl.load(fields + FLIP) != 0, i + side - 1 - i % side * 2, i)
     start = tl.load(crops + n // B).to(tl.pointer_type(tl.uint8)) + (n % B).to(tl.int64) * 3 * area
     return (tl.load(start + 3 * i, inside, 0).to(tl.int32), tl.load(start + 3 * i + 1, inside, 0).to(tl.int32),
             tl.load(start + 3 * i + 2, inside, 0).to(tl.int32))
@@ -122,7 +124,7 @@ def _means(
     crops,           # (V,) addresses of crops (B, S, S, 3)
     numbers,         # (V B, FIELDS)
     sums,            # (V B, blocks) out: grey levels of a block of pixels, where there is contrast
-    B, area, blocks, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
+    B, side, area, blocks, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Grid: V B blocks; blocks = ceil(area / BLOCK), area = S S."""
     n, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -130,7 +132,7 @@ def _means(
     before = tl.load(fields + CONTRAST)
     if before != NONE:
         i = block * BLOCK + tl.arange(0, BLOCK)                                                # (BLOCK,)
-        r, g, b = _pixels(crops, n, i, i < area, B, area)
+        r, g, b = _pixels(crops, n, i, i < area, fields, B, side, area)
         r, g, b = _jittered(r, g, b, fields, 0, before, 0)
         tl.store(sums + n * blocks + block, tl.sum(tl.where(i < area, _luma(r, g, b), 0), 0))
 
@@ -143,14 +145,14 @@ def _colour(
     table,           # (3, 256): what each level of each channel becomes
     planes,          # (blurred, 3, S, S) out: levels of the crops that are to be blurred
     out,             # (V B, 3, S, S) out: the others
-    B, area, blocks, FIELDS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    B, side, area, blocks, FIELDS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Grid: V B blocks."""
     n, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     fields = numbers + n * FIELDS
     i = block * BLOCK + tl.arange(0, BLOCK)                                                    # (BLOCK,)
     inside = i < area
-    r, g, b = _pixels(crops, n, i, inside, B, area)
+    r, g, b = _pixels(crops, n, i, inside, fields, B, side, area)
     if tl.load(fields + CONTRAST) != NONE:
         total = tl.zeros((PARTS,), tl.int64)
         for first in range(0, blocks, PARTS):
@@ -218,8 +220,8 @@ def colour(crops: Sequence[Tensor], numbers: Tensor, n_blurred: int, table: Tens
     planes, others = torch.empty(2, n_blurred, 3, side, side, dtype=torch.uint8, device=device)
     options = {"FIELDS": FIELDS, "BLOCK": BLOCK, "num_warps": WARPS, "enable_fp_fusion": False}
     with torch.cuda.device_of(out):
-        _means[V * B * blocks,](addresses, numbers, sums, B, area, blocks, **options)
-        _colour[V * B * blocks,](addresses, numbers, sums, table, planes, out, B, area, blocks, PARTS=PARTS, **options)
+        _means[V * B * blocks,](addresses, numbers, sums, B, side, area, blocks, **options)
+        _colour[V * B * blocks,](addresses, numbers, sums, table, planes, out, B, side, area, blocks, PARTS=PARTS, **options)
         for i in range(6 if n_blurred else 0):
             _blur[n_blurred * 3 * blocks,](numbers, table, planes, others, out, side, area, blocks, ALONG_ROWS=i < 3,
                                            LAST=i == 5, **options)

@@ -89,7 +89,7 @@ def compiled_ahead_of_time():
 
 
 # ---- which implementations this test run went through; printed in its last lines
-_calls = {"cpp": 0, "triton": 0}
+_calls = {"cpp": 0, "triton": 0, "dali": 0}
 
 
 def pytest_configure(config):
@@ -106,6 +106,9 @@ def pytest_configure(config):
                               (colour, "colour")):
             for name in names.split():
                 _count(module, name, "triton")
+    from dinofast.data import dali
+
+    _count(dali.Batches, "_run", "dali")
 
 
 def _count(module, name, kind):
@@ -120,17 +123,20 @@ def _count(module, name, kind):
 
 def pytest_terminal_summary(terminalreporter):
     from dinofast import ops
+    from dinofast.data import dali
 
     gpu = "no GPU here" if not torch.cuda.is_available() else "a GPU is here"
     interpreted = ops._choice.interpreted()
-    done = {kind: f"exercised, {n} calls" if n else "NOT exercised" for kind, n in _calls.items()}
+    done = {kind: f"exercised, {n} {'batches' if kind == 'dali' else 'calls'}" if n else "NOT exercised"
+            for kind, n in _calls.items()}
     lines = {
         "cpp": done["cpp"],
         "triton interpreted": done["triton"] if interpreted else f"not exercised: TRITON_INTERPRET is not 1 ({gpu})",
         "triton compiled": f"not exercised: TRITON_INTERPRET is 1 ({gpu})" if interpreted else done["triton"],
         "cuda": f"not exercised: no CUDA kernel in this version ({gpu})",
         "xformers": f"not exercised: not used in this version ({gpu})",
-        "dali": "not exercised: not used in this version",
+        "dali": f"{done['dali']}, on its {'GPU' if torch.cuda.is_available() else 'CPU'} operators" if _calls["dali"]
+        else f"NOT exercised: {dali.missing() or 'no test of it was chosen'}",
     }
     terminalreporter.section("paths")
     for name, what in lines.items():

@@ -23,7 +23,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 def by_pil(crop: torch.Tensor, view: np.void) -> torch.Tensor:
     """A crop (S, S, 3) as Pillow colours it: (3, S, S)."""
     whole = view.copy()
-    whole["box"], whole["size"], whole["flip"] = (0, 0, *crop.shape[:2]), len(crop), False
+    whole["box"], whole["size"] = (0, 0, *crop.shape[:2]), len(crop)
     return torch.from_numpy(pil.render(Image.fromarray(crop.numpy()), whole).copy()).permute(2, 0, 1)
 
 
@@ -34,7 +34,7 @@ def test_every_stage_equals_the_official_one(impl: str, i: int) -> None:
     if impl == "triton" and view["size"] > 96 and i:
         pytest.skip("one large golden crop is enough for the interpreter")
     crop = GOLDEN[f"{i}.crop"]
-    crop = torch.from_numpy((crop[:, ::-1] if view["flip"] else crop).copy())[None]
+    crop = torch.from_numpy(crop.copy())[None]
     for stage, field in (("final_u8", None), ("blur_out", "solarise"), ("gray_out", "blur_radius"), ("jitter", "grey")):
         if field:
             view[field] = 0                                  # switched off from the last stage backwards

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dinofast.config import Config, cores
-from dinofast.data import index, native, pil, plan
+from dinofast.data import dali, index, native, pil, plan
 from dinofast.data.native import Refusals, Task
 
 
@@ -35,19 +35,20 @@ def make_loader(cfg: Config, *, rank: int = 0, world: int = 1, start_step: int =
 class Loader:
     """Endless iterator over micro-batches, across epochs.
 
-    `next(loader)` gives one tensor per resolution, crop-major (crop 0 of all images, crop 1 of all images, ...), float32,
-    normalised, on the device: [(2B, 3, G, G), ((V-2)B, 3, L, L)], or the first alone without local crops. An optimiser step
-    takes `cfg.accumulate` of them. The crops depend only on the images, the seed and the global batch, so a run that starts at
-    step s, on any number of processes with the same global batch, sees what an unbroken run sees from step s on.
+    `next(loader)` gives one tensor per resolution, crop-major (crop 0 of all images, crop 1 of all images, ...), normalised, on
+    the device: [(2B, 3, G, G), ((V-2)B, 3, L, L)], or the first alone without local crops; float32, or bfloat16 where one of
+    our ViTs trains in bf16, whose first layer rounds to it anyway. An optimiser step takes `cfg.accumulate` of them. The
+    crops depend only on the images, the seed and the global batch, so a run that starts at step s, on any number of processes
+    with the same global batch, sees what an unbroken run sees from step s on.
 
     A file that fails to decode is replaced by the next one in the index that decodes, drawn as that sample is drawn. It goes
     into `refused` and `output_dir/refused.txt`; more of them than `cfg.max_refused` allows raise `ValueError`.
 
     n_images: images found usable by the index pass. fingerprint: equal for the same images in the same order. steps_per_epoch:
     optimiser steps; an incomplete last batch is left out.
-    refused: (path, reason) of each file refused so far in this process. wait_s: seconds spent blocked in `next`.
-    backend, backend_note: what makes the crops, and why not something faster. crops: what is in a micro-batch. n_workers:
-    threads or processes.
+    batch_size, dtype: of a micro-batch. refused: (path, reason) of each file refused so far in this process. wait_s: seconds
+    spent blocked in `next`. backend, backend_note: what makes the crops, and why not something faster. crops: what is in a
+    micro-batch. n_workers: threads or processes.
     """
 
     def __init__(self, cfg: Config, rank: int, world: int, start_step: int, device: torch.device,
@@ -66,7 +67,9 @@ class Loader:
         self._refused_file, self._rank = os.path.join(cfg.output_dir, "refused.txt"), rank
         self._device, self._step, self._batches = device, start_step, None
         self._mean, self._std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std))
-        self.backend, self.backend_note = choose_backend(cfg.data_backend)
+        self.backend, self.backend_note = choose_backend(cfg.data_backend, device.type)
+        self.dtype = torch.bfloat16 if cfg.vit and cfg.precision_on(device.type) == "bf16" else torch.float32
+        self.batch_size, self._hw_decoder_load = cfg.batch_size_per_gpu, cfg.hw_decoder_load
         self.crops = Crops(found, cfg.seed, views(cfg))
         self.n_workers = min(cfg.num_workers, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
         self._tasks = partial(tasks, cfg, rank, world, n=self.n_images, steps_per_epoch=self.steps_per_epoch)
@@ -91,28 +94,33 @@ class Loader:
         if not crops:
             raise ValueError(f"None of the {self.n_images:,} images decodes any more: see {self._refused_file} for reasons.")
         on_device = [c.to(self._device, non_blocking=True) for c in crops]
-        return [c if c.dtype == torch.float32 else self._normalise(c) for c in on_device]
+        return [c if c.dtype == self.dtype else self._normalise(c).to(self.dtype) for c in on_device]
 
     def _start(self) -> None:
         os.makedirs(os.path.dirname(self._refused_file), exist_ok=True)
         if self._rank == 0:
             _record(self._refused_file, self.refused, anew=True)
-        tasks, pinned = self._tasks(start_step=self._step), self._device.type == "cuda"
-        if self.backend == "native":
-            levels = torch.arange(256, dtype=torch.uint8, device=self._device).expand(1, 3, 1, 256)
-            table = None if pinned else self._normalise(levels).view(3, 256).numpy()     # a GPU normalises in no time
-            self._batches = native.Batches(tasks, self.crops.draw, self.crops.decode_array, self.crops.resolutions, table,
-                                           pinned, self.n_workers)
+        tasks, pinned, crops = self._tasks(start_step=self._step), self._device.type == "cuda", self.crops
+        levels = torch.arange(256, dtype=torch.uint8, device=self._device).expand(1, 3, 1, 256)
+        table = self._normalise(levels).view(3, 256)
+        if self.backend == "dali":
+            self._batches = dali.Batches(tasks, crops.draw, crops.read, crops.decode_array, crops.index.sizes,
+                                         crops.resolutions, table, self.dtype, self._device, self.batch_size,
+                                         self.n_workers, self._hw_decoder_load)
+            return
+        if self.backend == "native":                         # a GPU normalises in no time: it gets the levels
+            self._batches = native.Batches(tasks, crops.draw, crops.decode_array, crops.resolutions,
+                                           None if pinned else table.numpy(), self.dtype, pinned, self.n_workers)
             return
         generator = torch.Generator()  # iter() takes a number from it: leave the global generator alone
-        self._batches = iter(DataLoader(self.crops, batch_size=None, sampler=tasks, num_workers=self.n_workers,
+        self._batches = iter(DataLoader(crops, batch_size=None, sampler=tasks, num_workers=self.n_workers,
                                         collate_fn=_as_it_is, worker_init_fn=_ignore_signals, pin_memory=pinned,
                                         generator=generator))
 
     def close(self) -> None:
         """End the worker processes. Only `seek` makes the loader usable again."""
         batches, self._batches = self._batches, iter(())
-        if isinstance(batches, native.Batches):
+        if isinstance(batches, native.Batches | dali.Batches):
             batches.close()
         elif hasattr(batches, "_workers"):  # torch has no public way to end them at a known moment
             batches._shutdown_workers()  # waits for the batch at hand, a few seconds at most
@@ -178,17 +186,25 @@ class Crops(Dataset):
                 refusals.append((path, str(reason)))
         return None, sample
 
+    def read(self, sample: int) -> bytes:
+        """The encoded image. Raises `pil.Refused`."""
+        with pil.refusing(self.index.path(sample)), open(self.index.path(sample), "rb", buffering=0) as file:
+            return file.read()
+
     def decode_array(self, sample: int, refusals: Refusals) -> tuple[np.ndarray | None, int]:
         """The same as an array (H, W, 3) uint8."""
         image, used = self.decode(sample, refusals)
         return None if image is None else np.asarray(image), used
 
 
-def choose_backend(asked: str | None) -> tuple[str, str]:
+def choose_backend(asked: str | None, device_type: str) -> tuple[str, str]:
     """Which backend executes the plan, and why not a faster one. Raises `ValueError` if what was asked for cannot run here."""
-    if asked == "native" and native.missing():
-        raise ValueError(f"--data_backend native was asked for, but {native.missing()}.")
-    return asked or ("pil" if native.missing() else "native"), "" if asked else native.missing()
+    reasons = {"dali": dali.missing(), "native": native.missing(), "pil": ""}
+    if asked and reasons[asked]:
+        raise ValueError(f"--data_backend {asked} was asked for, but {reasons[asked]}.")
+    by_speed = ["dali", "native", "pil"] if device_type == "cuda" else ["native", "pil"]  # on a CPU DALI is for tests
+    best = asked or next(backend for backend in by_speed if not reasons[backend])
+    return best, "" if asked else "; ".join(reasons[backend] for backend in by_speed[: by_speed.index(best)])
 
 
 def views(cfg: Config) -> tuple[plan.View, ...]:

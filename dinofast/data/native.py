@@ -6,17 +6,16 @@ worked on by threads, which wait for the GIL only between the two.
 
 from __future__ import annotations
 
-import queue
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from dinofast.data.threads import Threads
 
 try:
     from dinofast import _C
@@ -26,7 +25,6 @@ except ImportError:  # no compiler when the package was installed
 Task = tuple[int, np.ndarray]  # epoch, samples (B,)
 Refusals = list[tuple[str, str]]  # path, reason
 AHEAD = 3  # micro-batches in the making
-WAIT_S = 2.0  # for a thread, when all is to end
 _KINDS = {torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2}
 
 
@@ -55,17 +53,18 @@ class Batches:
     `next` gives the crops, one tensor (V_r B, 3, S_r, S_r) per resolution, crop-major, and (path, reason) of each file
     refused; no crops if no file decodes any more. tasks: (epoch, samples (B,)), endless. draw(epoch, samples): the plan (B, V).
     decode(sample, refusals): the image (H, W, 3) of the sample or of the next that decodes, and which that was; None if none
-    does. resolutions: number of crops and side, (V_r, S_r). table: see `render`; without it the crops are uint8. pinned: in
-    memory from which a GPU copies without waiting. threads: 0 works in `next` itself.
+    does. resolutions: number of crops and side, (V_r, S_r). table, dtype: see `render`; without a table the crops are
+    uint8. pinned: in memory from which a GPU copies without waiting. threads: 0 works in `next` itself.
     """
 
     def __init__(self, tasks: Iterator[Task], draw: Callable[[int, np.ndarray], np.ndarray],
                  decode: Callable[[int, Refusals], tuple[np.ndarray | None, int]], resolutions: Sequence[tuple[int, int]],
-                 table: np.ndarray | None, pinned: bool, threads: int) -> None:
+                 table: np.ndarray | None, dtype: torch.dtype, pinned: bool, threads: int) -> None:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # its remarks on odd but readable files: for all threads or none
         self._tasks, self._draw, self._decode = tasks, draw, decode
         self._resolutions, self._table, self._pinned = resolutions, table, pinned
-        self._pool, self._n_ahead = _Threads(threads), AHEAD if threads else 1
+        self._dtype = torch.uint8 if table is None else dtype
+        self._pool, self._n_ahead = Threads(threads), AHEAD if threads else 1
         self._ahead: deque[Future] = deque()
 
     def __iter__(self) -> Batches:
@@ -82,8 +81,7 @@ class Batches:
     def _begin(self, epoch: int, samples: np.ndarray) -> tuple[list[Tensor], list[Future]]:
         """The memory of a micro-batch, (V_r, B, 3, S_r, S_r) each, and its images on their way into it."""
         drawn = self._draw(epoch, samples)
-        dtype = torch.uint8 if self._table is None else torch.float32
-        crops = [torch.empty(n, len(samples), 3, side, side, dtype=dtype, pin_memory=self._pinned)
+        crops = [torch.empty(n, len(samples), 3, side, side, dtype=self._dtype, pin_memory=self._pinned)
                  for n, side in self._resolutions]
         return crops, [self._pool.submit(self._image, epoch, sample, drawn[b], [place[b] for c in crops for place in c])
                        for b, sample in enumerate(samples.tolist())]
@@ -99,42 +97,3 @@ class Batches:
         """End the threads; what they have not begun is dropped."""
         self._pool.close()
         self._ahead.clear()
-
-
-class _Threads:
-    """Runs work in the order in which it comes; without threads at once. A thread that is stuck does not hold up the exit."""
-
-    def __init__(self, n: int) -> None:
-        self._work: queue.SimpleQueue = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._run, name=f"dinofast-crops-{i}", daemon=True) for i in range(n)]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, work: Callable, *args: object) -> Future:
-        done: Future = Future()
-        if self._threads:
-            self._work.put((done, work, args))
-        else:
-            _do(done, work, args)
-        return done
-
-    def _run(self) -> None:
-        while (item := self._work.get()) is not None:
-            _do(*item)
-
-    def close(self) -> None:
-        """Drop what has not been begun, and wait for the rest, a few seconds at most."""
-        with suppress(queue.Empty):
-            while True:
-                self._work.get_nowait()
-        for _ in self._threads:
-            self._work.put(None)
-        for thread in self._threads:
-            thread.join(WAIT_S)
-
-
-def _do(done: Future, work: Callable, args: tuple) -> None:
-    try:
-        done.set_result(work(*args))
-    except BaseException as error:  # to be raised where the result is asked for
-        done.set_exception(error)

@@ -19,10 +19,10 @@ _CPP_KINDS = {torch.float32: 1, torch.bfloat16: 2}
 
 def colour(crops: Sequence[Tensor], views: np.ndarray, table: Tensor, dtype: torch.dtype = torch.float32, *,
            impl: str | None = None) -> Tensor:
-    """Colour jitter, grey, blur and solarisation as drawn, then each level by a table: what follows the cut of a crop.
+    """Mirror, colour jitter, grey, blur and solarisation as drawn, then each level by a table: what follows the cut of a crop.
 
-    crops: V tensors (B, S, S, 3), uint8, contiguous, RGB; views (V, B) of `data.plan.VIEW`, whose boxes, sizes and flips are
-    not looked at; table (3, 256) float32 on their device: what each level of each channel becomes, normalisation for example.
+    crops: V tensors (B, S, S, 3), uint8, contiguous, RGB; views (V, B) of `data.plan.VIEW`, whose boxes and sizes are not
+    looked at; table (3, 256) float32 on their device: what each level of each channel becomes, normalisation for example.
     Returns (V B, 3, S, S) in `dtype`, crop-major. Bit for bit what Pillow 13 makes of the same crops (arXiv 2104.14294,
     section 3.2). Raises ValueError for tensors or views that do not fit together.
     """
@@ -55,13 +55,14 @@ def numbers(views: np.ndarray) -> tuple[np.ndarray, int]:
     factors = np.take_along_axis(views["factors"], order.astype(np.int64), 1)
     factors = np.where(order == 3, np.trunc(factors * 255), factors).astype(np.float32)
     blurred = np.flatnonzero(views["blur_radius"] > 0)
-    rows = np.full((len(views), 16), -1, np.int32)
+    rows = np.full((len(views), 17), -1, np.int32)
     rows[:, 0:4], rows[:, 4:8] = order, factors.view(np.int32)
     rows[:, 8] = np.where(views["jitter"], (order == 1).argmax(1), -1)
     rows[:, 9], rows[:, 10] = views["grey"], views["solarise"]
     rows[blurred, 11:14] = np.stack(reference.box_blur(views["blur_radius"][blurred]), 1)
     rows[blurred, 14] = np.arange(len(blurred))
     rows[: len(blurred), 15] = blurred
+    rows[:, 16] = views["flip"]
     return rows, len(blurred)
 
 
@@ -74,7 +75,7 @@ def _colour_cpp(crops: Sequence[Tensor], views: np.ndarray, table: Tensor, dtype
     (images, side, _, _), kind = crops[0].shape, dtype if dtype in _CPP_KINDS else torch.float32
     out = torch.empty(len(crops) * images, 3, side, side, dtype=kind)
     whole = views.copy()
-    whole["box"], whole["size"], whole["flip"] = (0, 0, side, side), side, False               # nothing is left to cut
+    whole["box"], whole["size"] = (0, 0, side, side), side                                     # nothing is left to cut
     for crop, view, place in zip((c for batch in crops for c in batch), whole.ravel(), out, strict=True):
         _C.multicrop(crop.numpy(), view.reshape(1), [place.data_ptr()], _CPP_KINDS[kind], table.numpy())
     return out.to(dtype)

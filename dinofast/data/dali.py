@@ -1,0 +1,242 @@
+"""The plan carried out by NVIDIA DALI: decoding and cuts in its graph, on a GPU by nvJPEG; then colour by `ops.colour`.
+
+    bytes -> decoders.image, once an image -> one resize a view, whose box is its region of interest -> uint8 (B, S, S, 3),
+    without a copy -> ops.colour, which mirrors too: a box that runs backwards is off by a level here and there
+
+DALI's own colour operators are not used: they are another augmentation. Its cut differs from Pillow's by rounding (0.2 levels
+of 255 on average), and so does decoding on a GPU.
+
+What is a plain JPEG goes to DALI as it is; everything else is decoded by PIL and goes there as PNM, which loses nothing. So all
+backends take, refuse and replace the same files. Where DALI fails all the same, the batch's images are tried one by one, what
+it cannot decode is left to PIL from then on, and the same batch is made again by a new graph.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinofast import ops
+from dinofast.data.native import Refusals, Task
+from dinofast.data.pil import Refused
+from dinofast.data.threads import Threads
+
+AHEAD = 3  # micro-batches in the making, of which the graph has the first
+TAIL = 64  # bytes at the end of a JPEG in which its end marker must lie, as the index pass has it
+PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, Huffman coded
+
+
+def missing() -> str:
+    """Why this backend cannot be used here; empty if it can."""
+    try:
+        found = importlib.util.find_spec("nvidia.dali")
+    except ModuleNotFoundError:  # no package of that maker at all
+        found = None
+    return "" if found else "NVIDIA DALI is not installed (pip install nvidia-dali-cuda130)"
+
+
+@dataclass
+class Batch:
+    """A micro-batch on its way. images: of each, its bytes (n,) uint8 or None, and which sample it is."""
+
+    epoch: int
+    work: list[Future]
+    images: list[tuple[np.ndarray | None, int]]
+    refusals: Refusals
+    views: np.ndarray | None = None  # (B, V) of plan.VIEW
+
+
+class Batches:
+    """Endless iterator over micro-batches, AHEAD of them in the making.
+
+    `next` gives the crops, one tensor (V_r B, 3, S_r, S_r) per resolution, crop-major, on the device, in `dtype`; and (path,
+    reason) of each file refused; no crops if no file decodes any more. tasks: (epoch, samples (B,)), endless, B always the
+    same. draw(epoch, samples): the plan (B, V). read(sample): its encoded bytes, or Refused. decode(sample, refusals): by PIL,
+    the image (H, W, 3) of the sample or of the next that decodes, and which that was; None if none does. sizes (n, 2): height
+    and width of every sample. resolutions: number of crops and side, (V_r, S_r). table (3, 256) float32 on the device: what
+    each level of each channel becomes. device: "cpu" takes DALI's CPU operators. hw_decoder_load: share of the JPEGs for the
+    GPU's decoding engine, where it has one.
+    """
+
+    def __init__(self, tasks: Iterator[Task], draw: Callable[[int, np.ndarray], np.ndarray], read: Callable[[int], bytes],
+                 decode: Callable[[int, Refusals], tuple[np.ndarray | None, int]], sizes: np.ndarray,
+                 resolutions: Sequence[tuple[int, int]], table: Tensor, dtype: torch.dtype, device: torch.device,
+                 batch_size: int, threads: int, hw_decoder_load: float) -> None:
+        self._tasks, self._draw, self._read, self._decode, self._sizes = tasks, draw, read, decode, sizes
+        self._resolutions, self._table, self._dtype, self._device = resolutions, table, dtype, device
+        self._threads, self._batch_size, self._hw_decoder_load = threads, batch_size, hw_decoder_load
+        self._by_pil: set[int] = set()  # samples that DALI has failed on
+        self._pool = Threads(threads)
+        self._reading: deque[Batch] = deque()
+        self._running: Batch | None = None
+        self._in_use: tuple[Any, Any] = (None, None)  # what the last colour kernels read, and the event after them
+        self._graph = self._new_graph()
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> tuple[list[Tensor], Refusals]:
+        batch = self._running or self._start_next()
+        cut = None if batch.views is None else self._outputs(batch)
+        self._running = self._start_next()
+        return self._coloured(cut, batch.views) if cut else [], batch.refusals
+
+    def close(self) -> None:
+        """End the threads and the graph; what they have not begun is dropped."""
+        self._pool.close()
+        self._reading.clear()
+        self._running = self._graph = None
+
+    # ---- the graph
+    def _new_graph(self) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        gpu = self._device.type == "cuda"
+        where = (self._device.index or 0) if gpu else None
+        graph = Pipeline(self._batch_size, max(1, self._threads), where, prefetch_queue_depth=1, exec_dynamic=True)
+        with graph:
+            image = _decoder(fn, types, gpu, self._hw_decoder_load)
+            outputs, view = [], 0
+            for n, side in self._resolutions:
+                for _ in range(n):
+                    start, end = (fn.external_source(name=f"{which}{view}", dtype=types.FLOAT, ndim=1)
+                                  for which in ("start", "end"))
+                    outputs.append(fn.resize(image, size=[side, side], interp_type=types.INTERP_CUBIC, antialias=True,
+                                             roi_start=start, roi_end=end))
+                    view += 1
+            graph.set_outputs(*outputs)
+        graph.build()
+        return graph
+
+    def _start_next(self) -> Batch:
+        """The next micro-batch, in the graph now; those after it are being read."""
+        while len(self._reading) < AHEAD:
+            epoch, samples = next(self._tasks)
+            self._reading.append(Batch(epoch, [self._pool.submit(self._encoded, s) for s in samples.tolist()], [], []))
+        batch = self._reading.popleft()
+        for work in batch.work:
+            data, used, refusals = work.result()
+            batch.images.append((data, used))
+            batch.refusals += refusals
+        self._run(batch)
+        return batch
+
+    def _run(self, batch: Batch) -> None:
+        """Draw it, and put it into the graph, if all images are there."""
+        if any(data is None for data, _ in batch.images):
+            batch.views = None
+            return
+        batch.views = self._draw(batch.epoch, np.array([used for _, used in batch.images]))
+        self._graph.feed_input("encoded", [data for data, _ in batch.images])
+        for view, drawn in enumerate(batch.views.T):                                          # (B,)
+            box = drawn["box"].astype(np.float32)                                             # y, x, h, w
+            self._graph.feed_input(f"start{view}", np.ascontiguousarray(box[:, :2]))
+            self._graph.feed_input(f"end{view}", box[:, :2] + box[:, 2:])
+        self._graph.schedule_run()
+
+    def _outputs(self, batch: Batch) -> list[Any] | None:
+        """Of the batch in the graph, V dense lists (B, S, S, 3) in DALI's memory; None if no file decodes any more."""
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        try:
+            return [crops.as_tensor() for crops in self._graph.outputs(cuda_stream=stream)]
+        except RuntimeError:
+            failing = [b for b, (data, _) in enumerate(batch.images) if not self._decodes(data)]
+            if not failing:
+                raise
+        for b in failing:                                                      # PIL's turn: it decodes or refuses them
+            self._by_pil.add(batch.images[b][1])
+            data, used, refusals = self._encoded(batch.images[b][1])
+            batch.images[b] = data, used
+            batch.refusals += refusals
+        self._graph = self._new_graph()                                        # the old one may have lost its way
+        self._run(batch)
+        return None if batch.views is None else self._outputs(batch)
+
+    def _coloured(self, cut: list[Any], views: np.ndarray) -> list[Tensor]:
+        first, out = 0, []
+        for n, _ in self._resolutions:
+            crops = [torch.from_dlpack(c) for c in cut[first : first + n]]
+            out.append(ops.colour(crops, np.ascontiguousarray(views[:, first : first + n].T), self._table, self._dtype))
+            first += n
+        if self._device.type == "cuda":  # DALI must not use the memory again before the kernels have read it
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self._device))
+            before, self._in_use = self._in_use[1], (cut, event)
+            if before is not None:
+                before.synchronize()
+        return out
+
+    # ---- images
+    def _encoded(self, sample: int) -> tuple[np.ndarray | None, int, Refusals]:
+        """The image in a format that DALI decodes, which sample it is, and what was refused on the way."""
+        refusals: Refusals = []
+        if sample not in self._by_pil:
+            with suppress(Refused):  # PIL meets the same
+                data = self._read(sample)
+                if plain_jpeg_size(data) == tuple(self._sizes[sample].tolist()):
+                    return np.frombuffer(data, np.uint8), sample, refusals
+        image, used = self._decode(sample, refusals)
+        return None if image is None else _pnm(image), used, refusals
+
+    def _decodes(self, data: np.ndarray) -> bool:
+        from nvidia.dali import Pipeline, fn, types
+
+        gpu = self._device.type == "cuda"
+        graph = Pipeline(1, 1, (self._device.index or 0) if gpu else None, prefetch_queue_depth=1)
+        with graph:
+            graph.set_outputs(_decoder(fn, types, gpu, self._hw_decoder_load))
+        graph.build()
+        graph.feed_input("encoded", [data])
+        try:
+            graph.run()
+        except RuntimeError:
+            return False
+        return True
+
+
+def _decoder(fn: Any, types: Any, gpu: bool, hw_decoder_load: float) -> Any:
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    return fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=False,
+                             jpeg_fancy_upsampling=True, hw_decoder_load=hw_decoder_load)
+
+
+def _pnm(image: np.ndarray) -> np.ndarray:
+    """An image (H, W, 3) as a portable pixmap: a header before its bytes."""
+    header = np.frombuffer(b"P6\n%d %d\n255\n" % (image.shape[1], image.shape[0]), np.uint8)
+    return np.concatenate([header, image.reshape(-1)])
+
+
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a whole JPEG of 8 bits, grey or YCbCr, which every decoder takes to mean the same; None if it is
+    anything else, and so better left to PIL."""
+    if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data[-TAIL:]:
+        return None
+    at, adobe = 2, False
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if marker in PLAIN_FRAMES:
+            bits, components = data[at + 4 : at + 5], data[at + 9 : at + 10]
+            if bits != b"\x08" or components not in (b"\x01", b"\x03") or (adobe and components == b"\x03"):
+                return None
+            ids = data[at + 10 : at + 10 + 3 * components[0] : 3]
+            if components == b"\x03" and ids != b"\x01\x02\x03":  # might be RGB
+                return None
+            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+        if 0xC3 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker in (0xD9, 0xDA) or length < 2:
+            return None  # another kind of frame, or the scan before its frame
+        if marker == 0xEE and data[at + 4 : at + 9] == b"Adobe":
+            adobe = data[at + 15 : at + 16] != b"\x01"  # 1 is YCbCr
+        at += 2 + length
+    return None

@@ -1,0 +1,176 @@
+"""The dali backend on DALI's CPU operators: what goes to DALI and what to PIL, how near its crops are, and what its failures
+cost. tests/test_loader.py runs its tests with this backend too."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_pil import GOLDEN, golden_view
+
+from dinofast.config import Config
+from dinofast.data import dali, make_loader, plan
+
+pytestmark = pytest.mark.skipif(bool(dali.missing()), reason=dali.missing() or "here")
+LEVELS = torch.arange(256.0).repeat(3, 1)
+
+
+def encoded(image: np.ndarray | Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+
+
+def crops_of(files: list[bytes], views: np.ndarray, sizes: list[tuple[int, int]], **options: object) -> list[torch.Tensor]:
+    """The crops of a micro-batch of these files by the plan (B, V), whose views are all of one size: (V, B, 3, S, S)."""
+    def decode(sample: int, refusals: list) -> tuple[np.ndarray, int]:
+        return np.asarray(Image.open(io.BytesIO(files[sample])).convert("RGB")), sample
+
+    resolutions = [(views.shape[1], int(views["size"].flat[0]))]
+    batches = dali.Batches(iter([(0, np.arange(len(files)))] * 10), lambda epoch, samples: views[samples],
+                           lambda sample: files[sample], decode, np.array(sizes), resolutions, LEVELS, torch.float32,
+                           torch.device("cpu"), len(files), 1, 0.0)
+    (crops,), refusals = next(batches)
+    batches.close()
+    assert not refusals
+    return crops.unflatten(0, (views.shape[1], len(files)))
+
+
+@pytest.mark.parametrize("i", range(8))
+def test_fidelity_to_the_official_results(i: int) -> None:
+    """Mean difference in levels: of the cut at most 0.25, of the whole chain 2; and what DALI gives is mirrored exactly."""
+    view = golden_view(i).reshape(1, 1)
+    file, sizes = encoded(GOLDEN["image"], "PNG"), [GOLDEN["image"].shape[:2]]
+    whole = crops_of([file], view, sizes)[0, 0].permute(1, 2, 0).numpy()
+    assert np.abs(whole - GOLDEN[f"{i}.final_u8"].astype(float)).mean() < 2
+    for name in ("jitter", "grey", "blur_radius", "solarise"):
+        view[name] = 0
+    cut = crops_of([file], view, sizes)[0, 0].permute(1, 2, 0).numpy()
+    official = GOLDEN[f"{i}.crop"][:, ::-1] if view["flip"] else GOLDEN[f"{i}.crop"]
+    assert np.abs(cut - official.astype(float)).mean() < 0.25
+    view["flip"] = not view["flip"]
+    assert (crops_of([file], view, sizes)[0, 0].permute(1, 2, 0).numpy() == cut[:, ::-1]).all()
+
+
+def test_a_jpeg_is_decoded_as_by_pil() -> None:
+    files = [encoded(smooth(48, 64), quality=90), encoded(smooth(40, 40), quality=80, progressive=True, subsampling=0),
+             encoded(smooth(48, 64).convert("L"), quality=70)]
+    assert all(dali.plain_jpeg_size(file) for file in files)
+    views = np.zeros((3, 1), plan.VIEW)
+    views["size"] = 32
+    views["box"][:, 0] = [(3, 5, 32, 32), (0, 8, 32, 32), (16, 32, 32, 32)]                     # nothing is resampled
+    crops = crops_of(files, views, [(48, 64), (40, 40), (48, 64)])
+    for file, crop, (y, x, h, w) in zip(files, crops[0], views["box"][:, 0].tolist(), strict=True):
+        decoded = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))[y : y + h, x : x + w]
+        assert (crop.permute(1, 2, 0).numpy() == decoded).all()
+
+
+def test_which_files_go_to_dali() -> None:
+    image = smooth(30, 40)
+    plain = encoded(image)
+    assert dali.plain_jpeg_size(plain) == (30, 40) == dali.plain_jpeg_size(encoded(image, progressive=True))
+    assert dali.plain_jpeg_size(encoded(image, exif=b"Exif\0\0" + b"x" * 5000)) == (30, 40)
+    others = {"cmyk": encoded(image.convert("CMYK")), "png": encoded(image, "PNG"), "truncated": plain[:-200], "empty": b"",
+              "start alone": plain[:2], "no frame": plain[:20] + b"\xff\xd9", "rgb": encoded(image, keep_rgb=True),
+              "twelve bits": plain.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"),
+              "arithmetic coding": plain.replace(b"\xff\xc0\0\x11", b"\xff\xc9\0\x11")}
+    for name, data in others.items():
+        assert data != plain and dali.plain_jpeg_size(data) is None, name
+    for end in range(len(plain)):                                                               # never a crash
+        dali.plain_jpeg_size(plain[:end]), dali.plain_jpeg_size(plain[:end] + b"\xff\xd9")
+
+
+def spoilt(jpeg: bytes) -> bytes:
+    """Its size and its end are as before, and no decoder takes it: the scan names Huffman tables that are not there."""
+    data = bytearray(jpeg)
+    data[data.index(b"\xff\xda") + 6] = 0x33
+    return bytes(data)
+
+
+@pytest.fixture
+def jpegs(tmp_path):
+    """A run's options on ten JPEGs."""
+    (tmp_path / "data").mkdir()
+    for i in range(10):
+        smooth(60 + i, 80, i).save(tmp_path / "data" / f"{i}.jpg", quality=90)
+    options = dict(data_path=str(tmp_path / "data"), output_dir=str(tmp_path / "run"), batch_size_per_gpu=5, num_workers=1,
+                   global_crops_size=16, local_crops_size=8, local_crops_number=2, patch_size=8)
+    return lambda **changes: Config(**{**options, "data_backend": "dali", **changes})
+
+
+def take(cfg: Config, steps: int, **where: object) -> tuple[list, list]:
+    loader = make_loader(cfg, **where)
+    batches = [next(loader) for _ in range(steps)]
+    loader.close()
+    return batches, loader.refused
+
+
+def test_crops_are_near_those_of_pil(jpegs) -> None:
+    plain = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
+    ours, _ = take(jpegs(**plain), 6)
+    theirs, _ = take(jpegs(data_backend="pil", num_workers=0, **plain), 6)
+    for a, b in zip((t for batch in ours for t in batch), (t for batch in theirs for t in batch), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and (a - b).abs().mean() * 255 < 2
+
+
+def test_a_failure_in_the_graph_costs_one_image(jpegs, tmp_path) -> None:
+    """Files that pass the index pass and then stop DALI's decoder: refused and replaced as with PIL, at the same step."""
+    from dinofast.data import index
+
+    loader = make_loader(jpegs())
+    for path in (tmp_path / "data" / "3.jpg", tmp_path / "data" / "8.jpg"):
+        path.write_bytes(spoilt(path.read_bytes()))
+    ours = [next(loader) for _ in range(4)]
+    loader.close()
+    assert index.build(str(tmp_path / "data"), 0.5)[0].fingerprint == loader.fingerprint          # the headers are whole
+    theirs, refused = take(jpegs(data_backend="pil", num_workers=0), 4)
+    assert sorted(loader.refused) == sorted(refused) and len(refused) == 2
+    for a, b in zip((t for batch in ours for t in batch), (t for batch in theirs for t in batch), strict=True):
+        assert (a - b).abs().mean() < 0.05
+    again, _ = take(jpegs(), 2, start_step=2)
+    assert all(torch.equal(a, b) for x, y in zip(again, ours[2:], strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_what_dali_alone_cannot_decode_is_left_to_pil(jpegs) -> None:
+    """Nothing is refused, and the crops are the same."""
+    whole, _ = take(jpegs(), 4)
+    loader = make_loader(jpegs())
+    read = loader.crops.read
+    loader.crops.read = lambda sample: spoilt(read(sample)) if sample == 4 else read(sample)     # PIL reads for itself
+    got = [next(loader) for _ in range(4)]
+    assert loader._batches._by_pil == {4} and not loader.refused
+    loader.close()
+    for a, b in zip((t for batch in got for t in batch), (t for batch in whole for t in batch), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_another_fault_is_not_blamed_on_an_image(jpegs, monkeypatch) -> None:
+    loader = make_loader(jpegs())
+    next(loader)
+
+    def fail(**stream: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(loader._batches._graph, "outputs", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(loader)
+    loader.close()
+    assert not loader.refused
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(gpu, jpegs) -> None:
+    ours, _ = take(jpegs(precision="fp32"), 6, device="cuda")
+    theirs, _ = take(jpegs(data_backend="pil", num_workers=0), 6)
+    for a, b in zip((t for batch in ours for t in batch), (t for batch in theirs for t in batch), strict=True):
+        assert a.is_cuda and (a.cpu() - b).abs().mean() < 0.05
+    again, _ = take(jpegs(precision="fp32"), 2, start_step=4, device="cuda")
+    assert all(torch.equal(a, b) for x, y in zip(again, ours[4:], strict=True) for a, b in zip(x, y, strict=True))
