@@ -166,7 +166,8 @@ def report(measured: Measured, wanted: float | None) -> str:
               f"{m.n_crops} crops an image, {m.batch_size} images a batch, {cores()} core(s)",
               f"speed: {_short(m.images_per_s)} images/s, median of {len(m.rates)} interval(s) from {_short(min(m.rates))} to "
               f"{_short(max(m.rates))}; {m.n_counted:,} images in {m.seconds:.1f} s",
-              f"CPU time an image, {'by stage' if m.backend == 'dali' else 'one thread alone'}: {', '.join(f'{stage} {ms:.2f} ms' for stage, ms in m.stages_ms.items())}"]
+              f"CPU time an image, {'by stage' if m.backend == 'dali' else 'one thread alone'}: "
+              + ", ".join(f"{stage} {ms:.2f} ms" for stage, ms in m.stages_ms.items())]
     if m.cpu_ms is not None:
         lines.append(f"CPU time an image, all in all: {m.cpu_ms:.2f} ms")
     return "\n".join([*lines, verdict(m, wanted)])
