@@ -112,11 +112,11 @@ def _stages(loader: Loader, device: torch.device, seconds: float, cpu_ms: float)
         warnings.simplefilter("ignore")
         for sample in np.linspace(0, len(crops.index) - 1, min(SAMPLE, len(crops.index)), dtype=int).tolist():
             _, sample = crops.decode(sample, [])                                # the next one that decodes
-            path, drawn = crops.index.path(sample), crops.draw(0, np.array([sample]))[0]
+            drawn = crops.draw(0, np.array([sample]))[0]
             times = [time.thread_time()]
-            Path(path).read_bytes()
+            data = crops.index.read(sample)
             times.append(time.thread_time())
-            image = pil.decode(path)                                            # reads it once more, from memory
+            image = pil.decode(data)
             times.append(time.thread_time())
             if loader.backend == "native":
                 native.render(np.asarray(image), drawn, places, table)

@@ -32,7 +32,7 @@ def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
     for row, (sample, plans) in enumerate(zip(samples.tolist(), drawn, strict=True)):
         name = Path(found.path(sample)).name[-26:]
         try:
-            image = pil.decode(found.path(sample))
+            image = pil.decode(found.read(sample))
             cells = [(_boxes(image, plans), [name, f"{image.width} x {image.height}", "boxes: global red, local blue"])]
             cells += [(Image.fromarray(pil.render(image, view)), describe(view)) for view in plans]
         except pil.Refused as reason:            # a run would take the next image in its place

@@ -82,7 +82,7 @@ def test_crops_are_the_plan_executed_and_normalised(config, photographs):
     samples = plan.epoch_order(cfg.seed, 1, N)[4:8]
     drawn = plan.draw(cfg.seed, 1, samples, np.tile([30, 40], (4, 1)), views(cfg))
     for b, sample in enumerate(samples):
-        image = pil.decode(str(photographs / f"{sample:02}.png"))
+        image = pil.decode((photographs / f"{sample:02}.png").read_bytes())
         for v in range(4):
             crop = pil.render(image, drawn[b, v]).transpose(2, 0, 1)
             for c, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)):

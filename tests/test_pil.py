@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinofast.data.pil import Refused, cut, decode, render
+from dinofast.data.pil import Refused, cut, decode, read, render
 from dinofast.data.plan import VIEW
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "augment.npz")
@@ -51,32 +51,32 @@ def pixels(shape, top, dtype):
 def test_what_pil_opens_is_rgb(tmp_path):
     rgb = pixels((6, 9, 3), 256, np.uint8)
     Image.fromarray(rgb).save(tmp_path / "rgb.png")
-    assert (np.asarray(decode(str(tmp_path / "rgb.png"))) == rgb).all()
+    assert (np.asarray(decode((tmp_path / "rgb.png").read_bytes())) == rgb).all()
 
     Image.fromarray(rgb[..., 0]).save(tmp_path / "grey.png")
-    assert (np.asarray(decode(str(tmp_path / "grey.png"))) == rgb[..., :1]).all()
+    assert (np.asarray(decode((tmp_path / "grey.png").read_bytes())) == rgb[..., :1]).all()
 
     deep = pixels((6, 9), 65536, np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert (np.asarray(decode(str(tmp_path / "deep.png"))) == (deep >> 8)[..., None]).all()
+    assert (np.asarray(decode((tmp_path / "deep.png").read_bytes())) == (deep >> 8)[..., None]).all()
 
     palette = Image.fromarray(rgb).quantize(4)
     palette.save(tmp_path / "palette.png", transparency=bytes([0, 128, 255, 255]))
-    assert (np.asarray(decode(str(tmp_path / "palette.png"))) == np.asarray(palette.convert("RGB"))).all()
+    assert (np.asarray(decode((tmp_path / "palette.png").read_bytes())) == np.asarray(palette.convert("RGB"))).all()
 
     Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.jpg")
-    assert decode(str(tmp_path / "cmyk.jpg")).mode == "RGB"
+    assert decode((tmp_path / "cmyk.jpg").read_bytes()).mode == "RGB"
 
     frames = [Image.new("RGB", (9, 6), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert (np.asarray(decode(str(tmp_path / "moving.gif"))) == (255, 0, 0)).all()
+    assert (np.asarray(decode((tmp_path / "moving.gif").read_bytes())) == (255, 0, 0)).all()
 
 
 def test_exif_orientation_is_ignored(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by a quarter
     Image.new("RGB", (9, 6)).save(tmp_path / "turned.jpg", exif=exif)
-    assert decode(str(tmp_path / "turned.jpg")).size == (9, 6)
+    assert decode((tmp_path / "turned.jpg").read_bytes()).size == (9, 6)
 
 
 def test_one_pixel_makes_a_crop():
@@ -87,4 +87,14 @@ def test_one_pixel_makes_a_crop():
 
 def test_a_missing_file_is_refused_with_the_reason(tmp_path):
     with pytest.raises(Refused, match="cannot be read: No such file or directory"):
-        decode(str(tmp_path / "gone.jpg"))
+        read(tmp_path / "gone.jpg")
+
+
+def test_rgb_is_not_copied(tmp_path, monkeypatch):
+    rgb = pixels((6, 9, 3), 256, np.uint8)
+    monkeypatch.setattr(Image.Image, "convert", None)
+    monkeypatch.setattr(Image.Image, "copy", None)
+    for name in ("rgb.png", "rgb.tif", "rgb.bmp", "rgb.ppm"):
+        Image.fromarray(rgb).save(tmp_path / name)
+        image = decode((tmp_path / name).read_bytes())
+        assert image.mode == "RGB" and (np.asarray(image) == rgb).all()

@@ -24,7 +24,7 @@ def test_the_sheet_holds_the_crops_of_the_run(photographs, tmp_path):
     for row, sample in enumerate(samples.tolist()):
         for column, view in enumerate(drawn[row], 1):                    # drawn at their size, so pixel for pixel
             top, left = GAP + row * (CELL + LINES * LINE + 2 * GAP), GAP + column * (CELL + GAP)
-            expected = pil.render(pil.decode(found.path(sample)), view)
+            expected = pil.render(pil.decode(found.read(sample)), view)
             assert (picture[top : top + CELL, left : left + CELL] == expected).all()
         assert (picture[GAP + CELL + 4 : GAP + CELL + LINES * LINE] < 128).any()      # text
 

@@ -175,15 +175,14 @@ class Crops(Dataset):
         for used in itertools.chain(range(sample, len(self.index)), range(sample)):
             if used in self.bad:
                 continue
-            path = self.index.path(used)
             try:
-                image = pil.decode(path)
+                image = pil.decode(self.index.read(used))
                 if image.size[::-1] != tuple(self.index.sizes[used]):  # the plan's boxes would not fit
                     raise pil.Refused("its size has changed since the index pass")
                 return image, used
             except pil.Refused as reason:
                 self.bad.add(used)
-                refusals.append((path, str(reason)))
+                refusals.append((self.index.path(used), str(reason)))
         return None, sample
 
     def read(self, sample: int) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import stat
 import warnings
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from dinofast.data.pil import Refused, decode, refusing
+from dinofast.data.pil import Refused, decode, identify, read, refusing
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
@@ -39,7 +38,12 @@ class Index:
         return len(self.ends)
 
     def path(self, i: int) -> str:
+        """The name that people see."""
         return os.fsdecode(self.paths[self.ends[i - 1] if i else 0 : self.ends[i]])
+
+    def read(self, i: int) -> bytes:
+        """The whole encoded file. Raises `Refused`."""
+        return read(self.path(i))
 
 
 def find(source: str) -> list[str]:
@@ -98,21 +102,21 @@ def inspect(path: str) -> tuple[int, int]:
 
     A JPEG or PNG without its end marker among the last bytes is decoded to know whether it is truncated or merely odd.
     """
-    with refusing(path):
+    with refusing():
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Refused("not a regular file")  # opening a pipe would wait for its writer
-    with refusing(path), open(path, "rb", buffering=0) as file:
+    with refusing(), open(path, "rb", buffering=0) as file:
         head = file.read(HEAD)
         file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
         tail = file.read(TAIL)
-        try:
-            image = Image.open(io.BytesIO(head))
-        except Exception:  # bad, or a header longer than HEAD: the whole file decides
-            image = Image.open(file)
-        width, height = image.size
-        if END_MARKERS.get(image.format or "", b"") not in tail:
-            decode(path)
-        return height, width
+    try:
+        image = identify(head)
+    except Refused:  # bad, or a header longer than HEAD: the whole file decides
+        image = identify(read(path))
+    width, height = image.size
+    if END_MARKERS.get(image.format or "", b"") not in tail:
+        decode(read(path))
+    return height, width
 
 
 def build(

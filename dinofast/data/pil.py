@@ -6,6 +6,8 @@ PIL does the arithmetic; what is fixed here is how it is called. The crop is cut
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,37 +19,59 @@ class Refused(Exception):
     """A file that cannot be used as an image; the message is the reason, in one line."""
 
 
+class Unread(Refused):
+    """A file that could not be read, which may be right another time: no network, no memory, no permission."""
+
+
 @contextmanager
-def refusing(path: str) -> Iterator[None]:
+def refusing() -> Iterator[None]:
     """Turn whatever PIL raises on a bad file (its plugins raise all kinds) into `Refused` with a plain reason."""
     try:
         yield
     except Refused:
         raise
+    except OSError as error:
+        raise (Unread(f"cannot be read: {error.strerror}") if error.strerror else Refused(_line(error))) from error
     except Exception as error:
-        raise Refused(" ".join(_reason(path, error).split())) from error
+        raise (Unread if isinstance(error, MemoryError) else Refused)(_line(error)) from error
 
 
-def _reason(path: str, error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        with open(path, "rb") as file:
-            head = file.read(256)
-        if not head:
-            return "empty file"
-        if all(byte >= 32 or byte in b"\t\n\f\r" for byte in head):
-            return "text, not an image"
-        return "wrong header: no image format that PIL knows"
-    if isinstance(error, OSError) and error.strerror:
-        return f"cannot be read: {error.strerror}"
-    return str(error) or type(error).__name__
+def _line(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())
 
 
-def decode(path: str) -> Image.Image:
-    """The image as RGB: the first frame of an animation, EXIF orientation ignored (as in the official code). Raises `Refused`.
+def read(path: str | os.PathLike[str]) -> bytes:
+    """The whole file. Raises `Refused`."""
+    with refusing(), open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+def identify(data: bytes) -> Image.Image:
+    """An image of which PIL has looked at the header alone. Raises `Refused`."""
+    with refusing():
+        try:
+            return Image.open(io.BytesIO(data))
+        except UnidentifiedImageError as error:
+            raise Refused("empty file" if not data else "text, not an image" if is_text(data[:256]) else
+                          "wrong header: no image format that PIL knows") from error
+
+
+def is_text(head: bytes) -> bool:
+    return all(byte >= 32 or byte in b"\t\n\f\r" for byte in head)
+
+
+def decode(data: bytes) -> Image.Image:
+    """The encoded image as RGB: the first frame of an animation, EXIF orientation ignored (as in the official code). Raises
+    `Refused`.
 
     16-bit grey keeps its upper eight bits, as PIL itself does with 16-bit colour; `convert` would clip it to white at 255.
     """
-    with refusing(path), Image.open(path) as image:
+    image = identify(data)
+    with refusing():
+        if image.mode == "RGB":  # `convert` would copy it
+            image.load()
+            if image.mode == "RGB":  # as some plugins find out only now
+                return image
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")

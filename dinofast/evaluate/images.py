@@ -67,7 +67,7 @@ class LabelledImages(Dataset):
 
     def __getitem__(self, i: int) -> tuple[int, Tensor | None, str | None]:
         try:
-            return i, self.transform(pil.decode(str(self.paths[i]))), None
+            return i, self.transform(pil.decode(pil.read(self.paths[i]))), None
         except (pil.Refused, ValueError) as error:
             return i, None, str(error)
 
