@@ -142,7 +142,7 @@ def _stages_of_dali(loader: Loader, device: torch.device, seconds: float, cpu_ms
         times = [time.process_time()]
         for sample in samples.tolist():
             with suppress(pil.Refused):
-                crops.read(sample)
+                crops.index.read(sample)
         times.append(time.process_time())
         first = 0
         for n, _ in crops.resolutions:

@@ -143,8 +143,9 @@ def test_what_dali_alone_cannot_decode_is_left_to_pil(jpegs) -> None:
     """Nothing is refused, and the crops are the same."""
     whole, _ = take(jpegs(), 4)
     loader = make_loader(jpegs())
-    read = loader.crops.read
-    loader.crops.read = lambda sample: spoilt(read(sample)) if sample == 4 else read(sample)     # PIL reads for itself
+    loader._start()
+    read = loader._batches._read
+    loader._batches._read = lambda sample: spoilt(read(sample)) if sample == 4 else read(sample)  # PIL reads for itself
     got = [next(loader) for _ in range(4)]
     assert loader._batches._by_pil == {4} and not loader.refused
     loader.close()

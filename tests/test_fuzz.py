@@ -26,7 +26,7 @@ from PIL import Image
 from test_native import noise, old_pillow, one
 
 from dinofast.config import Config
-from dinofast.data import index, make_loader, native, pil, plan, views
+from dinofast.data import dali, index, make_loader, native, pil, plan, views
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "here")
 N_FILES, N_PLANS = int(os.environ.get("DINOFAST_FUZZ", 3000)), 1500
@@ -224,8 +224,12 @@ def test_each_mutation_is_refused_and_gets_through_at_times(outcomes: dict[str, 
         assert 0.05 < np.mean(ended) < 0.98, mutation.__name__
 
 
-def test_a_run_over_all_of_them_refuses_the_same_files(folder: Path, outcomes: dict[str, Made], tmp_path: Path) -> None:
-    cfg = Config(data_path=str(folder), output_dir=str(tmp_path), data_backend="native", num_workers=2, batch_size_per_gpu=1,
+@pytest.mark.parametrize("backend", ["native", "dali"])
+def test_a_run_over_all_of_them_refuses_the_same_files(folder: Path, outcomes: dict[str, Made], tmp_path: Path,
+                                                       backend: str) -> None:
+    if backend == "dali" and dali.missing():
+        pytest.skip(dali.missing())
+    cfg = Config(data_path=str(folder), output_dir=str(tmp_path), data_backend=backend, num_workers=2, batch_size_per_gpu=1,
                  global_crops_size=40, local_crops_size=17, local_crops_number=2, max_refused=1.0)
     with hang_ends_the_tests(), closing(make_loader(cfg)) as loader:
         for _ in range(loader.steps_per_epoch):

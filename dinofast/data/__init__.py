@@ -104,7 +104,7 @@ class Loader:
         levels = torch.arange(256, dtype=torch.uint8, device=self._device).expand(1, 3, 1, 256)
         table = self._normalise(levels).view(3, 256)
         if self.backend == "dali":
-            self._batches = dali.Batches(tasks, crops.draw, crops.read, crops.decode_array, crops.index.sizes,
+            self._batches = dali.Batches(tasks, crops.draw, crops.index.read, crops.decode_array, crops.index.sizes,
                                          crops.resolutions, table, self.dtype, self._device, self.batch_size,
                                          self.n_workers, self._hw_decoder_load)
             return
@@ -184,11 +184,6 @@ class Crops(Dataset):
                 self.bad.add(used)
                 refusals.append((self.index.path(used), str(reason)))
         return None, sample
-
-    def read(self, sample: int) -> bytes:
-        """The encoded image. Raises `pil.Refused`."""
-        with pil.refusing(self.index.path(sample)), open(self.index.path(sample), "rb", buffering=0) as file:
-            return file.read()
 
     def decode_array(self, sample: int, refusals: Refusals) -> tuple[np.ndarray | None, int]:
         """The same as an array (H, W, 3) uint8."""

@@ -14,6 +14,7 @@ it cannot decode is left to PIL from then on, and the same batch is made again b
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -32,7 +33,8 @@ from dinofast.data.threads import Threads
 
 AHEAD = 3  # micro-batches in the making, of which the graph has the first
 TAIL = 64  # bytes at the end of a JPEG in which its end marker must lie, as the index pass has it
-PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, Huffman coded
+FRAMES, PROGRESSIVE = (0xC0, 0xC1, 0xC2), 0xC2  # markers of a JPEG: baseline, extended and progressive, Huffman coded;
+TABLES, SCAN, END, ADOBE = (0xC4, 0xDB, 0xDD, 0xFE), 0xDA, 0xD9, 0xEE  # of Huffman codes, quanta, restarts, and comments
 
 
 def missing() -> str:
@@ -75,6 +77,7 @@ class Batches:
         self._resolutions, self._table, self._dtype, self._device = resolutions, table, dtype, device
         self._threads, self._batch_size, self._hw_decoder_load = threads, batch_size, hw_decoder_load
         self._by_pil: set[int] = set()  # samples that DALI has failed on
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # its remarks on odd but readable files
         self._pool = Threads(threads)
         self._reading: deque[Batch] = deque()
         self._running: Batch | None = None
@@ -216,27 +219,35 @@ def _pnm(image: np.ndarray) -> np.ndarray:
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a whole JPEG of 8 bits, grey or YCbCr, which every decoder takes to mean the same; None if it is
-    anything else, and so better left to PIL."""
-    if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data[-TAIL:]:
+    """Height and width of a whole and well-formed JPEG of 8 bits, grey or YCbCr, which every decoder takes to mean the same;
+    None if it is anything else, and so better left to PIL."""
+    levels = np.frombuffer(data, np.uint8)
+    follows = levels[1:][levels[:-1] == 0xFF]                                 # what comes after each 0xFF
+    markers = np.flatnonzero(levels[:-1] == 0xFF)[(follows != 0) & (follows != 0xFF) & (follows & 0xF8 != 0xD0)]
+    if data[:2] != b"\xff\xd8":
         return None
-    at, adobe = 2, False
+    at, size, components, progressive, rgb, scans = 2, None, 0, False, False, 0
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        if marker in PLAIN_FRAMES:
-            bits, components = data[at + 4 : at + 5], data[at + 9 : at + 10]
-            if bits != b"\x08" or components not in (b"\x01", b"\x03") or (adobe and components == b"\x03"):
+        body, end = data[at + 4 : at + 2 + length], at + 2 + length
+        if marker in FRAMES:
+            if size or len(body) < 6 or body[0] != 8 or body[5] not in (1, 3) or len(body) != 6 + 3 * body[5]:
                 return None
-            ids = data[at + 10 : at + 10 + 3 * components[0] : 3]
-            if components == b"\x03" and ids != b"\x01\x02\x03":  # might be RGB
+            size, components = (int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")), body[5]
+            progressive, rgb = marker == PROGRESSIVE, rgb or (components == 3 and body[6::3] != b"\1\2\3")
+        elif marker == SCAN:
+            scans += 1
+            if not size or (rgb and components == 3) or (not progressive and (scans > 1 or body[:1] != bytes([components]))):
                 return None
-            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
-        if 0xC3 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker in (0xD9, 0xDA) or length < 2:
-            return None  # another kind of frame, or the scan before its frame
-        if marker == 0xEE and data[at + 4 : at + 9] == b"Adobe":
-            adobe = data[at + 15 : at + 16] != b"\x01"  # 1 is YCbCr
-        at += 2 + length
+            after = markers[np.searchsorted(markers, end) :]                  # behind the pixels, which hold none
+            if not len(after):
+                return None
+            end = int(after[0])
+            if data[end + 1] == END:
+                return size if len(data) - end <= TAIL else None
+        elif marker == ADOBE and body[:5] == b"Adobe":
+            rgb |= body[11:12] != b"\1"                                       # 1 is YCbCr
+        elif marker not in TABLES and not 0xE0 <= marker <= 0xEF or length < 2:
+            return None                                                       # another kind of frame, for example
+        at = end
     return None
