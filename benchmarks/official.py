@@ -64,15 +64,16 @@ def has_checkout() -> bool:
     return bool(os.environ.get("DINO_OFFICIAL"))
 
 
-def from_checkout(file: str, name: str) -> Any:
-    """The class or function `name` of `file` in $DINO_OFFICIAL. Raises ValueError if it is not there."""
+def from_checkout(file: str, name: str, **more_names: Any) -> Any:
+    """The class or function `name` of `file` in $DINO_OFFICIAL, which may use `more_names` beside torch's. Raises ValueError if
+    it is not there."""
     path = Path(os.environ["DINO_OFFICIAL"]) / file
     if not path.is_file():
         raise ValueError(f"DINO_OFFICIAL is '{path.parent}' but has no {file}: name a checkout of facebookresearch/dino.")
     found = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", None) == name]
     if not found:
         raise ValueError(f"'{path}' defines no {name}: DINO_OFFICIAL must name a checkout of facebookresearch/dino.")
-    names = {"torch": torch, "nn": nn, "F": F, "np": np, "dist": dist}
+    names = {"torch": torch, "nn": nn, "F": F, "np": np, "dist": dist, **more_names}
     exec(compile(ast.Module([found[-1]], []), str(path), "exec"), names)
     return names[name]
 

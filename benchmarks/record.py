@@ -55,7 +55,7 @@ def environment(benchmark: str, device: torch.device, command: str) -> dict[str,
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "threads": torch.get_num_threads(), "cuda": torch.version.cuda if on_gpu else None,
         "versions": {"dinofast": dinofast.__version__, "python": platform.python_version(), "torch": torch.__version__,
-                     "triton": _version("triton")},
+                     "triton": version("triton")},
         "commit": commit(), "date": time.strftime("%Y-%m-%d"),
         "command": f"{'DINO_OFFICIAL=DIR ' if os.environ.get('DINO_OFFICIAL') else ''}{command}"}
 
@@ -72,6 +72,14 @@ def commit() -> str:
     return head + ("-dirty" if status.strip() else "")
 
 
+def version(name: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def save(result: dict[str, Any], folder: Path) -> Path:
     """Written whole or not at all, as BENCHMARK-DEVICE.json; the single times stay out."""
     result = result | {"cases": [case | {"rows": [{k: v for k, v in row.items() if k != "elapsed_ms"} for row in case["rows"]]}
@@ -85,22 +93,28 @@ def save(result: dict[str, Any], folder: Path) -> Path:
 
 
 def text(case: dict[str, Any]) -> str:
-    """One case for the terminal."""
-    head = ("rival", "median ms", "[quartiles]", "official / it", "it / copy", "GB/s", "of copy", "extra MiB", "host ms")
+    """One case for the terminal, without the columns in which no rival has anything."""
+    head = ("rival", "median ms", "[quartiles]", "official / it", "images/s", "CPU ms", "it / copy", "GB/s", "of copy",
+            "extra MiB", "host ms")
     lines = [head]
     for row in case["rows"]:
         low, high = row["quartiles_ms"]
         lines.append((row["rival"], f"{row['median_ms']:.3f}", f"[{low:.3f}, {high:.3f}]",
-                      f"{row['times_faster_than_official']:.2f}", f"{row['times_the_copy']:.2f}",
-                      f"{row['gbps']:.1f}" if row["gbps"] else "",
-                      f"{row['share_of_copy_bandwidth']:.0%}" if row["gbps"] else "",
-                      "not measured" if row["extra_mib"] is None else f"{row['extra_mib']:.1f}",
-                      "" if row["launch_ms"] is None else f"{row['launch_ms']:.3f}"))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+                      f"{row['times_faster_than_official']:.2f}", _shown(row, "images_per_s", ",.0f"),
+                      _shown(row, "cpu_ms", ".3f"), _shown(row, "times_the_copy", ".2f"), _shown(row, "gbps", ".1f"),
+                      _shown(row, "share_of_copy_bandwidth", ".0%"), _shown(row, "extra_mib", ".1f"),
+                      _shown(row, "launch_ms", ".3f")))
+    kept = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    lines = list(zip(*kept, strict=True))
+    widths = [max(map(len, column)) for column in kept]
     body = "\n".join("  ".join(["", line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
                      for line in lines)
     notes = "".join(f"\n  left out: {note}" for note in case["left_out"])
     return f"{case['case']}, {case['rounds']} rounds\n{body}{notes}"
+
+
+def _shown(row: dict[str, Any], name: str, form: str) -> str:
+    return "" if row.get(name) is None else format(row[name], form)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -135,10 +149,3 @@ def _processor() -> str:
 
 def _read(path: str) -> str:
     return Path(path).read_text() if Path(path).is_file() else ""
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -58,12 +58,35 @@ def speed(benchmark: str, device_type: str) -> str:
     parts = [f"`{benchmark}` ({first['implementation']}), {first['case']}:", full_table(first)]
     if others:
         parts += ["In other cases:", brief_table(others)]
+    return "\n\n".join([*parts, provenance(result)])
+
+
+def provenance(result: dict) -> str:
+    """Where and how a result was measured, and what was left out."""
     commit, _, dirty = result["commit"].partition("-")
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
-    threads = "" if device_type == "cuda" else f", {result['threads']} threads"
-    parts.append(f"{result['device']}{threads}; {versions}; commit {commit[:10]}{' with changes' if dirty else ''}, "
-                 f"{result['date']}; `{result['command']}`. {' '.join(reasons(result))}".strip())
-    return "\n\n".join(parts)
+    named = result["versions"] | result["cases"][0].get("versions", {})
+    versions = ", ".join(f"{name} {version}" for name, version in named.items() if version)
+    threads = "" if result["device_type"] == "cuda" else f", {result['threads']} threads"
+    return (f"{result['device']}{threads}; {versions}; commit {commit[:10]}{' with changes' if dirty else ''}, "
+            f"{result['date']}; `{result['command']}`. {' '.join(reasons(result))}").strip()
+
+
+def data() -> str:
+    """Every rival of the data path, from results/data-cpu.json; a sentence if there is no file."""
+    path = RESULTS / "data-cpu.json"
+    if not path.is_file():
+        return "`data` on a CPU: no measurement has been committed yet."
+    result = json.loads(path.read_text())
+    case, = result["cases"]
+    head = ("", "images/s", "ms an image: median [quartiles]", "CPU ms an image", "official / this", "crops")
+    rows = []
+    for row in case["rows"]:
+        low, high = row["quartiles_ms"]
+        cells = (row["rival"], f"{row['images_per_s']:,.0f}", f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
+                 digits(row["cpu_ms"]), f"{row['times_faster_than_official']:.1f}",
+                 "the official ones, bit for bit" if row["same_crops"] else "its own, as many")
+        rows.append(tuple(f"**{cell}**" if row["rival"] == "dinofast" else cell for cell in cells))
+    return "\n\n".join([f"`data` ({case['implementation']}), {case['case']}:", table(head, rows), provenance(result)])
 
 
 def full_table(case: dict) -> str:
@@ -117,7 +140,7 @@ def digits(ms: float) -> str:
 
 
 SPEED = [(benchmark, device_type) for device_type in ("cpu", "cuda") for benchmark in ("dino_loss", "adamw_ema")]
-TABLES = {"demo": demo} | {f"{b}-{d}": functools.partial(speed, b, d) for b, d in SPEED}
+TABLES = {"demo": demo, "data-cpu": data} | {f"{b}-{d}": functools.partial(speed, b, d) for b, d in SPEED}
 
 
 def render(text: str) -> str:

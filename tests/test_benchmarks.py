@@ -13,16 +13,19 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_adamw_ema  # noqa: E402
+import bench_data  # noqa: E402
 import bench_dino_loss  # noqa: E402
 import gpu  # noqa: E402
 import launch_kernels  # noqa: E402
 import official  # noqa: E402
+import photographs  # noqa: E402
 import record  # noqa: E402
 import report  # noqa: E402
 import timing  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL_LOSS = bench_dino_loss.Case(4, 3, 50, torch.float32)
+SMALL_DATA = bench_data.Case(4, 2, (32, 16))
 SMALL_STEP = bench_adamw_ema.Case("step", 2)
 ROW = {"rival", "median_ms", "quartiles_ms", "moved_bytes", "gbps", "extra_mib", "launch_ms", "times_faster_than_official",
        "times_the_copy", "share_of_copy_bandwidth"}
@@ -87,6 +90,41 @@ def test_a_rival_that_differs_is_not_timed():
     other = bench_adamw_ema._shifted(model)
     with pytest.raises(AssertionError, match="of 'dinofast'"):
         bench_adamw_ema.check_same("dinofast", (model, other), (model, model))
+
+
+def test_rivals_of_the_data_path_agree(monkeypatch, tmp_path):
+    monkeypatch.delenv("DINO_OFFICIAL", raising=False)
+    monkeypatch.setattr(bench_data, "no_dali", lambda: "not here")
+    result = record.environment("data", CPU, "a command") | {"cases": [bench_data.measure_case(SMALL_DATA, CPU)]}
+    case = result["cases"][0]
+    made = {row["rival"]: row for row in case["rows"]}
+    native = [] if bench_data.native.missing() else ["dinofast", bench_data.ALL_CORES]
+    assert list(made) == ["official", "dinofast, pil", *native]
+    assert case["left_out"][:2] == [f"official checkout: {official.NOT_SET}", "DALI: not here"] and case["rounds"] == 2
+    for row in made.values():
+        assert row["same_crops"] and row["cpu_ms"] > 0 and row["images_per_s"] == 1e3 / row["median_ms"]
+    record.save(result, tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert f"| official | {made['official']['images_per_s']:,.0f} | " in report.data()
+
+
+def test_crops_that_differ_are_not_timed():
+    one = bench_data.Turn("official", lambda: [torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)])
+    same, off = torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 4, 4)
+    off[3, 2, 3, 3] = 1e-6
+    bench_data.check_same([one, bench_data.Turn("same", lambda: [same]), bench_data.Turn("DALI", lambda: [off], same=False)])
+    with pytest.raises(AssertionError, match="crops of 'dinofast' differ from 'official'"):
+        bench_data.check_same([one, bench_data.Turn("dinofast", lambda: [off])])
+    with pytest.raises(AssertionError, match="'DALI' makes other batches"):
+        bench_data.check_same([one, bench_data.Turn("DALI", lambda: [off[:2]], same=False)])
+
+
+def test_photographs_are_repeatable(tmp_path):
+    for name in "ab":
+        photographs.write(tmp_path / name, 8)
+    files = [sorted((tmp_path / name).iterdir()) for name in "ab"]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+    assert 60_000 < sum(path.stat().st_size for path in files[0]) / 8 < 130_000
 
 
 def test_without_a_compiler_the_row_is_left_out():
