@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import data_on_gpu
 import numpy as np
 import official
 import photographs
@@ -50,11 +51,13 @@ class Case(NamedTuple):
         return f"{self.photographs} photographs, 2 x {self.sides[0]} and 8 x {self.sides[1]} crops, float32, one thread"
 
 
-def cases(device: torch.device) -> list[Case]:
-    return [Case(512, 16)] if device.type == "cpu" else []
+def cases(device: torch.device) -> list[Case | data_on_gpu.Case]:
+    return [Case(512, 16)] if device.type == "cpu" else [data_on_gpu.Case(512, 128)]
 
 
-def rivals_of(case: Case) -> tuple[str, ...]:
+def rivals_of(case: Case | data_on_gpu.Case) -> tuple[str, ...]:
+    if isinstance(case, data_on_gpu.Case):
+        return tuple(data_on_gpu.RIVALS)
     return "official", "official checkout", "DALI", "dinofast, pil", "dinofast", ALL_CORES
 
 
@@ -72,8 +75,11 @@ class Turn(NamedTuple):
     batches: int = 1
 
 
-def measure_case(case: Case, device: torch.device) -> dict[str, Any]:
-    """Every rival makes the same batch, then every rival the next, until all photographs are through."""
+def measure_case(case: Case | data_on_gpu.Case, device: torch.device) -> dict[str, Any]:
+    """Every rival makes the same batch, then every rival the next, until all photographs are through. On a GPU see
+    data_on_gpu.py."""
+    if isinstance(case, data_on_gpu.Case):
+        return data_on_gpu.measure_case(case, device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -171,12 +177,12 @@ class Rewritten(Dataset):
     """The official semantics: crops drawn by our plan, so that results can be compared, and made one by one by PIL."""
 
     def __init__(self, cfg: Config, loader: Loader) -> None:
-        self.path, self.mean, self.std = loader.crops.index.path, *(torch.tensor(c).view(3, 1, 1)
-                                                                    for c in (cfg.image_mean, cfg.image_std))
+        self.read = loader.crops.index.read
+        self.mean, self.std = (torch.tensor(c).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std))
 
     def __getitem__(self, sample_and_views: tuple[int, np.ndarray]) -> list[Tensor]:
         sample, views = sample_and_views
-        image = pil.decode(self.path(sample))
+        image = pil.decode(self.read(sample))
         crops = (torch.from_numpy(pil.render(image, view).transpose(2, 0, 1).copy()) for view in views)     # ToTensor
         return [crop.float().div(255).sub(self.mean).div(self.std) for crop in crops]                       # and Normalize
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
-LIMIT_S = {"install": 60, "tests": 140, "dino_loss": 140, "adamw_ema": 45, "memcheck": 75, "racecheck": 60}     # 520 together
+LIMIT_S = {"install": 60, "tests": 130, "dino_loss": 110, "adamw_ema": 45, "data": 60, "memcheck": 65, "racecheck": 50}  # 520
 INSTALL = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check",
            "--editable", ".")
 BUILD = ("setup.py", "--quiet", "build_ext", "--inplace")
@@ -103,7 +103,7 @@ def main() -> int:
         ended["tests"] = run("tests", (PYTHON, "-m", "pytest", "-m", "gpu", "-q", "tests/"), deadline, environment)
     else:
         ended["tests"] = f"FAILED: not run, pytest is not installed in {PYTHON}"
-    for name in ("dino_loss", "adamw_ema"):
+    for name in ("dino_loss", "adamw_ema", "data"):
         ended[name] = run(name, (PYTHON, f"benchmarks/bench_{name}.py", "--device", "cuda", "--save-results", results,
                                  "--limit-s", str(0.6 * LIMIT_S[name])), deadline, environment)
     for name in ("memcheck", "racecheck"):

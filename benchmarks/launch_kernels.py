@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 
+import numpy as np
 import torch
 from record import choose_device
 
 from dinofast import ops
+from dinofast.config import Config
+from dinofast.data import plan, views
 from dinofast.testing import loss_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,12 +68,24 @@ def lists(device: torch.device) -> int:
     return calls
 
 
+def colour(device: torch.device) -> int:
+    """Crops of one pixel, of less than a block and of several; some blurred, none blurred."""
+    table = torch.rand(3, 256).to(device)
+    for dtype, side in ((torch.float32, 1), (torch.float32, 7), (torch.bfloat16, 97)):
+        crops = [torch.randint(0, 256, (3, side, side, 3), dtype=torch.uint8).to(device) for _ in range(2)]
+        drawn = plan.draw(0, 0, np.arange(3), np.full((3, 2), 300), views(Config()))[:, :2].T.copy()
+        assert ops.colour(crops, drawn, table, dtype).isfinite().all()
+        drawn["blur_radius"] = 0
+        assert ops.colour(crops, drawn, table, dtype).isfinite().all()
+    return 6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"))
     device = choose_device(parser.parse_args().device)
     paths = {op: by_device[device.type] for op, by_device in ops.paths().items()}
-    print(f"{dino_loss(device) + lists(device)} calls on {device}: {paths}")
+    print(f"{dino_loss(device) + lists(device) + colour(device)} calls on {device}: {paths}")
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -95,15 +95,15 @@ def save(result: dict[str, Any], folder: Path) -> Path:
 def text(case: dict[str, Any]) -> str:
     """One case for the terminal, without the columns in which no rival has anything."""
     head = ("rival", "median ms", "[quartiles]", "official / it", "images/s", "CPU ms", "it / copy", "GB/s", "of copy",
-            "extra MiB", "host ms")
+            "extra MiB", "host ms", "device GiB")
     lines = [head]
     for row in case["rows"]:
         low, high = row["quartiles_ms"]
         lines.append((row["rival"], f"{row['median_ms']:.3f}", f"[{low:.3f}, {high:.3f}]",
-                      f"{row['times_faster_than_official']:.2f}", _shown(row, "images_per_s", ",.0f"),
+                      _shown(row, "times_faster_than_official", ".2f"), _shown(row, "images_per_s", ",.0f"),
                       _shown(row, "cpu_ms", ".3f"), _shown(row, "times_the_copy", ".2f"), _shown(row, "gbps", ".1f"),
                       _shown(row, "share_of_copy_bandwidth", ".0%"), _shown(row, "extra_mib", ".1f"),
-                      _shown(row, "launch_ms", ".3f")))
+                      _shown(row, "launch_ms", ".3f"), _shown(row, "device_gib", ".2f")))
     kept = [column for column in zip(*lines, strict=True) if any(column[1:])]
     lines = list(zip(*kept, strict=True))
     widths = [max(map(len, column)) for column in kept]

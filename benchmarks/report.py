@@ -71,21 +71,24 @@ def provenance(result: dict) -> str:
             f"{result['date']}; `{result['command']}`. {' '.join(reasons(result))}").strip()
 
 
-def data() -> str:
-    """Every rival of the data path, from results/data-cpu.json; a sentence if there is no file."""
-    path = RESULTS / "data-cpu.json"
+def data(device_type: str) -> str:
+    """Every rival of the data path, from results/data-DEVICE.json; a sentence if there is no file."""
+    path = RESULTS / f"data-{device_type}.json"
     if not path.is_file():
-        return "`data` on a CPU: no measurement has been committed yet."
+        return f"`data` on a {'GPU' if device_type == 'cuda' else 'CPU'}: no measurement has been committed yet."
     result = json.loads(path.read_text())
     case, = result["cases"]
-    head = ("", "images/s", "ms an image: median [quartiles]", "CPU ms an image", "official / this", "crops")
+    head = ("", "images/s", "ms an image: median [quartiles]", "CPU ms an image", "official / this", "crops",
+            "device memory")
     rows = []
     for row in case["rows"]:
         low, high = row["quartiles_ms"]
+        faster, gib = row["times_faster_than_official"], row.get("device_gib")
         cells = (row["rival"], f"{row['images_per_s']:,.0f}", f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
-                 digits(row["cpu_ms"]), f"{row['times_faster_than_official']:.1f}",
-                 "the official ones, bit for bit" if row["same_crops"] else "its own, as many")
-        rows.append(tuple(f"**{cell}**" if row["rival"] == "dinofast" else cell for cell in cells))
+                 digits(row["cpu_ms"]), "" if faster is None else f"{faster:.1f}",
+                 "" if faster is None else "the official ones, bit for bit" if row["same_crops"] else "its own, as many",
+                 "" if gib is None else f"{gib:.1f} GiB")
+        rows.append(tuple(f"**{cell}**" if cell and row["rival"] == "dinofast" else cell for cell in cells))
     return "\n\n".join([f"`data` ({case['implementation']}), {case['case']}:", table(head, rows), provenance(result)])
 
 
@@ -140,7 +143,8 @@ def digits(ms: float) -> str:
 
 
 SPEED = [(benchmark, device_type) for device_type in ("cpu", "cuda") for benchmark in ("dino_loss", "adamw_ema")]
-TABLES = {"demo": demo, "data-cpu": data} | {f"{b}-{d}": functools.partial(speed, b, d) for b, d in SPEED}
+TABLES = ({"demo": demo} | {f"data-{d}": functools.partial(data, d) for d in ("cpu", "cuda")}
+          | {f"{b}-{d}": functools.partial(speed, b, d) for b, d in SPEED})
 
 
 def render(text: str) -> str:

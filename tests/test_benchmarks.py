@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_adamw_ema  # noqa: E402
 import bench_data  # noqa: E402
 import bench_dino_loss  # noqa: E402
+import data_on_gpu  # noqa: E402
 import gpu  # noqa: E402
 import launch_kernels  # noqa: E402
 import official  # noqa: E402
@@ -105,7 +106,26 @@ def test_rivals_of_the_data_path_agree(monkeypatch, tmp_path):
         assert row["same_crops"] and row["cpu_ms"] > 0 and row["images_per_s"] == 1e3 / row["median_ms"]
     record.save(result, tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert f"| official | {made['official']['images_per_s']:,.0f} | " in report.data()
+    assert f"| official | {made['official']['images_per_s']:,.0f} | " in report.data("cpu")
+
+
+def test_the_data_path_onto_a_gpu_rehearsed(monkeypatch, tmp_path):
+    """On the CPU, where the device's memory is not looked at."""
+    monkeypatch.setattr(data_on_gpu, "BATCHES", 2)
+    case = data_on_gpu.Case(8, 4, (32, 16))
+    assert bench_data.rivals_of(case) == tuple(data_on_gpu.RIVALS)
+    result = record.environment("data", CPU, "a command") | {"device_type": "cuda",
+                                                             "cases": [bench_data.measure_case(case, CPU)]}
+    rows = {row["rival"]: row for row in result["cases"][0]["rows"]}
+    absent = [reason.split(":")[0] for reason in result["cases"][0]["left_out"]]
+    assert sorted([*rows, *absent]) == sorted(data_on_gpu.RIVALS)
+    for row in rows.values():
+        assert row["images_per_s"] == 1e3 / row["median_ms"] > 0 and row["cpu_ms"] > 0 and row["device_gib"] is None
+    record.save(result, tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    table = report.data("cuda")
+    assert "official" not in table.split("|")[1:8] and all(f"{row['images_per_s']:,.0f} |" in table or
+                                                           f"{row['images_per_s']:,.0f}** |" in table for row in rows.values())
 
 
 def test_crops_that_differ_are_not_timed():

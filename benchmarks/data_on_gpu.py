@@ -1,0 +1,86 @@
+"""Images/s of the data path onto a GPU: from JPEG files to normalised bf16 crops in its memory, with all cores.
+
+Loaders work ahead, so each has the machine to itself for a turn: it starts, fills its queues, and then `BATCHES` batches are
+timed, to the end of the last kernel. Device memory is what the driver counts at most, without what was there before the turn.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import photographs
+import torch
+from record import version
+from timing import quartiles
+
+from dinofast.config import Config, cores
+from dinofast.data import Loader, dali, make_loader, native
+
+ROUNDS, FIRST, BATCHES = 3, 4, 16                # of each rival; batches before the clock starts; those timed
+RIVALS = {"dinofast, native": {"data_backend": "native"}, "dinofast": {"data_backend": "dali"},
+          "dinofast, decoding engine": {"data_backend": "dali", "hw_decoder_load": 1.0}}
+
+
+class Case(NamedTuple):
+    photographs: int
+    batch: int
+    sides: tuple[int, int] = (224, 96)
+
+    def __str__(self) -> str:
+        return (f"{self.photographs} photographs, batches of {self.batch}, 2 x {self.sides[0]} and 8 x {self.sides[1]} crops, "
+                f"bfloat16, {cores()} cores")
+
+
+def measure_case(case: Case, device: torch.device) -> dict[str, Any]:
+    absent = {"native": native.missing(), "dali": dali.missing()}
+    left_out = [f"{name}: {absent[options['data_backend']]}" for name, options in RIVALS.items()
+                if absent[options["data_backend"]]]
+    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name, options in RIVALS.items()
+                                                          if not absent[options["data_backend"]]}
+    with tempfile.TemporaryDirectory(prefix="dinofast-") as folder:
+        photographs.write(Path(folder) / "photographs", case.photographs)
+        for _ in range(ROUNDS):
+            for name, turns in times.items():
+                cfg = Config(data_path=f"{folder}/photographs", output_dir=folder, batch_size_per_gpu=case.batch,
+                             global_crops_size=case.sides[0], local_crops_size=case.sides[1], num_workers=cores(),
+                             precision="bf16", **RIVALS[name])
+                with closing(make_loader(cfg, device=device)) as loader:
+                    turns.append(take_turn(loader, device))
+    rows = []
+    for name, turns in times.items():
+        elapsed_ms, cpu_ms, device_gib = zip(*turns, strict=True)
+        low, median, high = quartiles(elapsed_ms)
+        rows.append({"rival": name, "same_crops": False, "images_per_s": 1e3 / median, "median_ms": median,
+                     "quartiles_ms": [low, high], "cpu_ms": quartiles(cpu_ms)[1], "elapsed_ms": list(elapsed_ms),
+                     "times_faster_than_official": None, "device_gib": max(device_gib) if device.type == "cuda" else None})
+    return {"case": str(case), "photographs": case.photographs, "batch": case.batch, "dtype": "bfloat16",
+            "implementation": "dali" if not absent["dali"] else "native", "rounds": ROUNDS,
+            "versions": {name: version(name) for name in ("pillow", "nvidia-dali-cuda130")}, "rows": rows,
+            "left_out": left_out}
+
+
+def take_turn(loader: Loader, device: torch.device) -> tuple[float, float, float]:
+    """Milliseconds an image: elapsed, and CPU time of all threads; GiB of device memory at most."""
+    def free() -> int:
+        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    before, least = free(), free()
+    for _ in range(FIRST):
+        next(loader)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elapsed, cpu = time.perf_counter(), time.process_time()
+    for _ in range(BATCHES):
+        next(loader)
+        least = min(least, free())
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    images = BATCHES * loader.batch_size
+    return ((time.perf_counter() - elapsed) * 1e3 / images, (time.process_time() - cpu) * 1e3 / images,
+            (before - least) / 2**30)
