@@ -177,6 +177,13 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
         find(str(tmp_path / "b.jpg"))
 
 
+def test_links_to_themselves_and_devices_are_refused(tmp_path):
+    photograph(tmp_path / "a.png"), photograph(tmp_path / "b.png")
+    (tmp_path / "self.png").symlink_to(tmp_path / "self.png"), (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    assert build(str(tmp_path), 0.5)[1] == [(str(tmp_path / "self.png"), "cannot be read: Too many levels of symbolic links"),
+                                            (str(tmp_path / "zero.jpg"), "not a regular file")]
+
+
 def test_fingerprint_follows_the_images_and_not_the_place(tmp_path):
     for place in ("here", "there", "other"):
         (tmp_path / place).mkdir()

@@ -113,10 +113,17 @@ def _walk(folder: bytes, above: tuple[tuple[int, int], ...] = ()) -> Iterator[by
     if here in above:
         return
     for entry in entries:
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _walk(entry.path, (*above, here))
         elif entry.name.lower().endswith(_ENDINGS):
             yield entry.path
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 _ENDINGS = tuple(ending.encode() for ending in (*shards.EXTENSIONS, *shards.ENDINGS))
