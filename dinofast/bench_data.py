@@ -59,7 +59,7 @@ def measure(cfg: Config, seconds: float) -> Measured:
     device = pick_device(cfg.device)
     with tempfile.TemporaryDirectory(prefix="dinofast-") as folder:
         start = time.perf_counter()
-        loader = make_loader(replace(cfg, output_dir=folder), device=device, on_progress=counting("images looked at", True))
+        loader = make_loader(replace(cfg, output_dir=folder), device=device, on_progress=counting("files looked at", True))
         index_s = time.perf_counter() - start
         with closing(loader):
             batches_a_round = max(1, loader.n_workers)         # workers finish at about the same time, batch by batch

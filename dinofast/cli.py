@@ -149,11 +149,11 @@ def _parser() -> Parser:
 
 def _pretrain(given: dict[str, Any]) -> None:
     if "data_path" not in given:
-        raise ValueError("--data_path is missing: give a folder of images, or a text file of image paths.")
+        raise ValueError("--data_path is missing: give a folder of images or .tar shards, or a text file of their paths.")
     cfg = from_arguments(given)
-    if not os.path.exists(cfg.data_path):                           # before torch is even imported
-        raise ValueError(f"--data_path '{cfg.data_path}' does not exist: give a folder of images, or a text file of image "
-                         "paths.")
+    if not os.path.exists(cfg.data_path) and "{" not in cfg.data_path:  # a pattern; before torch is even imported
+        raise ValueError(f"--data_path '{cfg.data_path}' does not exist: give a folder of images or .tar shards, or a text "
+                         "file of their paths.")
     if Path(cfg.output_dir).exists() and not Path(cfg.output_dir).is_dir():
         raise ValueError(f"--output_dir '{cfg.output_dir}' is a file: give a folder.")
     from .train import train

@@ -100,8 +100,9 @@ class Config:
     image_std: tuple[float, float, float] = _option((0.229, 0.224, 0.225), "[dinofast] Standard deviation of each channel.")
 
     # ---- data, files, processes
-    data_path: str = _option("/path/to/imagenet/train/", "Folder of images (a tree, with or without class folders, or flat), "
-        "or a text file with one image path a line.")
+    data_path: str = _option("/path/to/imagenet/train/", "Folder of images (a tree, with or without class folders, or flat) "
+        "or of WebDataset .tar shards, one shard, a pattern such as shards-{000000..000146}.tar, or a text file with one path "
+        "a line.")
     output_dir: str = _option(".", "Folder of the checkpoints and of log.txt. A run found there is resumed.")
     saveckp_freq: int = _option(20, "Keep a numbered checkpoint every so many epochs; 0 keeps none.")
     saveckp_steps: int = _option(0, "[dinofast] Also save checkpoint.pth every so many steps; 0 saves at the end of each epoch "

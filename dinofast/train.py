@@ -46,7 +46,7 @@ def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.
     if backbone is None:
         backbone_maker(cfg)                               # an unknown name is told before a million files are looked at
     loader = make_loader(cfg, rank=process.rank, world=process.world, device=process.device,
-                         on_progress=counting("images looked at", process.is_main))
+                         on_progress=counting("files looked at", process.is_main))
     if not process.all_equal(int(loader.fingerprint, 16) >> 66):
         raise ValueError(f"process {process.rank} finds {loader.n_images} usable images in --data_path {cfg.data_path}, others "
                          "find different ones: all processes must see the same files.")

@@ -17,6 +17,7 @@ import bench_data  # noqa: E402
 import bench_dino_loss  # noqa: E402
 import data_on_gpu  # noqa: E402
 import gpu  # noqa: E402
+import index_pass  # noqa: E402
 import launch_kernels  # noqa: E402
 import official  # noqa: E402
 import photographs  # noqa: E402
@@ -302,3 +303,10 @@ def test_gpu_run_reports_each_part(monkeypatch, code, limit_s, ended):
     monkeypatch.setitem(gpu.LIMIT_S, "tests", limit_s)
     assert gpu.run("tests", (sys.executable, "-c", code), float("inf"), dict(os.environ)).startswith(ended)
     assert gpu.run("tests", (sys.executable, "-c", code), 0.0, {}) == "FAILED: not begun, no time was left"
+
+
+def test_the_index_pass_is_measured():
+    told = index_pass.measure(1003)                                               # two folders
+    assert told["files"] == 1003 and told["first_us_a_file"] == told["first_seconds"] / 1003 * 1e6
+    assert told["cached_seconds"] < told["first_seconds"] and told["first_peak_mib"] >= 0
+    assert 40 < told["index_bytes_an_image"] < 400 and told["cache_bytes_a_file"] * 1003 == told["cache_mib"] * 2**20

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinofast.data.index import EXTENSIONS, build, find, inspect
+from dinofast.data import index
+from dinofast.data.index import build, inspect
+from dinofast.data.shards import EXTENSIONS
+
+
+def find(source):
+    return [os.fsdecode(path) for path in index.find(source)]
 
 
 def photograph(path, size=(40, 30), seed=0):
@@ -113,7 +119,7 @@ def test_what_cannot_be_listed_is_refused_by_name(tmp_path, monkeypatch):
     scandir = os.scandir
 
     def locked(folder):  # as root, permissions stop nobody
-        if folder.endswith("locked"):
+        if folder.endswith(b"locked"):
             raise PermissionError(13, "Permission denied", folder)
         return scandir(folder)
 
@@ -157,7 +163,9 @@ def test_too_many_refusals_stop_the_run(tmp_path):
 
 
 def test_inspect_gives_height_and_width(tmp_path):
-    assert inspect(str(photograph(tmp_path / "x.jpg", (50, 20)))) == (20, 50)
+    path = photograph(tmp_path / "x.jpg", (50, 20))
+    with path.open("rb") as file:
+        assert inspect(file.fileno(), 0, path.stat().st_size) == (20, 50)
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
@@ -167,6 +175,13 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     assert len(found) == 1 and refused == [(str(tmp_path / "b.jpg"), "not a regular file")]
     with pytest.raises(ValueError, match="neither a folder nor a file"):
         find(str(tmp_path / "b.jpg"))
+
+
+def test_links_to_themselves_and_devices_are_refused(tmp_path):
+    photograph(tmp_path / "a.png"), photograph(tmp_path / "b.png")
+    (tmp_path / "self.png").symlink_to(tmp_path / "self.png"), (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    assert build(str(tmp_path), 0.5)[1] == [(str(tmp_path / "self.png"), "cannot be read: Too many levels of symbolic links"),
+                                            (str(tmp_path / "zero.jpg"), "not a regular file")]
 
 
 def test_fingerprint_follows_the_images_and_not_the_place(tmp_path):

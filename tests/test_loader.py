@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import PIL
 import pytest
 import torch
 from test_index import bad_images, odd_images, photograph
+from test_shards import pack
 
 from dinofast.config import Config
 from dinofast.data import _record, dali, make_loader, native, pil, plan, tasks, threads, views
@@ -266,6 +268,55 @@ def test_the_list_of_refused_files_starts_anew_and_repeats_nothing(tmp_path):
     _record(path, [("a", "1"), ("b", "2"), ("a", "1")], anew=True)
     _record(path, [("b", "2"), ("c\udce9", "3")])
     assert Path(path).read_bytes() == b"a\t1\nb\t2\nc\xe9\t3\n"
+
+
+@pytest.fixture
+def sharded(photographs, tmp_path):
+    """The photographs in three shards and a single file, in the order of the folder."""
+    files = {path.name: path.read_bytes() for path in sorted(photographs.iterdir())}
+    names = list(files)
+    (tmp_path / "shards").mkdir()
+    for i, part in enumerate((names[:7], names[7:8], names[8:18])):
+        pack(tmp_path / "shards" / f"{i}.tar", {"notes.txt": b"text"} | {name: files[name] for name in part})
+    (tmp_path / "shards" / "3.png").write_bytes(files[names[18]])
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_give_the_crops_of_single_files(config, sharded, workers):
+    assert same(take(config(data_path=str(sharded), num_workers=workers), 10), take(config(), 10))
+
+
+def test_shards_resume_at_any_step_with_any_number_of_processes(config, sharded):
+    """Three shards, two processes: whose they are plays no part."""
+    whole = take(config(data_path=str(sharded), batch_size_per_gpu=8), 5)  # crosses into the third epoch
+    pairs = [take(config(data_path=str(sharded)), 2, rank=r, world=2, start_step=3) for r in (0, 1)]
+    for step in (0, 1):
+        parts = [images_of(pairs[r][step], (2, 2)) for r in (0, 1)]
+        joined = [torch.cat(p, 1) for p in zip(*parts, strict=True)]
+        assert same([joined], [images_of(whole[3 + step], (2, 2))])
+
+
+def test_members_that_fail_late_are_named_and_replaced(spoilt, tmp_path):
+    from_files = make_loader(spoilt())
+    crops = [next(from_files) for _ in range(6)]
+    files = {path.name: path.read_bytes() for path in sorted((tmp_path / "data").iterdir())}
+    shard = pack(tmp_path / "spoilt.tar", files)
+    loader = make_loader(replace(spoilt(), data_path=str(shard)))
+    assert same([next(loader) for _ in range(6)], crops)
+    assert sorted(path for path, _ in loader.refused) == [f"{shard}/{i:02}.png" for i in (3, 4, 11)]
+
+
+def test_a_damaged_shard_is_listed_and_the_rest_of_it_trained_on(config, sharded, tmp_path):
+    with open(sharded / "2.tar", "r+b") as file:
+        file.truncate(file.seek(0, os.SEEK_END) // 2)
+    loader = make_loader(config(data_path=str(sharded), batch_size_per_gpu=1))
+    assert 9 < loader.n_images < N
+    for _ in range(loader.n_images):
+        next(loader)
+    loader.close()
+    listed = [line.split("\t") for line in (tmp_path / "run" / "refused.txt").read_text().splitlines()]
+    assert [str(sharded / "2.tar"), "damaged tar archive"] in [[path, reason.split(":")[0]] for path, reason in listed]
 
 
 def test_fewer_images_than_a_step_takes(config):

@@ -26,8 +26,9 @@ def make_loader(cfg: Config, *, rank: int = 0, world: int = 1, start_step: int =
                 on_progress: Callable[[int, int], None] | None = None) -> Loader:
     """The crops of process `rank` of `world`, from optimiser step `start_step` on; see `Loader`.
 
-    Looks at every file first, calling `on_progress(done, total)` now and then. Raises `ValueError` if the source is missing or
-    holds no images, if more than the share `cfg.max_refused` of them is unreadable, or if they do not fill one step.
+    Looks at every file first, calling `on_progress(done, total)` now and then; `output_dir/index.npz` keeps what it finds, so
+    that the next time only new and changed files are looked at. Raises `ValueError` if the source is missing or holds no
+    images, if more than the share `cfg.max_refused` of them is unreadable, or if they do not fill one step.
     """
     return Loader(cfg, rank, world, start_step, torch.device(device), on_progress)
 
@@ -53,7 +54,8 @@ class Loader:
 
     def __init__(self, cfg: Config, rank: int, world: int, start_step: int, device: torch.device,
                  on_progress: Callable[[int, int], None] | None) -> None:
-        found, self.refused = index.build(cfg.data_path, cfg.max_refused, on_progress)
+        found, self.refused = index.build(cfg.data_path, cfg.max_refused, on_progress,
+                                          os.path.join(cfg.output_dir, "index.npz"))
         self.n_images, self.fingerprint = len(found), found.fingerprint
         global_batch = cfg.batch_size_per_gpu * world * cfg.accumulate
         self.steps_per_epoch = self.n_images // global_batch

@@ -1,0 +1,121 @@
+"""WebDataset shards: the images in a tar archive, and the patterns that name many archives.
+
+Only headers are read here; an image is then read from its place in the archive, by one `os.pread`. That wants a file system
+with random access, local or over the network. In return there is no shuffle buffer and no sharing out of shards: the order of
+an epoch, resuming and replacing are those of single files.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+
+from dinofast.data.pil import Refused, is_text
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
+ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")  # the others to be refused
+MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+BLOCK = 512
+PAST_END = "truncated: reaches past the end of its shard"
+MOST = 10**6  # files that a pattern may name
+_ENDINGS = tuple(ending.encode() for ending in ENDINGS)
+LARGEST = 2 * 10**9  # bytes of an image: one pread gives no more, and PIL takes none whose pixels need as many
+
+
+def images(file: io.RawIOBase) -> Iterator[tuple[bytes, int, int, str]]:
+    """Name, offset, length in bytes and reason of refusal ("" for none) of each image in an open tar archive, in its order.
+
+    An image is a member whose base name goes on, after its first dot, with one of EXTENSIONS: `000.jpg`, not `000.seg.png`.
+    Links are refused, as nothing says that what they point to is in the archive, and it would be seen twice if it is; sparse
+    members, whose bytes do not lie in one piece, are refused too. Raises `Refused` where the archive is damaged, after what
+    comes before.
+    """
+    fd, at, any_image = file.fileno(), 0, False
+    size, head = os.fstat(fd).st_size, os.pread(fd, 256, 0)
+    if not head:
+        raise Refused("empty file")
+    for magic, name in MAGIC.items():
+        if head.startswith(magic):
+            raise Refused(f"compressed with {name}: unpack it to a plain .tar first")
+    try:
+        tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # it would keep an object for each
+            if member.size < 0 or tar.offset <= at:
+                raise tarfile.ReadError("a size that cannot be")
+            at = tar.offset
+            if is_image(member.name) and not member.isdir():
+                any_image = True
+                reason = ("a link inside a shard" if member.islnk() or member.issym() else
+                          "a sparse member of a shard" if member.issparse() else
+                          "not a regular file" if not member.isreg() else
+                          PAST_END if member.offset_data + member.size > size else
+                          f"{member.size:,} bytes, too many for an image" if member.size > LARGEST else "")
+                yield os.fsencode(member.name), member.offset_data, member.size, reason
+    except OSError:
+        raise
+    except Exception as error:  # whatever tarfile meets in damaged headers
+        if not at:
+            raise Refused("text, not a tar archive" if is_text(head) else "not a tar archive") from error
+        raise Refused(f"damaged tar archive: {error} after byte {at:,}") from error
+    _check_end(fd, tar.offset, size)
+    if not any_image:
+        raise Refused("a tar archive without images")
+
+
+def _check_end(fd: int, at: int, size: int) -> None:
+    """Raise `Refused` if an archive does not end at byte `at`, where tarfile has stopped without a word."""
+    end = os.pread(fd, BLOCK, at)
+    if len(end) < BLOCK:
+        raise Refused(f"truncated tar archive: no end mark at byte {at:,}")
+    if any(end):
+        raise Refused(f"damaged tar archive: no header at byte {at:,}")
+    for start in range(at, size, 1 << 20):
+        if any(block := os.pread(fd, 1 << 20, start)):
+            where = start + len(block) - len(block.lstrip(b"\0"))
+            raise Refused(f"damaged tar archive: it ends at byte {at:,}, but there is more at byte {where:,}")
+
+
+def is_shard(path: bytes) -> bool:
+    return path.lower().endswith(_ENDINGS)
+
+
+def is_image(name: str) -> bool:
+    """Whether a member of an archive is an image by its WebDataset extension, all that follows the first dot."""
+    key, _, extension = name.rpartition("/")[2].partition(".")
+    return bool(key) and f".{extension.lower()}" in EXTENSIONS
+
+
+def expand(pattern: str) -> list[str]:
+    """What a pattern with braces stands for, in its order: `{000000..000146}` counts, with as many digits, `{a,b}` lists.
+
+    Raises `ValueError` for other braces, or more than MOST names.
+    """
+    pieces = re.split(r"\{([^{}]*)\}", pattern)
+    choices, n = [], 1
+    for i, piece in enumerate(pieces):
+        choices.append(_alternatives(piece, pattern) if i % 2 else [piece])
+        if not i % 2 and ("{" in piece or "}" in piece):
+            raise ValueError(f"--data_path {pattern} has braces that are nested or not closed: write each pattern by itself, "
+                             "as in shards-{000000..000146}.tar.")
+        n *= len(choices[-1])
+        if n > MOST:
+            raise ValueError(f"--data_path {pattern} stands for more than {MOST:,} files: write fewer.")
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def _alternatives(inside: str, pattern: str) -> range | list[str]:
+    if "," in inside:
+        return inside.split(",")
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside, re.ASCII)
+    if not numbers or int(numbers[1]) > int(numbers[2]):
+        raise ValueError(f"--data_path {pattern} holds {{{inside}}}, neither a range such as {{000000..000146}} nor a list "
+                         "such as {a,b}: write one of them.")
+    first, last = int(numbers[1]), int(numbers[2])
+    last = min(last, first + MOST)  # one more than is allowed is enough to know
+    width = len(numbers[1]) if numbers[1].startswith("0") or len(numbers[1]) == len(numbers[2]) else 0
+    return [f"{i:0{width}}" for i in range(first, last + 1)]
