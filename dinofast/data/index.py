@@ -234,6 +234,9 @@ def look_at(files: Names, known_files: Names, known: Findings, on_progress: Call
         both = Findings.join([known, *parts])
         return both.take(np.where(same, at[seen], len(known) + np.cumsum(~same) - 1))
 
+    def worth_keeping() -> bool:
+        return any((part.stamps["size"] >= 0).any() for part in parts)
+
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
         Image.preinit()
@@ -246,7 +249,7 @@ def look_at(files: Names, known_files: Names, known: Findings, on_progress: Call
                     on_progress(done, total)
         except BaseException:
             pool.shutdown(cancel_futures=True)  # somebody wants to stop: the rest need not be looked at
-            if save and any(map(len, parts)):
+            if save and worth_keeping():
                 same[done:] = at[done:] >= 0  # whether they have changed, the next pass will see
                 seen = np.flatnonzero(same | (np.arange(total) < done))
                 save(files.take(seen), found(seen, same[seen]))
@@ -254,7 +257,7 @@ def look_at(files: Names, known_files: Names, known: Findings, on_progress: Call
     if same.all() and known_files.text == files.text:
         return known
     every = found(np.arange(total), same)
-    if save:
+    if save and (worth_keeping() or known_files.text != files.text):
         save(files, every)
     return every
 
