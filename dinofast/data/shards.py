@@ -74,8 +74,8 @@ def _check_end(fd: int, at: int, size: int) -> None:
         raise Refused(f"truncated tar archive: no end mark at byte {at:,}")
     if any(end):
         raise Refused(f"damaged tar archive: no header at byte {at:,}")
-    for start in range(at, size, 1 << 20):
-        if any(block := os.pread(fd, 1 << 20, start)):
+    for start in range(at, size, 1 << 16):
+        if any(block := os.pread(fd, 1 << 16, start)):
             where = start + len(block) - len(block.lstrip(b"\0"))
             raise Refused(f"damaged tar archive: it ends at byte {at:,}, but there is more at byte {where:,}")
 
