@@ -140,8 +140,8 @@ def claiming(data, header, size):
 def test_a_member_too_large_for_an_image_is_refused(images, tmp_path):
     shard = pack(tmp_path / "a.tar", images)
     last, start = offset_of(shard, "0003.png")
-    shard.write_bytes(claiming(shard.read_bytes(), last, b"%011o\0" % (shards.LARGEST + 1)))
-    os.truncate(shard, start + shards.LARGEST + 10_000)  # zeros that take no room on the disk
+    shard.write_bytes(claiming(shard.read_bytes(), last, b"%011o\0" % (index.LARGEST + 1)))
+    os.truncate(shard, start + index.LARGEST + 10_000)  # zeros that take no room on the disk
     assert build(str(shard), 0.5)[1] == [(f"{shard}/0003.png", "2,000,000,001 bytes, too many for an image")]
 
 
