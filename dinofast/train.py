@@ -27,8 +27,8 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
     """Pretrain as `cfg` says, resuming what `cfg.output_dir` holds; returns the path of the last checkpoint.
 
     backbone: makes any module that maps images (B, 3, h, w) to features (B, D); `cfg.arch` is then only a word in the log.
-    Raises `ValueError` for options, data or a checkpoint that cannot be right (before anything is written), `log.Interrupted`
-    after SIGINT or SIGTERM with everything saved, `log.Diverged` when the loss stays non-finite.
+    Raises `ValueError` for options, data or a checkpoint that cannot be right (before anything but the index is written),
+    `log.Interrupted` after SIGINT or SIGTERM with everything saved, `log.Diverged` when the loss stays non-finite.
     """
     if isinstance(backbone, nn.Module):
         raise ValueError(f"backbone is a {type(backbone).__name__}: give what makes one, a class or a function; it is called "

@@ -184,6 +184,15 @@ def test_links_to_themselves_and_devices_are_refused(tmp_path):
                                             (str(tmp_path / "zero.jpg"), "not a regular file")]
 
 
+def test_a_file_too_large_for_an_image_is_refused_unread(tmp_path):
+    photograph(tmp_path / "a.jpg"), photograph(tmp_path / "b.jpg")
+    with open(tmp_path / "b.jpg", "r+b") as file:
+        end = file.read()[-2:]
+        file.seek(index.LARGEST)  # a header and an end, and between them zeros that take no room on the disk
+        file.write(end)
+    assert build(str(tmp_path), 0.5)[1] == [(str(tmp_path / "b.jpg"), "2,000,000,002 bytes, too many for an image")]
+
+
 def test_fingerprint_follows_the_images_and_not_the_place(tmp_path):
     for place in ("here", "there", "other"):
         (tmp_path / place).mkdir()

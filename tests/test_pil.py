@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinofast.data.pil import Refused, cut, decode, read, render
+from dinofast.data.pil import Refused, Unread, cut, decode, read, refusing, render
 from dinofast.data.plan import VIEW
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "augment.npz")
@@ -88,6 +88,14 @@ def test_one_pixel_makes_a_crop():
 def test_a_missing_file_is_refused_with_the_reason(tmp_path):
     with pytest.raises(Refused, match="cannot be read: No such file or directory"):
         read(tmp_path / "gone.jpg")
+
+
+def test_what_may_be_right_another_time_is_told_apart():
+    for error, kind, reason in ((MemoryError(), Unread, "MemoryError"), (OSError(5, "Input"), Unread, "cannot be read: Input"),
+                                (OSError("image file is truncated"), Refused, "image file is truncated")):
+        with pytest.raises(Refused, match=reason) as raised, refusing():
+            raise error
+        assert type(raised.value) is kind
 
 
 def test_rgb_is_not_copied(tmp_path, monkeypatch):

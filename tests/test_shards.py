@@ -5,6 +5,7 @@ import io
 import os
 import tarfile
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -127,16 +128,40 @@ def test_a_shard_cut_off_anywhere_keeps_what_comes_before(images, tmp_path):
         assert str(shard) in dict(refused) and len(refused) <= 2
 
 
+def claiming(data, header, size):
+    """A shard in which the member of this header claims another size, 12 bytes as tar writes it; its checksum is right."""
+    data = bytearray(data)
+    data[header + 124 : header + 136] = size
+    data[header + 148 : header + 156] = b" " * 8
+    data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
+    return bytes(data)
+
+
+def test_a_member_too_large_for_an_image_is_refused(images, tmp_path):
+    shard = pack(tmp_path / "a.tar", images)
+    last, start = offset_of(shard, "0003.png")
+    shard.write_bytes(claiming(shard.read_bytes(), last, b"%011o\0" % (index.LARGEST + 1)))
+    os.truncate(shard, start + index.LARGEST + 10_000)  # zeros that take no room on the disk
+    assert build(str(shard), 0.5)[1] == [(f"{shard}/0003.png", "2,000,000,001 bytes, too many for an image")]
+
+
+def test_listing_a_shard_keeps_no_object_for_each_member(tmp_path):
+    shard = pack(tmp_path / "a.tar", {f"{i:05}.png": b"x" for i in range(3000)})
+    with shard.open("rb", buffering=0) as file:
+        tracemalloc.start()
+        assert sum(1 for _ in shards.images(file)) == 3000
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 500_000  # bytes; it would be megabytes
+
+
 def test_each_kind_of_damage_is_named(images, tmp_path):
     shard = pack(tmp_path / "a.tar", images)
     whole = shard.read_bytes()
     third, _ = offset_of(shard, "0002.png")
     last = offset_of(shard, "0003.png")[1]
     end = last + -(-len(images["0003.png"]) // 512) * 512
-    huge = bytearray(whole)
-    huge[third + 124 : third + 136] = b"77777777777\0"  # a size of 8 GiB, with its checksum
-    huge[third + 148 : third + 156] = b" " * 8
-    huge[third + 148 : third + 156] = b"%06o\0 " % sum(huge[third : third + 512])
+    huge, backwards = (claiming(whole, third, size) for size in (b"77777777777\0", b"\xff" * 10 + b"\xfc\0"))
     before, after = whole[:third], whole[third + 1024 :]
     past = {"/0002.png": "truncated: reaches past the end", "": "damaged tar archive: unexpected end of data"}
     for data, n, reasons in (
@@ -144,7 +169,8 @@ def test_each_kind_of_damage_is_named(images, tmp_path):
         (before + bytes(1024) + after, 2, {"": f"damaged tar archive: it ends at byte {third:,}, but there is more"}),
         (whole[:end], 4, {"": f"truncated tar archive: no end mark at byte {end:,}"}),
         (whole + whole, 4, {"": "damaged tar archive: it ends at byte"}),
-        (whole[: third + 600], 2, past), (bytes(huge), 2, past),
+        (whole[: third + 600], 2, past), (huge, 2, past),
+        (backwards, 2, {"": "damaged tar archive: "}),  # or it would be read in circles
         (pack(tmp_path / "none.tar", {"a.txt": b"text"}).read_bytes(), 0, {"": "a tar archive without images"}),
         (b"words " * 200, 0, {"": "text, not a tar archive"}), (os.urandom(2048), 0, {"": "not a tar archive"}),
         (b"", 0, {"": "empty file"}), (bytes(10240), 0, {"": "a tar archive without images"}),

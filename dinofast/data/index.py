@@ -23,6 +23,7 @@ from dinofast.data.pil import Refused, Unread, refusing
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 CHUNK = 256  # files per task of the pool: keeps its overhead well below a microsecond a file
 HEAD, TAIL = 16384, 64  # bytes; two plain reads instead of PIL's many halve the time of threads that wait for each other
+LARGEST = 2 * 10**9  # bytes of an image: one pread gives no more, and PIL takes none whose pixels need as many
 THREADS = 8  # they hide the latency of network storage
 SETTLED_NS = 10 * 10**9  # a file written later than so long ago may change and keep its time, as clocks are coarse
 WAYS = "give a folder of images or of .tar shards, a shard, a pattern such as shards-{000000..000146}.tar, or a text file " \
@@ -134,6 +135,8 @@ def inspect(fd: int, start: int, length: int) -> tuple[int, int]:
 
     A JPEG or PNG without its end marker among the last bytes is decoded to know whether it is truncated or merely odd.
     """
+    if length > LARGEST:
+        raise Refused(f"{length:,} bytes, too many for an image")
     with refusing():
         head = os.pread(fd, min(length, HEAD), start)
         tail = head[-TAIL:] if length <= HEAD else os.pread(fd, TAIL, start + length - TAIL)
@@ -149,8 +152,6 @@ def inspect(fd: int, start: int, length: int) -> tuple[int, int]:
 
 def _all(fd: int, start: int, length: int) -> bytes:
     with refusing():
-        if length > shards.LARGEST:
-            raise Refused(f"{length:,} bytes, too many for an image")
         return os.pread(fd, length, start)
 
 
@@ -234,6 +235,9 @@ def look_at(files: Names, known_files: Names, known: Findings, on_progress: Call
         both = Findings.join([known, *parts])
         return both.take(np.where(same, at[seen], len(known) + np.cumsum(~same) - 1))
 
+    def worth_keeping() -> bool:
+        return any((part.stamps["size"] >= 0).any() for part in parts)
+
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
         Image.preinit()
@@ -246,7 +250,7 @@ def look_at(files: Names, known_files: Names, known: Findings, on_progress: Call
                     on_progress(done, total)
         except BaseException:
             pool.shutdown(cancel_futures=True)  # somebody wants to stop: the rest need not be looked at
-            if save and any(map(len, parts)):
+            if save and worth_keeping():
                 same[done:] = at[done:] >= 0  # whether they have changed, the next pass will see
                 seen = np.flatnonzero(same | (np.arange(total) < done))
                 save(files.take(seen), found(seen, same[seen]))
@@ -254,7 +258,7 @@ def look_at(files: Names, known_files: Names, known: Findings, on_progress: Call
     if same.all() and known_files.text == files.text:
         return known
     every = found(np.arange(total), same)
-    if save:
+    if save and (worth_keeping() or known_files.text != files.text):
         save(files, every)
     return every
 

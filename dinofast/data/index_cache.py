@@ -35,10 +35,10 @@ def load(path: str, source: str) -> tuple[Names, Findings]:
 def save(path: str, source: str, names: Names, found: Findings) -> None:
     """Written whole or not at all; where it cannot be written, the next pass is as slow as this one."""
     texts = {"names": names.text, "members": found.members.text, "reasons": found.reasons.text, "header": _header(source)}
-    unfinished = f"{path}.{os.getpid()}.tmp"
+    unfinished = f"{path}.{os.urandom(4).hex()}.tmp"  # where there are no locks, several may be at it
     with suppress(OSError):
         try:
-            with open(unfinished, "wb") as file:
+            with open(unfinished, "xb") as file:
                 np.savez(file, stamps=found.stamps, counts=found.counts, rows=found.rows,
                          **{name: np.frombuffer(text, np.uint8) for name, text in texts.items()})
                 file.flush()
