@@ -151,11 +151,17 @@ void transpose(const uint8_t* from, int64_t from_stride, int64_t h, int64_t w, u
                     for (int64_t y = y0; y < std::min(h, y0 + side); ++y) to[x * to_stride + y] = from[y * from_stride + x];
 }
 
-// (height, width, 3) to planes of rows (3, height, width).
-DINOFAST_CLONES void rows_of(const uint8_t* rgb, int64_t n, uint8_t* planes) {
+// (n, bytes), of which the first three are the colours, to planes (3, n).
+template <int BYTES>
+DINOFAST_INLINE void split(const uint8_t* pixels, int64_t n, uint8_t* planes) {
     uint8_t *r = planes, *g = r + n, *b = g + n;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) r[i] = rgb[3 * i], g[i] = rgb[3 * i + 1], b[i] = rgb[3 * i + 2];
+    for (int64_t i = 0; i < n; ++i) r[i] = pixels[BYTES * i], g[i] = pixels[BYTES * i + 1], b[i] = pixels[BYTES * i + 2];
+}
+
+DINOFAST_CLONES void split(const uint8_t* pixels, int64_t bytes, int64_t n, uint8_t* planes) {
+    if (bytes == 4) split<4>(pixels, n, planes);
+    else split<3>(pixels, n, planes);
 }
 
 struct Scratch {
@@ -375,12 +381,12 @@ void write(const uint8_t* crop, int64_t area, const Levels& levels, void* out) {
 
 }  // namespace
 
-void multicrop(const uint8_t* rgb, int64_t height, int64_t width, const View* views, int64_t n, const Levels& levels,
-               void* const* crops) {
+void multicrop(const uint8_t* image, int64_t height, int64_t width, int64_t bytes, const View* views, int64_t n,
+               const Levels& levels, void* const* crops) {
     const int64_t pixels = height * width;
     Plane rows(3 * pixels + kVector), columns(3 * pixels + kVector), crop;
     Scratch scratch;
-    rows_of(rgb, pixels, rows.data());
+    split(image, bytes, pixels, rows.data());
     for (int c = 0; c < 3; ++c) transpose(rows.data() + c * pixels, width, height, width, columns.data() + c * pixels, height);
     for (int64_t i = 0; i < n; ++i) {
         const View& view = views[i];
