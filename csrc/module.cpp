@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
@@ -64,10 +65,11 @@ std::pair<double, double> dino_loss(uintptr_t student, int student_dtype, std::p
 
 constexpr int32_t kLargestCrop = 1 << 14;  // pixels, as in dinofast/config.py
 
-void multicrop(const py::array_t<uint8_t, py::array::c_style>& rgb, const py::array& views, const Addresses& crops, int kind,
+void multicrop(const py::array_t<uint8_t, py::array::c_style>& image, const py::array& views, const Addresses& crops, int kind,
                const std::optional<Floats>& table) {
     using dinofast::Levels;
-    if (rgb.ndim() != 3 || rgb.shape(2) != 3) throw std::invalid_argument("rgb must be (height, width, 3)");
+    if (image.ndim() != 3 || (image.shape(2) != 3 && image.shape(2) != 4))
+        throw std::invalid_argument("image must be (height, width, 3 or 4)");
     if (views.itemsize() != sizeof(dinofast::View) || views.ndim() != 1 || !(views.flags() & py::array::c_style) ||
         uintptr_t(views.data()) % alignof(dinofast::View) || size_t(views.size()) != crops.size())
         throw std::invalid_argument("views must be as many as crops, one after the other, as plan.VIEW lays them out");
@@ -76,7 +78,7 @@ void multicrop(const py::array_t<uint8_t, py::array::c_style>& rgb, const py::ar
     const auto* drawn = static_cast<const dinofast::View*>(views.data());
     for (size_t i = 0; i < crops.size(); ++i) {  // any bytes may come: what passes here is safe to execute
         const int64_t y = drawn[i].box[0], x = drawn[i].box[1], h = drawn[i].box[2], w = drawn[i].box[3];
-        if (y < 0 || x < 0 || h < 1 || w < 1 || y + h > rgb.shape(0) || x + w > rgb.shape(1) || drawn[i].size < 1)
+        if (y < 0 || x < 0 || h < 1 || w < 1 || y + h > image.shape(0) || x + w > image.shape(1) || drawn[i].size < 1)
             throw std::invalid_argument("a box does not lie in the image");
         if (drawn[i].size > kLargestCrop) throw std::invalid_argument("a crop is larger than 16384");
         for (int k = 0; drawn[i].jitter && k < 4; ++k) {
@@ -90,7 +92,30 @@ void multicrop(const py::array_t<uint8_t, py::array::c_style>& rgb, const py::ar
     for (const uintptr_t address : crops) places.push_back(at<void>(address));
     const Levels levels{static_cast<Levels::Kind>(kind), table ? table->data() : nullptr};
     py::gil_scoped_release release;
-    dinofast::multicrop(rgb.data(), rgb.shape(0), rgb.shape(1), drawn, int64_t(places.size()), levels, places.data());
+    dinofast::multicrop(image.data(), image.shape(0), image.shape(1), image.shape(2), drawn, int64_t(places.size()), levels,
+                        places.data());
+}
+
+struct ArrowArray {  // as the Arrow C data interface lays it out
+    int64_t length, null_count, offset, n_buffers, n_children;
+    const void** buffers;
+    ArrowArray** children;
+    ArrowArray* dictionary;
+    void (*release)(ArrowArray*);
+    void* private_data;
+};
+
+py::array_t<uint8_t> lent(const py::capsule& owner, int64_t height, int64_t width) {
+    if (std::strcmp(owner.name() ? owner.name() : "", "arrow_array")) throw std::invalid_argument("not an Arrow array");
+    const auto* array = owner.get_pointer<ArrowArray>();
+    if (!array->release || array->offset || array->length != height * width || array->n_children != 1)
+        throw std::invalid_argument("not one pixel after the other");
+    const ArrowArray& bytes = **array->children;
+    if (bytes.offset || bytes.n_buffers != 2 || bytes.length != 4 * height * width)
+        throw std::invalid_argument("not of 4 bytes a pixel");
+    py::array_t<uint8_t> pixels({height, width, int64_t(4)}, static_cast<const uint8_t*>(bytes.buffers[1]), owner);
+    pixels.attr("setflags")(py::arg("write") = false);
+    return pixels;
 }
 
 py::array_t<uint8_t> empty(size_t bytes) {
@@ -154,8 +179,10 @@ PYBIND11_MODULE(_C, m) {
           py::arg("teacher_temp"), py::arg("terms"), py::arg("diagonal"), py::arg("teacher_sum"), py::arg("grad"),
           py::arg("grad_scale"), py::arg("streamed"), py::arg("n_threads"),
           "Fills teacher_sum (K,) and grad (V, B, K) unless None; returns the loss and the mean teacher entropy.");
-    m.def("multicrop", &multicrop, py::arg("rgb").noconvert(), py::arg("views"), py::arg("crops"), py::arg("kind"),
+    m.def("multicrop", &multicrop, py::arg("image").noconvert(), py::arg("views"), py::arg("crops"), py::arg("kind"),
           py::arg("table").noconvert(), "All crops of an image; kind: 0 uint8, 1 float32, 2 bfloat16, the last two by table.");
+    m.def("lent", &lent, py::arg("arrow_array"), py::arg("height"), py::arg("width"),
+          "Pixels (height, width, 4) in the memory of their owner, which stays until the array has gone.");
     m.def("empty", &empty, py::arg("bytes"), "Memory for a large result, that of an earlier one where the size is the same.");
     m.attr("large") = dinofast::kLarge;
     m.def("adamw_ema_", &adamw_ema, py::arg("params"), py::arg("grads"), py::arg("grad_dtypes"), py::arg("exp_avgs"),

@@ -119,7 +119,7 @@ def _stages(loader: Loader, device: torch.device, seconds: float, cpu_ms: float)
             image = pil.decode(data)
             times.append(time.thread_time())
             if loader.backend == "native":
-                native.render(np.asarray(image), drawn, places, table)
+                native.render(native.pixels(image), drawn, places, table)
             else:
                 for view in drawn:
                     pil.render(image, view)

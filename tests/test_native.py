@@ -150,3 +150,39 @@ def test_images_need_not_be_contiguous() -> None:
     view = one(image, box=(0, 0, 20, 20), size=8)
     for same in (np.asfortranarray(image), np.ascontiguousarray(image[:, ::-1])[:, ::-1]):
         assert (render(same, view)[0] == render(image, view)[0]).all()
+
+
+def test_pixels_are_lent_where_pillow_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = noise(40, 60)
+    image = Image.fromarray(array)
+    lent = native.pixels(image)
+    assert (lent[..., :3] == array).all() and lent.shape[2] == (4 if hasattr(image, "__arrow_c_array__") else 3)
+    view = one(array, box=(3, 2, 20, 21), size=16)
+    expected = render(array, view)[0]
+    assert (render(lent, view)[0] == expected).all() and not lent.flags.writeable
+    del image  # the memory stays with whoever reads it
+    assert (render(lent, view)[0] == expected).all()
+
+    several = Image.fromarray(np.tile(array, (50, 40, 1)))  # 19 MB: more than one block
+    assert native.pixels(several).shape == (2000, 2400, 3)
+    monkeypatch.setattr(Image.core, "get_alignment", lambda: 64)
+    assert native.pixels(Image.fromarray(array)).shape == (40, 60, 3)
+
+
+@pytest.mark.skipif(not hasattr(Image.Image, "__arrow_c_array__"), reason="Pillow before 11.3 lends nothing")
+def test_what_is_lent_must_be_the_image() -> None:
+    image = Image.fromarray(noise(40, 60))
+    schema, array = image.__arrow_c_array__()
+    for capsule, height in ((schema, 40), (array, 41), (image.convert("L").__arrow_c_array__()[1], 40)):
+        with pytest.raises(ValueError, match="not "):
+            native._C.lent(capsule, height, 60)
+
+
+def test_memory_of_crops_is_used_again_only_when_nobody_holds_it() -> None:
+    held = [native._C.empty(1 << 20) for _ in range(6)]
+    addresses = {array.ctypes.data for array in held}
+    assert len(addresses) == 6
+    kept = held.pop()
+    del held
+    again = [native._C.empty(1 << 20) for _ in range(4)]
+    assert {array.ctypes.data for array in again} <= addresses - {kept.ctypes.data}

@@ -151,16 +151,21 @@ void transpose(const uint8_t* from, int64_t from_stride, int64_t h, int64_t w, u
                     for (int64_t y = y0; y < std::min(h, y0 + side); ++y) to[x * to_stride + y] = from[y * from_stride + x];
 }
 
-// (height, width, 3) to planes of rows (3, height, width).
-DINOFAST_CLONES void rows_of(const uint8_t* rgb, int64_t n, uint8_t* planes) {
+// (n, bytes), of which the first three are the colours, to planes (3, n).
+template <int BYTES>
+DINOFAST_INLINE void split(const uint8_t* pixels, int64_t n, uint8_t* planes) {
     uint8_t *r = planes, *g = r + n, *b = g + n;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) r[i] = rgb[3 * i], g[i] = rgb[3 * i + 1], b[i] = rgb[3 * i + 2];
+    for (int64_t i = 0; i < n; ++i) r[i] = pixels[BYTES * i], g[i] = pixels[BYTES * i + 1], b[i] = pixels[BYTES * i + 2];
+}
+
+DINOFAST_CLONES void split(const uint8_t* pixels, int64_t bytes, int64_t n, uint8_t* planes) {
+    if (bytes == 4) split<4>(pixels, n, planes);
+    else split<3>(pixels, n, planes);
 }
 
 struct Scratch {
     Plane first, turned, second;
-    std::vector<uint32_t> sums;
 };
 
 constexpr int64_t kVector = 16;  // numbers that are worked on together: a rest of fewer costs as much as many vectors
@@ -246,30 +251,26 @@ DINOFAST_CLONES void grey(uint8_t* r, uint8_t* g, uint8_t* b, int64_t n) {
     for (int64_t i = 0; i < n; ++i) r[i] = g[i] = b[i] = luma(r[i], g[i], b[i]);
 }
 
-// Through PIL's 8-bit HSV, in which the hue is turned by `step` of 256. PIL computes partly in double; floats and products with
-// reciprocals stand where they give the same for every colour (tests/test_native.py tries all).
+// Through PIL's 8-bit HSV, in which the hue is turned by `step` of 256. PIL computes partly in double; floats and integers stand
+// where they give the same for every colour and every step (tests/test_native.py tries all colours).
 DINOFAST_CLONES void hue(uint8_t* r, uint8_t* g, uint8_t* b, int64_t n, int32_t step) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
         const int32_t R = r[i], G = g[i], B = b[i];
         const int32_t more = G > B ? G : B, less = G < B ? G : B, most = R > more ? R : more, least = R < less ? R : less;
-        const int32_t range = most - least;
-        const float value = float(most), divisor = float(range > 1 ? range : 1), ceiling = float(most > 1 ? most : 1);
-        const float rc = float(most - R) / divisor, gc = float(most - G) / divisor, bc = float(most - B) / divisor;
-        float plus = gc, minus = rc, base = 4.0f;
-        plus = G == most ? rc : plus, minus = G == most ? bc : minus, base = G == most ? 2.0f : base;
-        plus = R == most ? bc : plus, minus = R == most ? gc : minus, base = R == most ? 0.0f : base;
-        const double sector = float(double(base) + plus - minus);
-        const double turn = sector * (1 / 6.0) + 1.0;
-        const double back = turn - 1.0;
-        const int32_t level = int32_t(float(turn >= 1.0 ? back : turn) * 255.0);
-        const int32_t h = (level + step) & 255;
-        const float s = float(int32_t(float(range) * (255.0f / ceiling) + 1e-5f)) / 255.0f;
-        const int32_t sixth = h * 6 / 255;
-        const float f = float(h * 6 - sixth * 255) / 255.0f;
-        const int32_t p = int32_t(value * (1.0f - s) + 0.5f);
-        const int32_t q = int32_t(value * (1.0f - s * f) + 0.5f);
-        const int32_t t = int32_t(value * (1.0f - s * (1.0f - f)) + 0.5f);
+        const int32_t range = most - least, beyond = most - (R + G + B - most - least);  // the middle one
+        int32_t corner = G == least ? 5 : 3, sign = G == least ? -1 : 1;  // the hue is so many sixths, and a share of one more
+        corner = G == most ? (B == least ? 1 : 3) : corner, sign = G == most ? (B == least ? 1 : -1) : sign;
+        corner = R == most ? (B == least ? 1 : -1) : corner, sign = R == most ? (B == least ? -1 : 1) : sign;
+        const float sixths = float(corner) + float(sign * beyond) / float(range > 1 ? range : 1), part = sixths / 6.0f;
+        const float turn = sixths < 0 ? part + 1.0f : part;
+        const int32_t above = int32_t(turn * 255.0f);  // the product may have been rounded up; these differences are exact
+        const int32_t level = above - (turn * 256.0f - float(above) < turn ? 1 : 0);
+        const int32_t h = (level + step) & 255, sixth = (h * 6 * 257 + 257) >> 16, rest = h * 6 - sixth * 255;  // of h * 6 / 255
+        const int32_t s = int32_t(float(range * 255) / float(most > 1 ? most : 1));
+        const int32_t p255 = most * (255 - s) + 128, p = (p255 + (p255 >> 8)) >> 8;
+        const int32_t q = int32_t(float(most * (65025 - s * rest)) * (1 / 65025.0f) + 0.5f);
+        const int32_t t = int32_t(float(most * (65025 - s * (255 - rest))) * (1 / 65025.0f) + 0.5f);
         const int32_t k = sixth == 6 ? 0 : sixth;
         const int32_t k0 = -(k == 0), k1 = -(k == 1), k2 = -(k == 2), k3 = -(k == 3), k4 = -(k == 4), k5 = -(k == 5);  // all bits
         r[i] = uint8_t((most & (k0 | k5)) | (q & k1) | (p & (k2 | k3)) | (t & k4));
@@ -298,51 +299,59 @@ BoxBlur box_blur(double sigma) {  // of three passes that together come near a G
     return {r, near, ((uint32_t(1) << 24) - uint32_t(r * 2 + 1) * near) / 2};
 }
 
-// Three passes along a row of n numbers, the border repeated; x and sums are scratch.
-DINOFAST_CLONES void blur_row(uint8_t* row, int64_t n, const BoxBlur& blur, uint8_t* x, uint32_t* sums) {
-    const int64_t reach = blur.radius + 1;
-    for (int pass = 0; pass < 3; ++pass) {
-        std::memset(x, row[0], size_t(reach)), std::memcpy(x + reach, row, size_t(n));
-        std::memset(x + reach + n, row[n - 1], size_t(reach));
-        const uint8_t *left = x, *right = x + 2 * reach;
+// out[i] = sum over the pixels x[i + k step] of the box, each by its weight, for n numbers i. RADIUS -1 takes any.
+template <int RADIUS>
+DINOFAST_INLINE void box_pass(const uint8_t* x, int64_t n, int64_t step, const BoxBlur& blur, uint8_t* out) {
+    const int64_t radius = RADIUS < 0 ? blur.radius : RADIUS, reach = (radius + 1) * step;
+    const uint32_t near = blur.near, far = blur.far;
+    constexpr int64_t block = 512;
+    uint32_t sums[block];
+    for (int64_t i0 = 0; i0 < n; i0 += block, x += block, out += block) {
+        const int64_t m = std::min(block, n - i0);
+        if (RADIUS < 0) {
+            std::fill(sums, sums + m, 0);
+            for (int64_t k = -radius; k <= radius; ++k)
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j) sums[j] = (uint32_t(left[j]) + right[j]) * blur.far + (1u << 23);
-        for (int64_t k = 1; k < 2 * reach; ++k) {
-            const uint8_t* near = x + k;
-#pragma omp simd
-            for (int64_t j = 0; j < n; ++j) sums[j] += near[j] * blur.near;
+                for (int64_t i = 0; i < m; ++i) sums[i] += x[i + k * step];
         }
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j) row[j] = uint8_t(sums[j] >> 24);
+        for (int64_t i = 0; i < m; ++i) {
+            uint32_t sum = RADIUS < 0 ? sums[i] : x[i];
+            if (RADIUS == 1) sum += uint32_t(x[i - step]) + x[i + step];
+            out[i] = uint8_t((sum * near + (uint32_t(x[i - reach]) + x[i + reach]) * far + (1u << 23)) >> 24);
+        }
     }
 }
 
-// out[y, :] from rows y - radius - 1 .. y + radius + 1 of x (size, size), the border repeated; sums is scratch.
-DINOFAST_CLONES void blur_down(const uint8_t* x, int64_t size, const BoxBlur& blur, uint32_t* sums, uint8_t* out) {
-    for (int64_t y = 0; y < size; ++y) {
-        const auto row = [&](int64_t at) { return x + std::min(std::max<int64_t>(at, 0), size - 1) * size; };
-        const uint8_t *above = row(y - blur.radius - 1), *below = row(y + blur.radius + 1);
-#pragma omp simd
-        for (int64_t j = 0; j < size; ++j) sums[j] = (uint32_t(above[j]) + below[j]) * blur.far + (1u << 23);
-        for (int64_t k = -blur.radius; k <= blur.radius; ++k) {
-            const uint8_t* near = row(y + k);
-#pragma omp simd
-            for (int64_t j = 0; j < size; ++j) sums[j] += near[j] * blur.near;
-        }
-        uint8_t* to = out + y * size;
-#pragma omp simd
-        for (int64_t j = 0; j < size; ++j) to[j] = uint8_t(sums[j] >> 24);
+DINOFAST_CLONES void box_pass(const uint8_t* x, int64_t n, int64_t step, const BoxBlur& blur, uint8_t* out) {
+    switch (blur.radius) {
+        case 0: box_pass<0>(x, n, step, blur, out); break;
+        case 1: box_pass<1>(x, n, step, blur, out); break;
+        default: box_pass<-1>(x, n, step, blur, out);
     }
 }
 
+// The plane stands in a frame that repeats its border, so that a pass runs over all rows at once, and what it makes of the frame
+// is made anew.
 void gaussian_blur(uint8_t* plane, int64_t size, double sigma, Scratch& scratch) {
     const BoxBlur blur = box_blur(sigma);
-    scratch.first.resize(size * size), scratch.second.resize(size * size), scratch.sums.resize(size);
-    scratch.turned.resize(size + 2 * (blur.radius + 1));
-    for (int64_t y = 0; y < size; ++y) blur_row(plane + y * size, size, blur, scratch.turned.data(), scratch.sums.data());
-    blur_down(plane, size, blur, scratch.sums.data(), scratch.first.data());
-    blur_down(scratch.first.data(), size, blur, scratch.sums.data(), scratch.second.data());
-    blur_down(scratch.second.data(), size, blur, scratch.sums.data(), plane);
+    const int64_t frame = blur.radius + 1, side = size + 2 * frame, begin = frame * side;  // of the rows of the plane
+    scratch.first.resize(side * side + kVector), scratch.second.resize(side * side + kVector);
+    uint8_t *x = scratch.first.data() + begin, *out = scratch.second.data() + begin;
+    for (int64_t y = 0; y < size; ++y) std::memcpy(x + y * side + frame, plane + y * size, size_t(size));
+    for (int pass = 0; pass < 3; ++pass, std::swap(x, out)) {
+        for (uint8_t* row = x; row < x + size * side; row += side)
+            for (int64_t k = 0; k < frame; ++k) row[k] = row[frame], row[side - 1 - k] = row[side - 1 - frame];
+        box_pass(x, size * side, 1, blur, out);
+    }
+    for (int pass = 0; pass < 3; ++pass, std::swap(x, out)) {
+        for (int64_t k = 1; k <= frame; ++k) {
+            std::memcpy(x - k * side, x, size_t(side));
+            std::memcpy(x + (size - 1 + k) * side, x + (size - 1) * side, size_t(side));
+        }
+        box_pass(x, size * side, side, blur, out);
+    }
+    for (int64_t y = 0; y < size; ++y) std::memcpy(plane + y * size, x + y * side + frame, size_t(size));
 }
 
 DINOFAST_CLONES void solarise(uint8_t* x, int64_t n) {
@@ -372,12 +381,12 @@ void write(const uint8_t* crop, int64_t area, const Levels& levels, void* out) {
 
 }  // namespace
 
-void multicrop(const uint8_t* rgb, int64_t height, int64_t width, const View* views, int64_t n, const Levels& levels,
-               void* const* crops) {
+void multicrop(const uint8_t* image, int64_t height, int64_t width, int64_t bytes, const View* views, int64_t n,
+               const Levels& levels, void* const* crops) {
     const int64_t pixels = height * width;
     Plane rows(3 * pixels + kVector), columns(3 * pixels + kVector), crop;
     Scratch scratch;
-    rows_of(rgb, pixels, rows.data());
+    split(image, bytes, pixels, rows.data());
     for (int c = 0; c < 3; ++c) transpose(rows.data() + c * pixels, width, height, width, columns.data() + c * pixels, height);
     for (int64_t i = 0; i < n; ++i) {
         const View& view = views[i];

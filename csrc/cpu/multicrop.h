@@ -21,8 +21,9 @@ struct Levels {
     const float* table;
 };
 
-// See multicrop.cpp. rgb (height, width, 3); n views, whose boxes lie in the image; crops[i] (3, size, size) out.
-void multicrop(const uint8_t* rgb, int64_t height, int64_t width, const View* views, int64_t n, const Levels& levels,
-               void* const* crops);
+// See multicrop.cpp. image (height, width, bytes), the first three of 3 or 4 bytes being the colours; n views, whose boxes lie in
+// the image; crops[i] (3, size, size) out.
+void multicrop(const uint8_t* image, int64_t height, int64_t width, int64_t bytes, const View* views, int64_t n,
+               const Levels& levels, void* const* crops);
 
 }  // namespace dinofast

@@ -1,12 +1,14 @@
 // Memory for results too large for malloc to keep: it maps them anew each time, and the system clears every page first, which
-// takes as long as the kernel that fills them. The last block handed back is kept and given to the next result of its size.
+// takes as long as the kernel that fills them. The last blocks handed back are kept and given to the next results of their size.
 #pragma once
 
 #include <cstddef>
 #include <cstdlib>
+#include <iterator>
 #include <mutex>
 #include <new>
 #include <utility>
+#include <vector>
 
 #include "simd.h"
 
@@ -16,8 +18,12 @@ class Recycled {
   public:
     static void* take(size_t bytes) {
         const std::lock_guard<std::mutex> lock(mutex());
-        if (spare().second == bytes) return std::exchange(spare(), {nullptr, 0}).first;
-        std::free(std::exchange(spare(), {nullptr, 0}).first);
+        for (auto spare = spares().rbegin(); spare != spares().rend(); ++spare)
+            if (spare->second == bytes) {
+                void* data = spare->first;
+                spares().erase(std::next(spare).base());
+                return data;
+            }
         constexpr size_t page = 1 << 21;
         void* data = std::aligned_alloc(page, (bytes + page - 1) / page * page);
         if (!data) throw std::bad_alloc();
@@ -27,7 +33,8 @@ class Recycled {
 
     static void give_back(void* data, size_t bytes) {
         const std::lock_guard<std::mutex> lock(mutex());
-        std::free(std::exchange(spare(), {data, bytes}).first);
+        spares().emplace_back(data, bytes);
+        if (spares().size() > kSpares) std::free(spares().front().first), spares().erase(spares().begin());
     }
 
   private:
@@ -35,10 +42,11 @@ class Recycled {
         static std::mutex one;
         return one;
     }
-    static std::pair<void*, size_t>& spare() {
-        static std::pair<void*, size_t> one{nullptr, 0};
-        return one;
+    static std::vector<std::pair<void*, size_t>>& spares() {
+        static std::vector<std::pair<void*, size_t>> all;
+        return all;
     }
+    static constexpr size_t kSpares = 4;  // the loss's gradient, and crops of two resolutions
 };
 
 }  // namespace dinofast

@@ -111,7 +111,7 @@ class Loader:
                                          self.n_workers, self._hw_decoder_load)
             return
         if self.backend == "native":                         # a GPU normalises in no time: it gets the levels
-            self._batches = native.Batches(tasks, crops.draw, crops.decode_array, crops.resolutions,
+            self._batches = native.Batches(tasks, crops.draw, crops.decode, crops.resolutions,
                                            None if pinned else table.numpy(), self.dtype, pinned, self.n_workers)
             return
         generator = torch.Generator()  # iter() takes a number from it: leave the global generator alone

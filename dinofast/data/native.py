@@ -6,13 +6,16 @@ worked on by threads, which wait for the GIL only between the two.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dinofast.data.threads import Threads
@@ -33,17 +36,26 @@ def missing() -> str:
     return "" if _C is not None else "the C++ core was not built (install again on a machine with a C++17 compiler)"
 
 
-def render(rgb: np.ndarray, views: np.ndarray, places: Sequence[Tensor], table: np.ndarray | None = None) -> None:
+def pixels(image: Image.Image) -> np.ndarray:
+    """The pixels of an RGB image, to be read: (H, W, 4) uint8 where Pillow lends its own memory, which has a byte to spare
+    (since 11.3, unless the image lies in several blocks); otherwise a copy (H, W, 3)."""
+    if hasattr(image, "__arrow_c_array__") and Image.core.get_alignment() == 1:  # as long as nobody asks for gaps between rows
+        with suppress(ValueError):
+            return _C.lent(image.__arrow_c_array__()[1], image.height, image.width)
+    return np.asarray(image)
+
+
+def render(image: np.ndarray, views: np.ndarray, places: Sequence[Tensor], table: np.ndarray | None = None) -> None:
     """Every crop of one image into its place.
 
-    rgb (H, W, 3) uint8; views (V,) of `plan.VIEW`; places: V contiguous tensors (3, S, S), uint8, or float32 or bfloat16 by
-    table (3, 256), what each level of each channel becomes. Raises ValueError for a box outside the image, a number beyond
-    all reason, or a place that the crop does not fit.
+    image (H, W, 3 or 4) uint8, red, green and blue first; views (V,) of `plan.VIEW`; places: V contiguous tensors (3, S, S),
+    uint8, or float32 or bfloat16 by table (3, 256), what each level of each channel becomes. Raises ValueError for a box
+    outside the image, a number beyond all reason, or a place that the crop does not fit.
     """
     for place, side in zip(places, views["size"].tolist(), strict=True):  # C++ sees only where they begin
         if place.shape != (3, side, side) or place.dtype != places[0].dtype or place.is_cuda or not place.is_contiguous():
             raise ValueError(f"a crop (3, {side}, {side}) does not fit its place: {place.dtype} {tuple(place.shape)}")
-    _C.multicrop(np.ascontiguousarray(rgb), np.ascontiguousarray(views), [place.data_ptr() for place in places],
+    _C.multicrop(np.ascontiguousarray(image), np.ascontiguousarray(views), [place.data_ptr() for place in places],
                  _KINDS[places[0].dtype], table)
 
 
@@ -52,13 +64,13 @@ class Batches:
 
     `next` gives the crops, one tensor (V_r B, 3, S_r, S_r) per resolution, crop-major, and (path, reason) of each file
     refused; no crops if no file decodes any more. tasks: (epoch, samples (B,)), endless. draw(epoch, samples): the plan (B, V).
-    decode(sample, refusals): the image (H, W, 3) of the sample or of the next that decodes, and which that was; None if none
+    decode(sample, refusals): the RGB image of the sample or of the next that decodes, and which that was; None if none
     does. resolutions: number of crops and side, (V_r, S_r). table, dtype: see `render`; without a table the crops are
     uint8. pinned: in memory from which a GPU copies without waiting. threads: 0 works in `next` itself.
     """
 
     def __init__(self, tasks: Iterator[Task], draw: Callable[[int, np.ndarray], np.ndarray],
-                 decode: Callable[[int, Refusals], tuple[np.ndarray | None, int]], resolutions: Sequence[tuple[int, int]],
+                 decode: Callable[[int, Refusals], tuple[Image.Image | None, int]], resolutions: Sequence[tuple[int, int]],
                  table: np.ndarray | None, dtype: torch.dtype, pinned: bool, threads: int) -> None:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # its remarks on odd but readable files: for all threads or none
         self._tasks, self._draw, self._decode = tasks, draw, decode
@@ -81,16 +93,20 @@ class Batches:
     def _begin(self, epoch: int, samples: np.ndarray) -> tuple[list[Tensor], list[Future]]:
         """The memory of a micro-batch, (V_r, B, 3, S_r, S_r) each, and its images on their way into it."""
         drawn = self._draw(epoch, samples)
-        crops = [torch.empty(n, len(samples), 3, side, side, dtype=self._dtype, pin_memory=self._pinned)
-                 for n, side in self._resolutions]
+        crops = [self._empty(n, len(samples), 3, side, side) for n, side in self._resolutions]
         return crops, [self._pool.submit(self._image, epoch, sample, drawn[b], [place[b] for c in crops for place in c])
                        for b, sample in enumerate(samples.tolist())]
+
+    def _empty(self, *shape: int) -> Tensor:
+        if self._pinned:
+            return torch.empty(shape, dtype=self._dtype, pin_memory=True)
+        return torch.from_numpy(_C.empty(math.prod(shape) * self._dtype.itemsize)).view(self._dtype).view(shape)
 
     def _image(self, epoch: int, sample: int, views: np.ndarray, places: list[Tensor]) -> tuple[bool, Refusals]:
         refusals: Refusals = []
         image, used = self._decode(sample, refusals)
         if image is not None:
-            render(image, views if used == sample else self._draw(epoch, np.array([used]))[0], places, self._table)
+            render(pixels(image), views if used == sample else self._draw(epoch, np.array([used]))[0], places, self._table)
         return image is not None, refusals
 
     def close(self) -> None:
