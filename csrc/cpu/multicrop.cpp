@@ -168,7 +168,7 @@ struct Scratch {
     Plane first, turned, second;
 };
 
-constexpr int64_t kVector = 16;  // numbers that are worked on together: a rest of fewer costs as much as many vectors
+constexpr int64_t kVector = 64;  // numbers that are worked on together: a rest of fewer costs as much as many vectors
 
 int64_t whole_vectors(int64_t n) { return (n + kVector - 1) / kVector * kVector; }
 
