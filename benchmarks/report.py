@@ -92,6 +92,22 @@ def data(device_type: str) -> str:
     return "\n\n".join([f"`data` ({case['implementation']}), {case['case']}:", table(head, rows), provenance(result)])
 
 
+def index() -> str:
+    """The index pass, from results/index-cpu.json; a sentence if there is no file."""
+    path = RESULTS / "index-cpu.json"
+    if not path.is_file():
+        return "The index pass: no measurement has been committed yet."
+    result = json.loads(path.read_text())
+    case, = result["cases"]
+    rows = [(name, f"{case[f'{when}_seconds']:,.1f}", f"{case[f'{when}_us_a_file']:,.1f}",
+             f"{case[f'{when}_peak_mib']:,.0f} MiB") for name, when in (("first pass", "first"), ("again, from `index.npz`", "cached"))]
+    how = (f"{case['cache_bytes_a_file']:.0f} bytes a file in `index.npz`, {case['index_bytes_an_image']:.0f} bytes an image "
+           f"kept in each process. {result['device']}; commit {result['commit'][:10]}, {result['date']}; `{result['command']}`.")
+    head = ("", "seconds", "us a file", "peak memory of the pass")
+    title = f"The look at all files of a source, {case['files']:,} small JPEGs in the page cache:"
+    return "\n\n".join([title, table(head, rows), how])
+
+
 def full_table(case: dict) -> str:
     """Every rival of one case."""
     head = ("", "ms: median [quartiles]", "official / this", "this / copy", "GB/s of counted bytes (of the copy's)",
@@ -143,7 +159,7 @@ def digits(ms: float) -> str:
 
 
 SPEED = [(benchmark, device_type) for device_type in ("cpu", "cuda") for benchmark in ("dino_loss", "adamw_ema")]
-TABLES = ({"demo": demo} | {f"data-{d}": functools.partial(data, d) for d in ("cpu", "cuda")}
+TABLES = ({"demo": demo, "index": index} | {f"data-{d}": functools.partial(data, d) for d in ("cpu", "cuda")}
           | {f"{b}-{d}": functools.partial(speed, b, d) for b, d in SPEED})
 
 
