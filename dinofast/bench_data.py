@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import signal
 import tempfile
+import threading
 import time
 import warnings
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -61,7 +64,7 @@ def measure(cfg: Config, seconds: float) -> Measured:
         start = time.perf_counter()
         loader = make_loader(replace(cfg, output_dir=folder), device=device, on_progress=counting("files looked at", True))
         index_s = time.perf_counter() - start
-        with closing(loader):
+        with closing(loader), _between_batches():
             batches_a_round = max(1, loader.n_workers)         # workers finish at about the same time, batch by batch
             _take(loader, max(2, batches_a_round))             # starts them
             ends, cpu = [time.perf_counter()], [_cpu_s()]
@@ -79,9 +82,28 @@ def measure(cfg: Config, seconds: float) -> Measured:
                         _stages(loader, device, seconds * STAGES_SHARE, cpu_ms or 0.0))
 
 
+@contextmanager
+def _between_batches() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of `_take`: a worker that is left while it hands over a batch complains."""
+    before = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    _interrupted.clear()
+    if before is not None:
+        signal.signal(signal.SIGINT, lambda signum, frame: _interrupted.set())
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+_interrupted = threading.Event()
+
+
 def _take(loader: Loader, n: int) -> None:
     for _ in range(n):
         crops = next(loader)
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
     if crops[0].is_cuda:
         torch.cuda.synchronize(crops[0].device)
 
