@@ -204,7 +204,7 @@ def through(found: index.Index, i: int) -> Made:
         return Made("its size has changed", seconds=time.perf_counter() - start)
     drawn = plan.draw(0, 0, np.array([i]), found.sizes[i : i + 1], KINDS)[0]
     crops = [torch.full((3, side, side), torch.nan) for side in drawn["size"].tolist()]
-    native.render(np.asarray(image), drawn, crops, TABLE)
+    native.render(native.pixels(image), drawn, crops, TABLE)
     return Made("", np.asarray(image), drawn, crops, time.perf_counter() - start)
 
 
@@ -344,7 +344,7 @@ BAD_VIEWS = {
 }
 BAD_IMAGES = {
     "floats": np.zeros((9, 9, 3), np.float32), "signed": np.zeros((9, 9, 3), np.int8), "grey": noise(9, 9)[..., 0],
-    "alpha": np.zeros((9, 9, 4), np.uint8), "fortran": np.asfortranarray(noise(9, 9)), "stride": noise(18, 9)[::2],
+    "five": np.zeros((9, 9, 5), np.uint8), "fortran": np.asfortranarray(noise(9, 9)), "stride": noise(18, 9)[::2],
     "planes": noise(9, 9).transpose(2, 0, 1), "empty": noise(0, 9), "no columns": noise(9, 0), "none": None, "text": "rgb",
     "small": noise(8, 9), "nothing": np.zeros(0, np.uint8), "scalar": np.uint8(3),
 }
@@ -355,8 +355,8 @@ BAD_TABLES = {
 }
 PLACES = np.zeros((2, 3 * 4 * 4), np.float32)
 ADDRESSES = [place.ctypes.data for place in PLACES]
-GOOD = {"rgb": noise(9, 9), "views": VIEWS, "crops": ADDRESSES, "kind": 1, "table": TABLE}
-BAD = [(name, word, value) for name, values in (("views", BAD_VIEWS), ("rgb", BAD_IMAGES), ("table", BAD_TABLES), (
+GOOD = {"image": noise(9, 9), "views": VIEWS, "crops": ADDRESSES, "kind": 1, "table": TABLE}
+BAD = [(name, word, value) for name, values in (("views", BAD_VIEWS), ("image", BAD_IMAGES), ("table", BAD_TABLES), (
     "crops", {"null": [ADDRESSES[0], 0], "negative": [-1, -1], "few": ADDRESSES[:1], "none": None, "text": "crops",
               "floats": [0.5, 0.5], "beyond": [2**64, 2**64]}), (
     "kind", {"below": -1, "above": 3, "beyond": 2**40, "none": None, "float": 1.5})) for word, value in values.items()]
@@ -365,6 +365,9 @@ BAD = [(name, word, value) for name, values in (("views", BAD_VIEWS), ("rgb", BA
 def test_right_arguments_are_taken() -> None:
     native._C.multicrop(**GOOD)
     assert np.isin(PLACES, TABLE).all()
+    made = PLACES.copy()
+    native._C.multicrop(**GOOD | {"image": np.concatenate([GOOD["image"], noise(9, 9)[..., :1]], 2)})  # a byte to spare
+    assert (PLACES == made).all()
 
 
 @pytest.mark.parametrize(("name", "value"), [pytest.param(name, value, id=f"{name} {word}") for name, word, value in BAD])
