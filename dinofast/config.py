@@ -178,7 +178,7 @@ class Config:
             low, high = getattr(self, name)
             self._need(name, 0 < low <= high <= 1, "must be two shares of the area, 0 < smallest <= largest <= 1")
         low, high = self.blur_radius
-        self._need("blur_radius", 0 <= low <= high, "must be two radii, 0 <= smallest <= largest")
+        self._need("blur_radius", 0 <= low <= high < 1000, "must be two radii, 0 <= smallest <= largest < 1000")
         self._need("image_std", all(s > 0 for s in self.image_std), "must be three numbers above 0")
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
             if getattr(self, name) > self.epochs:

@@ -215,9 +215,10 @@ def colour(crops: Sequence[Tensor], numbers: Tensor, n_blurred: int, table: Tens
     (B, side, _, _), V, device = crops[0].shape, len(crops), crops[0].device
     area, blocks = side * side, triton.cdiv(side * side, BLOCK)
     out = torch.empty(V * B, 3, side, side, dtype=dtype, device=device)
-    addresses = torch.tensor([c.data_ptr() for c in crops], dtype=torch.int64, device=device)
+    addresses = torch.tensor([c.data_ptr() for c in crops], dtype=torch.int64, pin_memory=device.type == "cuda")
+    addresses = addresses.to(device, non_blocking=True)             # from pageable memory the host would wait for the device
     sums = torch.empty(V * B, blocks, dtype=torch.int32, device=device)
-    planes, others = torch.empty(2, n_blurred, 3, side, side, dtype=torch.uint8, device=device)
+    planes, others = (torch.empty(n_blurred, 3, side, side, dtype=torch.uint8, device=device) for _ in range(2))
     options = {"FIELDS": FIELDS, "BLOCK": BLOCK, "num_warps": WARPS, "enable_fp_fusion": False}
     with torch.cuda.device_of(out):
         _means[V * B * blocks,](addresses, numbers, sums, B, side, area, blocks, **options)

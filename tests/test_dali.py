@@ -167,6 +167,38 @@ def test_another_fault_is_not_blamed_on_an_image(jpegs, monkeypatch) -> None:
     assert not loader.refused
 
 
+def test_a_fault_gives_no_batch_twice_and_ends_nothing(jpegs) -> None:
+    whole, _ = take(jpegs(), 4)
+    loader = make_loader(jpegs())
+    got = [next(loader)]
+    draw = loader._batches._draw
+    loader._batches._draw = lambda epoch, samples: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        next(loader)
+    loader._batches._draw = draw
+    loader.seek(1)                                                            # where the run stands
+    got += [next(loader) for _ in range(3)]
+    loader.close()
+    assert all(torch.equal(a, b) for x, y in zip(got, whole, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_memory_goes_back_to_dali_after_the_kernels_have_read_it() -> None:
+    events = []
+
+    class Cut:
+        def __del__(self) -> None:
+            events.append("memory")
+
+    class Event:
+        def synchronize(self) -> None:
+            events.append("waited")
+
+    batches = dali.Batches.__new__(dali.Batches)
+    batches._in_use = [Cut()], Event()
+    batches._release()
+    assert events == ["waited", "memory"]
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(gpu, jpegs) -> None:
     ours, _ = take(jpegs(precision="fp32"), 6, device="cuda")

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 
 import numpy as np
@@ -37,7 +38,12 @@ def cache(tmp_path):
 def looked(monkeypatch):
     """Names of the files that are looked at."""
     names, look = [], index.look
-    monkeypatch.setattr(index, "look", lambda path: names.append(os.path.basename(os.fsdecode(path))) or look(path))
+
+    def look_and_tell(path, stopped):
+        names.append(os.path.basename(os.fsdecode(path)))
+        return look(path, stopped)
+
+    monkeypatch.setattr(index, "look", look_and_tell)
     return names
 
 
@@ -289,11 +295,11 @@ def test_an_interrupted_pass_keeps_what_it_has_found(source, cache, looked, monk
 def go(source, cache, start, log):
     look = index.look
 
-    def slowly(path):
+    def slowly(path, stopped):
         with open(log, "a") as file:
             file.write(os.path.basename(os.fsdecode(path)) + "\n")
         time.sleep(0.05)
-        return look(path)
+        return look(path, stopped)
 
     index.look = slowly
     start.wait()
@@ -310,6 +316,40 @@ def test_of_processes_that_come_together_one_looks(source, cache, tmp_path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert sorted((tmp_path / "log").read_text().split()) == sorted(os.listdir(source))
+
+
+def test_when_the_one_that_looks_dies_another_takes_its_turn(source, cache, tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = []
+    for i in range(3):
+        processes.append(context.Process(target=go, args=(source, cache, context.Barrier(1), tmp_path / f"log{i}")))
+        processes[i].start()
+        while not i and not (tmp_path / "log0").exists():
+            time.sleep(0.01)
+    processes[0].kill()                                                       # has looked at one file, and written nothing
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes[1:]] == [0, 0] and os.path.exists(cache)
+    looked = [log.read_text().split() for log in tmp_path.glob("log[12]")]
+    assert [sorted(names) for names in looked] == [sorted(os.listdir(source))]  # by one of them
+
+
+def test_an_interrupt_does_not_wait_for_a_whole_shard(tmp_path, monkeypatch):
+    data = photograph(tmp_path / "one.png").read_bytes()
+    pack(tmp_path / "big.tar", {f"{i}.png": data for i in range(1000)})
+    seen, inspect = [], index.inspect
+
+    def slowly(*where):
+        seen.append(where)
+        time.sleep(0.02)
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return inspect(*where)
+
+    monkeypatch.setattr(index, "inspect", slowly)
+    with pytest.raises(KeyboardInterrupt):
+        index.build(str(tmp_path / "big.tar"), 0.5)
+    assert len(seen) < 900
 
 
 def test_where_there_are_no_locks_each_makes_its_own(source, cache, looked, monkeypatch):

@@ -1,5 +1,6 @@
 """The loader: which images and crops come out, whatever the workers, the processes and the files do."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -268,6 +269,28 @@ def test_the_list_of_refused_files_starts_anew_and_repeats_nothing(tmp_path):
     _record(path, [("a", "1"), ("b", "2"), ("a", "1")], anew=True)
     _record(path, [("b", "2"), ("c\udce9", "3")])
     assert Path(path).read_bytes() == b"a\t1\nb\t2\nc\xe9\t3\n"
+    for _ in range(2):
+        _record(path, [("two\nlines\tof a name", "odd")], anew=True)
+        assert Path(path).read_text() == "two\\nlines\\tof a name\todd\n"
+
+
+def test_a_loader_that_nobody_closes_does_not_end_the_process_badly(config):
+    """Threads that come back from C++ while the interpreter ends would be killed, and the process with them."""
+    code = ("from dinofast.config import Config\nfrom dinofast.data import make_loader\n"
+            f"loader = make_loader(Config(**{config(num_workers=2, global_crops_size=512).to_dict()!r}))\nnext(loader)\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_loaders_that_are_forgotten_leave_no_threads(config):
+    for _ in range(3):
+        next(make_loader(config(num_workers=2)))
+    deadline = time.monotonic() + 20                         # one that is working ends when it has done so
+    while crop_threads() and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert not crop_threads()
 
 
 @pytest.fixture

@@ -176,7 +176,7 @@ def test_each_kind_of_damage_is_named(images, tmp_path):
         (b"", 0, {"": "empty file"}), (bytes(10240), 0, {"": "a tar archive without images"}),
     ):
         shard.write_bytes(data)
-        seen, holds = index.look(os.fsencode(shard))
+        seen, holds = index.look(os.fsencode(shard), threading.Event())
         good, bad = [row for row in seen if not row[5]], {row[0].decode(): row[5] for row in seen if row[5]}
         assert len(good) == n and holds, reasons
         assert bad.keys() == {name.removeprefix("/") for name in reasons}, (bad, reasons)
@@ -197,7 +197,7 @@ def test_mutated_shards_are_refused_in_a_line_and_never_end_the_pass(images, tmp
                 data[header + 148 : header + 156] = b" " * 8
                 data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
         shard.write_bytes(data)
-        seen, _ = index.look(os.fsencode(shard))
+        seen, _ = index.look(os.fsencode(shard), threading.Event())
         assert all(row[5].isprintable() and len(row[5]) < 500 for row in seen) and len(seen) <= 5, seed
         damaged += any(not row[0] and row[5] for row in seen)
     assert 100 < damaged < 250

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import itertools
 import os
 import signal
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -102,6 +104,9 @@ class Loader:
         os.makedirs(os.path.dirname(self._refused_file), exist_ok=True)
         if self._rank == 0:
             _record(self._refused_file, self.refused, anew=True)
+        _OPEN.add(self)
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)                          # once, and before what multiprocessing does at exit
         tasks, pinned, crops = self._tasks(start_step=self._step), self._device.type == "cuda", self.crops
         levels = torch.arange(256, dtype=torch.uint8, device=self._device).expand(1, 3, 1, 256)
         table = self._normalise(levels).view(3, 256)
@@ -231,6 +236,7 @@ def _record(path: str, refusals: Refusals, anew: bool = False) -> None:
             os.remove(path)  # nothing refused, no list
     if not refusals:
         return
+    lines = {name.translate(_IN_A_LINE): reason for name, reason in refusals}
     with open(path, "a+", encoding="utf-8", errors="surrogateescape") as file:
         with suppress(OSError):  # some network file systems have no locks: at worst a file is listed twice
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -238,7 +244,19 @@ def _record(path: str, refusals: Refusals, anew: bool = False) -> None:
             file.truncate(0)
         file.seek(0)
         listed = {line.split("\t")[0] for line in file}
-        file.writelines(f"{path}\t{reason}\n" for path, reason in dict(refusals).items() if path not in listed)
+        file.writelines(f"{name}\t{reason}\n" for name, reason in lines.items() if name not in listed)
+
+
+_IN_A_LINE = str.maketrans({"\n": r"\n", "\r": r"\r", "\t": r"\t"})  # file names may hold anything
+
+
+_OPEN: weakref.WeakSet[Loader] = weakref.WeakSet()  # loaders with workers
+
+
+def _close_all() -> None:
+    """At exit multiprocessing would send the workers SIGTERM, which they ignore, and wait for them."""
+    for loader in list(_OPEN):
+        loader.close()
 
 
 def _as_it_is(batch: object) -> object:

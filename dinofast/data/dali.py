@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dinofast import ops
@@ -77,6 +78,7 @@ class Batches:
         self._resolutions, self._table, self._dtype, self._device = resolutions, table, dtype, device
         self._threads, self._batch_size, self._hw_decoder_load = threads, batch_size, hw_decoder_load
         self._by_pil: set[int] = set()  # samples that DALI has failed on
+        Image.init()  # Pillow loads its formats when first needed, which two threads must not do at a time
         warnings.filterwarnings("ignore", module=r"PIL\.")  # its remarks on odd but readable files
         self._pool = Threads(threads)
         self._reading: deque[Batch] = deque()
@@ -89,6 +91,7 @@ class Batches:
 
     def __next__(self) -> tuple[list[Tensor], Refusals]:
         batch = self._running or self._start_next()
+        self._running = None                                                   # whatever happens, it is not given twice
         cut = None if batch.views is None else self._outputs(batch)
         self._running = self._start_next()
         return self._coloured(cut, batch.views) if cut else [], batch.refusals
@@ -97,7 +100,14 @@ class Batches:
         """End the threads and the graph; what they have not begun is dropped."""
         self._pool.close()
         self._reading.clear()
+        self._release()
         self._running = self._graph = None
+
+    def _release(self) -> None:
+        """Give DALI its memory back once the last colour kernels have read it."""
+        if self._in_use[1] is not None:
+            self._in_use[1].synchronize()
+        self._in_use = None, None
 
     # ---- the graph
     def _new_graph(self) -> Any:
@@ -173,9 +183,8 @@ class Batches:
         if self._device.type == "cuda":  # DALI must not use the memory again before the kernels have read it
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
-            before, self._in_use = self._in_use[1], (cut, event)
-            if before is not None:
-                before.synchronize()
+            self._release()
+            self._in_use = cut, event
         return out
 
     # ---- images

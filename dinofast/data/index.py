@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -155,8 +156,11 @@ def _all(fd: int, start: int, length: int) -> bytes:
         return os.pread(fd, length, start)
 
 
-def look(path: bytes) -> tuple[list[tuple], bool]:
-    """What `Findings.of` wants to know of the images in a file, and whether it holds until the file changes."""
+def look(path: bytes, stopped: threading.Event) -> tuple[list[tuple], bool]:
+    """What `Findings.of` wants to know of the images in a file, and whether it holds until the file changes.
+
+    A shard is left in the middle once `stopped` is set.
+    """
     images, holds = [], True
     try:
         with refusing(), open(path, "rb", buffering=0, opener=_at_once) as file:
@@ -166,6 +170,8 @@ def look(path: bytes) -> tuple[list[tuple], bool]:
             if not shards.is_shard(path):
                 return [(b"", -1, -1, *inspect(file.fileno(), 0, status.st_size), "")], True
             for member, start, length, reason in shards.images(file):
+                if stopped.is_set():
+                    return images, False
                 size = (0, 0)
                 if not reason:
                     try:
@@ -194,7 +200,7 @@ def build(source: str, max_refused: float, on_progress: Callable[[int, int], Non
     Raises `ValueError` if more than the share `max_refused` of the images, or every one of them, is refused.
     """
     files = find(source)
-    with index_cache.turn(cache) if cache else nullcontext(False) as writes:
+    with index_cache.turn(cache, source) if cache else nullcontext(False) as writes:
         known = index_cache.load(cache, source) if cache else (Names(b""), NOTHING)
         save = (lambda names, found: index_cache.save(cache, source, names, found)) if writes else None
         found = look_at(files, *known, on_progress, save)
@@ -211,6 +217,7 @@ def look_at(files: Names, known_files: Names, known: Findings, on_progress: Call
 
     save(names, findings) is called at the end if there is anything new, and on the way out of an exception.
     """
+    stopped = threading.Event()
     total, at, settled = len(files), known_files.find(files), time.time_ns() - SETTLED_NS
 
     def task(start: int, stop: int) -> tuple[np.ndarray, Findings]:
@@ -223,7 +230,7 @@ def look_at(files: Names, known_files: Names, known: Findings, on_progress: Call
         same[listed] = (now == known.stamps[at[start + listed]]) & (now["size"] >= 0)
         new, rows = [], []
         for i in np.flatnonzero(~same).tolist():
-            images, holds = look(paths[i])
+            images, holds = look(paths[i], stopped)
             new.append(stamps[i] if holds else UNSETTLED)
             rows.append(images)
         return same, Findings.of(new, rows)
@@ -240,15 +247,17 @@ def look_at(files: Names, known_files: Names, known: Findings, on_progress: Call
 
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
-        Image.preinit()
+        Image.init()  # Pillow loads its formats when first needed, which two threads must not do at a time
         chunks = list(_chunks(files))
         try:
             for (start, stop), (unchanged, new) in zip(chunks, pool.map(task, *zip(*chunks, strict=True)), strict=True):
-                same[start:stop], done = unchanged, stop
-                parts.append(new)
+                parts.append(new)  # first: an interrupt may come between any two of these
+                same[start:stop] = unchanged
+                done = stop
                 if on_progress:
                     on_progress(done, total)
         except BaseException:
+            stopped.set()
             pool.shutdown(cancel_futures=True)  # somebody wants to stop: the rest need not be looked at
             if save and worth_keeping():
                 same[done:] = at[done:] >= 0  # whether they have changed, the next pass will see
@@ -297,7 +306,8 @@ def _index(source: str, files: Names, found: Findings) -> Index:
     rows = found.rows[good]
     files, file, members = files.take(np.flatnonzero(used)), number[file[good]], found.members.take(np.flatnonzero(good))
     sizes = np.stack([rows["height"], rows["width"]], 1)
-    below = os.fsencode(os.path.join(source if os.path.isdir(source) else os.path.dirname(source), ""))
+    folder = source if os.path.isdir(source) else os.path.dirname(source.partition("{")[0])
+    below = os.fsencode(os.path.join(folder, ""))
     digest = hashlib.blake2b(digest_size=16)
     for name in files:
         digest.update(name.removeprefix(below) + b"\0")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -56,8 +58,9 @@ def _header(source: str) -> bytes:
 
 
 @contextmanager
-def turn(path: str) -> Iterator[bool]:
-    """Whether this process is to make the cache at `path`. If another is about it, this one waits for it and gets False.
+def turn(path: str, source: str) -> Iterator[bool]:
+    """Whether this process is to make the cache of a source at `path`. If another is about it, this one waits for it and gets
+    False, or takes its turn if the other has ended without one.
 
     Where there are no locks, each process makes it.
     """
@@ -68,18 +71,29 @@ def turn(path: str) -> Iterator[bool]:
         yield True
         return
     try:
-        yield _first(lock)
+        yield _first(lock, path, source)
     finally:
         os.close(lock)
 
 
-def _first(lock: int) -> bool:
+def _first(lock: int, path: str, source: str) -> bool:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        with suppress(OSError):
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
             fcntl.flock(lock, fcntl.LOCK_SH)  # all that wait go on together
-        return False
+            if _is_of(path, source):
+                return False
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            time.sleep(random.uniform(0, 0.05))  # or they would stand in each other's way
     except OSError:  # some network file systems have no locks
         return True
+
+
+def _is_of(path: str, source: str) -> bool:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["header"].tobytes() == _header(source)
+    except Exception:  # as in `load`
+        return False

@@ -38,7 +38,8 @@ def missing() -> str:
 
 def pixels(image: Image.Image) -> np.ndarray:
     """The pixels of an RGB image, to be read: (H, W, 4) uint8 where Pillow lends its own memory, which has a byte to spare
-    (since 11.3, unless the image lies in several blocks); otherwise a copy (H, W, 3)."""
+    (since 11.3, unless the image lies in several blocks), which then shows what is done to the image; otherwise a copy
+    (H, W, 3)."""
     if hasattr(image, "__arrow_c_array__") and Image.core.get_alignment() == 1:  # as long as nobody asks for gaps between rows
         with suppress(ValueError):
             return _C.lent(image.__arrow_c_array__()[1], image.height, image.width)
@@ -72,6 +73,7 @@ class Batches:
     def __init__(self, tasks: Iterator[Task], draw: Callable[[int, np.ndarray], np.ndarray],
                  decode: Callable[[int, Refusals], tuple[Image.Image | None, int]], resolutions: Sequence[tuple[int, int]],
                  table: np.ndarray | None, dtype: torch.dtype, pinned: bool, threads: int) -> None:
+        Image.init()  # Pillow loads its formats when first needed, which two threads must not do at a time
         warnings.filterwarnings("ignore", module=r"PIL\.")  # its remarks on odd but readable files: for all threads or none
         self._tasks, self._draw, self._decode = tasks, draw, decode
         self._resolutions, self._table, self._pinned = resolutions, table, pinned
