@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinofast.config import Config, cores
-from dinofast.data import Loader, make_loader, native, pil, plan
+from dinofast.data import Loader, dali, make_loader, native, pil, plan
 from dinofast.data import tasks as tasks_of
 
 NAME = "data"
@@ -146,7 +146,7 @@ def make_turns(case: Case, folder: Path) -> tuple[list[Turn], list[str]]:
                  global_crops_size=case.sides[0], local_crops_size=case.sides[1], num_workers=0)
     loader = loader_of(cfg, "pil")
     turns, left_out = [Turn("official", rewritten(cfg, loader).__next__)], []
-    for name, make, reason in (("official checkout", checkout, no_checkout()), ("DALI", dali_pipeline, no_dali())):
+    for name, make, reason in (("official checkout", checkout, no_checkout()), ("DALI", dali_pipeline, dali.missing())):
         if reason:
             left_out.append(f"{name}: {reason}")
         else:
@@ -226,14 +226,6 @@ def checkout(cfg: Config, loader: Loader) -> Iterator[list[Tensor]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------- DALI
-
-def no_dali() -> str:
-    try:
-        import nvidia.dali  # noqa: F401
-    except ImportError:
-        return "NVIDIA DALI is not installed (pip install nvidia-dali-cuda130)"
-    return ""
-
 
 def dali_pipeline(cfg: Config, loader: Loader) -> Iterator[list[Tensor]]:
     """One thread, and nothing made ahead: each run reads, decodes and makes the crops of one batch."""

@@ -91,5 +91,5 @@ if __name__ == "__main__":
             print(f"{name:22} {value:,.2f}" if isinstance(value, float) else f"{name:22} {value:,}")
         if args.save_results:
             command = f"python benchmarks/index_pass.py {args.files} --save-results"
-            record.save(record.environment("index", torch.device("cpu"), command) | {"cases": [measured | {"rows": []}]},
-                        args.save_results)
+            record.save(record.environment("index", torch.device("cpu"), command) | {
+                "cases": [measured | {"rows": [], "left_out": []}]}, args.save_results)

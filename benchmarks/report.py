@@ -102,12 +102,11 @@ def index() -> str:
     rows = [(name, f"{case[f'{when}_seconds']:,.1f}", f"{case[f'{when}_us_a_file']:,.1f}",
              f"{case[f'{when}_peak_mib']:,.0f} MiB")
             for name, when in (("first pass", "first"), ("again, from `index.npz`", "cached"))]
-    how = (f"{case['cache_bytes_a_file']:.0f} bytes a file in `index.npz`, {case['index_bytes_an_image']:.0f} bytes an image "
-           f"kept in each process. {result['device']}; commit {result['commit'][:10]}, {result['date']}; "
-           f"`{result['command']}`.")
+    kept = (f"{case['cache_bytes_a_file']:.0f} bytes a file in `index.npz`, {case['index_bytes_an_image']:.0f} bytes an image "
+            "kept in each process.")
     head = ("", "seconds", "us a file", "peak memory of the pass")
     title = f"The look at all files of a source, {case['files']:,} small JPEGs in the page cache:"
-    return "\n\n".join([title, table(head, rows), how])
+    return "\n\n".join([title, table(head, rows), f"{kept} {provenance(result)}"])
 
 
 def full_table(case: dict) -> str:

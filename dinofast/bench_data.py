@@ -20,10 +20,9 @@ import numpy as np
 import torch
 
 from .config import Config, cores
-from .data import Loader, make_loader, native, pil
+from .data import Loader, dali, make_loader, native, pil
 from .dist import pick_device
 from .log import counting
-from .ops import colour
 
 INTERVALS = 10     # of the measurement, at most
 SAMPLE = 100       # images of which the stages are timed, at most
@@ -166,10 +165,7 @@ def _stages_of_dali(loader: Loader, device: torch.device, seconds: float, cpu_ms
             with suppress(pil.Refused):
                 crops.index.read(sample)
         times.append(time.process_time())
-        first = 0
-        for n, _ in crops.resolutions:
-            colour(cut[first : first + n], np.ascontiguousarray(drawn[:, first : first + n].T), table, loader.dtype)
-            first += n
+        dali.coloured(cut, drawn, crops.resolutions, table, loader.dtype)
         times.append(time.process_time())
         spent.append(np.diff(times) / n_images * 1e3)
     read_ms, colour_ms = np.mean(spent, 0).tolist()

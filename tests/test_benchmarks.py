@@ -96,7 +96,7 @@ def test_a_rival_that_differs_is_not_timed():
 
 def test_rivals_of_the_data_path_agree(monkeypatch, tmp_path):
     monkeypatch.delenv("DINO_OFFICIAL", raising=False)
-    monkeypatch.setattr(bench_data, "no_dali", lambda: "not here")
+    monkeypatch.setattr(bench_data.dali, "missing", lambda: "not here")
     result = record.environment("data", CPU, "a command") | {"cases": [bench_data.measure_case(SMALL_DATA, CPU)]}
     case = result["cases"][0]
     made = {row["rival"]: row for row in case["rows"]}

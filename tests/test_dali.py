@@ -31,8 +31,8 @@ def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
 
 def crops_of(files: list[bytes], views: np.ndarray, sizes: list[tuple[int, int]], **options: object) -> list[torch.Tensor]:
     """The crops of a micro-batch of these files by the plan (B, V), whose views are all of one size: (V, B, 3, S, S)."""
-    def decode(sample: int, refusals: list) -> tuple[np.ndarray, int]:
-        return np.asarray(Image.open(io.BytesIO(files[sample])).convert("RGB")), sample
+    def decode(sample: int, refusals: list) -> tuple[Image.Image, int]:
+        return Image.open(io.BytesIO(files[sample])).convert("RGB"), sample
 
     resolutions = [(views.shape[1], int(views["size"].flat[0]))]
     batches = dali.Batches(iter([(0, np.arange(len(files)))] * 10), lambda epoch, samples: views[samples],

@@ -409,4 +409,5 @@ def test_close_does_not_wait_for_a_stuck_worker(config, tmp_path, monkeypatch):
     start = time.monotonic()
     loader.close()
     assert time.monotonic() - start < 5 and not multiprocessing.active_children()
+    image.unlink()                                            # or a second look would wait for a second writer
     os.close(writer)

@@ -111,7 +111,7 @@ class Loader:
         levels = torch.arange(256, dtype=torch.uint8, device=self._device).expand(1, 3, 1, 256)
         table = self._normalise(levels).view(3, 256)
         if self.backend == "dali":
-            self._batches = dali.Batches(tasks, crops.draw, crops.index.read, crops.decode_array, crops.index.sizes,
+            self._batches = dali.Batches(tasks, crops.draw, crops.index.read, crops.decode, crops.index.sizes,
                                          crops.resolutions, table, self.dtype, self._device, self.batch_size,
                                          self.n_workers, self._hw_decoder_load)
             return
@@ -191,11 +191,6 @@ class Crops(Dataset):
                 self.bad.add(used)
                 refusals.append((self.index.path(used), str(reason)))
         return None, sample
-
-    def decode_array(self, sample: int, refusals: Refusals) -> tuple[np.ndarray | None, int]:
-        """The same as an array (H, W, 3) uint8."""
-        image, used = self.decode(sample, refusals)
-        return None if image is None else np.asarray(image), used
 
 
 def choose_backend(asked: str | None, device_type: str) -> tuple[str, str]:

@@ -14,9 +14,8 @@ it cannot decode is left to PIL from then on, and the same batch is made again b
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,12 +27,13 @@ from PIL import Image
 from torch import Tensor
 
 from dinofast import ops
+from dinofast.data import pil
+from dinofast.data.index import TAIL
 from dinofast.data.native import Refusals, Task
 from dinofast.data.pil import Refused
 from dinofast.data.threads import Threads
 
 AHEAD = 3  # micro-batches in the making, of which the graph has the first
-TAIL = 64  # bytes at the end of a JPEG in which its end marker must lie, as the index pass has it
 FRAMES, PROGRESSIVE = (0xC0, 0xC1, 0xC2), 0xC2  # markers of a JPEG: baseline, extended and progressive, Huffman coded;
 TABLES, SCAN, END, ADOBE = (0xC4, 0xDB, 0xDD, 0xFE), 0xDA, 0xD9, 0xEE  # of Huffman codes, quanta, restarts, and comments
 
@@ -64,22 +64,21 @@ class Batches:
     `next` gives the crops, one tensor (V_r B, 3, S_r, S_r) per resolution, crop-major, on the device, in `dtype`; and (path,
     reason) of each file refused; no crops if no file decodes any more. tasks: (epoch, samples (B,)), endless, B always the
     same. draw(epoch, samples): the plan (B, V). read(sample): its encoded bytes, or Refused. decode(sample, refusals): by PIL,
-    the image (H, W, 3) of the sample or of the next that decodes, and which that was; None if none does. sizes (n, 2): height
+    the RGB image of the sample or of the next that decodes, and which that was; None if none does. sizes (n, 2): height
     and width of every sample. resolutions: number of crops and side, (V_r, S_r). table (3, 256) float32 on the device: what
     each level of each channel becomes. device: "cpu" takes DALI's CPU operators. hw_decoder_load: share of the JPEGs for the
     GPU's decoding engine, where it has one.
     """
 
     def __init__(self, tasks: Iterator[Task], draw: Callable[[int, np.ndarray], np.ndarray], read: Callable[[int], bytes],
-                 decode: Callable[[int, Refusals], tuple[np.ndarray | None, int]], sizes: np.ndarray,
+                 decode: Callable[[int, Refusals], tuple[Image.Image | None, int]], sizes: np.ndarray,
                  resolutions: Sequence[tuple[int, int]], table: Tensor, dtype: torch.dtype, device: torch.device,
                  batch_size: int, threads: int, hw_decoder_load: float) -> None:
         self._tasks, self._draw, self._read, self._decode, self._sizes = tasks, draw, read, decode, sizes
         self._resolutions, self._table, self._dtype, self._device = resolutions, table, dtype, device
         self._threads, self._batch_size, self._hw_decoder_load = threads, batch_size, hw_decoder_load
         self._by_pil: set[int] = set()  # samples that DALI has failed on
-        Image.init()  # Pillow loads its formats when first needed, which two threads must not do at a time
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # its remarks on odd but readable files
+        pil.for_threads()
         self._pool = Threads(threads)
         self._reading: deque[Batch] = deque()
         self._running: Batch | None = None
@@ -111,22 +110,30 @@ class Batches:
 
     # ---- the graph
     def _new_graph(self) -> Any:
+        from nvidia.dali import fn, types
+
+        def crops(image: Any) -> Iterator[Any]:
+            for view, side in enumerate(side for n, side in self._resolutions for _ in range(n)):
+                start, end = (fn.external_source(name=f"{corner}{view}", dtype=types.FLOAT, ndim=1)
+                              for corner in ("start", "end"))
+                yield fn.resize(image, size=[side, side], interp_type=types.INTERP_CUBIC, antialias=True, roi_start=start,
+                                roi_end=end)
+
+        return self._decoding(self._batch_size, max(1, self._threads), crops)
+
+    def _decoding(self, batch_size: int, threads: int, outputs: Callable[[Any], Iterable[Any]]) -> Any:
+        """A graph that decodes what "encoded" is fed with, and gives what `outputs` makes of that."""
         from nvidia.dali import Pipeline, fn, types
 
         gpu = self._device.type == "cuda"
-        where = (self._device.index or 0) if gpu else None
-        graph = Pipeline(self._batch_size, max(1, self._threads), where, prefetch_queue_depth=1, exec_dynamic=True)
+        graph = Pipeline(batch_size, threads, (self._device.index or 0) if gpu else None, prefetch_queue_depth=1,
+                         exec_dynamic=True)
         with graph:
-            image = _decoder(fn, types, gpu, self._hw_decoder_load)
-            outputs, view = [], 0
-            for n, side in self._resolutions:
-                for _ in range(n):
-                    start, end = (fn.external_source(name=f"{which}{view}", dtype=types.FLOAT, ndim=1)
-                                  for which in ("start", "end"))
-                    outputs.append(fn.resize(image, size=[side, side], interp_type=types.INTERP_CUBIC, antialias=True,
-                                             roi_start=start, roi_end=end))
-                    view += 1
-            graph.set_outputs(*outputs)
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            image = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB,
+                                      adjust_orientation=False, jpeg_fancy_upsampling=True,
+                                      hw_decoder_load=self._hw_decoder_load)
+            graph.set_outputs(*outputs(image))
         graph.build()
         return graph
 
@@ -175,11 +182,7 @@ class Batches:
         return None if batch.views is None else self._outputs(batch)
 
     def _coloured(self, cut: list[Any], views: np.ndarray) -> list[Tensor]:
-        first, out = 0, []
-        for n, _ in self._resolutions:
-            crops = [torch.from_dlpack(c) for c in cut[first : first + n]]
-            out.append(ops.colour(crops, np.ascontiguousarray(views[:, first : first + n].T), self._table, self._dtype))
-            first += n
+        out = coloured([torch.from_dlpack(c) for c in cut], views, self._resolutions, self._table, self._dtype)
         if self._device.type == "cuda":  # DALI must not use the memory again before the kernels have read it
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
@@ -200,13 +203,8 @@ class Batches:
         return None if image is None else _pnm(image), used, refusals
 
     def _decodes(self, data: np.ndarray) -> bool:
-        from nvidia.dali import Pipeline, fn, types
-
-        gpu = self._device.type == "cuda"
-        graph = Pipeline(1, 1, (self._device.index or 0) if gpu else None, prefetch_queue_depth=1)
-        with graph:
-            graph.set_outputs(_decoder(fn, types, gpu, self._hw_decoder_load))
-        graph.build()
+        """Whether DALI decodes the image."""
+        graph = self._decoding(1, 1, lambda image: [image])
         graph.feed_input("encoded", [data])
         try:
             graph.run()
@@ -215,16 +213,21 @@ class Batches:
         return True
 
 
-def _decoder(fn: Any, types: Any, gpu: bool, hw_decoder_load: float) -> Any:
-    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-    return fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=False,
-                             jpeg_fancy_upsampling=True, hw_decoder_load=hw_decoder_load)
+def coloured(cut: Sequence[Tensor], views: np.ndarray, resolutions: Sequence[tuple[int, int]], table: Tensor,
+             dtype: torch.dtype) -> list[Tensor]:
+    """`ops.colour` of each resolution: V crops (B, S, S, 3) by views (B, V) become one (V_r B, 3, S_r, S_r) per resolution."""
+    first, out = 0, []
+    for n, _ in resolutions:
+        part = slice(first, first + n)
+        out.append(ops.colour(cut[part], np.ascontiguousarray(views[:, part].T), table, dtype))
+        first += n
+    return out
 
 
-def _pnm(image: np.ndarray) -> np.ndarray:
-    """An image (H, W, 3) as a portable pixmap: a header before its bytes."""
-    header = np.frombuffer(b"P6\n%d %d\n255\n" % (image.shape[1], image.shape[0]), np.uint8)
-    return np.concatenate([header, image.reshape(-1)])
+def _pnm(image: Image.Image) -> np.ndarray:
+    """An RGB image as a portable pixmap: a header before its bytes."""
+    header = np.frombuffer(b"P6\n%d %d\n255\n" % image.size, np.uint8)
+    return np.concatenate([header, np.asarray(image).reshape(-1)])
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:

@@ -7,7 +7,6 @@ worked on by threads, which wait for the GIL only between the two.
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dinofast.data import pil
 from dinofast.data.threads import Threads
 
 try:
@@ -73,8 +73,7 @@ class Batches:
     def __init__(self, tasks: Iterator[Task], draw: Callable[[int, np.ndarray], np.ndarray],
                  decode: Callable[[int, Refusals], tuple[Image.Image | None, int]], resolutions: Sequence[tuple[int, int]],
                  table: np.ndarray | None, dtype: torch.dtype, pinned: bool, threads: int) -> None:
-        Image.init()  # Pillow loads its formats when first needed, which two threads must not do at a time
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # its remarks on odd but readable files: for all threads or none
+        pil.for_threads()
         self._tasks, self._draw, self._decode = tasks, draw, decode
         self._resolutions, self._table, self._pinned = resolutions, table, pinned
         self._dtype = torch.uint8 if table is None else dtype

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -58,6 +59,13 @@ def identify(data: bytes) -> Image.Image:
 
 def is_text(head: bytes) -> bool:
     return all(byte >= 32 or byte in b"\t\n\f\r" for byte in head)
+
+
+def for_threads() -> None:
+    """To be called before several threads decode: Pillow loads its formats when first needed, which two must not do at a time,
+    and its remarks on odd but readable files are heard by all threads or none."""
+    Image.init()
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def decode(data: bytes) -> Image.Image:
