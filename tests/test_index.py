@@ -2,6 +2,7 @@
 
 import os
 import struct
+import time
 import warnings
 import zlib
 
@@ -200,3 +201,21 @@ def test_fingerprint_follows_the_images_and_not_the_place(tmp_path):
             Image.new("RGB", (8, 8)).save(tmp_path / place / name)
     here, there, other = (build(str(tmp_path / place), 0.5)[0].fingerprint for place in ("here", "there", "other"))
     assert here == there != other
+
+
+def test_files_that_must_be_waited_for_are_looked_at_together(tmp_path, monkeypatch):
+    photograph(tmp_path / "one.jpg")
+    (tmp_path / "list.txt").write_text("one.jpg\n" * 64)
+    at_work, most, look = [], [], index.look
+
+    def slowly(*where):
+        at_work.append(where)
+        most.append(len(at_work))
+        time.sleep(0.02)                                       # a network's latency
+        at_work.pop()
+        return look(*where)
+
+    monkeypatch.setattr(index, "CHUNK", 4)
+    monkeypatch.setattr(index, "look", slowly)
+    assert len(build(str(tmp_path / "list.txt"), 0.0)[0]) == 64
+    assert max(most[:4]) == 1 and max(most) > 4               # the first chunk tells
