@@ -219,17 +219,19 @@ def look_at(files: Names, known_files: Names, known: Findings, on_progress: Call
     save(names, findings) is called at the end if there is anything new, and on the way out of an exception.
     """
     stopped, opened, gate = threading.Event(), threading.Event(), threading.Semaphore(1)
+    spent = np.zeros(2)  # seconds, and those of them at work
     total, at, settled = len(files), known_files.find(files), time.time_ns() - SETTLED_NS
 
     def task(start: int, stop: int) -> tuple[np.ndarray, Findings]:
         """Which files of a chunk are as they are known, bool (stop - start,), and the findings of the others."""
         with gate:
-            elapsed, worked = -time.perf_counter(), -time.thread_time()
+            began, works = time.perf_counter(), time.thread_time()
             result = look_at_chunk(start, stop)
-            elapsed, worked = elapsed + time.perf_counter(), worked + time.thread_time()
-            if not opened.is_set() and worked < elapsed / 2:  # until then one task is here at a time
-                opened.set()
-                gate.release(THREADS - 1)
+            if not opened.is_set():  # until then one task is here at a time
+                spent[:] += time.perf_counter() - began, time.thread_time() - works
+                if spent[1] < spent[0] / 2:  # of all so far: a chunk may be held up by something else
+                    opened.set()
+                    gate.release(THREADS - 1)
         return result
 
     def look_at_chunk(start: int, stop: int) -> tuple[np.ndarray, Findings]:
