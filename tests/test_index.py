@@ -216,6 +216,7 @@ def test_files_that_must_be_waited_for_are_looked_at_together(tmp_path, monkeypa
         return look(*where)
 
     monkeypatch.setattr(index, "CHUNK", 4)
+    monkeypatch.setattr(index, "SURE_S", 0.0)
     monkeypatch.setattr(index, "look", slowly)
     assert len(build(str(tmp_path / "list.txt"), 0.0)[0]) == 64
     assert max(most[:4]) == 1 and max(most) > 4               # the first chunk tells

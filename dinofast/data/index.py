@@ -27,6 +27,7 @@ HEAD, TAIL = 16384, 64  # bytes; two plain reads instead of PIL's many halve the
 LARGEST = 2 * 10**9  # bytes of an image: one pread gives no more, and PIL takes none whose pixels need as many
 THREADS = 8  # where files are waited for; where they are not, threads that take the GIL from each other make a file cost three
 #              times as much: 120 instead of 40 us (2 cores, page cache, 2026-11-25)
+SURE_S = 1.0  # of looking, until it is known which: at first other things, such as handing out the work, hold it up
 SETTLED_NS = 10 * 10**9  # a file written later than so long ago may change and keep its time, as clocks are coarse
 WAYS = "give a folder of images or of .tar shards, a shard, a pattern such as shards-{000000..000146}.tar, or a text file " \
        "with one path a line."
@@ -229,7 +230,7 @@ def look_at(files: Names, known_files: Names, known: Findings, on_progress: Call
             result = look_at_chunk(start, stop)
             if not opened.is_set():  # until then one task is here at a time
                 spent[:] += time.perf_counter() - began, time.thread_time() - works
-                if spent[1] < spent[0] / 2:  # of all so far: a chunk may be held up by something else
+                if spent[0] > SURE_S and spent[1] < spent[0] / 2:
                     opened.set()
                     gate.release(THREADS - 1)
         return result
