@@ -1,17 +1,158 @@
-"""Multi-head self-attention over the tokens of one resolution."""
+"""Multi-head self-attention over sequences of several lengths that are packed one after the other.
+
+Axes: T tokens of all sequences, S sequences, H heads, d width of a head. A run is (sequences, tokens of each): the crops of one
+resolution. Queries are all T tokens, or the S first tokens of the sequences (CLS) alone.
+"""
 
 from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ATTENTIONS = ("xformers", "varlen", "sdpa", "plain")
+Runs = tuple[tuple[int, int], ...]
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`softmax(q k^T / sqrt(d)) v` by torch's scaled dot product attention; q, k, v, result (B, H, N, d), any float dtype."""
-    return F.scaled_dot_product_attention(q, k, v)
+
+class Layout(NamedTuple):
+    """Where the sequences lie: `runs`, and the same as tensors on the device, for kernels that read it there."""
+
+    runs: Runs
+    starts: Tensor                       # (S + 1,) int32: first token of each sequence, then T
+    first: Tensor                        # (S + 1,) int32: 0, 1, ... S: the same where each sequence is its CLS token alone
+    cls: Tensor                          # (S,) int64: row of each CLS token
+    sequence: Tensor                     # (T,) int64: which sequence a token belongs to
+
+    @property
+    def longest(self) -> int:
+        return max(tokens for _, tokens in self.runs)
+
+
+def layout(runs: Runs, device: torch.device) -> Layout:
+    """Made once for each (runs, device) and kept, so that a step neither builds nor sends it."""
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return _layout(runs, device) if watched else _kept_layout(runs, device)
+
+
+def _layout(runs: Runs, device: torch.device) -> Layout:
+    with torch.inference_mode(False):                        # or training could not use what evaluation has made
+        lengths = torch.tensor([tokens for n, tokens in runs for _ in range(n)], dtype=torch.int64)
+        starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+        sequence = torch.arange(len(lengths)).repeat_interleave(lengths, output_size=sum(n * tokens for n, tokens in runs))
+        first = torch.arange(len(starts), dtype=torch.int32)
+        return Layout(runs, *(x.to(device) for x in (starts.int(), first, starts[:-1].clone(), sequence)))
+
+
+_kept_layout = lru_cache(maxsize=64)(_layout)
+
+
+def choose_attention(asked: str | None, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Which implementation serves products in `dtype` on this device, and why not one that stands before it in `ATTENTIONS`.
+
+    Raises ValueError if the one that was asked for cannot run here.
+    """
+    packed = "" if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else (
+        f"it needs bf16 or fp16 on a GPU, not {str(dtype).removeprefix('torch.')} on {device.type}")
+    if not packed and torch.cuda.get_device_capability(device) < (8, 0):
+        packed = f"{torch.cuda.get_device_name(device)} is older than the A100, for which its kernels are made"
+    absent = "" if importlib.util.find_spec("xformers") else "xformers is not installed"
+    reasons = {"xformers": packed or absent, "varlen": packed, "sdpa": "", "plain": ""}
+    if asked is not None and asked not in ATTENTIONS:
+        raise ValueError(f"attention is '{asked}': choose from {', '.join(ATTENTIONS)}.")
+    if asked and reasons[asked]:
+        raise ValueError(f"--attention {asked} was asked for, but {reasons[asked]}.")
+    best = asked or next(name for name in ATTENTIONS if not reasons[name])
+    return best, "" if asked or best == "xformers" else f"not xformers: {reasons['xformers']}"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, where: Layout, impl: str = "sdpa") -> Tensor:
+    """`softmax(q k^T / sqrt(d)) v` within each sequence: q (T, H, d) or (S, H, d), k and v (T, H, d), result as q.
+
+    xformers: `memory_efficient_attention` with a block-diagonal mask. varlen: torch's flash attention for sequences of any
+    length; both take bf16 and fp16 on a GPU. sdpa: torch's `scaled_dot_product_attention`, run by run. plain: the formula, run
+    by run. The last two take any float dtype and device.
+    """
+    assert q.shape[0] in (k.shape[0], len(where.cls)), "queries are all tokens, or one for each sequence"
+    cls_only = q.shape[0] != k.shape[0]
+    if impl == "xformers":
+        return torch.ops.dinofast.packed_attention(q, k, v, [x for run in where.runs for x in run], cls_only)[0]
+    if impl == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(q, k, v, where.first if cls_only else where.starts, where.starts, 1 if cls_only else where.longest,
+                           where.longest)
+    one = F.scaled_dot_product_attention if impl == "sdpa" else _plain
+    q_runs = tuple((n, 1) for n, _ in where.runs) if cls_only else where.runs
+    parts = [one(*qkv) for qkv in zip(_by_run(q, q_runs), _by_run(k, where.runs), _by_run(v, where.runs), strict=True)]
+    parts = [part.transpose(1, 2).flatten(0, 1) for part in parts]                           # (n N, H, d)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """The softmax itself, (B, H, N, N): what attention maps are made of. q, k (B, H, N, d)."""
+    """The softmax itself, (..., N, N): what attention maps are made of. q, k (..., N, d)."""
     return torch.softmax((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5, dim=-1)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention_weights(q, k) @ v
+
+
+def _by_run(x: Tensor, runs: Runs) -> list[Tensor]:
+    """(T, H, d) -> a view (n, H, N, d) for each run."""
+    parts = x.split([n * tokens for n, tokens in runs])
+    return [part.unflatten(0, run).transpose(1, 2) for part, run in zip(parts, runs, strict=True)]
+
+
+# ---- xformers as one opaque operator: its mask objects would break a compiled graph
+@lru_cache(maxsize=64)
+def _block_diagonal(runs: tuple[int, ...], cls_only: bool, device: torch.device):
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    lengths = [tokens for n, tokens in zip(runs[::2], runs[1::2], strict=True) for _ in range(n)]
+    return BlockDiagonalMask.from_seqlens([1] * len(lengths) if cls_only else lengths, lengths, device=device)
+
+
+@torch.library.custom_op("dinofast::packed_attention", mutates_args=())
+def _packed_attention(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[int], cls_only: bool) -> tuple[Tensor, Tensor]:
+    from xformers.ops import fmha
+
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(
+        q[None], k[None], v[None], _block_diagonal(tuple(runs), cls_only, q.device))
+    return out[0], lse                                                                       # (Tq, H, d), (1, H, Tq)
+
+
+@_packed_attention.register_fake
+def _(q, k, v, runs, cls_only):
+    return q.new_empty(q.shape), q.new_empty((1, q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("dinofast::packed_attention_backward", mutates_args=())
+def _packed_attention_backward(grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, runs: Sequence[int],
+                               cls_only: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from xformers.ops import fmha
+
+    grads = fmha.memory_efficient_attention_backward(grad[None].contiguous(), out[None], lse, q[None], k[None], v[None],
+                                                     _block_diagonal(tuple(runs), cls_only, q.device))
+    return tuple(g[0].contiguous() for g in grads)
+
+
+@_packed_attention_backward.register_fake
+def _(grad, out, lse, q, k, v, runs, cls_only):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _keep(ctx, inputs, output):
+    q, k, v, ctx.runs, ctx.cls_only = inputs
+    ctx.save_for_backward(*output, q, k, v)
+
+
+def _backward(ctx, grad, _):
+    return *torch.ops.dinofast.packed_attention_backward(grad, *ctx.saved_tensors, ctx.runs, ctx.cls_only), None, None
+
+
+_packed_attention.register_autograd(_backward, setup_context=_keep)

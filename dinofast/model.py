@@ -19,10 +19,11 @@ _CLASSIFIERS = ("fc", "head", "heads", "classifier")        # where torchvision 
 
 
 class MultiCropWrapper(nn.Module):
-    """A backbone and a head over crops of several sizes: one backbone pass per run of equal sizes, one pass of the head.
+    """A backbone and a head over crops of several sizes: one pass of the head; of the backbone one packed pass of our ViTs, of
+    others a pass per run of equal sizes.
 
-    forward: a tensor (n, 3, h, w) or a list of them -> logits (sum of n, K), rows in the order of the list. A backbone that
-    returns a tuple is taken by its first element.
+    forward: a tensor (n, 3, h, w), a list of them, or a ViT's `Patches` and what it has drawn for them -> logits (sum of n, K),
+    rows in the order of the list. A backbone that returns a tuple is taken by its first element.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
@@ -30,15 +31,19 @@ class MultiCropWrapper(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, crops: Tensor | Sequence[Tensor] | vit.Patches, drawn: list | None = None) -> Tensor:
+        if isinstance(crops, vit.Patches):
+            return self.head(self.backbone(crops, drawn))
         runs: list[list[Tensor]] = []
         for crop in [crops] if isinstance(crops, Tensor) else crops:
             if runs and runs[-1][0].shape[-2:] == crop.shape[-2:]:
                 runs[-1].append(crop)
             else:
                 runs.append([crop])
-        features = [self.backbone(run[0] if len(run) == 1 else torch.cat(run)) for run in runs]
-        features = [f[0] if isinstance(f, tuple) else f for f in features]
+        images = [run[0] if len(run) == 1 else torch.cat(run) for run in runs]
+        if isinstance(self.backbone, vit.VisionTransformer):
+            return self.head(self.backbone(images))
+        features = [f[0] if isinstance(f, tuple) else f for f in map(self.backbone, images)]
         return self.head(features[0] if len(features) == 1 else torch.cat(features))
 
 
@@ -58,9 +63,14 @@ class Model(nn.Module):
 
     def forward(self, crops: Sequence[Tensor], teacher_temp: float | Tensor) -> Tensor:
         """crops: one tensor per size, crop-major: (2 B, 3, G, G) global, then (n B, 3, L, L) local. Returns the loss ()."""
+        backbone, drawn, views = self.student.backbone, None, crops[0]
+        if isinstance(backbone, vit.VisionTransformer):                          # cut into patches once for both
+            crops = backbone.cut(crops)
+            drawn, views = backbone.draw(crops.where), crops.first()
         with torch.no_grad():
-            teacher_output = self.teacher(crops[0])
-        return self.dino_loss.accumulate(self.student(crops), teacher_output, teacher_temp)
+            teacher_output = self.teacher(views)
+        student_output = self.student(crops) if drawn is None else self.student(crops, drawn)
+        return self.dino_loss.accumulate(student_output, teacher_output, teacher_temp)
 
     def last_layer_parameters(self) -> list[nn.Parameter]:
         """The student's parameters that `freeze_last_layer` holds fixed."""

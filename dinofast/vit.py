@@ -1,35 +1,58 @@
 """The vision transformer of the official DINO: same parameter names, same results (arXiv 2010.11929 and 2104.14294).
 
-Axes: B images, N tokens (CLS first), D width, H heads.
+All crops of a pass, of whatever sizes, run as one packed sequence, so that each linear layer is one matrix product.
+Axes: B images, S sequences (one a crop), T tokens of all sequences (of each its CLS token first), D width, H heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention, attention_weights
+from .attention import Layout, attention, attention_weights, layout
+from .stochastic_depth import Kept, draw_kept, draw_scales
 
 _LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth by sample (arXiv 1603.09382): the branch is 0 with probability `rate`, else scaled by 1 / (1 - rate)."""
+class Patches(NamedTuple):
+    """Crops cut into patches, once for student and teacher, with all that is known before a weight is looked at."""
 
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
+    pixels: Tensor                                    # (P, C p p), P the sum of n rows cols
+    grids: tuple[tuple[int, int, int], ...]           # of each size: n crops of rows x cols patches
+    where: Layout                                     # of the tokens: CLS and patches of each crop
+    resampling: tuple[Tensor | None, ...]             # of the learned positions for each size, None where they fit
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        keep = 1 - self.rate
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
-        return x * mask
+    def first(self, k: int = 1) -> Patches:
+        """Those of the first k sizes, without a copy."""
+        n_patches = sum(n * rows * cols for n, rows, cols in self.grids[:k])
+        return Patches(self.pixels[:n_patches], self.grids[:k], layout(self.where.runs[:k], self.pixels.device),
+                       self.resampling[:k])
+
+
+def cut_patches(crops: Tensor | Sequence[Tensor], patch_size: int, grid: int) -> Patches:
+    """crops: (n, C, h, w), or one tensor per size; grid: rows and columns of the learned positions.
+
+    Pixels of a patch are in the order of a convolution's weight, and what does not fill a patch is left out, as it would.
+    """
+    p, parts, grids = patch_size, [], []
+    for x in [crops] if isinstance(crops, Tensor) else crops:
+        rows, cols = x.shape[2] // p, x.shape[3] // p
+        if not rows or not cols:
+            raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels hold no patch of {p} x {p}: give larger images or "
+                             "a smaller patch_size.")
+        x = x[:, :, : rows * p, : cols * p].unflatten(3, (cols, p)).unflatten(2, (rows, p))        # (n, C, rows, p, cols, p)
+        parts.append(x.permute(0, 2, 4, 1, 3, 5).reshape(-1, x.shape[1] * p * p))
+        grids.append((x.shape[0], rows, cols))
+    pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
+    where = layout(tuple((n, 1 + rows * cols) for n, rows, cols in grids), pixels.device)
+    return Patches(pixels, tuple(grids), where, tuple(
+        None if rows == cols == grid else resampling(grid, rows, cols, pixels.device) for _, rows, cols in grids))
 
 
 class Mlp(nn.Module):
@@ -46,45 +69,78 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.impl = "sdpa"                                    # of attention.ATTENTIONS
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def split_heads(self, x: Tensor) -> Sequence[Tensor]:
-        """x (B, N, D) -> q, k, v, each (B, H, N, D / H)."""
-        b, n, d = x.shape
-        return self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        """x (T, D) -> q, k, v, each (T, H, D / H)."""
+        return self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attention(*self.split_heads(x)).transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, where: Layout) -> Tensor:
+        return self.proj(attention(*self.split_heads(x), where, self.impl).flatten(1))
+
+    def of_cls(self, x: Tensor, where: Layout) -> Tensor:
+        """What `forward` gives in the rows of the CLS tokens, (S, D), without the queries of all others."""
+        dim, bias = x.shape[1], self.qkv.bias
+        q = F.linear(x[where.cls], self.qkv.weight[:dim], None if bias is None else bias[:dim])
+        kv = F.linear(x, self.qkv.weight[dim:], None if bias is None else bias[dim:])
+        k, v = kv.view(x.shape[0], 2, self.num_heads, -1).unbind(1)
+        return self.proj(attention(q.view(q.shape[0], self.num_heads, -1), k, v, where, self.impl).flatten(1))
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, drop_path: float,
+    """x + attention, then + MLP, with what stochastic depth has drawn: scales (2, S), or the `Kept` of both branches."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool,
                  norm_layer: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, num_heads, qkv_bias)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, where: Layout, drawn: Tensor | tuple[Kept, Kept] | None = None,
+                cls_only: bool = False) -> Tensor:
+        """x (T, D) -> (T, D), or with `cls_only` the rows (S, D) of the CLS tokens, at a fraction of the work."""
+        attend = self.attn.of_cls if cls_only else self.attn
+        if isinstance(drawn, tuple):
+            kept, rest = drawn
+            branch = attend(self.norm1(x[kept.tokens]), kept.where)
+            x = _add(x[where.cls] if cls_only else x, branch, kept, cls_only)
+            return _add(x, self.mlp(self.norm2(x[rest.sequences if cls_only else rest.tokens])), rest, cls_only)
+        branch = attend(self.norm1(x), where)
+        x = x[where.cls] if cls_only else x
+        if drawn is None:
+            x = x + branch
+            return x + self.mlp(self.norm2(x))
+        scale = (drawn if cls_only else drawn[:, where.sequence])[:, :, None]
+        x = x + branch * scale[0]
+        return x + self.mlp(self.norm2(x)) * scale[1]
+
+
+def _add(x: Tensor, branch: Tensor, kept: Kept, cls_only: bool) -> Tensor:
+    """x (T or S, D) plus the branch of those kept."""
+    rows = kept.sequences if cls_only else kept.tokens
+    factor = kept.factor if cls_only else kept.factor[kept.where.sequence]
+    return x.index_add(0, rows, (branch * factor[:, None]).to(x.dtype))
 
 
 class PatchEmbed(nn.Module):
+    """A convolution whose stride is its kernel, which is one matrix product over patches."""
+
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)                                       # (B, N - 1, D)
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(P, C p p) -> (P, D)."""
+        return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionTransformer(nn.Module):
-    """Images (B, 3, h, w), any size of at least one patch -> CLS features (B, D).
+    """Images (B, 3, h, w), any size of at least one patch, or one such tensor per size -> CLS features (all images, D).
 
     img_size: side(s) of the image whose patch grid the learned positions fit; other sizes interpolate them. init_std: standard
     deviation of the linear layers at the start, "fan_in" for fan_in ** -0.5 (suits narrow models that train for minutes).
@@ -103,8 +159,9 @@ class VisionTransformer(nn.Module):
         self.grid = img_size[0] // patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2 + 1, embed_dim))
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]               # grows over the depth
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, norm_layer) for rate in rates)
+        self.drop_path_rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]    # grows over the depth
+        self.drop_path_mode = "mask"                                                          # of stochastic_depth.MODES
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer) for _ in range(depth))
         self.norm = norm_layer(embed_dim)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -112,50 +169,76 @@ class VisionTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 init_linear_(module, module.in_features**-0.5 if init_std == "fan_in" else float(init_std))
 
-    def interpolate_pos_encoding(self, h: int, w: int) -> Tensor:
-        """Positions (1, N, D) for images of h x w pixels: the learned ones, or these resampled bicubically as officially done.
+    def positions(self, matrix: Tensor | None) -> Tensor:
+        """Learned positions (N, D) of CLS and patches, resampled by a matrix of `resampling` unless it is None."""
+        table = self.pos_embed[0]
+        if matrix is None:
+            return table
+        with torch.autocast(table.device.type, enabled=False):
+            return torch.cat((table[:1], matrix.to(table.dtype) @ table[1:]))
 
-        The official scale factor carries + 0.1 against rounding, which shifts the sampling grid; kept, or results would differ.
-        """
-        if h == w and h // self.patch_embed.patch_size == self.grid:
-            return self.pos_embed
-        rows, cols = h // self.patch_embed.patch_size, w // self.patch_embed.patch_size
-        grid = self.pos_embed[:, 1:].reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, scale_factor=((rows + 0.1) / self.grid, (cols + 0.1) / self.grid), mode="bicubic")
-        assert grid.shape[-2:] == (rows, cols)
-        return torch.cat((self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
+    def embed(self, patches: Patches) -> Tensor:
+        """Packed tokens with positions, (T, D)."""
+        parts = self.patch_embed(patches.pixels).split([n * rows * cols for n, rows, cols in patches.grids])
+        tokens = []
+        for part, (n, rows, cols), matrix in zip(parts, patches.grids, patches.resampling, strict=True):
+            positions = self.positions(matrix)
+            cls = (self.cls_token[0] + positions[:1]).expand(n, 1, -1)
+            tokens.append(torch.cat((cls, part.view(n, rows * cols, -1) + positions[1:]), dim=1).flatten(0, 1))
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
-    def prepare_tokens(self, x: Tensor) -> Tensor:
-        """(B, 3, h, w) -> tokens with positions (B, N, D)."""
-        h, w = x.shape[-2:]
-        patches = self.patch_embed(x)
-        tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), patches), dim=1)
-        return tokens + self.interpolate_pos_encoding(h, w)
+    def forward(self, x: Tensor | Sequence[Tensor] | Patches, drawn: list | None = None) -> Tensor:
+        """drawn: what `draw` has given; drawn here if it is None."""
+        patches = x if isinstance(x, Patches) else self.cut(x)
+        where, drawn = patches.where, drawn or self.draw(patches.where)
+        x = self.embed(patches)
+        for block, branches in zip(self.blocks[:-1], drawn[:-1], strict=True):
+            x = block(x, where, branches)
+        return self.norm(self.blocks[-1](x, where, drawn[-1], cls_only=True))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.prepare_tokens(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x[:, 0])
+    def cut(self, crops: Tensor | Sequence[Tensor]) -> Patches:
+        return cut_patches(crops, self.patch_embed.patch_size, self.grid)
+
+    def draw(self, where: Layout) -> list:
+        """What stochastic depth leaves out, block by block."""
+        if not self.training or self.drop_path_rates[-1] == 0:
+            return [None] * len(self.blocks)
+        return (draw_kept if self.drop_path_mode == "skip" else draw_scales)(self.drop_path_rates, where)
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
-        """Attention of the last block, (B, H, N, N); row 0 is what CLS looks at."""
-        x = self.prepare_tokens(x)
+        """Attention of the last block to images (B, 3, h, w): (B, H, N, N); row 0 is what CLS looks at."""
+        patches = self.cut(x)
+        tokens, where = self.embed(patches), patches.where
         for block in self.blocks[:-1]:
-            x = block(x)
+            tokens = block(tokens, where)
         last = self.blocks[-1]
-        q, k, _ = last.attn.split_heads(last.norm1(x))
+        q, k, _ = (part.unflatten(0, where.runs[0]).transpose(1, 2) for part in last.attn.split_heads(last.norm1(tokens)))
         return attention_weights(q, k)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """Normalised outputs (B, N, D) of the last n blocks."""
-        x = self.prepare_tokens(x)
+        patches = self.cut(x)
+        tokens, where = self.embed(patches), patches.where
         layers = []
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            tokens = block(tokens, where)
             if len(self.blocks) - i <= n:
-                layers.append(self.norm(x))
+                layers.append(self.norm(tokens).unflatten(0, where.runs[0]))
         return layers
+
+
+@lru_cache(maxsize=64)
+def resampling(grid: int, rows: int, cols: int, device: torch.device) -> Tensor:
+    """The matrix (rows cols, grid grid) that resamples a square grid of positions bicubically, which is linear.
+
+    The official scale factor carries + 0.1 against rounding, which shifts the sampling points; kept, or results would differ.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        unit = torch.eye(grid * grid, dtype=torch.float64).view(grid * grid, 1, grid, grid)
+        scale = ((rows + 0.1) / grid, (cols + 0.1) / grid)
+        resampled = F.interpolate(unit, scale_factor=scale, mode="bicubic")
+        assert resampled.shape[-2:] == (rows, cols)
+        return resampled.flatten(1).t().contiguous().to(device, torch.float32)
 
 
 def init_linear_(layer: nn.Linear, std: float = 0.02) -> None:

@@ -15,6 +15,7 @@ LAYERS = [
     {"reference", "kernels", "testing"},
     {"ops"},
     {"attention"},
+    {"stochastic_depth"},
     {"vit", "head", "loss", "optim"},
     {"model"},
     {"checkpoint"},
