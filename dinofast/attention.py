@@ -51,8 +51,8 @@ def _layout(runs: Runs, device: torch.device) -> Layout:
 _kept_layout = lru_cache(maxsize=64)(_layout)
 
 
-def choose_attention(asked: str | None, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Which implementation serves products in `dtype` on this device, and why not one that stands before it in `ATTENTIONS`.
+def choose_attention(asked: str | None, device: torch.device, dtype: torch.dtype, width: int) -> tuple[str, str]:
+    """Which implementation serves heads of this width in `dtype` on this device, and why not the first of `ATTENTIONS`.
 
     Raises ValueError if the one that was asked for cannot run here.
     """
@@ -60,6 +60,8 @@ def choose_attention(asked: str | None, device: torch.device, dtype: torch.dtype
         f"it needs bf16 or fp16 on a GPU, not {str(dtype).removeprefix('torch.')} on {device.type}")
     if not packed and torch.cuda.get_device_capability(device) < (8, 0):
         packed = f"{torch.cuda.get_device_name(device)} is older than the A100, for which its kernels are made"
+    if not packed and (width % 8 or width > 256):
+        packed = f"its kernels take heads of up to 256 in steps of 8, not {width}"
     absent = "" if importlib.util.find_spec("xformers") else "xformers is not installed"
     reasons = {"xformers": packed or absent, "varlen": packed, "sdpa": "", "plain": ""}
     if asked is not None and asked not in ATTENTIONS:
@@ -67,7 +69,7 @@ def choose_attention(asked: str | None, device: torch.device, dtype: torch.dtype
     if asked and reasons[asked]:
         raise ValueError(f"--attention {asked} was asked for, but {reasons[asked]}.")
     best = asked or next(name for name in ATTENTIONS if not reasons[name])
-    return best, "" if asked or best == "xformers" else f"not xformers: {reasons['xformers']}"
+    return best, "" if asked or best == "xformers" or device.type != "cuda" else f"not xformers: {reasons['xformers']}"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, where: Layout, impl: str = "sdpa") -> Tensor:

@@ -85,6 +85,23 @@ class Config:
     optimizer: str = _option("adamw", "adamw for ViTs; sgd or lars for convolutional networks.",
         choices=("adamw", "sgd", "lars"))
     drop_path_rate: float = _option(0.1, "Stochastic depth rate of the student's last block (ViT only).")
+    drop_path_mode: str = _option("mask", "[dinofast] mask: each crop by its own draw, computed and multiplied by 0, as in the "
+        "official code. skip: as many crops as the rate says, drawn anew for each branch, are not computed at all: saves half "
+        "of --drop_path_rate of the student's work.", choices=("mask", "skip"))
+
+    # ---- how the step is computed
+    attention: str | None = _option(None, "[dinofast] Attention of our ViTs: xformers or varlen (torch's own) over all packed "
+        "crops at once, in bf16 or fp16 on a GPU; sdpa, torch's kernel for each crop size; plain, the formula. "
+        "Left alone: the first of these that runs here.", choices=("xformers", "varlen", "sdpa", "plain"))
+    compile: str | None = _option(None, "[dinofast] on: student and teacher under torch.compile; the first step then takes a "
+        "minute, less when the same was compiled before. Left alone: on for our ViTs on a GPU. On a CPU it pays for runs of "
+        "hours.", choices=("on", "off"))
+    cuda_graph: bool = _option(False, "[dinofast] Replay forward and backward as one CUDA graph, where launches still show: "
+        "small models or batches. One process, no --accumulate.")
+    grad_checkpointing: bool = _option(False, "[dinofast] Keep only the inputs of each block for backward and compute the rest "
+        "anew: less memory for about a quarter more time (ViT only).")
+    teacher_precision: str = _option("fp32", "[dinofast] bf16: the teacher computes with weights rounded to bf16; its average "
+        "stays in fp32, with the optimiser.", choices=("fp32", "bf16"))
 
     # ---- crops
     global_crops_scale: tuple[float, float] = _option((0.4, 1.0), "Smallest and largest share of the image's area in a global "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import signal
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -15,12 +14,10 @@ from torch import nn
 from . import checkpoint, dist, ops
 from .config import Config
 from .data import Loader, make_loader
-from .log import EpochSums, Interrupted, Run, StopSignal, WorkerDied, counting
+from .log import EpochSums, Interrupted, Run, StopSignal, WorkerDied, counting, peak_memory
 from .model import Model, backbone_maker
-from .optim import OPTIMIZERS, param_groups
-from .schedule import Schedule, step_seed
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from .schedule import Schedule
+from .step import Step
 
 
 def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
@@ -64,28 +61,23 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.Pr
          loader: Loader) -> Path:
     output_dir = Path(cfg.output_dir)
     path = output_dir / "checkpoint.pth"
-    device = process.device
-    precision = cfg.precision_on(device.type)
 
     # ---- model, optimiser, where to go on
-    model = Model.from_config(cfg, backbone).to(device)
-    parallel = _distribute(model, process)
-    optimizer = OPTIMIZERS[cfg.optimizer](param_groups(model.student), student=model.student, teacher=model.teacher,
-                                          clip_grad=cfg.clip_grad, clip_mode=cfg.clip_mode)
-    scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
+    per_epoch, batch = loader.steps_per_epoch, cfg.batch_size_per_gpu * cfg.accumulate * process.world
+    schedule = Schedule(cfg, per_epoch, process.world, process.device)
+    one_step = Step(cfg, Model.from_config(cfg, backbone), process, schedule)
+    state = one_step.model, one_step.optimizer, one_step.scaler
     position, changed = checkpoint.Position(), []
     if path.exists():
-        position, changed = checkpoint.restore(path, model, optimizer, scaler, cfg)
+        position, changed = checkpoint.restore(path, *state, cfg)
     process.barrier()                                     # nobody writes here before everybody has read
-    per_epoch, batch = loader.steps_per_epoch, cfg.batch_size_per_gpu * cfg.accumulate * process.world
-    schedule = Schedule(cfg, per_epoch, process.world, device)
     start, inexact = _first_step(position, loader, batch)
     loader.seek(start)
-    sums = EpochSums(device, position.sums if start % per_epoch and not inexact else [])
+    sums = EpochSums(process.device, position.sums if start % per_epoch and not inexact else [])
     run = Run(output_dir, process.is_main, steps_per_epoch=per_epoch, epochs=cfg.epochs, images_per_step=batch,
               out_dim=cfg.out_dim)
     run.drop_after(start // per_epoch)
-    _introduce(run, cfg, process, model, loader, precision, start, path, changed + inexact)
+    _introduce(run, cfg, process, one_step, loader, start, path, changed + inexact)
 
     def save(step: int, keep: bool = False) -> None:
         if process.is_main:
@@ -93,7 +85,7 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.Pr
             where = checkpoint.Position(step, epoch, inside * batch, loader.n_images, sums.read() if inside else [],
                                         loader.fingerprint, batch)
             numbered = output_dir / f"checkpoint{epoch - 1:04}.pth"
-            checkpoint.save(numbered if keep else path, model, optimizer, scaler, cfg, where)
+            checkpoint.save(numbered if keep else path, *state, cfg, where)
             if keep:
                 checkpoint.link(numbered, path)           # in this order: a run killed in between makes both again
 
@@ -101,38 +93,16 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.Pr
     with run.live(start, sums.read()):
         stop.training = True
         for step in range(start, schedule.total):
-            epoch, values = step // per_epoch, schedule.at(step)
-            for group, decay in zip(optimizer.param_groups, (values.weight_decay, 0.0), strict=True):
-                group["lr"], group["weight_decay"] = values.lr, decay
-
-            for micro in range(cfg.accumulate):
-                crops = next(loader)                                      # on the device already
-                torch.manual_seed(step_seed(cfg.seed, step, micro, process.rank))    # drop path: the same after a resume
-                last = micro == cfg.accumulate - 1
-                with nullcontext() if last or process.world == 1 else parallel.no_sync():
-                    with torch.autocast(device.type, _DTYPES.get(precision), enabled=precision != "fp32"):
-                        loss = parallel(crops, schedule.teacher_temp[epoch]) / cfg.accumulate
-                    (scaler.scale(loss) if scaler else loss).backward()
-            if epoch < cfg.freeze_last_layer:
-                for p in model.last_layer_parameters():
-                    p.grad = None
-            stats = model.dino_loss.step()                                # all-reduce; the centre moves
-            bad = ~torch.isfinite(stats.loss)
-            if scaler:
-                scaler.step(optimizer, momentum=values.momentum, skip=bad)
-                scaler.update()
-            else:
-                optimizer.step(momentum=values.momentum, skip=bad)        # clip, update, teacher average
-            optimizer.zero_grad(set_to_none=True)
-            sums.add(torch.stack((stats.loss, stats.teacher_entropy, stats.kl, model.dino_loss.center.norm(),
-                                  optimizer.grad_norm.float())))
+            sums.add(one_step(step, loader))
 
             done = step + 1
-            ends_epoch = done % per_epoch == 0
+            epoch, ends_epoch = step // per_epoch, done % per_epoch == 0
             stopping = process.world == 1 and bool(stop.signum)
             if done % cfg.log_steps == 0 or ends_epoch:
                 now = sums.read()                                         # the only wait for the device
                 stopping = process.any(bool(stop.signum))
+                if done <= start + cfg.log_steps:
+                    run.say(f"peak memory so far: {peak_memory(process.device)}")
                 run.show(done, now, schedule.lr[step], loader.wait_s)
                 run.tell_refused(loader.refused, output_dir / "refused.txt")
                 if ends_epoch:
@@ -146,21 +116,8 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.Pr
                 process.barrier()                                         # nobody leaves before it is saved
                 raise Interrupted(stop.signum or signal.SIGTERM, f"stopped after step {done} of {schedule.total}, saved in "
                                   f"'{path}'; the same command goes on from there.")
-    run.say(f"done: {schedule.total} steps, teacher and student in '{path}'")
+    run.say(f"done: {schedule.total} steps, teacher and student in '{path}'; peak memory {peak_memory(process.device)}")
     return path
-
-
-def _distribute(model: Model, process: dist.Process) -> nn.Module:
-    """Gradients averaged over processes; batch statistics too where torch can (on GPUs)."""
-    if process.world == 1:
-        return model
-    on_gpu = process.device.type == "cuda"
-    if on_gpu:
-        model.student, model.teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (model.student, model.teacher))
-    ddp = nn.parallel.DistributedDataParallel
-    new_name = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters          # torch 2.13; 2.11 has the old one
-    return ddp(model, device_ids=[process.device] if on_gpu else None, gradient_as_bucket_view=True,
-               **{"forward_sync_buffers" if new_name else "broadcast_buffers": False})
 
 
 def _first_step(position: checkpoint.Position, loader: Loader, batch: int) -> tuple[int, list[str]]:
@@ -180,19 +137,20 @@ def _first_step(position: checkpoint.Position, loader: Loader, batch: int) -> tu
     return start + min(inside, loader.steps_per_epoch), notes
 
 
-def _introduce(run: Run, cfg: Config, process: dist.Process, model: Model, loader: Loader, precision: str, start: int,
-               path: Path, notes: list[str]) -> None:
-    parameters = sum(p.numel() for p in model.student.parameters())
+def _introduce(run: Run, cfg: Config, process: dist.Process, one_step: Step, loader: Loader, start: int, path: Path,
+               notes: list[str]) -> None:
+    parameters = sum(p.numel() for p in one_step.model.student.parameters())
     on_gpu = process.device.type == "cuda"
     name = torch.cuda.get_device_name(process.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     run.say(f"{loader.n_images} images, {loader.steps_per_epoch} steps an epoch, {run.images_per_step} images a step; "
-            f"{cfg.arch}: {parameters / 1e6:.2f} M parameters; {name}, {precision}, {process.world} process(es)")
+            f"{cfg.arch}: {parameters / 1e6:.2f} M parameters; {name}, {one_step.precision}, {process.world} "
+            "process(es)")
     note = f" ({loader.backend_note})" if loader.backend_note else ""
-    run.say(f"loss: {ops.paths()['dino_loss'][process.device.type]}; crops: {loader.backend}{note}")
+    run.say(f"loss: {ops.paths()['dino_loss'][process.device.type]}; step: {one_step.how}; crops: {loader.backend}{note}")
     run.tell_refused(loader.refused, Path(cfg.output_dir) / "refused.txt")
     if start >= cfg.epochs * loader.steps_per_epoch:
         run.say(f"nothing left to do: '{path}' has {start} steps behind it; raise --epochs to go on")
     elif start:
         run.say(f"resumed from '{path}' after step {start} (epoch {start // loader.steps_per_epoch + 1} of {cfg.epochs})")
-    for note in notes:
+    for note in [*one_step.notes, *notes]:
         run.say(f"note: {note}")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import Layout, attention, attention_weights, layout
 from .stochastic_depth import Kept, draw_kept, draw_scales
@@ -160,7 +161,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2 + 1, embed_dim))
         self.drop_path_rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]    # grows over the depth
-        self.drop_path_mode = "mask"                                                          # of stochastic_depth.MODES
+        self.drop_path_mode, self.grad_checkpointing = "mask", False                          # see set_execution
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer) for _ in range(depth))
         self.norm = norm_layer(embed_dim)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -193,8 +194,22 @@ class VisionTransformer(nn.Module):
         where, drawn = patches.where, drawn or self.draw(patches.where)
         x = self.embed(patches)
         for block, branches in zip(self.blocks[:-1], drawn[:-1], strict=True):
-            x = block(x, where, branches)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, where, branches, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, where, branches)
         return self.norm(self.blocks[-1](x, where, drawn[-1], cls_only=True))
+
+    @property
+    def head_width(self) -> int:
+        return self.embed_dim // self.blocks[0].attn.num_heads
+
+    def set_execution(self, attention: str, drop_path_mode: str = "mask", grad_checkpointing: bool = False) -> None:
+        """How passes are done from now on: attention (one of ATTENTIONS), stochastic depth (one of stochastic_depth.MODES), and
+        whether backward computes each block's insides anew instead of keeping them."""
+        for block in self.blocks:
+            block.attn.impl = attention
+        self.drop_path_mode, self.grad_checkpointing = drop_path_mode, grad_checkpointing
 
     def cut(self, crops: Tensor | Sequence[Tensor]) -> Patches:
         return cut_patches(crops, self.patch_embed.patch_size, self.grid)

@@ -17,9 +17,10 @@ LAYERS = [
     {"attention"},
     {"stochastic_depth"},
     {"vit", "head", "loss", "optim"},
-    {"model"},
+    {"model", "cuda_graph"},
     {"checkpoint"},
     {"evaluate"},
+    {"step"},
     {"train"},
     {"demo", "doctor", "show_crops", "bench_data"},
     {"cli"},
@@ -81,8 +82,8 @@ def test_every_file_has_a_layer():
 
 def test_only_the_named_files_read_the_configuration():
     readers = {room(p) for p in files() if "config" in imports(p)} - {"__init__"}
-    assert readers <= {"model", "data", "schedule", "train", "cli", "demo", "checkpoint", "doctor", "evaluate", "show_crops",
-                       "bench_data"}
+    assert readers <= {"model", "data", "schedule", "step", "train", "cli", "demo", "checkpoint", "doctor", "evaluate",
+                       "show_crops", "bench_data", "bench_step"}
 
 
 def test_no_file_outgrows_its_room():

@@ -15,7 +15,7 @@ from dinofast.config import Config
 from dinofast.head import DINOHead
 from dinofast.log import Diverged, Run
 from dinofast.model import Model, MultiCropWrapper
-from dinofast.optim import AdamWEMA
+from dinofast.optim import OPTIMIZERS, AdamWEMA
 
 GOLDEN = Config(arch="vit_tiny", patch_size=8, out_dim=160, head_hidden_dim=64, head_bottleneck_dim=24, norm_last_layer=False,
                 local_crops_number=4, global_crops_size=32, local_crops_size=16, batch_size_per_gpu=4, epochs=4,
@@ -78,7 +78,7 @@ def official(monkeypatch):
     monkeypatch.setattr(Model, "from_config", classmethod(from_config))
     monkeypatch.setattr(train_module, "make_loader", lambda cfg, **_: seen.loader)
     monkeypatch.setattr(Run, "show", show)
-    monkeypatch.setitem(train_module.OPTIMIZERS, "adamw", Recording)
+    monkeypatch.setitem(OPTIMIZERS, "adamw", Recording)
     return seen
 
 

@@ -1,0 +1,157 @@
+"""The whole optimiser step: what `train` repeats and `bench-step` times. Eager, compiled, or its greater part a CUDA graph."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from . import dist
+from .attention import choose_attention
+from .config import Config
+from .cuda_graph import Captured
+from .loss import LossStats
+from .model import Model
+from .optim import OPTIMIZERS, param_groups
+from .schedule import Schedule, step_seed
+from .vit import VisionTransformer
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Step:
+    """`step(i, batches)` takes micro-batches from `batches`, does optimiser step i and returns its metrics, (5,) on the device
+    in the order of `log.METRICS`. Nothing in it waits for the device.
+
+    model, optimizer, scaler (None without fp16): what a checkpoint holds. how: what does the work, in words. notes: what was
+    asked for or is usual and is not done, and why. Raises ValueError for options that cannot be met here.
+    """
+
+    def __init__(self, cfg: Config, model: Model, process: dist.Process, schedule: Schedule) -> None:
+        self.model, self.process, device = model.to(process.device), process, process.device
+        self.cfg, self.schedule = cfg, schedule
+        self.precision = cfg.precision_on(device.type)
+        self.notes: list[str] = []
+        if cfg.teacher_precision == "bf16":
+            if self.precision == "fp32":
+                raise ValueError("--teacher_precision bf16 goes with --precision bf16 or fp16, and this run computes in fp32: "
+                                 "give one of these too, or leave it out.")
+            model.teacher.to(torch.bfloat16)                  # the optimiser averages in float32 and rounds into it
+        self.how = ", ".join(filter(None, (self._choose_attention(), self._compile(), self._choose_graph())))
+        self.optimizer = OPTIMIZERS[cfg.optimizer](param_groups(model.student), student=model.student, teacher=model.teacher,
+                                                   clip_grad=cfg.clip_grad, clip_mode=cfg.clip_mode)
+        self.scaler = torch.amp.GradScaler(device.type) if self.precision == "fp16" else None
+        self.parallel = _distribute(model, process)
+
+    def __call__(self, step: int, batches: Iterator[list[Tensor]]) -> Tensor:
+        values, epoch = self.schedule.at(step), step // self.schedule.steps_per_epoch
+        for group, decay in zip(self.optimizer.param_groups, (values.weight_decay, 0.0), strict=True):
+            group["lr"], group["weight_decay"] = values.lr, decay
+        stats = self.gradients(step, batches, self.schedule.teacher_temp[epoch])
+        if epoch < self.cfg.freeze_last_layer:
+            for p in self.model.last_layer_parameters():
+                p.grad = None
+        bad = ~torch.isfinite(stats.loss)
+        if self.scaler:
+            self.scaler.step(self.optimizer, momentum=values.momentum, skip=bad)
+            self.scaler.update()
+        else:
+            self.optimizer.step(momentum=values.momentum, skip=bad)           # clip, update, teacher average
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack((stats.loss, stats.teacher_entropy, stats.kl, self.model.dino_loss.center.norm(),
+                            self.optimizer.grad_norm.float()))
+
+    def gradients(self, step: int, batches: Iterator[list[Tensor]], teacher_temp: Tensor) -> LossStats:
+        """Gradients of all micro-batches in `grad`; the centre has moved."""
+        cfg, process = self.cfg, self.process
+        for micro in range(cfg.accumulate):
+            crops = next(batches)                                             # on the device already
+            torch.manual_seed(step_seed(cfg.seed, step, micro, process.rank))     # drop path: the same after a resume
+            if self.graph:
+                return self.graph(crops, teacher_temp)
+            last = micro == cfg.accumulate - 1
+            with nullcontext() if last or process.world == 1 else self.parallel.no_sync():
+                self.forward_backward(crops, teacher_temp)
+        return self.model.dino_loss.step()                                    # all-reduce; the centre moves
+
+    def forward_backward(self, crops: list[Tensor], teacher_temp: Tensor) -> None:
+        with torch.autocast(self.process.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32",
+                            cache_enabled=self.graph is None):
+            loss = self.parallel(crops, teacher_temp) / self.cfg.accumulate
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def _whole(self, crops: list[Tensor], teacher_temp: Tensor) -> LossStats:
+        self.forward_backward(crops, teacher_temp)
+        return self.model.dino_loss.step()
+
+    # ---- what does the work
+    def _vits(self) -> list[VisionTransformer]:
+        backbones = (self.model.student.backbone, self.model.teacher.backbone)
+        return [b for b in backbones if isinstance(b, VisionTransformer)]
+
+    def _choose_attention(self) -> str:
+        if not self._vits():
+            if self.cfg.attention:
+                raise ValueError(f"--attention {self.cfg.attention} is for our ViTs, not for {self.cfg.arch}: leave it out.")
+            return ""
+        width = self._vits()[0].head_width
+        impl, note = choose_attention(self.cfg.attention, self.process.device, _DTYPES[self.precision], width)
+        for vit in self._vits():
+            vit.set_execution(impl, self.cfg.drop_path_mode, self.cfg.grad_checkpointing)
+        return f"attention {impl}{f' ({note})' if note else ''}"
+
+    def _compile(self) -> str:
+        """Student and teacher as one graph each."""
+        asked, on_gpu = self.cfg.compile, self.process.device.type == "cuda"
+        if asked == "off" or (asked is None and not (on_gpu and self._vits())):
+            return "not compiled"
+        if not self._vits():
+            raise ValueError(f"--compile on is for our ViTs, not for {self.cfg.arch}: leave it out, and compile a backbone of "
+                             "your own before you give it.")
+        if reason := why_no_compiler(self.process.device):
+            if asked == "on":
+                raise ValueError(f"--compile on was asked for, but {reason}.")
+            self.notes.append(f"not compiled, and slower for it: {reason}")
+            return "not compiled"
+        for network in (self.model.student, self.model.teacher):
+            network.compile(fullgraph=True, dynamic=False)
+        return "compiled"
+
+    def _choose_graph(self) -> str:
+        self.graph: Captured | None = None
+        if not self.cfg.cuda_graph:
+            return ""
+        reasons = {"there is no GPU": self.process.device.type != "cuda", "there are several processes": self.process.world > 1,
+                   f"--accumulate is {self.cfg.accumulate}": self.cfg.accumulate > 1}
+        for reason, holds in reasons.items():
+            if holds:
+                self.notes.append(f"--cuda_graph: without it, as {reason}")
+                return ""
+        self.graph = Captured(self._whole, [p for p in self.model.student.parameters() if p.requires_grad])
+        return "forward and backward as a CUDA graph"
+
+
+def why_no_compiler(device: torch.device) -> str:
+    """Why `torch.compile` does not work here, found by trying it on next to nothing; empty if it does."""
+    try:
+        torch.compile(lambda x: x.exp() + 1, fullgraph=True)(torch.zeros(8, device=device))
+    except Exception as error:                     # whatever a compiler, or its absence, may raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"torch.compile does not work here ({first})"
+    return ""
+
+
+def _distribute(model: Model, process: dist.Process) -> nn.Module:
+    """Gradients averaged over processes; batch statistics too where torch can (on GPUs)."""
+    if process.world == 1:
+        return model
+    on_gpu = process.device.type == "cuda"
+    if on_gpu:
+        model.student, model.teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (model.student, model.teacher))
+    ddp = nn.parallel.DistributedDataParallel
+    new_name = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters          # torch 2.13; 2.11 has the old one
+    return ddp(model, device_ids=[process.device] if on_gpu else None, gradient_as_bucket_view=True,
+               **{"forward_sync_buffers" if new_name else "broadcast_buffers": False})
