@@ -16,13 +16,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import official
+import official_checkout
 import torch
 from record import main, rows_of
 from timing import MIB, Rival, copies, measure
 from torch import nn
 
-from dinofast import AdamWEMA, DINOHead, MultiCropWrapper, ops, param_groups, vit_small
+from dinofast import AdamWEMA, DINOHead, MultiCropWrapper, official, ops, param_groups, vit_small
 
 NAME = "adamw_ema"
 CLIP, MOMENTUM, LR, WEIGHT_DECAY = 3.0, 0.996, 5e-4, 0.04
@@ -78,10 +78,10 @@ def steps(model: nn.Module) -> tuple[list[Rival], list[str]]:
     """Each has a student, teacher and moments of its own; checked after three steps."""
     made = {"official": _official_step(model, official.clip_gradients)}
     left_out = []
-    if official.has_checkout():
-        made["official checkout"] = _official_step(model, official.from_checkout("utils.py", "clip_gradients"))
+    if official_checkout.is_there():
+        made["official checkout"] = _official_step(model, official_checkout.take("utils.py", "clip_gradients"))
     else:
-        left_out.append(f"official checkout: {official.NOT_SET}")
+        left_out.append(f"official checkout: {official_checkout.NOT_SET}")
     made["official, fused AdamW"] = _official_step(model, official.clip_gradients, fused=True)
     made["torch, foreach and fused"] = _foreach_step(model)
     made["dinofast"] = _step(model)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import data_on_gpu
 import numpy as np
-import official
+import official_checkout
 import photographs
 import torch
 from PIL import Image, ImageFilter, ImageOps
@@ -198,8 +198,8 @@ def tasks(cfg: Config, loader: Loader) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def no_checkout() -> str:
-    if not official.has_checkout():
-        return official.NOT_SET
+    if not official_checkout.is_there():
+        return official_checkout.NOT_SET
     return "" if importlib.util.find_spec("torchvision") else "torchvision is not installed"
 
 
@@ -210,9 +210,9 @@ class Checkout(Dataset):
         from torchvision import transforms
 
         self.path = loader.crops.index.path
-        taken = {name: official.from_checkout("utils.py", name, random=random, ImageFilter=ImageFilter, ImageOps=ImageOps)
+        taken = {name: official_checkout.take("utils.py", name, random=random, ImageFilter=ImageFilter, ImageOps=ImageOps)
                  for name in ("GaussianBlur", "Solarization")}
-        augmentation = official.from_checkout("main_dino.py", "DataAugmentationDINO", transforms=transforms, Image=Image,
+        augmentation = official_checkout.take("main_dino.py", "DataAugmentationDINO", transforms=transforms, Image=Image,
                                               utils=types.SimpleNamespace(**taken))
         self.augment = augmentation(cfg.global_crops_scale, cfg.local_crops_scale, cfg.local_crops_number)
 

@@ -13,13 +13,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import official
+import official_checkout
 import torch
 from record import main, rows_of
 from timing import MIB, Rival, copies, measure
 from torch import Tensor
 
-from dinofast import ops, reference
+from dinofast import official, ops, reference
 from dinofast.testing import loss_inputs
 
 NAME = "dino_loss"
@@ -79,8 +79,8 @@ def make_rivals(student: Tensor, teacher: Tensor, center: Tensor) -> tuple[list[
 
     rivals = [Rival("official", with_gradient(lambda: official.dino_loss(*flat, *temps)))]
     left_out = []
-    if official.has_checkout():
-        module = official.checkout_dino_loss(crops, prototypes, *temps, student.device)
+    if official_checkout.is_there():
+        module = official_checkout.dino_loss(crops, prototypes, *temps, student.device)
         narrow = student.dtype != torch.float32
 
         def checkout() -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def make_rivals(student: Tensor, teacher: Tensor, center: Tensor) -> tuple[list[
                 return module(flat[0], flat[1], 0), module.center
         rivals.append(Rival("official checkout", with_gradient(checkout)))
     else:
-        left_out.append(f"official checkout: {official.NOT_SET}")
+        left_out.append(f"official checkout: {official_checkout.NOT_SET}")
     rivals.append(Rival("reference", with_gradient(lambda: reference.dino_loss(student, teacher, center, *temps))))
     torch.compiler.reset()
     compiled = torch.compile(reference.dino_loss, dynamic=False)

@@ -127,6 +127,15 @@ def _parser() -> Parser:
     add_arguments(bench)
     bench.set_defaults(run=_bench_data)
 
+    speed = commands.add_parser("bench-step", help="images/s of a training step here, and the official loop beside it",
+                                description="Time the whole training step on random crops, and on images if a folder is given: "
+                                "images/s, MFU, where the time goes, and the official loop, in turns. Takes the flags of "
+                                "pretrain and writes nothing.")
+    speed.add_argument("folder", metavar="DIR", nargs="?", help="images, as --data_path of pretrain")
+    speed.add_argument("--seconds", type=float, default=30.0, metavar="X", help="of the measurement, at least (default: 30)")
+    add_arguments(speed)
+    speed.set_defaults(run=_bench_step)
+
     sample = commands.add_parser("sample-data", help="write a small labelled data set to try things on",
                                  description="Write ordinary JPEG files in class folders: objects of ten kinds on cluttered "
                                  "ground.")
@@ -181,6 +190,16 @@ def _bench_data(given: dict[str, Any]) -> None:
     from .bench_data import measure, report
 
     print(report(measure(cfg, seconds), wanted))
+
+
+def _bench_step(given: dict[str, Any]) -> None:
+    folder, seconds = given.pop("folder"), given.pop("seconds")
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"--seconds is {seconds:g}: give a number above 0.")
+    cfg = from_arguments(given)
+    from .bench_step import measure
+
+    print(measure(cfg, folder, seconds))
 
 
 def _knn(options: dict[str, Any]) -> None:

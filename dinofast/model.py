@@ -51,6 +51,7 @@ class Model(nn.Module):
     """The whole of DINO: `model(crops, teacher_temp)` gives the loss (arXiv 2104.14294, figure 2 and algorithm 1).
 
     student, teacher: `MultiCropWrapper`s of equal shape; the teacher starts as a copy of the student and takes no gradient.
+    mark: called with the name of each part of a step when it has ended, for those who time it.
     """
 
     def __init__(self, student: MultiCropWrapper, teacher: MultiCropWrapper, dino_loss: DINOLoss) -> None:
@@ -58,6 +59,7 @@ class Model(nn.Module):
         self.student = student
         self.teacher = teacher
         self.dino_loss = dino_loss
+        self.mark = _unmarked
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
 
@@ -69,8 +71,12 @@ class Model(nn.Module):
             drawn, views = backbone.draw(crops.where), crops.first()
         with torch.no_grad():
             teacher_output = self.teacher(views)
+        self.mark("teacher")
         student_output = self.student(crops) if drawn is None else self.student(crops, drawn)
-        return self.dino_loss.accumulate(student_output, teacher_output, teacher_temp)
+        self.mark("student")
+        loss = self.dino_loss.accumulate(student_output, teacher_output, teacher_temp)
+        self.mark("loss")
+        return loss
 
     def last_layer_parameters(self) -> list[nn.Parameter]:
         """The student's parameters that `freeze_last_layer` holds fixed."""
@@ -92,6 +98,10 @@ class Model(nn.Module):
                         cfg.epochs, cfg.student_temp, cfg.center_momentum)
         student = MultiCropWrapper(student_backbone, head(cfg.norm_last_layer))
         return cls(student, MultiCropWrapper(teacher_backbone, head(True)), loss)
+
+
+def _unmarked(part: str) -> None:
+    """Nobody times the parts."""
 
 
 def build_backbone(cfg: Config, drop_path_rate: float) -> nn.Module:

@@ -61,6 +61,7 @@ class Step:
         else:
             self.optimizer.step(momentum=values.momentum, skip=bad)           # clip, update, teacher average
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.mark("optimiser")
         return torch.stack((stats.loss, stats.teacher_entropy, stats.kl, self.model.dino_loss.center.norm(),
                             self.optimizer.grad_norm.float()))
 
@@ -69,6 +70,7 @@ class Step:
         cfg, process = self.cfg, self.process
         for micro in range(cfg.accumulate):
             crops = next(batches)                                             # on the device already
+            self.model.mark("data")
             torch.manual_seed(step_seed(cfg.seed, step, micro, process.rank))     # drop path: the same after a resume
             if self.graph:
                 return self.graph(crops, teacher_temp)
@@ -82,6 +84,7 @@ class Step:
                             cache_enabled=self.graph is None):
             loss = self.parallel(crops, teacher_temp) / self.cfg.accumulate
         (self.scaler.scale(loss) if self.scaler else loss).backward()
+        self.model.mark("backward")
 
     def _whole(self, crops: list[Tensor], teacher_temp: Tensor) -> LossStats:
         self.forward_backward(crops, teacher_temp)

@@ -19,11 +19,13 @@ import data_on_gpu  # noqa: E402
 import gpu  # noqa: E402
 import index_pass  # noqa: E402
 import launch_kernels  # noqa: E402
-import official  # noqa: E402
+import official_checkout  # noqa: E402
 import photographs  # noqa: E402
 import record  # noqa: E402
 import report  # noqa: E402
 import timing  # noqa: E402
+
+from dinofast import official  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL_LOSS = bench_dino_loss.Case(4, 3, 50, torch.float32)
@@ -80,7 +82,7 @@ def test_rivals_of_the_loss_agree(not_compiled, monkeypatch, dtype):
     case = bench_dino_loss.measure_case(SMALL_LOSS._replace(dtype=dtype), CPU, 0.01)
     assert [row["rival"] for row in case["rows"]] == [
         "official", "reference", "reference, compiled", "dinofast", "copy of the student's logits"]
-    assert case["left_out"] == [f"official checkout: {official.NOT_SET}"]
+    assert case["left_out"] == [f"official checkout: {official_checkout.NOT_SET}"]
 
 
 def test_a_rival_that_differs_is_not_timed():
@@ -102,7 +104,7 @@ def test_rivals_of_the_data_path_agree(monkeypatch, tmp_path):
     made = {row["rival"]: row for row in case["rows"]}
     native = [] if bench_data.native.missing() else ["dinofast", bench_data.ALL_CORES]
     assert list(made) == ["official", "dinofast, pil", *native]
-    assert case["left_out"][:2] == [f"official checkout: {official.NOT_SET}", "DALI: not here"] and case["rounds"] == 2
+    assert case["left_out"][:2] == [f"official checkout: {official_checkout.NOT_SET}", "DALI: not here"] and case["rounds"] == 2
     for row in made.values():
         assert row["same_crops"] and row["cpu_ms"] > 0 and row["images_per_s"] == 1e3 / row["median_ms"]
     record.save(result, tmp_path)
@@ -164,9 +166,9 @@ def test_checkout_is_a_row(not_compiled, checkout):
 
 def test_what_is_no_checkout(checkout):
     with pytest.raises(ValueError, match="has no missing.py: name a checkout of facebookresearch/dino"):
-        official.from_checkout("missing.py", "DINOLoss")
+        official_checkout.take("missing.py", "DINOLoss")
     with pytest.raises(ValueError, match="defines no DINOLoss: DINO_OFFICIAL must name a checkout"):
-        official.from_checkout("utils.py", "DINOLoss")
+        official_checkout.take("utils.py", "DINOLoss")
 
 
 def test_our_rewrite_clips_as_the_official_code():
@@ -242,7 +244,7 @@ def test_report_renders_a_file(results):
     row = json.loads((results / "dino_loss-cpu.json").read_text())["cases"][0]["rows"][3]
     assert f"| **dinofast** | **{report.digits(row['median_ms'])} [" in shown
     assert f"| **{row['times_faster_than_official']:.1f}** |" in shown
-    assert f"Left out: official checkout: {official.NOT_SET}." in shown and "`a command`" in shown
+    assert f"Left out: official checkout: {official_checkout.NOT_SET}." in shown and "`a command`" in shown
 
 
 def test_report_without_a_file(monkeypatch, tmp_path):
@@ -258,7 +260,7 @@ def test_digits(ms, shown):
 @pytest.mark.skipif(not importlib.util.find_spec("pytest_benchmark"), reason="needs pytest-benchmark")
 def test_pytest_is_handed_the_measured_times(tmp_path):
     """A whole session over one small case: pytest-benchmark's medians are those of the result file."""
-    for name in ("conftest.py", "record.py", "timing.py", "official.py", "bench_adamw_ema.py"):
+    for name in ("conftest.py", "record.py", "timing.py", "official_checkout.py", "bench_adamw_ema.py"):
         (tmp_path / name).write_text((ROOT / "benchmarks" / name).read_text())
     with (tmp_path / "bench_adamw_ema.py").open("a") as f:
         f.write("\n\ndef cases(device):\n    return [Case('step', 2)]\n")
@@ -267,7 +269,7 @@ def test_pytest_is_handed_the_measured_times(tmp_path):
                            "--save-results", "results", "--benchmark-json", "record.json", "-p", "no:cacheprovider"),
                           cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "4 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
-    assert official.NOT_SET in done.stdout and "official / it" in done.stdout
+    assert official_checkout.NOT_SET in done.stdout and "official / it" in done.stdout
     rows = json.loads((tmp_path / "results" / "adamw_ema-cpu.json").read_text())["cases"][0]["rows"]
     records = json.loads((tmp_path / "record.json").read_text())["benchmarks"]
     theirs = {each["params"]["rival"]: each["stats"]["median"] for each in records}

@@ -17,12 +17,12 @@ LAYERS = [
     {"attention"},
     {"stochastic_depth"},
     {"vit", "head", "loss", "optim"},
-    {"model", "cuda_graph"},
+    {"model", "cuda_graph", "flops"},
     {"checkpoint"},
     {"evaluate"},
-    {"step"},
+    {"step", "official"},
     {"train"},
-    {"demo", "doctor", "show_crops", "bench_data"},
+    {"demo", "doctor", "show_crops", "bench_data", "bench_step"},
     {"cli"},
     {"__main__"},
 ]
@@ -83,7 +83,7 @@ def test_every_file_has_a_layer():
 def test_only_the_named_files_read_the_configuration():
     readers = {room(p) for p in files() if "config" in imports(p)} - {"__init__"}
     assert readers <= {"model", "data", "schedule", "step", "train", "cli", "demo", "checkpoint", "doctor", "evaluate",
-                       "show_crops", "bench_data", "bench_step"}
+                       "show_crops", "bench_data", "bench_step", "official"}
 
 
 def test_no_file_outgrows_its_room():
