@@ -19,7 +19,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+from dinofast.config import Config
+from dinofast.schedule import Schedule
 
 NOT_SET = "DINO_OFFICIAL does not name a checkout of the official code"
 
@@ -59,7 +62,7 @@ def dino_loss(crops: int, prototypes: int, student_temp: float, teacher_temp: fl
 
 def networks(arch: str, patch_size: int, drop_path_rate: float, out_dim: int) -> tuple[nn.Module, nn.Module]:
     """Student and teacher as its `train_dino` makes them, the teacher with the student's weights and without gradients."""
-    names: dict[str, Any] = {"math": math, "partial": partial, "trunc_normal_": lambda x, std: nn.init.trunc_normal_(x, std=std)}
+    names: dict[str, Any] = {"math": math, "partial": partial, "trunc_normal_": nn.init.trunc_normal_}
     for name in ("drop_path", "DropPath", "Mlp", "Attention", "Block", "PatchEmbed", "VisionTransformer", "DINOHead", arch):
         names[name] = take("vision_transformer.py", name, **names)
     wrapper = take("utils.py", "MultiCropWrapper")
@@ -74,7 +77,7 @@ def networks(arch: str, patch_size: int, drop_path_rate: float, out_dim: int) ->
 
 
 class Step:
-    """`step(i, batches)` with the checkout's own networks, loss, groups and clip, put together as its `train_one_epoch` does."""
+    """`step(i, batches)` of the checkout's own networks, loss, groups and clip, put together as in its `train_one_epoch`."""
 
     def __init__(self, cfg: Config, device: torch.device, schedule: Schedule, precision: str) -> None:
         self.cfg, self.device, self.schedule = cfg, device, schedule

@@ -92,6 +92,42 @@ def data(device_type: str) -> str:
     return "\n\n".join([f"`data` ({case['implementation']}), {case['case']}:", table(head, rows), provenance(result)])
 
 
+def step(device_type: str) -> str:
+    """The whole step, from results/step-DEVICE.json: the first case in full, a line for each other."""
+    path = RESULTS / f"step-{device_type}.json"
+    if not path.is_file():
+        return f"The step on a {'GPU' if device_type == 'cuda' else 'CPU'}: no measurement has been committed yet."
+    result = json.loads(path.read_text())
+    first, *others = result["cases"]
+    parts = ("data", "teacher", "student", "loss", "backward", "optimiser")
+    head = ("", "images/s", "ms a step: median [quartiles]", "this / official, images/s", "MFU",
+            *(f"{part}, ms" for part in parts), "memory of a step")
+    rows = []
+    for row in first["rows"]:
+        low, high = row["quartiles_ms"]
+        cells = (row["rival"], rate(row["images_per_s"]), f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
+                 f"{row['times_faster_than_official']:.2f}", f"{row['mfu']:.0%}",
+                 *(f"{row['parts_ms'][part]:,.0f}" if part in row["parts_ms"] else "" for part in parts),
+                 "" if row["extra_mib"] is None else f"{row['extra_mib'] / 1024:,.2f} GiB")
+        rows.append(tuple(f"**{cell}**" if cell and row["rival"] == "dinofast" else cell for cell in cells))
+    title = f"{first['case']}; {first['gflop_an_image']:,.0f} GFLOP an image, MFU of {first['peak']}:"
+    brief = []
+    for case in others:
+        named = {row["rival"]: row for row in case["rows"]}
+        ours, official = named["dinofast"], named.get("official")
+        brief.append((case["case"], rate(ours["images_per_s"]), f"{ours['mfu']:.0%}",
+                      f"{ours['times_faster_than_official']:.2f}" if official else "",
+                      "" if ours["extra_mib"] is None else f"{ours['extra_mib'] / 1024:,.2f} GiB",
+                      f"{official['extra_mib'] / 1024:,.2f} GiB" if official and official["extra_mib"] is not None else ""))
+    more = ["In other cases:", table(("", "dinofast, images/s", "MFU", "dinofast / official, images/s", "memory of a step",
+                                      "of the official one"), brief)] if brief else []
+    return "\n\n".join([title, table(head, rows), *more, provenance(result)])
+
+
+def rate(images_per_s: float) -> str:
+    return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.3g}"
+
+
 def index() -> str:
     """The index pass, from results/index-cpu.json; a sentence if there is no file."""
     path = RESULTS / "index-cpu.json"
@@ -160,8 +196,8 @@ def digits(ms: float) -> str:
 
 
 SPEED = [(benchmark, device_type) for device_type in ("cpu", "cuda") for benchmark in ("dino_loss", "adamw_ema")]
-TABLES = ({"demo": demo, "index": index} | {f"data-{d}": functools.partial(data, d) for d in ("cpu", "cuda")}
-          | {f"{b}-{d}": functools.partial(speed, b, d) for b, d in SPEED})
+TABLES = ({"demo": demo, "index": index} | {f"{b}-{d}": functools.partial(speed, b, d) for b, d in SPEED}
+          | {f"{make.__name__}-{d}": functools.partial(make, d) for make in (data, step) for d in ("cpu", "cuda")})
 
 
 def render(text: str) -> str:

@@ -61,6 +61,11 @@ def measure(rivals: Sequence[Rival], device: torch.device, seconds: float) -> li
     return [Timing(rival, elapsed_ms[rival.name], extra_mib[rival.name], launch_ms[rival.name]) for rival in rivals]
 
 
+def extra_mib(call: Callable[[], Sequence[Tensor] | None], device: torch.device) -> float | None:
+    """MiB that a call needs at most, beside what is there before and what it returns; None where that cannot be told."""
+    return (_CudaClock(device) if device.type == "cuda" else _CpuClock()).extra_mib(call)
+
+
 def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile."""
     low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3

@@ -201,8 +201,8 @@ def report(cfg: Config, vit: VisionTransformer, device: torch.device, precision:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     lines = [f"{cfg.arch}/{cfg.patch_size}, {images} images a step, 2 x {cfg.global_crops_size} and {cfg.local_crops_number} x "
              f"{cfg.local_crops_size} crops, {precision}; {name}",
-             f"{flops / 1e9:,.1f} GFLOP an image: the matrix products of the official network, an addition and a multiplication "
-             "each counted as one", f"MFU: of {whose}", ""]
+             f"{flops / 1e9:,.1f} GFLOP an image: the matrix products of the official network, additions and multiplications "
+             "each counted", f"MFU: of {whose}", ""]
     shown = [part for part in PARTS if any(part in t.parts_ms for t in timed)]
     rows = [("", "images/s", "ms a step", "[quartiles]", "MFU", *(f"{part}, ms" for part in shown), "GiB")]
     for t in timed:
