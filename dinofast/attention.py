@@ -7,8 +7,8 @@ resolution. Queries are all T tokens, or the S first tokens of the sequences (CL
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,26 @@ from torch import Tensor
 
 ATTENTIONS = ("xformers", "varlen", "sdpa", "plain")
 Runs = tuple[tuple[int, int], ...]
+
+
+def made_once(make: Callable) -> Callable:
+    """`make`, its last 64 results kept by their arguments, so that a step neither computes nor sends them to the device.
+
+    Made outside inference mode, or training could not use what evaluation has made. While a compiler or another mode watches
+    the operations, nothing is kept: tensors that are made then are not real outside it.
+    """
+    def real(*args):
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*args)
+
+    kept = lru_cache(maxsize=64)(real)
+
+    @wraps(make)
+    def call(*args):
+        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        return (make if watched else kept)(*args)
+
+    return call
 
 
 class Layout(NamedTuple):
@@ -33,22 +53,13 @@ class Layout(NamedTuple):
         return max(tokens for _, tokens in self.runs)
 
 
+@made_once
 def layout(runs: Runs, device: torch.device) -> Layout:
-    """Made once for each (runs, device) and kept, so that a step neither builds nor sends it."""
-    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return _layout(runs, device) if watched else _kept_layout(runs, device)
-
-
-def _layout(runs: Runs, device: torch.device) -> Layout:
-    with torch.inference_mode(False):                        # or training could not use what evaluation has made
-        lengths = torch.tensor([tokens for n, tokens in runs for _ in range(n)], dtype=torch.int64)
-        starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-        sequence = torch.arange(len(lengths)).repeat_interleave(lengths, output_size=sum(n * tokens for n, tokens in runs))
-        first = torch.arange(len(starts), dtype=torch.int32)
-        return Layout(runs, *(x.to(device) for x in (starts.int(), first, starts[:-1].clone(), sequence)))
-
-
-_kept_layout = lru_cache(maxsize=64)(_layout)
+    lengths = torch.tensor([tokens for n, tokens in runs for _ in range(n)], dtype=torch.int64)
+    starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    sequence = torch.arange(len(lengths)).repeat_interleave(lengths, output_size=sum(n * tokens for n, tokens in runs))
+    first = torch.arange(len(starts), dtype=torch.int32)
+    return Layout(runs, *(x.to(device) for x in (starts.int(), first, starts[:-1].clone(), sequence)))
 
 
 def choose_attention(asked: str | None, device: torch.device, dtype: torch.dtype, width: int) -> tuple[str, str]:
@@ -111,7 +122,7 @@ def _by_run(x: Tensor, runs: Runs) -> list[Tensor]:
 
 
 # ---- xformers as one opaque operator: its mask objects would break a compiled graph
-@lru_cache(maxsize=64)
+@made_once
 def _block_diagonal(runs: tuple[int, ...], cls_only: bool, device: torch.device):
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
@@ -125,7 +136,7 @@ def _packed_attention(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[int], cls_
 
     out, lse = fmha.memory_efficient_attention_forward_requires_grad(
         q[None], k[None], v[None], _block_diagonal(tuple(runs), cls_only, q.device))
-    return out[0], lse                                                                       # (Tq, H, d), (1, H, Tq)
+    return out[0].contiguous(), lse                                                          # (Tq, H, d), (1, H, Tq)
 
 
 @_packed_attention.register_fake

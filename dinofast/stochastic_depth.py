@@ -6,13 +6,12 @@ Axes: S sequences, T tokens; each block has two branches, attention and MLP.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .attention import Layout, layout
+from .attention import Layout, layout, made_once
 
 MODES = ("mask", "skip")
 
@@ -38,10 +37,9 @@ def draw_scales(rates: Sequence[float], where: Layout) -> list[Tensor | None]:
     return [scale if rate > 0 else None for scale, rate in zip(scales.unbind(0), rates, strict=True)]
 
 
-@lru_cache(maxsize=64)
+@made_once
 def _kept_rates(rates: tuple[float, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return 1 - torch.tensor(rates, dtype=torch.float32).view(-1, 1, 1).to(device)
+    return 1 - torch.tensor(rates, dtype=torch.float32).view(-1, 1, 1).to(device)
 
 
 def draw_kept(rates: Sequence[float], where: Layout) -> list[tuple[Kept, Kept] | None]:

@@ -7,7 +7,7 @@ Axes: B images, S sequences (one a crop), T tokens of all sequences (of each its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Layout, attention, attention_weights, layout
+from .attention import Layout, attention, attention_weights, layout, made_once
 from .stochastic_depth import Kept, draw_kept, draw_scales
 
 _LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -41,19 +41,21 @@ def cut_patches(crops: Tensor | Sequence[Tensor], patch_size: int, grid: int) ->
 
     Pixels of a patch are in the order of a convolution's weight, and what does not fill a patch is left out, as it would.
     """
-    p, parts, grids = patch_size, [], []
+    p, parts, grids, matrices = patch_size, [], [], []
     for x in [crops] if isinstance(crops, Tensor) else crops:
-        rows, cols = x.shape[2] // p, x.shape[3] // p
+        h, w = x.shape[2:]
+        rows, cols = h // p, w // p
         if not rows or not cols:
-            raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels hold no patch of {p} x {p}: give larger images or "
+            raise ValueError(f"images of {h} x {w} pixels hold no patch of {p} x {p}: give larger images or "
                              "a smaller patch_size.")
         x = x[:, :, : rows * p, : cols * p].unflatten(3, (cols, p)).unflatten(2, (rows, p))        # (n, C, rows, p, cols, p)
         parts.append(x.permute(0, 2, 4, 1, 3, 5).reshape(-1, x.shape[1] * p * p))
         grids.append((x.shape[0], rows, cols))
+        fits = h == w and rows == grid                                         # officially, others are resampled even so
+        matrices.append(None if fits else resampling(grid, rows, cols, x.device))
     pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
     where = layout(tuple((n, 1 + rows * cols) for n, rows, cols in grids), pixels.device)
-    return Patches(pixels, tuple(grids), where, tuple(
-        None if rows == cols == grid else resampling(grid, rows, cols, pixels.device) for _, rows, cols in grids))
+    return Patches(pixels, tuple(grids), where, tuple(matrices))
 
 
 class Mlp(nn.Module):
@@ -115,7 +117,7 @@ class Block(nn.Module):
         if drawn is None:
             x = x + branch
             return x + self.mlp(self.norm2(x))
-        scale = (drawn if cls_only else drawn[:, where.sequence])[:, :, None]
+        scale = (drawn if cls_only else drawn[:, where.sequence])[:, :, None].to(x.dtype)
         x = x + branch * scale[0]
         return x + self.mlp(self.norm2(x)) * scale[1]
 
@@ -175,7 +177,7 @@ class VisionTransformer(nn.Module):
         table = self.pos_embed[0]
         if matrix is None:
             return table
-        with torch.autocast(table.device.type, enabled=False):
+        with torch.autocast("cpu" if table.is_meta else table.device.type, enabled=False):
             return torch.cat((table[:1], matrix.to(table.dtype) @ table[1:]))
 
     def embed(self, patches: Patches) -> Tensor:
@@ -242,18 +244,16 @@ class VisionTransformer(nn.Module):
         return layers
 
 
-@lru_cache(maxsize=64)
+@made_once
 def resampling(grid: int, rows: int, cols: int, device: torch.device) -> Tensor:
     """The matrix (rows cols, grid grid) that resamples a square grid of positions bicubically, which is linear.
 
     The official scale factor carries + 0.1 against rounding, which shifts the sampling points; kept, or results would differ.
     """
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        unit = torch.eye(grid * grid, dtype=torch.float64).view(grid * grid, 1, grid, grid)
-        scale = ((rows + 0.1) / grid, (cols + 0.1) / grid)
-        resampled = F.interpolate(unit, scale_factor=scale, mode="bicubic")
-        assert resampled.shape[-2:] == (rows, cols)
-        return resampled.flatten(1).t().contiguous().to(device, torch.float32)
+    unit = torch.eye(grid * grid, dtype=torch.float64).view(grid * grid, 1, grid, grid)
+    resampled = F.interpolate(unit, scale_factor=((rows + 0.1) / grid, (cols + 0.1) / grid), mode="bicubic")
+    assert resampled.shape[-2:] == (rows, cols)
+    return resampled.flatten(1).t().contiguous().to(device, torch.float32)
 
 
 def init_linear_(layer: nn.Linear, std: float = 0.02) -> None:

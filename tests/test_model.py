@@ -50,6 +50,43 @@ def test_teacher_is_a_frozen_copy_of_the_student():
     assert all(s.grad is not None for s in model.student.parameters() if s.requires_grad)
 
 
+@pytest.mark.parametrize("local_size", [8, 16], ids=["smaller", "as large as the global crops"])
+@pytest.mark.parametrize("mode", ["mask", "skip"])
+def test_teacher_sees_global_crops_and_student_all(local_size, mode):
+    """The loss is that of separate passes, the student's with stochastic depth, the teacher's without."""
+    model = Model.from_config(Config(**{**TINY.to_dict(), "drop_path_rate": 0.5, "local_crops_size": local_size}))
+    model.student.backbone.drop_path_mode = mode
+    with torch.no_grad():
+        model.teacher.head.mlp[0].weight.mul_(2)                                  # or who sees what could not be told apart
+    views, locals_ = torch.randn(6, 3, 16, 16), torch.randn(6, 3, local_size, local_size)
+    seen = {}
+    for name in ("student", "teacher"):
+        getattr(model, name).register_forward_hook(lambda module, args, out, name=name: seen.update({name: out}))
+    torch.manual_seed(5)
+    loss = model([views, locals_], 0.04)
+    together = dict(seen)
+    backbone = model.student.backbone
+    torch.manual_seed(5)
+    drawn = backbone.draw(backbone.cut([views, locals_]).where)
+    student = model.student.head(backbone([views, locals_], drawn))
+    torch.testing.assert_close(together["student"], student)
+    assert not torch.allclose(student, model.student.head(backbone.eval()([views, locals_])))
+    torch.testing.assert_close(together["teacher"], model.teacher(views))
+    assert student.shape == (12, 32) and together["teacher"].shape == (6, 32) and not together["teacher"].requires_grad
+    torch.testing.assert_close(loss, model.dino_loss.accumulate(student, model.teacher(views), 0.04))
+
+
+def test_wrapper_makes_one_packed_pass_of_a_vit_and_keeps_the_order():
+    student = Model.from_config(TINY).student.double().eval()
+    calls = []
+    student.backbone.register_forward_pre_hook(lambda module, args: calls.append([tuple(x.shape) for x in args[0]]))
+    images = [torch.randn(2, 3, s, s, dtype=torch.float64) for s in (8, 8, 16, 16, 8)]
+    out = student(images)
+    assert calls == [[(4, 3, 8, 8), (4, 3, 16, 16), (2, 3, 8, 8)]]
+    torch.testing.assert_close(out, torch.cat([student(x) for x in images]))
+    torch.testing.assert_close(student(student.backbone.cut(images)), out)
+
+
 def test_last_layer_parameters_follow_norm_last_layer():
     frozen = Model.from_config(TINY)
     free = Model.from_config(Config(**{**TINY.to_dict(), "norm_last_layer": False}))

@@ -1,0 +1,171 @@
+"""Stochastic depth: what is drawn, and that the ViT leaves out just that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dinofast import VisionTransformer
+from dinofast.attention import layout
+from dinofast.stochastic_depth import MODES, draw_kept, draw_scales
+
+CPU = torch.device("cpu")
+RATES = (0.0, 0.1, 0.25, 0.6)
+RUNS = ((8, 5), (20, 2))
+WHERE = layout(RUNS, CPU)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def build(mode, rate=0.5):
+    model = VisionTransformer(img_size=[16], patch_size=8, embed_dim=24, depth=3, num_heads=3, drop_path_rate=rate).double()
+    model.drop_path_mode = mode
+    return model
+
+
+def crops():
+    return [torch.randn(n, 3, size, size, dtype=torch.float64) for n, size in ((8, 16), (20, 8))]
+
+
+def scales_of(kept):
+    """(S,): the factor that makes "mask" leave out the same as these `Kept`."""
+    return torch.zeros(len(WHERE.cls)).index_put((kept.sequences,), kept.factor)
+
+
+# ---- mask: the official way
+def test_scales_are_0_or_make_up_for_it_by_whole_sequences():
+    scales = draw_scales(RATES, WHERE)
+    assert scales[0] is None and len(scales) == 4
+    for scale, rate in zip(scales[1:], RATES[1:], strict=True):
+        assert scale.shape == (2, 28) and scale.dtype == torch.float32 and not scale.requires_grad
+        assert torch.isclose(scale, torch.tensor([[0.0], [1 / (1 - rate)]])[:, None]).any(0).all()
+
+
+def test_scales_have_mean_1_and_both_branches_and_all_blocks_are_independent():
+    """6 standard errors of 100,000 draws."""
+    drawn = torch.stack(draw_scales(RATES, layout(((100_000, 1),), CPU))[1:])                 # (3, 2, S)
+    spread = torch.tensor([(rate / (1 - rate)) ** 0.5 for rate in RATES[1:]])                 # of one draw
+    assert ((drawn.mean(-1) - 1).abs() <= 6 * spread[:, None] / 100_000**0.5).all()
+    correlation = torch.corrcoef(drawn.flatten(0, 1)) - torch.eye(6)
+    assert correlation.abs().max() <= 6 / 100_000**0.5
+
+
+def test_mask_multiplies_branches_by_what_was_drawn():
+    """Every block and branch by hand, with the branches themselves taken from the block."""
+    model = build("mask")
+    patches = model.cut(crops())
+    drawn, where = model.draw(patches.where), patches.where
+    assert drawn[0] is None and all((scale == 0).any() and (scale > 0).any() for scale in drawn[1:])
+    x = model.embed(patches)
+    for block, scale in zip(model.blocks, [torch.ones(2, 28), *drawn[1:]], strict=True):
+        attend, mlp = scale[:, where.sequence, None]
+        x = x + block.attn(block.norm1(x), where) * attend
+        x = x + block.mlp(block.norm2(x)) * mlp
+    torch.testing.assert_close(model(patches, drawn), model.norm(x[where.cls]), rtol=1e-6, atol=1e-6)
+
+
+# ---- skip: the cheap way
+@pytest.mark.parametrize("rate, counts", [(0.1, (7, 18)), (0.25, (6, 15)), (0.6, (3, 8)), (0.99, (1, 1)), (0.01, (8, 20))])
+def test_as_many_are_kept_as_officially_on_average_but_at_least_one(rate, counts):
+    assert [max(1, round(n * (1 - rate))) for n, _ in RUNS] == list(counts)
+    for kept in draw_kept([rate], WHERE)[0]:
+        assert kept.where.runs == tuple((m, tokens) for m, (_, tokens) in zip(counts, RUNS, strict=True))
+        first, second = kept.sequences.split(counts)
+        assert ((first >= 0) & (first < 8)).all() and ((second >= 8) & (second < 28)).all()            # runs never mix
+        assert len(kept.sequences.unique()) == sum(counts)                                     # no sequence twice
+        expected = [kept.factor.new_full((m,), n / m) for m, (n, _) in zip(counts, RUNS, strict=True)]
+        assert torch.equal(kept.factor, torch.cat(expected)) and kept.factor.dtype == torch.float32
+        tokens = torch.cat([torch.nonzero(WHERE.sequence == s).flatten() for s in kept.sequences])
+        assert torch.equal(kept.tokens, tokens)                                 # all of a sequence, in order, CLS first
+        assert torch.equal(kept.tokens[kept.where.cls], WHERE.cls[kept.sequences])
+
+
+def test_nothing_is_left_out_at_rate_0():
+    assert draw_kept(RATES, WHERE)[0] is None and draw_scales([0.0, 0.0], WHERE) == draw_kept([0.0, 0.0], WHERE) == [None] * 2
+
+
+def test_each_sequence_is_kept_as_often_as_any_and_branches_are_drawn_apart():
+    """6 standard errors of 1,000 draws: of 8 sequences 4 are kept, of 20 10."""
+    drawn = draw_kept([0.5] * 1000, WHERE)
+    kept = torch.stack([torch.stack([scales_of(branch) > 0 for branch in pair]) for pair in drawn]).float()      # (1000, 2, S)
+    assert ((kept.mean(0) - 0.5).abs() <= 6 * 0.5 / 1000**0.5).all()
+    both = (kept[:, 0] * kept[:, 1]).mean(0)
+    assert ((both - 0.25).abs() <= 6 * (0.25 * 0.75 / 1000) ** 0.5).all()
+
+
+@pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
+def test_skip_is_mask_with_the_same_left_out(cls_only):
+    """Values and gradients, of the input too; what is left out passes as it is."""
+    block, x = build("skip").blocks[-1], torch.randn(80, 24, dtype=torch.float64, requires_grad=True)
+    pair = draw_kept([0.4], WHERE)[0]
+    scales = torch.stack([scales_of(kept) for kept in pair])
+    skipped, masked = block(x, WHERE, pair, cls_only), block(x, WHERE, scales, cls_only)
+    torch.testing.assert_close(skipped, masked, rtol=1e-12, atol=1e-13)
+    untouched = (scales == 0).all(0)
+    rows = x[WHERE.cls] if cls_only else x
+    same = untouched if cls_only else untouched[WHERE.sequence]
+    assert same.any() and torch.equal(skipped[same], rows[same]) and (skipped[~same] != rows[~same]).any(1).all()
+    leaves, upstream = [x, *block.parameters()], torch.randn_like(skipped)
+    for a, b in zip(*[torch.autograd.grad(y, leaves, upstream) for y in (skipped, masked)], strict=True):
+        assert a.abs().sum() > 0
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("silent", ["attn", "mlp"])
+@pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
+def test_skip_keeps_the_mean(cls_only, silent):
+    """Where all sequences of a size are alike, the mean over them is the whole output exactly: one branch at a time."""
+    block = build("skip").blocks[-1]
+    last = block.attn.proj if silent == "attn" else block.mlp.fc2
+    torch.nn.init.zeros_(last.weight)
+    alike = [torch.randn(1, tokens, 24, dtype=torch.float64).expand(n, -1, -1) for n, tokens in RUNS]
+    x = torch.cat([part.flatten(0, 1) for part in alike])
+    whole, skipped = (block(x, WHERE, drawn, cls_only) for drawn in (None, draw_kept([0.4], WHERE)[0]))
+    sizes = [n if cls_only else n * tokens for n, tokens in RUNS]
+    for a, b, (n, _) in zip(skipped.split(sizes), whole.split(sizes), RUNS, strict=True):
+        assert not torch.allclose(a, b)
+        torch.testing.assert_close(a.unflatten(0, (n, -1)).mean(0), b.unflatten(0, (n, -1)).mean(0), rtol=1e-6, atol=1e-7)
+
+
+# ---- both, in the whole model
+@pytest.mark.parametrize("mode", MODES)
+def test_mean_over_many_draws_is_the_whole_branch(mode):
+    """One block with a constant branch, which LayerNorm cannot bend: 6 standard errors of 500 draws."""
+    block, x = build(mode).blocks[-1], torch.zeros(80, 24, dtype=torch.float64)
+    torch.nn.init.zeros_(block.mlp.fc2.weight)
+    torch.nn.init.zeros_(block.attn.proj.weight)
+    torch.nn.init.ones_(block.attn.proj.bias)
+    with torch.no_grad():
+        drawn = (draw_kept if mode == "skip" else draw_scales)([0.5] * 500, WHERE)
+        outputs = torch.stack([block(x, WHERE, one, cls_only=True)[:, 0] for one in drawn])
+    assert set(outputs.unique().tolist()) == {0.0, 2.0}
+    assert ((outputs.mean(0) - 1).abs() <= 6 / 500**0.5).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_same_seed_same_draws_and_evaluation_draws_nothing(mode):
+    model, batch = build(mode), crops()
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(model(batch))
+    assert torch.equal(outputs[0], outputs[1]) and not torch.allclose(outputs[0], outputs[2])
+    state = torch.get_rng_state()
+    evaluated = model.eval()(batch)
+    assert torch.equal(torch.get_rng_state(), state) and model.draw(model.cut(batch).where) == [None] * 3
+    model.train().drop_path_rates = [0.0] * 3
+    assert torch.equal(model(batch), evaluated) and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_parameter_learns_and_another_draw_gives_another_output(mode):
+    model, batch = build(mode), crops()
+    patches = model.cut(batch)
+    drawn = [model.draw(patches.where) for _ in range(2)]
+    out = model(patches, drawn[0])
+    assert torch.equal(out, model(patches, drawn[0])) and not torch.allclose(out, model(patches, drawn[1]))
+    out[:, 0].sum().backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())
