@@ -41,7 +41,7 @@ class Backbone(nn.Module):
     def positions(self, h: int, w: int) -> Tensor:
         patch, grid, table = self.vit.patch_embed.patch_size, self.vit.grid, self.vit.pos_embed
         rows, cols = h // patch, w // patch
-        if rows == cols == grid:
+        if h == w and rows == grid:
             return table
         patches = table[:, 1:].reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
         patches = F.interpolate(patches, scale_factor=((rows + 0.1) / grid, (cols + 0.1) / grid), mode="bicubic")
