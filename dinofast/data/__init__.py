@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from dinofast.config import Config, cores
 from dinofast.data import dali, index, native, pil, plan
 from dinofast.data.native import Refusals, Task
+from dinofast.data.side_stream import SideStream
 
 
 def make_loader(cfg: Config, *, rank: int = 0, world: int = 1, start_step: int = 0, device: str | torch.device = "cpu",
@@ -44,14 +45,17 @@ class Loader:
     crops depend only on the images, the seed and the global batch, so a run that starts at step s, on any number of processes
     with the same global batch, sees what an unbroken run sees from step s on.
 
+    On a GPU the copies and kernels that this takes go to a stream of their own, beside the step that the device is still at;
+    the current stream waits for them, the host does not.
+
     A file that fails to decode is replaced by the next one in the index that decodes, drawn as that sample is drawn. It goes
     into `refused` and `output_dir/refused.txt`; more of them than `cfg.max_refused` allows raise `ValueError`.
 
     n_images: images found usable by the index pass. fingerprint: equal for the same images in the same order. steps_per_epoch:
     optimiser steps; an incomplete last batch is left out.
-    batch_size, dtype: of a micro-batch. refused: (path, reason) of each file refused so far in this process. wait_s: seconds
-    spent blocked in `next`. backend, backend_note: what makes the crops, and why not something faster. crops: what is in a
-    micro-batch. n_workers: threads or processes.
+    batch_size, dtype: of a micro-batch. refused: (path, reason) of each file refused so far in this process. backend,
+    backend_note: what makes the crops, and why not something faster. crops: what is in a micro-batch. n_workers: threads or
+    processes.
     """
 
     def __init__(self, cfg: Config, rank: int, world: int, start_step: int, device: torch.device,
@@ -66,10 +70,10 @@ class Loader:
                 f"--data_path {cfg.data_path} has {self.n_images:,} usable images but one step takes {global_batch:,} "
                 f"(--batch_size_per_gpu {cfg.batch_size_per_gpu} x {world} processes x --accumulate {cfg.accumulate}): "
                 "lower --batch_size_per_gpu.")
-        self.wait_s = 0.0
         self._max_refused, self._n_listed = cfg.max_refused, self.n_images + len(self.refused)
         self._refused_file, self._rank = os.path.join(cfg.output_dir, "refused.txt"), rank
         self._device, self._step, self._batches = device, start_step, None
+        self._side, self._blocked_s = SideStream(device) if device.type == "cuda" else None, 0.0
         self._mean, self._std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std))
         self.backend, self.backend_note = choose_backend(cfg.data_backend, device.type)
         self.dtype = torch.bfloat16 if cfg.vit and cfg.precision_on(device.type) == "bf16" else torch.float32
@@ -88,16 +92,30 @@ class Loader:
         return self
 
     def __next__(self) -> list[torch.Tensor]:
+        return self._side.run(self._next) if self._side else self._next()
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds for which training has waited for crops so far, the start of the workers included.
+
+        On a GPU the device's: in each `next`, from the end of what was enqueued before it until the crops were there. So what
+        passes while the device is still at a step does not count, and the rest of a copy does. Asking does not wait: what the
+        device has yet to come to counts next time. On a CPU, where `next` and the step take turns: the host's, until the crops
+        were made.
+        """
+        return self._side.wait_s() if self._side else self._blocked_s
+
+    def _next(self) -> list[torch.Tensor]:
         start = time.perf_counter()
         if self._batches is None:
             self._start()
         crops, refusals = next(self._batches)
-        self.wait_s += time.perf_counter() - start
+        self._blocked_s += time.perf_counter() - start
         if refusals:
             self._refuse(refusals)
         if not crops:
             raise ValueError(f"None of the {self.n_images:,} images decodes any more: see {self._refused_file} for reasons.")
-        on_device = [c.to(self._device, non_blocking=True) for c in crops]
+        on_device = [c.to(self._device, non_blocking=True) for c in crops]  # torch keeps pinned memory until it is copied
         return [c if c.dtype == self.dtype else self._normalise(c).to(self.dtype) for c in on_device]
 
     def _start(self) -> None:

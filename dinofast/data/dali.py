@@ -61,13 +61,13 @@ class Batch:
 class Batches:
     """Endless iterator over micro-batches, AHEAD of them in the making.
 
-    `next` gives the crops, one tensor (V_r B, 3, S_r, S_r) per resolution, crop-major, on the device, in `dtype`; and (path,
-    reason) of each file refused; no crops if no file decodes any more. tasks: (epoch, samples (B,)), endless, B always the
-    same. draw(epoch, samples): the plan (B, V). read(sample): its encoded bytes, or Refused. decode(sample, refusals): by PIL,
-    the RGB image of the sample or of the next that decodes, and which that was; None if none does. sizes (n, 2): height
-    and width of every sample. resolutions: number of crops and side, (V_r, S_r). table (3, 256) float32 on the device: what
-    each level of each channel becomes. device: "cpu" takes DALI's CPU operators. hw_decoder_load: share of the JPEGs for the
-    GPU's decoding engine, where it has one.
+    `next` gives the crops, one tensor (V_r B, 3, S_r, S_r) per resolution, crop-major, on the device and by its current stream,
+    in `dtype`; and (path, reason) of each file refused; no crops if no file decodes any more. tasks: (epoch, samples (B,)),
+    endless, B always the same. draw(epoch, samples): the plan (B, V). read(sample): its encoded bytes, or Refused.
+    decode(sample, refusals): by PIL, the RGB image of the sample or of the next that decodes, and which that was; None if none
+    does. sizes (n, 2): height and width of every sample. resolutions: number of crops and side, (V_r, S_r). table (3, 256)
+    float32 on the device: what each level of each channel becomes. device: "cpu" takes DALI's CPU operators. hw_decoder_load:
+    share of the JPEGs for the GPU's decoding engine, where it has one.
     """
 
     def __init__(self, tasks: Iterator[Task], draw: Callable[[int, np.ndarray], np.ndarray], read: Callable[[int], bytes],
