@@ -52,7 +52,7 @@ class Captured:
         for p in self._parameters:
             p.grad = None                                     # so that backward makes them in the graph's own memory
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):     # the loader's threads go on
             self._stats = self._whole(self._inputs[:-1], self._inputs[-1])
         self._grads = [p.grad for p in self._parameters]
         self._graph = graph

@@ -228,7 +228,7 @@ def test_xformers_compiles_into_one_graph(xformers, cls_only):
     (None, "cuda", torch.float16, (9, 0), True, ("xformers", "")),
     (None, "cuda", torch.bfloat16, (9, 0), False, ("varlen", "not xformers: xformers is not installed")),
     (None, "cuda", torch.float32, (9, 0), True, ("sdpa", "not xformers: it needs bf16 or fp16 on a GPU, not float32 on cuda")),
-    (None, "cpu", torch.bfloat16, None, True, ("sdpa", "not xformers: it needs bf16 or fp16 on a GPU, not bfloat16 on cpu")),
+    (None, "cpu", torch.bfloat16, None, True, ("sdpa", "")),
     (None, "cuda", torch.float16, (7, 5), True,
      ("sdpa", "not xformers: Some GPU is older than the A100, for which its kernels are made")),
     ("xformers", "cuda", torch.bfloat16, (8, 0), True, ("xformers", "")),
@@ -238,7 +238,14 @@ def test_xformers_compiles_into_one_graph(xformers, cls_only):
 ])
 def test_choice(machine, asked, device, dtype, capability, installed, chosen):
     machine(capability, installed)
-    assert choose_attention(asked, torch.device(device), dtype) == chosen
+    assert choose_attention(asked, torch.device(device), dtype, 64) == chosen
+
+
+@pytest.mark.parametrize("width, chosen", [(64, "xformers"), (256, "xformers"), (50, "sdpa"), (264, "sdpa")])
+def test_choice_by_the_width_of_a_head(machine, width, chosen):
+    machine((9, 0), True)
+    impl, note = choose_attention(None, torch.device("cuda"), torch.bfloat16, width)
+    assert impl == chosen and (not note or f"up to 256 in steps of 8, not {width}" in note)
 
 
 @pytest.mark.parametrize(("asked", "device", "dtype", "capability", "installed", "message"), [
@@ -252,7 +259,7 @@ def test_choice(machine, asked, device, dtype, capability, installed, chosen):
 def test_choice_refused(machine, asked, device, dtype, capability, installed, message):
     machine(capability, installed)
     with pytest.raises(ValueError) as error:
-        choose_attention(asked, torch.device(device), dtype)
+        choose_attention(asked, torch.device(device), dtype, 64)
     assert message in str(error.value)
 
 

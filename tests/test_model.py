@@ -79,10 +79,11 @@ def test_teacher_sees_global_crops_and_student_all(local_size, mode):
 def test_wrapper_makes_one_packed_pass_of_a_vit_and_keeps_the_order():
     student = Model.from_config(TINY).student.double().eval()
     calls = []
-    student.backbone.register_forward_pre_hook(lambda module, args: calls.append([tuple(x.shape) for x in args[0]]))
+    hook = student.backbone.register_forward_pre_hook(lambda module, args: calls.append([tuple(x.shape) for x in args[0]]))
     images = [torch.randn(2, 3, s, s, dtype=torch.float64) for s in (8, 8, 16, 16, 8)]
     out = student(images)
     assert calls == [[(4, 3, 8, 8), (4, 3, 16, 16), (2, 3, 8, 8)]]
+    hook.remove()
     torch.testing.assert_close(out, torch.cat([student(x) for x in images]))
     torch.testing.assert_close(student(student.backbone.cut(images)), out)
 
