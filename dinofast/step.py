@@ -97,8 +97,10 @@ class Step:
 
     def _choose_attention(self) -> str:
         if not self._vits():
-            if self.cfg.attention:
-                raise ValueError(f"--attention {self.cfg.attention} is for our ViTs, not for {self.cfg.arch}: leave it out.")
+            asked = {"attention": self.cfg.attention, "grad_checkpointing": self.cfg.grad_checkpointing,
+                     "drop_path_mode": self.cfg.drop_path_mode == "skip"}
+            for flag in (flag for flag, given in asked.items() if given):
+                raise ValueError(f"--{flag} {getattr(self.cfg, flag)} is for our ViTs, not for {self.cfg.arch}: leave it out.")
             return ""
         width = self._vits()[0].head_width
         impl, note = choose_attention(self.cfg.attention, self.process.device, _DTYPES[self.precision], width)
