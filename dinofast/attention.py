@@ -6,6 +6,7 @@ resolution. Queries are all T tokens, or the S first tokens of the sequences (CL
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
@@ -73,14 +74,24 @@ def choose_attention(asked: str | None, device: torch.device, dtype: torch.dtype
         packed = f"{torch.cuda.get_device_name(device)} is older than the A100, for which its kernels are made"
     if not packed and (width % 8 or width > 256):
         packed = f"its kernels take heads of up to 256 in steps of 8, not {width}"
-    absent = "" if importlib.util.find_spec("xformers") else "xformers is not installed"
-    reasons = {"xformers": packed or absent, "varlen": packed, "sdpa": "", "plain": ""}
+    reasons = {"xformers": packed or why_no_xformers(), "varlen": packed, "sdpa": "", "plain": ""}
     if asked is not None and asked not in ATTENTIONS:
         raise ValueError(f"attention is '{asked}': choose from {', '.join(ATTENTIONS)}.")
     if asked and reasons[asked]:
         raise ValueError(f"--attention {asked} was asked for, but {reasons[asked]}.")
     best = asked or next(name for name in ATTENTIONS if not reasons[name])
     return best, "" if asked or best == "xformers" or device.type != "cuda" else f"not xformers: {reasons['xformers']}"
+
+
+def why_no_xformers() -> str:
+    """Why xformers cannot be used, whatever the device; empty if it can."""
+    if not importlib.util.find_spec("xformers"):
+        return "xformers is not installed"
+    try:
+        importlib.import_module("xformers.ops.fmha")
+    except Exception as error:                               # one that was built for another torch raises all kinds
+        return f"xformers does not import ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+    return ""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, where: Layout, impl: str = "sdpa") -> Tensor:

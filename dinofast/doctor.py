@@ -9,6 +9,7 @@ import platform
 import torch
 
 from . import __version__, ops
+from .attention import choose_attention, why_no_xformers
 from .config import cores
 from .data import choose_backend
 
@@ -25,7 +26,7 @@ def report() -> str:
     for device in ("cpu", "cuda"):
         lines.append(f"on {device}:" if device == "cpu" or torch.cuda.is_available() else "on cuda (none here):")
         lines += [f"  {name:22} {paths[device]}" for name, paths in ops.paths().items()]
-        lines += [f"  {name:22} {what}" for name, what in _ELSEWHERE.items()]
+        lines += [f"  {'attention':22} {_attention(device)}", f"  {'SGD, LARS':22} torch, tensor by tensor"]
         crops, why = choose_backend(None, device)
         lines.append(f"  {'crops':22} {crops}{f' ({why})' if why else ''}; {'nvJPEG' if crops == 'dali' else 'PIL'} decodes")
     unset = "not set; name paths there (for example cpp) to make their absence an error"
@@ -33,10 +34,15 @@ def report() -> str:
     return "\n".join(lines)
 
 
-_ELSEWHERE = {
-    "attention": "torch scaled_dot_product_attention, per crop size; packed crops and xformers are not in this version",
-    "SGD, LARS": "torch, tensor by tensor",
-}
+def _attention(device: str) -> str:
+    if device == "cpu" or torch.cuda.is_available():
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        chosen, why = choose_attention(None, torch.device(device), dtype, 64)
+    else:
+        why = why_no_xformers()
+        chosen = "varlen" if why else "xformers"
+    where = "torch's, per crop size" if chosen == "sdpa" else "over all packed crops, in bf16 and fp16; sdpa in fp32"
+    return f"{chosen}, {where}{f' ({why})' if why else ''}"
 
 
 def _version(name: str) -> str:

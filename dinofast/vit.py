@@ -86,7 +86,7 @@ class Attention(nn.Module):
     def of_cls(self, x: Tensor, where: Layout) -> Tensor:
         """What `forward` gives in the rows of the CLS tokens, (S, D), without the queries of all others."""
         dim, bias = x.shape[1], self.qkv.bias
-        q = F.linear(x[where.cls], self.qkv.weight[:dim], None if bias is None else bias[:dim])
+        q = F.linear(x.index_select(0, where.cls), self.qkv.weight[:dim], None if bias is None else bias[:dim])
         kv = F.linear(x, self.qkv.weight[dim:], None if bias is None else bias[dim:])
         k, v = kv.view(x.shape[0], 2, self.num_heads, -1).unbind(1)
         return self.proj(attention(q.view(q.shape[0], self.num_heads, -1), k, v, where, self.impl).flatten(1))
@@ -109,11 +109,12 @@ class Block(nn.Module):
         attend = self.attn.of_cls if cls_only else self.attn
         if isinstance(drawn, tuple):
             kept, rest = drawn
-            branch = attend(self.norm1(x[kept.tokens]), kept.where)
-            x = _add(x[where.cls] if cls_only else x, branch, kept, cls_only)
-            return _add(x, self.mlp(self.norm2(x[rest.sequences if cls_only else rest.tokens])), rest, cls_only)
+            branch = attend(self.norm1(x.index_select(0, kept.tokens)), kept.where)
+            x = _add(x.index_select(0, where.cls) if cls_only else x, branch, kept, cls_only)
+            rows = rest.sequences if cls_only else rest.tokens
+            return _add(x, self.mlp(self.norm2(x.index_select(0, rows))), rest, cls_only)
         branch = attend(self.norm1(x), where)
-        x = x[where.cls] if cls_only else x
+        x = x.index_select(0, where.cls) if cls_only else x           # its backward adds; that of x[...] sorts first
         if drawn is None:
             x = x + branch
             return x + self.mlp(self.norm2(x))

@@ -89,11 +89,12 @@ def compiled_ahead_of_time():
 
 
 # ---- which implementations this test run went through; printed in its last lines
-_calls = {"cpp": 0, "triton": 0, "dali": 0}
+_calls = {"cpp": 0, "triton": 0, "xformers": 0, "dali": 0}
 
 
 def pytest_configure(config):
     from dinofast import ops
+    from dinofast.attention import why_no_xformers
 
     if ops._choice._C is not None:
         for name in [n for n in dir(ops._choice._C) if not n.startswith("_")]:
@@ -106,6 +107,10 @@ def pytest_configure(config):
                               (colour, "colour")):
             for name in names.split():
                 _count(module, name, "triton")
+    if torch.cuda.is_available() and not why_no_xformers():
+        from xformers.ops import fmha
+
+        _count(fmha, "memory_efficient_attention_forward_requires_grad", "xformers")
     from dinofast.data import dali
 
     _count(dali.Batches, "_run", "dali")
@@ -123,6 +128,7 @@ def _count(module, name, kind):
 
 def pytest_terminal_summary(terminalreporter):
     from dinofast import ops
+    from dinofast.attention import why_no_xformers
     from dinofast.data import dali
 
     gpu = "no GPU here" if not torch.cuda.is_available() else "a GPU is here"
@@ -134,7 +140,8 @@ def pytest_terminal_summary(terminalreporter):
         "triton interpreted": done["triton"] if interpreted else f"not exercised: TRITON_INTERPRET is not 1 ({gpu})",
         "triton compiled": f"not exercised: TRITON_INTERPRET is 1 ({gpu})" if interpreted else done["triton"],
         "cuda": f"not exercised: no CUDA kernel in this version ({gpu})",
-        "xformers": f"not exercised: not used in this version ({gpu})",
+        "xformers": done["xformers"] if torch.cuda.is_available() and not why_no_xformers() else
+        f"not exercised: {why_no_xformers() or 'it has nothing for a CPU'} ({gpu})",
         "dali": f"{done['dali']}, on its {'GPU' if torch.cuda.is_available() else 'CPU'} operators" if _calls["dali"]
         else f"NOT exercised: {dali.missing() or 'no test of it was chosen'}",
     }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dinofast import attention as attention_module
 from dinofast.attention import attention, choose_attention, layout
 from dinofast.testing import assert_no_worse
 
@@ -241,6 +242,12 @@ def test_choice(machine, asked, device, dtype, capability, installed, chosen):
     assert choose_attention(asked, torch.device(device), dtype, 64) == chosen
 
 
+def test_an_xformers_that_does_not_import_is_not_chosen(machine):
+    machine((9, 0), True, ImportError("it was built for another torch\nand so on"))
+    assert choose_attention(None, torch.device("cuda"), torch.bfloat16, 64) == (
+        "varlen", "not xformers: xformers does not import (it was built for another torch)")
+
+
 @pytest.mark.parametrize("width, chosen", [(64, "xformers"), (256, "xformers"), (50, "sdpa"), (264, "sdpa")])
 def test_choice_by_the_width_of_a_head(machine, width, chosen):
     machine((9, 0), True)
@@ -265,8 +272,13 @@ def test_choice_refused(machine, asked, device, dtype, capability, installed, me
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that sets the GPU's capability and whether xformers is installed."""
-    def pretend(capability, installed):
+    """A function that sets the GPU's capability and whether xformers is installed, and how it fails if it does."""
+    def pretend(capability, installed, fails=None):
+        def import_module(name):
+            if fails:
+                raise fails
+
+        monkeypatch.setattr(attention_module.importlib, "import_module", import_module)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
