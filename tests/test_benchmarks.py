@@ -369,23 +369,62 @@ def test_on_a_gpu(not_compiled, monkeypatch, module, small):
     assert rows["copy of 1 GiB"]["extra_mib"] == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_step_on_a_gpu(not_compiled):
+    rivals = ("official", "afternoon", *bench_step.WAYS[1:], "dinofast, from files")
+    case = bench_step.measure_case(SMALL_TRAINING._replace(rivals=rivals), torch.device("cuda"), 0.01)
+    assert tuple(row["rival"] for row in case["rows"]) == rivals
+    for row in case["rows"]:
+        if row["rival"] == "dinofast, CUDA graph":
+            assert row["parts_ms"] == {} and row["extra_mib"] is None
+        else:
+            assert row["extra_mib"] > 0 and sum(row["parts_ms"].values()) == pytest.approx(row["median_ms"], rel=0.5)
+
+
 def test_kernels_are_launched():
     assert launch_kernels.dino_loss(CPU) > 10 and launch_kernels.lists(CPU) > 10
 
 
 def test_gpu_run_says_why_it_cannot_begin(monkeypatch, capsys):
-    assert sum(gpu.LIMIT_S.values()) <= 9 * 60 - 15
+    assert sum(gpu.SHARES.values()) == gpu.TOTAL_S <= 9 * 60 - 15
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main() == 1 and "sees no CUDA device" in capsys.readouterr().out
+    assert gpu.main(["step", "steps"]) == 1 and "there is no part 'steps': choose from install, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("code, limit_s, ended", [
     ("", 60, "ok"), ("raise SystemExit(3)", 60, "FAILED: exit code 3"),
     ("import time; time.sleep(60)", 1, "FAILED: not finished after 1 s")])
-def test_gpu_run_reports_each_part(monkeypatch, code, limit_s, ended):
-    monkeypatch.setitem(gpu.LIMIT_S, "tests", limit_s)
-    assert gpu.run("tests", (sys.executable, "-c", code), float("inf"), dict(os.environ)).startswith(ended)
+def test_gpu_run_reports_each_part(code, limit_s, ended):
+    assert gpu.run("tests", (sys.executable, "-c", code), limit_s, dict(os.environ)).startswith(ended)
     assert gpu.run("tests", (sys.executable, "-c", code), 0.0, {}) == "FAILED: not begun, no time was left"
+
+
+@pytest.mark.parametrize("wanted", [(), ("step", "data")])
+def test_gpu_run_shares_its_time(wanted, monkeypatch, tmp_path, capsys):
+    """Every part takes half of what it may; what it leaves goes to those after it, and all of it to those named."""
+    now, limits = [0.0], {}
+
+    def take(name, arguments, limit_s, environment):
+        limits[name] = limit_s
+        now[0] += limit_s / 2
+        assert environment["DINOFAST_REQUIRE"] == "triton" and "TRITON_INTERPRET" not in environment
+        if name == "step":
+            assert arguments[-2:] == ("--limit-s", f"{limit_s - gpu.STEP_S:.0f}") and (gpu.ROOT / arguments[1]).is_file()
+        return "ok, 1 s"
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu, "why_no_gpu", lambda: "")
+    monkeypatch.setattr(gpu, "install", lambda limit_s, environment: take("install", (), limit_s, environment))
+    monkeypatch.setattr(gpu, "sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(gpu, "run", take)
+    assert gpu.main(wanted) == 0
+    assert list(limits) == (["install", "data", "step"] if wanted else list(gpu.SHARES))
+    assert all(limit_s >= gpu.SHARES[name] for name, limit_s in limits.items()) and now[0] < gpu.TOTAL_S
+    if not wanted:
+        assert limits["install"] == pytest.approx(gpu.SHARES["install"])
+    assert capsys.readouterr().out.count(" ok, 1 s") == len(limits)
 
 
 def test_the_index_pass_is_measured():
