@@ -1,9 +1,10 @@
 # make demo   install, build and pretrain a small ViT on an embedded data set; prints what it learnt
 # make test   install, build and run the tests
 # make lint   style check
-# make bench  measure, write benchmarks/results and the README's tables: under 5 minutes on 2 cores
+# make bench  measure, write benchmarks/results and the README's tables: about 15 minutes on 2 cores, most of it the whole step
 # make gpu    for a CUDA torch without a network: install without dependencies, build, GPU tests, benchmarks, compute-sanitizer,
-#             in at most 9 minutes, with $(PYTHON) or .venv, whichever sees a GPU; results go to $OUT or benchmarks/results
+#             in at most 9 minutes, with $(PYTHON) or .venv, whichever sees a GPU; results go to $OUT or benchmarks/results;
+#             PARTS="step data" runs these parts alone, with all of the time
 # Everything goes into .venv; a torch that python3 already has is used, otherwise TORCH is installed there.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -32,8 +33,8 @@ bench: $(VENV)/test-tools
 
 gpu:
 	@for python in $(PYTHON) $(RUN); do \
-	  $$python -c "import torch; assert torch.cuda.is_available()" 2>/dev/null && exec $$python benchmarks/gpu.py; \
-	done; test -x $(RUN) && exec $(RUN) benchmarks/gpu.py; exec $(PYTHON) benchmarks/gpu.py
+	  $$python -c "import torch; assert torch.cuda.is_available()" 2>/dev/null && exec $$python benchmarks/gpu.py $(PARTS); \
+	done; test -x $(RUN) && exec $(RUN) benchmarks/gpu.py $(PARTS); exec $(PYTHON) benchmarks/gpu.py $(PARTS)
 
 install: $(VENV)/installed
 

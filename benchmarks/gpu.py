@@ -1,9 +1,13 @@
 """`make gpu`: builds, tests and measures on a machine with a CUDA torch and no network, within nine minutes; safe to repeat.
 
+    python benchmarks/gpu.py               everything
+    python benchmarks/gpu.py step data     these parts alone, with all of the time (make gpu PARTS="step data")
+
 Nothing is downloaded: dinofast is installed without its dependencies, or, where pip may not install, built in place; either way
 what runs is this checkout. Results go to $OUT if that is set, else to benchmarks/results and into README.md. Every part has a
 time limit and runs whatever became of those before it; the last lines say how each ended. Exit code 1 if a part failed or ran
-over, except that what could not be installed and what racecheck had no time for are only named.
+over, except that what could not be installed and what racecheck had no time for are only named. What torch.compile and Triton
+keep of their work is left where they put it, so that a second run measures more.
 """
 
 from __future__ import annotations
@@ -16,11 +20,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
-LIMIT_S = {"install": 60, "tests": 130, "dino_loss": 110, "adamw_ema": 45, "data": 60, "memcheck": 65, "racecheck": 50}  # 520
+TOTAL_S = 520
+SHARES = {"install": 40, "tests": 125, "dino_loss": 60, "adamw_ema": 30, "data": 45, "step": 150, "memcheck": 50,
+          "racecheck": 20}                       # seconds, in a run of everything; what one leaves over, those after it share
+STEP_S = 120                                     # kept for the last case of the step that is begun; of others 0.4 of the limit
 INSTALL = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check",
            "--editable", ".")
 BUILD = ("setup.py", "--quiet", "build_ext", "--inplace")
@@ -40,9 +48,13 @@ def why_no_gpu() -> str:
     return ""
 
 
-def run(name: str, arguments: tuple[str, ...], deadline: float, environment: dict[str, str]) -> str:
+def limit_s(name: str, parts: Sequence[str], left_s: float) -> float:
+    """Of the seconds left, those for `name`: by its share among those to come."""
+    return left_s * SHARES[name] / sum(SHARES[part] for part in parts[parts.index(name):])
+
+
+def run(name: str, arguments: tuple[str, ...], limit_s: float, environment: dict[str, str]) -> str:
     """How one part ended: "ok, 12 s", or what went wrong. A part that runs over is ended with all its children."""
-    limit_s = min(LIMIT_S[name], deadline - time.monotonic())
     if limit_s < 1:
         return "FAILED: not begun, no time was left"
     print(f"\n==== {name} (at most {limit_s:.0f} s): {' '.join(arguments)}", flush=True)
@@ -60,7 +72,7 @@ def run(name: str, arguments: tuple[str, ...], deadline: float, environment: dic
     return f"{'ok' if code == 0 else ended}, {time.monotonic() - start:.0f} s"
 
 
-def install(deadline: float, environment: dict[str, str]) -> str:
+def install(limit_s: float, environment: dict[str, str]) -> str:
     """The C++ core is wanted for the CPU only: without it the rest goes on."""
     wanted = {"setuptools": 77, "pybind11": 2}
     absent = [f"{name} {least} or newer" for name, least in wanted.items() if major_version(name) < least]
@@ -68,9 +80,9 @@ def install(deadline: float, environment: dict[str, str]) -> str:
         return f"left out: {PYTHON} has no {' and no '.join(absent)} to build the C++ core with; the GPU kernels do without"
     ended = "left out: pip is not installed"
     if importlib.util.find_spec("pip"):
-        ended = run("install", (PYTHON, *INSTALL), deadline, environment)
+        ended = run("install", (PYTHON, *INSTALL), limit_s, environment)
     if not ended.startswith("ok"):
-        ended = f"{run('install', (PYTHON, *BUILD), deadline, environment)} (built in place: pip may not install here)"
+        ended = f"{run('install', (PYTHON, *BUILD), limit_s, environment)} (built in place: pip may not install here)"
     has_core = subprocess.run((PYTHON, "-c", "from dinofast import _C"), cwd=ROOT, env=environment, capture_output=True)
     return ended if has_core.returncode == 0 else f"left out: the C++ core was not built ({ended}); the GPU kernels do without"
 
@@ -88,31 +100,45 @@ def sanitizer() -> str | None:
         (found for place in SANITIZER_PLACES if (found := shutil.which("compute-sanitizer", path=f"{place}/bin"))), None)
 
 
-def main() -> int:
+def command(name: str, results: str, limit_s: float) -> tuple[tuple[str, ...], dict[str, str]] | str:
+    """What a part runs, and in what environment beside the usual; or why it cannot."""
+    if name == "tests":
+        if not importlib.util.find_spec("pytest"):
+            return f"FAILED: not run, pytest is not installed in {PYTHON}"
+        return (PYTHON, "-m", "pytest", "-m", "gpu", "-q", "tests/"), {}
+    if name in ("memcheck", "racecheck"):
+        if not (tool := sanitizer()):
+            return "left out: compute-sanitizer is not on this machine"
+        return ((tool, "--tool", name, "--report-api-errors", "no", "--error-exitcode", "9", PYTHON,
+                 "benchmarks/launch_kernels.py", "--device", "cuda"),
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})         # each allocation by itself: running over its end is seen
+    begin_s = max(1.0, limit_s - STEP_S) if name == "step" else 0.6 * limit_s
+    return (PYTHON, f"benchmarks/bench_{name}.py", "--device", "cuda", "--save-results", results,
+            "--limit-s", f"{begin_s:.0f}"), {}
+
+
+def main(wanted: Sequence[str] = ()) -> int:
+    """wanted: names of parts; none means all. It is always installed."""
     start = time.monotonic()
+    if unknown := [name for name in wanted if name not in SHARES]:
+        print(f"there is no part '{unknown[0]}': choose from {', '.join(SHARES)}.")
+        return 1
     if reason := why_no_gpu():
         print(reason)
         return 1
-    deadline = start + sum(LIMIT_S.values())
+    parts = [name for name in SHARES if not wanted or name in wanted or name == "install"]
     results = os.environ.get("OUT") or str(ROOT / "benchmarks" / "results")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
                     "PYTHONUNBUFFERED": "1", "DINOFAST_REQUIRE": "triton"}
-    ended = {"install": install(deadline, environment)}
-    if importlib.util.find_spec("pytest"):
-        ended["tests"] = run("tests", (PYTHON, "-m", "pytest", "-m", "gpu", "-q", "tests/"), deadline, environment)
-    else:
-        ended["tests"] = f"FAILED: not run, pytest is not installed in {PYTHON}"
-    for name in ("dino_loss", "adamw_ema", "data"):
-        ended[name] = run(name, (PYTHON, f"benchmarks/bench_{name}.py", "--device", "cuda", "--save-results", results,
-                                 "--limit-s", str(0.6 * LIMIT_S[name])), deadline, environment)
-    for name in ("memcheck", "racecheck"):
-        if tool := sanitizer():                 # every allocation on its own, so that running over its end is seen
-            ended[name] = run(name, (tool, "--tool", name, "--report-api-errors", "no", "--error-exitcode", "9", PYTHON,
-                                     "benchmarks/launch_kernels.py", "--device", "cuda"), deadline,
-                              environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    ended = {}
+    for name in parts:
+        limit = limit_s(name, parts, TOTAL_S - (time.monotonic() - start))
+        if name == "install":
+            ended[name] = install(limit, environment)
         else:
-            ended[name] = "left out: compute-sanitizer is not on this machine"
+            made = command(name, results, limit)
+            ended[name] = made if isinstance(made, str) else run(name, made[0], limit, environment | made[1])
     if not os.environ.get("OUT"):
         subprocess.run((PYTHON, "benchmarks/report.py"), cwd=ROOT, check=True)
     print(f"\n==== make gpu, {time.monotonic() - start:.0f} s, results in {results}")
@@ -122,4 +148,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

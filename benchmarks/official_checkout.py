@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinofast.config import Config
+from dinofast.model import Model
 from dinofast.schedule import Schedule
 
 NOT_SET = "DINO_OFFICIAL does not name a checkout of the official code"
@@ -50,8 +51,7 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def dino_loss(crops: int, prototypes: int, student_temp: float, teacher_temp: float,
-                       device: torch.device) -> nn.Module:
+def dino_loss(crops: int, prototypes: int, student_temp: float, teacher_temp: float, device: torch.device) -> nn.Module:
     """The checkout's own `DINOLoss`, with the process group of one process that its all-reduce asks for."""
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -60,29 +60,32 @@ def dino_loss(crops: int, prototypes: int, student_temp: float, teacher_temp: fl
     return loss(prototypes, crops, teacher_temp, teacher_temp, 0, 1, student_temp=student_temp).to(device)
 
 
-def networks(arch: str, patch_size: int, drop_path_rate: float, out_dim: int) -> tuple[nn.Module, nn.Module]:
-    """Student and teacher as its `train_dino` makes them, the teacher with the student's weights and without gradients."""
+def networks(cfg: Config) -> tuple[nn.Module, nn.Module]:
+    """Student and teacher as its `train_dino` makes them, the teacher without gradients."""
     names: dict[str, Any] = {"math": math, "partial": partial, "trunc_normal_": nn.init.trunc_normal_}
-    for name in ("drop_path", "DropPath", "Mlp", "Attention", "Block", "PatchEmbed", "VisionTransformer", "DINOHead", arch):
+    for name in ("drop_path", "DropPath", "Mlp", "Attention", "Block", "PatchEmbed", "VisionTransformer", "DINOHead", cfg.arch):
         names[name] = take("vision_transformer.py", name, **names)
     wrapper = take("utils.py", "MultiCropWrapper")
 
     def network(rate: float) -> nn.Module:
-        backbone = names[arch](patch_size=patch_size, drop_path_rate=rate)
-        return wrapper(backbone, names["DINOHead"](backbone.embed_dim, out_dim))
+        backbone = names[cfg.arch](patch_size=cfg.patch_size, drop_path_rate=rate, img_size=[cfg.global_crops_size])
+        return wrapper(backbone, names["DINOHead"](backbone.embed_dim, cfg.out_dim))
 
-    student, teacher = network(drop_path_rate), network(0.0)
-    teacher.load_state_dict(student.state_dict())
-    return student, teacher.requires_grad_(False)
+    return network(cfg.drop_path_rate), network(0.0).requires_grad_(False)
 
 
 class Step:
-    """`step(i, batches)` of the checkout's own networks, loss, groups and clip, put together as in its `train_one_epoch`."""
+    """`step(i, batches)` of the checkout's own networks, loss, groups and clip, put together as in its `train_one_epoch`.
 
-    def __init__(self, cfg: Config, device: torch.device, schedule: Schedule, precision: str) -> None:
+    It starts from the weights of `model`.
+    """
+
+    def __init__(self, cfg: Config, model: Model, device: torch.device, schedule: Schedule, precision: str) -> None:
         self.cfg, self.device, self.schedule = cfg, device, schedule
-        self.student, self.teacher = (network.to(device) for network in
-                                      networks(cfg.arch, cfg.patch_size, cfg.drop_path_rate, cfg.out_dim))
+        self.student, self.teacher = networks(cfg)
+        for network, like in ((self.student, model.student), (self.teacher, model.teacher)):
+            network.load_state_dict(like.state_dict())
+            network.to(device)
         self.loss = dino_loss(cfg.n_crops, cfg.out_dim, cfg.student_temp, cfg.teacher_temp, device)
         self.optimizer = torch.optim.AdamW(take("utils.py", "get_params_groups")(self.student))
         self.clip = take("utils.py", "clip_gradients")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from statistics import median, quantiles
+from textwrap import wrap
 
 import torch
 from torch import Tensor
 
 from .config import Config
-from .data import make_loader
+from .data import Loader, make_loader
 from .dist import Process, pick_device
 from .flops import image_flops, peak_flops
 from .log import counting
@@ -23,11 +24,19 @@ from .schedule import Schedule
 from .step import Step
 from .vit import VisionTransformer
 
-PARTS = ("data", "teacher", "student", "loss", "backward", "optimiser")
+PARTS = {                                      # of a step, in its order, and what is in them
+    "data": "the wait for crops; random ones are there from the start",
+    "teacher": "its forward pass; before it dinofast cuts the crops into patches, for the student too",
+    "student": "its forward pass",
+    "loss": "forward; the official one with the centre and the host's reading of it",
+    "backward": "through loss and student",
+    "optimiser": "clipping, AdamW and the teacher's average; of dinofast the centre, too",
+}
 WARM_UP = 5                                    # steps before anything counts: compiling, recording a graph, first allocations
 TURN = {"cpu": 1, "cuda": 10}                  # steps in a row before the other has its turn
 FEWEST = 3                                     # turns of each
 TABLE_STEPS = 10_000                           # of the schedule that all follow
+LEGEND_WIDTH = 110                             # characters
 
 
 class Synthetic:
@@ -35,9 +44,8 @@ class Synthetic:
 
     def __init__(self, cfg: Config, device: torch.device, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
-        sizes = [(2, cfg.global_crops_size), (cfg.local_crops_number, cfg.local_crops_size)]
         self._crops = [torch.randn(n * cfg.batch_size_per_gpu, 3, side, side, generator=generator).to(device, dtype)
-                       for n, side in sizes if n]
+                       for n, side in crops_of(cfg)]
 
     def __next__(self) -> list[Tensor]:
         return self._crops
@@ -72,13 +80,13 @@ class Rival:
     """One way to do a step: `step(i, batches)`, timed by `clock` where its parts can be told apart."""
 
     name: str
-    step: Callable[[int, Iterator[list[Tensor]]], Tensor]
+    step: Step | OfficialStep
     batches: Iterator[list[Tensor]]
     clock: Clock | None
     done: int = 0
 
     def turn(self, device: torch.device, n: int) -> tuple[float, dict[str, float]]:
-        """Milliseconds a step over n steps in a row, and of each part."""
+        """Milliseconds a step over n steps in a row, and of each part; gradients are let go of at the end."""
         if self.clock:
             self.clock.mark("start")
         start = time.perf_counter()
@@ -87,12 +95,14 @@ class Rival:
             self.done += 1
         wait(device)
         step_ms = (time.perf_counter() - start) * 1e3 / n
+        self.step.optimizer.zero_grad()              # or they would count as memory that was there before the next turn
         return step_ms, {part: ms / n for part, ms in self.clock.take().items()} if self.clock else {}
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Milliseconds a step of every turn, medians of its parts, and the memory of a GPU that a step took at most."""
+    """Milliseconds a step of every turn, medians of its parts, and the GPU memory that steps took at most beside what stays
+    between them: None on a CPU, and under a CUDA graph, all of whose memory stays."""
 
     name: str
     step_ms: list[float]
@@ -129,11 +139,11 @@ def in_turns(rivals: Sequence[Rival], device: torch.device, seconds: float) -> l
     start = time.perf_counter()
     while len(turns[rivals[0].name]) < FEWEST or time.perf_counter() - start < seconds:
         for rival in rivals:
-            if device.type == "cuda":
+            if has_peak := device.type == "cuda" and not getattr(rival.step, "graph", None):
                 torch.cuda.reset_peak_memory_stats(device)
                 before = torch.cuda.memory_allocated(device)
             turns[rival.name].append(rival.turn(device, TURN[device.type]))
-            peaks[rival.name] = ((torch.cuda.max_memory_allocated(device) - before) / 2**30 if device.type == "cuda" else None)
+            peaks[rival.name] = (torch.cuda.max_memory_allocated(device) - before) / 2**30 if has_peak else None
     return [Timed(rival.name, [ms for ms, _ in turns[rival.name]],
                   {part: median(parts.get(part, 0.0) for _, parts in turns[rival.name])
                    for part in PARTS if any(part in parts for _, parts in turns[rival.name])}, peaks[rival.name])
@@ -141,37 +151,56 @@ def in_turns(rivals: Sequence[Rival], device: torch.device, seconds: float) -> l
 
 
 def measure(cfg: Config, folder: str | None, seconds: float, say: Callable[[str], None] = print) -> str:
-    """Time ours on synthetic crops, on those of `folder` if one is given, and the official loop, in turns; returns the report.
+    """Time ours on random crops, on those of `folder` if one is given, and the official loop, in turns; returns the report.
 
-    The official loop runs as published: fp16 on a GPU (ours in --precision), fp32 on a CPU. Raises ValueError for a backbone
-    that is not one of our ViTs, and for a folder that will not do.
+    say: called with a line now and then, the first ones on what is timed. The official loop runs as published: fp16 on a GPU
+    unless --precision is fp32, fp32 on a CPU. Raises ValueError for what that loop has not got, for a backbone that is not one
+    of our ViTs, and for a folder that will not do.
     """
-    device = pick_device(cfg.device)
-    cfg = replace(cfg, freeze_last_layer=0)
-    model = new_model(cfg)
-    if cfg.accumulate > 1:
-        raise ValueError(f"--accumulate is {cfg.accumulate}: the official loop has nothing like it; leave it out.")
-    official_cfg = replace(cfg, precision=official_precision(cfg, device))
-    schedule = schedule_of(cfg, device)
+    for name, value, only in (("accumulate", cfg.accumulate, 1), ("optimizer", cfg.optimizer, "adamw")):
+        if value != only:
+            raise ValueError(f"--{name} is {value}: the official loop that is timed beside has {only} alone; leave it out.")
+    device, cfg = pick_device(cfg.device), replace(cfg, freeze_last_layer=0)
+    schedule, official_cfg = schedule_of(cfg, device), replace(cfg, precision=official_precision(cfg, device))
+    theirs, their_model = Clock(device), new_model(cfg)
     with ExitStack() as stack:
+        loader = stack.enter_context(files(cfg, folder, device)) if folder else None
         step, clock = ours(cfg, device, schedule)
-        say(f"{step.how}; warming up")
-        for note in step.notes:
-            say(f"note: {note}")
+        for line in (setting(cfg, device), f"dinofast: {step.precision}, {step.how}", *(f"note: {note}" for note in step.notes),
+                     f"official loop: {official_cfg.precision}, eager, as published",
+                     f"warming up, then {seconds:g} s in turns"):
+            say(line)
         dtype = torch.bfloat16 if step.precision == "bf16" else torch.float32
         rivals = [Rival("dinofast", step, Synthetic(cfg, device, dtype), clock)]
-        if folder:
-            output_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="dinofast-"))
-            loader = make_loader(replace(cfg, data_path=folder, output_dir=output_dir), device=device,
-                                 on_progress=counting("files looked at", True))
-            stack.enter_context(closing(loader))
+        if loader:
             rivals.append(Rival("dinofast, from files", step, loader, clock))
-        theirs = Clock(device)
-        rivals.append(Rival("official loop", OfficialStep(official_cfg, new_model(cfg), device, schedule, mark=theirs.mark),
+        rivals.append(Rival("official loop", OfficialStep(official_cfg, their_model, device, schedule, mark=theirs.mark),
                             Synthetic(cfg, device, torch.float32), theirs))
         timed = in_turns(rivals, device, seconds)
     peak, whose = peak_flops(device, torch.float32 if step.precision == "fp32" else torch.bfloat16)
-    return report(cfg, model.student.backbone, device, step.precision, timed, peak, whose)
+    return report(timed, cfg.batch_size_per_gpu, flops_of(cfg, their_model.student.backbone), peak, whose, TURN[device.type])
+
+
+@contextmanager
+def files(cfg: Config, folder: str, device: torch.device) -> Iterator[Loader]:
+    """The crops of a run on `folder`; what a loader writes goes with it."""
+    with tempfile.TemporaryDirectory(prefix="dinofast-") as output_dir:
+        cfg = replace(cfg, data_path=folder, output_dir=output_dir)
+        with closing(make_loader(cfg, device=device, on_progress=counting("files looked at", True))) as loader:
+            yield loader
+
+
+def setting(cfg: Config, device: torch.device) -> str:
+    """What a step works on, and where."""
+    crops = " and ".join(f"{n} x {side}" for n, side in crops_of(cfg))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{cfg.arch}/{cfg.patch_size}, {cfg.batch_size_per_gpu} images a step, {crops} crops, K = {cfg.out_dim:,}; {name}"
+
+
+def crops_of(cfg: Config) -> list[tuple[int, int]]:
+    """(number, size in pixels) of an image's crops, the global ones first."""
+    sizes = [(2, cfg.global_crops_size), (cfg.local_crops_number, cfg.local_crops_size)]
+    return [(n, side) for n, side in sizes if n]
 
 
 def official_precision(cfg: Config, device: torch.device) -> str:
@@ -191,30 +220,41 @@ def head_widths(cfg: Config, vit: VisionTransformer) -> list[int]:
 
 def flops_of(cfg: Config, vit: VisionTransformer) -> int:
     """Of one image of a run with these options."""
-    return image_flops(vit, head_widths(cfg, vit), [(2, cfg.global_crops_size), (cfg.local_crops_number, cfg.local_crops_size)])
+    return image_flops(vit, head_widths(cfg, vit), crops_of(cfg))
 
 
-def report(cfg: Config, vit: VisionTransformer, device: torch.device, precision: str, timed: Sequence[Timed], peak: float,
-           whose: str) -> str:
-    """Plain text: what was timed, a table, and the ratio to the official loop."""
-    images, flops = cfg.batch_size_per_gpu * cfg.accumulate, flops_of(cfg, vit)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    lines = [f"{cfg.arch}/{cfg.patch_size}, {images} images a step, 2 x {cfg.global_crops_size} and {cfg.local_crops_number} x "
-             f"{cfg.local_crops_size} crops, {precision}; {name}",
-             f"{flops / 1e9:,.1f} GFLOP an image: the matrix products of the official network, additions and multiplications "
-             "each counted", f"MFU: of {whose}", ""]
+def report(timed: Sequence[Timed], images: int, flops: int, peak: float, whose: str, steps_a_turn: int) -> str:
+    """Plain text: a table, what its columns mean, and the ratio of ours (the first) to the official loop (the last).
+
+    images: of a step; flops: of an image; peak: FLOP/s of the device by the word of `whose`.
+    """
+    rates = [images / median(t.step_ms) * 1e3 for t in timed]
     shown = [part for part in PARTS if any(part in t.parts_ms for t in timed)]
-    rows = [("", "images/s", "ms a step", "[quartiles]", "MFU", *(f"{part}, ms" for part in shown), "GiB")]
-    for t in timed:
+    rows = [("", "images/s", "MFU", "ms/step", "[quartiles]", *shown, "GiB")]
+    for t, rate in zip(timed, rates, strict=True):
         low, middle, high = quantiles(t.step_ms, n=4, method="inclusive")
-        rate = images / middle * 1e3
-        rows.append((t.name, f"{rate:,.4g}", f"{middle:,.1f}", f"[{low:,.1f}, {high:,.1f}]", f"{rate * flops / peak:.0%}",
+        rows.append((t.name, digits(rate), f"{rate * flops / peak:.1%}", digits(middle), f"[{digits(low)}, {digits(high)}]",
                      *(f"{t.parts_ms[part]:,.1f}" if part in t.parts_ms else "" for part in shown),
                      "" if t.peak_gib is None else f"{t.peak_gib:.2f}"))
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
-    lines += ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-              for row in zip(*columns, strict=True)]
-    ratio = median(timed[-1].step_ms) / median(timed[0].step_ms)
-    return "\n".join([*lines, "", f"{ratio:.2f} times as many images a second as the official loop, medians of "
-                                  f"{len(timed[0].step_ms)} turns"])
+    lines = ["", *("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+                   for row in zip(*columns, strict=True)), ""]
+    graph = any(not t.parts_ms for t in timed)
+    meanings = {
+        "MFU": f"share of {whose}; an image takes {flops / 1e9:,.4g} GFLOP, the matrix products of the official network, an "
+               "addition and a multiplication counted as two",
+        "ms/step": f"median of {len(timed[0].step_ms)} turns of {steps_a_turn} step{'s' if steps_a_turn > 1 else ''}; then its "
+                f"parts, in ms as well{', which a CUDA graph does not tell apart' if graph else ''}", **PARTS}
+    if any(t.peak_gib is not None for t in timed):
+        meanings["GiB"] = ("the most device memory for activations, gradients and the like, beside weights, moments and the "
+                           f"teacher{'; a CUDA graph keeps its own from step to step, not counted' if graph else ''}")
+    for name, meaning in meanings.items():
+        lines += wrap(meaning, LEGEND_WIDTH, initial_indent=f"{name:11}", subsequent_indent=" " * 11)
+    from_files = "".join(f", {rate / rates[-1]:.2f} times from files" for rate in rates[1:-1])
+    return "\n".join([*lines, "", f"{rates[0] / rates[-1]:.2f} times as many images a second as the official loop{from_files}"])
+
+
+def digits(value: float) -> str:
+    """Three significant digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"

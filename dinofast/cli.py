@@ -1,4 +1,4 @@
-"""The command line: `dinofast pretrain | knn | show-crops | bench-data | sample-data | demo | doctor`."""
+"""The command line: `dinofast pretrain | knn | show-crops | bench-data | bench-step | sample-data | demo | doctor`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -131,7 +132,7 @@ def _parser() -> Parser:
                                 description="Time the whole training step on random crops, and on images if a folder is given: "
                                 "images/s, MFU, where the time goes, and the official loop, in turns. Takes the flags of "
                                 "pretrain and writes nothing.")
-    speed.add_argument("folder", metavar="DIR", nargs="?", help="images, as --data_path of pretrain")
+    speed.add_argument("folder", metavar="DIR", nargs="?", help="images, as --data_path of pretrain, which does as well")
     speed.add_argument("--seconds", type=float, default=30.0, metavar="X", help="of the measurement, at least (default: 30)")
     add_arguments(speed)
     speed.set_defaults(run=_bench_step)
@@ -193,13 +194,13 @@ def _bench_data(given: dict[str, Any]) -> None:
 
 
 def _bench_step(given: dict[str, Any]) -> None:
-    folder, seconds = given.pop("folder"), given.pop("seconds")
+    folder, seconds = given.pop("folder") or given.get("data_path"), given.pop("seconds")
     if not 0 < seconds < float("inf"):
         raise ValueError(f"--seconds is {seconds:g}: give a number above 0.")
     cfg = from_arguments(given)
     from .bench_step import measure
 
-    print(measure(cfg, folder, seconds))
+    print(measure(cfg, folder, seconds, partial(print, flush=True)))
 
 
 def _knn(options: dict[str, Any]) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from .vit import VisionTransformer
 
-# Dense bf16 and fp16 products with fp32 sums, FLOP/s, from NVIDIA's data sheets, by a part of the device's name
-_DATA_SHEETS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+# Dense bf16 and fp16 products with fp32 sums, FLOP/s, from NVIDIA's data sheets, by the first that is part of a device's name
+_DATA_SHEETS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def forward_flops(vit: VisionTransformer, head_widths: list[int], n_crops: int, size: int) -> tuple[int, int]:
@@ -44,10 +44,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for part, peak in _DATA_SHEETS.items():
-            if part in name:
+            if part in name and "MIG" not in name:                                             # a share of the device
                 return peak, f"the data sheet's {peak / 1e12:,.0f} TFLOP/s"
     peak = _measured(device, dtype)
-    return peak, f"{peak / 1e12:,.3g} TFLOP/s, measured on large {str(dtype).removeprefix('torch.')} products"
+    tera = f"{peak / 1e12:,.0f}" if peak >= 100e12 else f"{peak / 1e12:.3g}"
+    return peak, f"{tera} TFLOP/s, measured on large {str(dtype).removeprefix('torch.')} products"
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:

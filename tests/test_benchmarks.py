@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_adamw_ema  # noqa: E402
 import bench_data  # noqa: E402
 import bench_dino_loss  # noqa: E402
+import bench_step  # noqa: E402
 import data_on_gpu  # noqa: E402
 import gpu  # noqa: E402
 import index_pass  # noqa: E402
@@ -25,12 +26,15 @@ import record  # noqa: E402
 import report  # noqa: E402
 import timing  # noqa: E402
 
+from dinofast import bench_step as dinofast_bench_step  # noqa: E402
 from dinofast import official  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL_LOSS = bench_dino_loss.Case(4, 3, 50, torch.float32)
 SMALL_DATA = bench_data.Case(4, 2, (32, 16))
 SMALL_STEP = bench_adamw_ema.Case("step", 2)
+SMALL_TRAINING = bench_step.Case("vit_nano", 4, 2, ("official", "dinofast"), 16, 8, 50)
+RIVALS_OF_THE_STEP = (*bench_step.ON_CPU, "dinofast, skipped depth", "dinofast, from files")
 ROW = {"rival", "median_ms", "quartiles_ms", "moved_bytes", "gbps", "extra_mib", "launch_ms", "times_faster_than_official",
        "times_the_copy", "share_of_copy_bandwidth"}
 
@@ -69,7 +73,28 @@ def checkout(tmp_path, monkeypatch):
         "def clip_gradients(model, clip):\n"
         "    for p in model.parameters():\n"
         "        if p.grad is not None:\n"
-        "            p.grad.mul_(torch.clamp(clip / (p.grad.norm() + 1e-6), max=1))\n")
+        "            p.grad.mul_(torch.clamp(clip / (p.grad.norm() + 1e-6), max=1))\n"
+        "def get_params_groups(model):\n"
+        "    some = [p for p in model.parameters() if p.requires_grad]\n"
+        "    return [{'params': [p for p in some if p.ndim > 1 and p.shape[0] > 1]},\n"
+        "            {'params': [p for p in some if p.ndim == 1 or p.shape[0] == 1], 'weight_decay': 0.0}]\n"
+        "class MultiCropWrapper(nn.Module):\n"
+        "    def __init__(self, backbone, head):\n"
+        "        super().__init__()\n"
+        "        self.backbone, self.head = backbone, head\n"
+        "    def forward(self, crops):\n"
+        "        return self.head(torch.cat([self.backbone(crop) for crop in crops]))\n")
+    (tmp_path / "vision_transformer.py").write_text(
+        "import package_that_does_not_exist\n"
+        "def drop_path(): ...\n"
+        "class DropPath: ...\nclass Mlp: ...\nclass Attention: ...\nclass Block: ...\nclass PatchEmbed: ...\n"
+        "class VisionTransformer: ...\n"
+        "def vit_nano(**options):\n"
+        "    from dinofast.vit import vit_nano\n"
+        "    return vit_nano(**options)\n"
+        "def DINOHead(width, out_dim):\n"
+        "    from dinofast.head import DINOHead\n"
+        "    return DINOHead(width, out_dim)\n")
     monkeypatch.setenv("DINO_OFFICIAL", str(tmp_path))
     yield tmp_path
     if torch.distributed.is_initialized():
@@ -129,6 +154,37 @@ def test_the_data_path_onto_a_gpu_rehearsed(monkeypatch, tmp_path):
     table = report.data("cuda")
     assert "official" not in table.split("|")[1:8] and all(f"{row['images_per_s']:,.0f} |" in table or
                                                            f"{row['images_per_s']:,.0f}** |" in table for row in rows.values())
+
+
+def test_rivals_of_the_step_agree(not_compiled, checkout, monkeypatch, tmp_path):
+    first = bench_step.measure_case(SMALL_TRAINING._replace(rivals=RIVALS_OF_THE_STEP), CPU, 0.01)
+    made = {row["rival"]: row for row in first["rows"]}
+    assert tuple(made) == RIVALS_OF_THE_STEP and not first["left_out"] and first["rounds"] >= 3
+    for row in made.values():
+        assert row["images_per_s"] == 2 / row["median_ms"] * 1e3 and (row["extra_mib"] is None or row["extra_mib"] >= 0)
+        assert row["mfu"] == pytest.approx(row["images_per_s"] * first["gflop_an_image"] / first["peak_tflops"] / 1e3)
+        assert row["times_faster_than_official"] == made["official"]["median_ms"] / row["median_ms"]
+        assert list(row["parts_ms"]) == ([] if row["rival"] == "official checkout" else list(dinofast_bench_step.PARTS))
+    assert "official / it" in record.text(first) and "dinofast, from files" in record.text(first)
+
+
+def test_a_step_that_is_another_is_not_timed(monkeypatch):
+    bench_step.check_same(SMALL_TRAINING, CPU)
+    monkeypatch.setattr(official, "clip_gradients", lambda model, clip: [p.grad.zero_() for p in model.parameters()
+                                                                         if p.grad is not None])
+    with pytest.raises(AssertionError, match="'dinofast' has a loss of .*, 'official' one of .*: not the same training step"):
+        bench_step.check_same(SMALL_TRAINING, CPU)
+    bench_step.check_near({"official": 4.0, "dinofast": 4.19})
+    for loss in (4.21, 3.79, float("nan")):
+        with pytest.raises(AssertionError, match="'dinofast' has a loss of"):
+            bench_step.check_near({"official": 4.0, "dinofast": loss})
+
+
+def test_a_step_without_a_checkout(monkeypatch):
+    monkeypatch.delenv("DINO_OFFICIAL", raising=False)
+    case = bench_step.measure_case(SMALL_TRAINING._replace(rivals=("official checkout", "dinofast")), CPU, 0.01)
+    assert case["left_out"] == [f"official checkout: {official_checkout.NOT_SET}"]
+    assert [row["times_faster_than_official"] for row in case["rows"]] == [None]
 
 
 def test_crops_that_differ_are_not_timed():
@@ -247,6 +303,31 @@ def test_report_renders_a_file(results):
     assert f"Left out: official checkout: {official_checkout.NOT_SET}." in shown and "`a command`" in shown
 
 
+def test_report_renders_the_step(monkeypatch, tmp_path):
+    def row(name, ms, gib, parts, faster):
+        return {"rival": name, "median_ms": ms, "quartiles_ms": [ms - 1, ms + 1], "images_per_s": 128e3 / ms, "mfu": 20 / ms,
+                "parts_ms": parts, "extra_mib": gib and gib * 1024, "elapsed_ms": [ms], "times_faster_than_official": faster}
+    parts = dict.fromkeys(dinofast_bench_step.PARTS, 12.0)
+    cases = [{"case": "one", "images": 128, "rounds": 3, "gflop_an_image": 113.4, "peak_tflops": 989, "peak": "my word",
+              "rows": [row("official", 400.0, 20.5, parts, 1.0), row("dinofast", 100.0, 10.25, parts, 4.0),
+                       row("dinofast, CUDA graph", 80.0, None, {}, 5.0)], "left_out": ["official checkout: not here"]}]
+    cases += [cases[0] | {"case": "two", "left_out": []}, {**cases[0], "case": "three", "left_out": [], "rows": [
+        row("dinofast", 50.0, 3.0, parts, None)]}]
+    record.save(record.environment("step", CPU, "a command") | {"device_type": "cuda", "cases": cases}, tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.step("cpu") == "The step on a CPU: no measurement has been committed yet."
+    shown = report.step("cuda")
+    assert shown.startswith("The whole step, one; 113.4 GFLOP an image, MFU of my word:\n\n")
+    for line in (
+            "| official | 320 | 400 [399, 401] | 1.00 | 5% | 12.0 | 12.0 | 12.0 | 12.0 | 12.0 | 12.0 | 20.50 GiB |",
+            "| **dinofast** | **1,280** | **100 [99.0, 101]** | **4.00** | **20%** |" + " **12.0** |" * 6 + " **10.25 GiB** |",
+            "| dinofast, CUDA graph | 1,600 | 80.0 [79.0, 81.0] | 5.00 | 25% |  |  |  |  |  |  |  |",
+            "| two | official | 320 | 5% | 1.00 | 20.50 GiB |", "| two | dinofast | 1,280 | 20% | 4.00 | 10.25 GiB |",
+            "| two | dinofast, CUDA graph | 1,600 | 25% | 5.00 |  |", "| three | dinofast | 2,560 | 40% |  | 3.00 GiB |"):
+        assert line in shown, shown
+    assert "Left out: official checkout: not here." in shown and "`a command`" in shown
+
+
 def test_report_without_a_file(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert report.speed("dino_loss", "cuda") == "`dino_loss` on a GPU: no measurement has been committed yet."
@@ -288,23 +369,62 @@ def test_on_a_gpu(not_compiled, monkeypatch, module, small):
     assert rows["copy of 1 GiB"]["extra_mib"] == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_step_on_a_gpu(not_compiled):
+    rivals = ("official", "afternoon", *bench_step.WAYS[1:], "dinofast, from files")
+    case = bench_step.measure_case(SMALL_TRAINING._replace(rivals=rivals), torch.device("cuda"), 0.01)
+    assert tuple(row["rival"] for row in case["rows"]) == rivals
+    for row in case["rows"]:
+        if row["rival"] == "dinofast, CUDA graph":
+            assert row["parts_ms"] == {} and row["extra_mib"] is None
+        else:
+            assert row["extra_mib"] > 0 and sum(row["parts_ms"].values()) == pytest.approx(row["median_ms"], rel=0.5)
+
+
 def test_kernels_are_launched():
     assert launch_kernels.dino_loss(CPU) > 10 and launch_kernels.lists(CPU) > 10
 
 
 def test_gpu_run_says_why_it_cannot_begin(monkeypatch, capsys):
-    assert sum(gpu.LIMIT_S.values()) <= 9 * 60 - 15
+    assert sum(gpu.SHARES.values()) == gpu.TOTAL_S <= 9 * 60 - 15
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main() == 1 and "sees no CUDA device" in capsys.readouterr().out
+    assert gpu.main(["step", "steps"]) == 1 and "there is no part 'steps': choose from install, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("code, limit_s, ended", [
     ("", 60, "ok"), ("raise SystemExit(3)", 60, "FAILED: exit code 3"),
     ("import time; time.sleep(60)", 1, "FAILED: not finished after 1 s")])
-def test_gpu_run_reports_each_part(monkeypatch, code, limit_s, ended):
-    monkeypatch.setitem(gpu.LIMIT_S, "tests", limit_s)
-    assert gpu.run("tests", (sys.executable, "-c", code), float("inf"), dict(os.environ)).startswith(ended)
+def test_gpu_run_reports_each_part(code, limit_s, ended):
+    assert gpu.run("tests", (sys.executable, "-c", code), limit_s, dict(os.environ)).startswith(ended)
     assert gpu.run("tests", (sys.executable, "-c", code), 0.0, {}) == "FAILED: not begun, no time was left"
+
+
+@pytest.mark.parametrize("wanted", [(), ("step", "data")])
+def test_gpu_run_shares_its_time(wanted, monkeypatch, tmp_path, capsys):
+    """Every part takes half of what it may; what it leaves goes to those after it, and all of it to those named."""
+    now, limits = [0.0], {}
+
+    def take(name, arguments, limit_s, environment):
+        limits[name] = limit_s
+        now[0] += limit_s / 2
+        assert environment["DINOFAST_REQUIRE"] == "triton" and "TRITON_INTERPRET" not in environment
+        if name == "step":
+            assert arguments[-2:] == ("--limit-s", f"{limit_s - gpu.STEP_S:.0f}") and (gpu.ROOT / arguments[1]).is_file()
+        return "ok, 1 s"
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu, "why_no_gpu", lambda: "")
+    monkeypatch.setattr(gpu, "install", lambda limit_s, environment: take("install", (), limit_s, environment))
+    monkeypatch.setattr(gpu, "sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(gpu, "run", take)
+    assert gpu.main(wanted) == 0
+    assert list(limits) == (["install", "data", "step"] if wanted else list(gpu.SHARES))
+    assert all(limit_s >= gpu.SHARES[name] for name, limit_s in limits.items()) and now[0] < gpu.TOTAL_S
+    if not wanted:
+        assert limits["install"] == pytest.approx(gpu.SHARES["install"])
+    assert capsys.readouterr().out.count(" ok, 1 s") == len(limits)
 
 
 def test_the_index_pass_is_measured():

@@ -154,7 +154,8 @@ def test_unknown_command_and_none(capsys):
     assert cli.main([]) == 2 and "COMMAND" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["pretrain", "knn", "sample-data", "demo", "doctor", "show-crops", "bench-data"])
+@pytest.mark.parametrize("command", ["pretrain", "knn", "sample-data", "demo", "doctor", "show-crops", "bench-data",
+                                     "bench-step"])
 def test_help_of_every_command(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
