@@ -123,7 +123,7 @@ class Step:
             return "not compiled"
         for network in (self.model.student, self.model.teacher):
             network.compile(fullgraph=True, dynamic=False)
-        self.notes.append("the first step compiles student and teacher: up to a minute, or seconds from what was compiled before")
+        self.notes.append("the first step compiles student and teacher: up to a minute, seconds when it has been done before")
         return "compiled"
 
     def _choose_graph(self) -> str:
