@@ -36,9 +36,9 @@ class Step:
         self.precision = cfg.precision_on(device.type)
         self.notes: list[str] = []
         if cfg.teacher_precision == "bf16":
-            if self.precision == "fp32":
-                raise ValueError("--teacher_precision bf16 goes with --precision bf16 or fp16, and this run computes in fp32: "
-                                 "give one of these too, or leave it out.")
+            if self.precision != "bf16":                      # autocast to fp16 refuses to join bf16 tensors with others
+                raise ValueError(f"--teacher_precision bf16 goes with --precision bf16, and this run computes in "
+                                 f"{self.precision}: give that too, or leave it out.")
             model.teacher.to(torch.bfloat16)                  # the optimiser averages in float32 and rounds into it
         self.how = ", ".join(filter(None, (self._choose_attention(), self._compile(), self._choose_graph())))
         self.optimizer = OPTIMIZERS[cfg.optimizer](param_groups(model.student), student=model.student, teacher=model.teacher,

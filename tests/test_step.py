@@ -186,8 +186,9 @@ def test_what_cannot_be_done_is_announced_or_refused(monkeypatch):
         small(compile="on")
     with pytest.raises(ValueError, match="--attention varlen was asked for, but it needs bf16 or fp16 on a GPU"):
         small(attention="varlen")
-    with pytest.raises(ValueError, match="--teacher_precision bf16 goes with --precision bf16 or fp16"):
-        small(teacher_precision="bf16")
+    for precision in ("fp32", "fp16"):
+        with pytest.raises(ValueError, match=f"bf16 goes with --precision bf16, and this run computes in {precision}"):
+            small(precision=precision, teacher_precision="bf16")
     other = Config(**{**SMALL.to_dict(), "arch": "own"})
 
     def foreign(**changes):
