@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 from trajectory import GOLDEN, GoldenLoader, golden_model
 
-from dinofast import cuda_graph
+from dinofast import checkpoint, cuda_graph
 from dinofast import step as step_module
 from dinofast.config import Config
 from dinofast.dist import Process
@@ -224,6 +224,33 @@ def test_a_bf16_teacher_follows_its_average_in_float32():
     for name, p in step.model.teacher.named_parameters():
         master = step.optimizer._state_of(students[name])["teacher_master"]
         assert torch.equal(p, master.bfloat16()), name
+
+
+def test_a_teacher_that_is_float32_again_goes_on_from_its_average(tmp_path):
+    """And back in bf16 from where it then is, not from an average of long ago."""
+    path = tmp_path / "checkpoint.pth"
+    options = {"precision": "bf16", "norm_last_layer": False, "freeze_last_layer": 1, "momentum_teacher": 0.5, "lr": 1.0}
+
+    def resumed(before, **changes):
+        checkpoint.save(path, before.model, before.optimizer, None, before.cfg, checkpoint.Position())
+        step, batches = small(**options, **changes)
+        checkpoint.restore(path, step.model, step.optimizer, None, step.cfg)
+        return step, batches
+
+    rounded, batches = small(**options, teacher_precision="bf16")
+    for i in range(3):
+        rounded(i, batches)
+    exact, batches = resumed(rounded)
+    students = rounded.model.student.parameters()
+    for s, t in zip(students, exact.model.teacher.parameters(), strict=True):
+        assert torch.equal(t, rounded.optimizer._state_of(s)["teacher_master"])
+    for i in range(3, 20):
+        exact(i, batches)
+    assert not any("teacher_master" in state for state in exact.optimizer.state.values()) and not exact.optimizer._frozen_state
+    again, batches = resumed(exact, teacher_precision="bf16")
+    again.optimizer.step(momentum=1.0)
+    for a, b in zip(again.model.teacher.parameters(), exact.model.teacher.parameters(), strict=True):
+        assert torch.equal(a, b.bfloat16())
 
 
 def test_checkpointing_keeps_less_for_backward():
