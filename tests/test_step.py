@@ -10,6 +10,7 @@ import golden
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import GOLDEN, GoldenLoader, golden_model
 
 from dinofast import checkpoint, cuda_graph
@@ -89,6 +90,29 @@ def test_the_official_loop_rewritten_has_the_official_trajectory():
     model = golden_model()
     step = OfficialStep(GOLDEN, model, CPU.device, Schedule(GOLDEN, 2, 1))
     assert_official(step, model, center=lambda: step.center)
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that the host reads."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_official_loop_rewritten_waits_where_the_official_one_does():
+    """For the loss, and with clipping twice for each gradient: its norm, and whether to scale it."""
+    for clip_grad in (0.0, 3.0):
+        cfg = Config(**{**SMALL.to_dict(), "clip_grad": clip_grad})
+        model = Model.from_config(cfg)
+        step, batches = OfficialStep(cfg, model, CPU.device, Schedule(cfg, 100, 1)), Batches(cfg)
+        step.optimizer.step = lambda: None                                     # torch's own, which on a CPU reads its counters
+        with Reads() as reads:
+            step(0, batches)
+        trained = sum(p.requires_grad for p in model.student.parameters())
+        assert reads.n == 1 + (2 * trained if clip_grad else 0)
 
 
 def gradients(step, model, batch, dtype, precision="fp32"):
