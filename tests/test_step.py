@@ -226,6 +226,19 @@ def test_what_cannot_be_done_is_announced_or_refused(monkeypatch):
             foreign(**{flag: value})
 
 
+def test_batch_statistics_over_several_gpus_are_not_compiled(monkeypatch):
+    """torch's SyncBatchNorm breaks a graph, and ours are whole ones."""
+    monkeypatch.setattr(step_module, "why_no_compiler", lambda device: "")
+    step, _ = small(use_bn_in_head=True)
+    assert step._compile() == "not compiled" and not step.notes
+    step.process = Process(0, 2, torch.device("cuda", 0))                       # nothing is put there
+    assert step._compile() == "not compiled"
+    assert step.notes == [f"not compiled, and slower for it: {step_module._NOT_ONE_GRAPH}"]
+    step.cfg = Config(**{**step.cfg.to_dict(), "compile": "on"})
+    with pytest.raises(ValueError, match="--compile on was asked for, but batch statistics over several GPUs"):
+        step._compile()
+
+
 def test_a_compiler_that_fails_is_found_out_before_the_first_step(monkeypatch):
     assert step_module.why_no_compiler(CPU.device) == ""
 
