@@ -24,10 +24,11 @@ from .model import Model, build_backbone
 # What official files hold besides tensors and plain containers: the parsed arguments and float64 learning rates.
 _SAFE = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType,
          np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
-# Options that change neither the weights nor the trajectory, so that another value on resuming is nobody's concern.
+# Options that change neither the weights nor, but for rounding, the trajectory, so that another value on resuming is
+# nobody's concern.
 _FREE = {"data_path", "output_dir", "saveckp_freq", "saveckp_steps", "log_steps", "num_workers", "data_backend", "device",
-         "dist_url", "local_rank", "gpu", "rank", "world_size", "dist_backend", "max_refused",
-         "attention", "compile", "cuda_graph", "grad_checkpointing"}
+         "dist_url", "local_rank", "gpu", "rank", "world_size", "dist_backend", "max_refused", "attention", "compile",
+         "cuda_graph", "grad_checkpointing"}
 _VIT_OF_WIDTH = {64: "vit_nano", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 
 

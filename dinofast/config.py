@@ -101,7 +101,7 @@ class Config:
     grad_checkpointing: bool = _option(False, "[dinofast] Keep only the inputs of each block for backward and compute the rest "
         "anew: less memory for about a quarter more time (ViT only).")
     teacher_precision: str = _option("fp32", "[dinofast] bf16: the teacher computes with weights rounded to bf16; its average "
-        "stays in fp32, with the optimiser.", choices=("fp32", "bf16"))
+        "stays in fp32, with the optimiser. Goes with --precision bf16.", choices=("fp32", "bf16"))
 
     # ---- crops
     global_crops_scale: tuple[float, float] = _option((0.4, 1.0), "Smallest and largest share of the image's area in a global "

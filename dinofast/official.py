@@ -94,6 +94,7 @@ class OfficialStep:
         self.scaler = torch.amp.GradScaler(device.type) if self.precision == "fp16" else None
         self.optimizer = torch.optim.AdamW(param_groups(model.student))
         self.center = torch.zeros(1, cfg.out_dim, device=device)
+        self.teacher_temps = schedule.teacher_temp.tolist()              # on the host, as officially: no wait in the step
 
     def __call__(self, step: int, batches: Iterator[list[Tensor]]) -> Tensor:
         cfg, schedule = self.cfg, self.schedule
@@ -112,7 +113,7 @@ class OfficialStep:
             student_output = self.student(crops)
             self.mark("student")
             loss, total = dino_loss(student_output, teacher_output, self.center, cfg.student_temp,
-                                    float(schedule.teacher_temp[epoch]))
+                                    self.teacher_temps[epoch])
             momentum = cfg.center_momentum
             self.center = self.center * momentum + total / len(teacher_output) * (1 - momentum)
         if not math.isfinite(loss.item()):

@@ -144,6 +144,7 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's own, which rounds what is kept to the parameter's dtype: here float32 stays float32.
 
+        A teacher that is no longer 16-bit takes over its average in float32: load the modules first.
         Raises ValueError for a state of `maximize=True` or `amsgrad=True`, which these optimisers do not have.
         """
         for group in state_dict["param_groups"]:
@@ -160,6 +161,11 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
         students, frozen = list(self._teacher_of), state_dict.get("frozen", {})
         self._frozen_state = {students[i]: {name: x.to(students[i].device) for name, x in state.items()}
                               for i, state in frozen.items()}
+        for s, t in self._teacher_of.items():
+            master = None if t.dtype in _HALVES else self._state_of(s).pop("teacher_master", None)
+            if master is not None:                 # was 16-bit when saved: the average itself goes on, and is kept only once
+                t.detach().copy_(master)
+        self._frozen_state = {s: state for s, state in self._frozen_state.items() if state}
 
 
     def __getstate__(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .optim import OPTIMIZERS, param_groups
 from .schedule import Schedule, step_seed
 from .vit import VisionTransformer
 
+_NOT_ONE_GRAPH = "batch statistics over several GPUs (--use_bn_in_head) do not go into a graph"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,9 +37,9 @@ class Step:
         self.precision = cfg.precision_on(device.type)
         self.notes: list[str] = []
         if cfg.teacher_precision == "bf16":
-            if self.precision == "fp32":
-                raise ValueError("--teacher_precision bf16 goes with --precision bf16 or fp16, and this run computes in fp32: "
-                                 "give one of these too, or leave it out.")
+            if self.precision != "bf16":                      # autocast to fp16 refuses to join bf16 tensors with others
+                raise ValueError(f"--teacher_precision bf16 goes with --precision bf16, and this run computes in "
+                                 f"{self.precision}: give that too, or leave it out.")
             model.teacher.to(torch.bfloat16)                  # the optimiser averages in float32 and rounds into it
         self.how = ", ".join(filter(None, (self._choose_attention(), self._compile(), self._choose_graph())))
         self.optimizer = OPTIMIZERS[cfg.optimizer](param_groups(model.student), student=model.student, teacher=model.teacher,
@@ -116,7 +117,8 @@ class Step:
         if not self._vits():
             raise ValueError(f"--compile on is for our ViTs, not for {self.cfg.arch}: leave it out, and compile a backbone of "
                              "your own before you give it.")
-        if reason := why_no_compiler(self.process.device):
+        synced = on_gpu and self.process.world > 1 and self.cfg.use_bn_in_head
+        if reason := _NOT_ONE_GRAPH if synced else why_no_compiler(self.process.device):
             if asked == "on":
                 raise ValueError(f"--compile on was asked for, but {reason}.")
             self.notes.append(f"not compiled, and slower for it: {reason}")

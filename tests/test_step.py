@@ -10,9 +10,10 @@ import golden
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import GOLDEN, GoldenLoader, golden_model
 
-from dinofast import cuda_graph
+from dinofast import checkpoint, cuda_graph
 from dinofast import step as step_module
 from dinofast.config import Config
 from dinofast.dist import Process
@@ -89,6 +90,29 @@ def test_the_official_loop_rewritten_has_the_official_trajectory():
     model = golden_model()
     step = OfficialStep(GOLDEN, model, CPU.device, Schedule(GOLDEN, 2, 1))
     assert_official(step, model, center=lambda: step.center)
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that the host reads."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_official_loop_rewritten_waits_where_the_official_one_does():
+    """For the loss, and with clipping twice for each gradient: its norm, and whether to scale it."""
+    for clip_grad in (0.0, 3.0):
+        cfg = Config(**{**SMALL.to_dict(), "clip_grad": clip_grad})
+        model = Model.from_config(cfg)
+        step, batches = OfficialStep(cfg, model, CPU.device, Schedule(cfg, 100, 1)), Batches(cfg)
+        step.optimizer.step = lambda: None                                     # torch's own, which on a CPU reads its counters
+        with Reads() as reads:
+            step(0, batches)
+        trained = sum(p.requires_grad for p in model.student.parameters())
+        assert reads.n == 1 + (2 * trained if clip_grad else 0)
 
 
 def gradients(step, model, batch, dtype, precision="fp32"):
@@ -186,8 +210,9 @@ def test_what_cannot_be_done_is_announced_or_refused(monkeypatch):
         small(compile="on")
     with pytest.raises(ValueError, match="--attention varlen was asked for, but it needs bf16 or fp16 on a GPU"):
         small(attention="varlen")
-    with pytest.raises(ValueError, match="--teacher_precision bf16 goes with --precision bf16 or fp16"):
-        small(teacher_precision="bf16")
+    for precision in ("fp32", "fp16"):
+        with pytest.raises(ValueError, match=f"bf16 goes with --precision bf16, and this run computes in {precision}"):
+            small(precision=precision, teacher_precision="bf16")
     other = Config(**{**SMALL.to_dict(), "arch": "own"})
 
     def foreign(**changes):
@@ -199,6 +224,19 @@ def test_what_cannot_be_done_is_announced_or_refused(monkeypatch):
     for flag, value in {"attention": "plain", "compile": "on", "grad_checkpointing": True, "drop_path_mode": "skip"}.items():
         with pytest.raises(ValueError, match=f"--{flag} .*for our ViTs, not for own"):
             foreign(**{flag: value})
+
+
+def test_batch_statistics_over_several_gpus_are_not_compiled(monkeypatch):
+    """torch's SyncBatchNorm breaks a graph, and ours are whole ones."""
+    monkeypatch.setattr(step_module, "why_no_compiler", lambda device: "")
+    step, _ = small(use_bn_in_head=True)
+    assert step._compile() == "not compiled" and not step.notes
+    step.process = Process(0, 2, torch.device("cuda", 0))                       # nothing is put there
+    assert step._compile() == "not compiled"
+    assert step.notes == [f"not compiled, and slower for it: {step_module._NOT_ONE_GRAPH}"]
+    step.cfg = Config(**{**step.cfg.to_dict(), "compile": "on"})
+    with pytest.raises(ValueError, match="--compile on was asked for, but batch statistics over several GPUs"):
+        step._compile()
 
 
 def test_a_compiler_that_fails_is_found_out_before_the_first_step(monkeypatch):
@@ -223,6 +261,33 @@ def test_a_bf16_teacher_follows_its_average_in_float32():
     for name, p in step.model.teacher.named_parameters():
         master = step.optimizer._state_of(students[name])["teacher_master"]
         assert torch.equal(p, master.bfloat16()), name
+
+
+def test_a_teacher_that_is_float32_again_goes_on_from_its_average(tmp_path):
+    """And back in bf16 from where it then is, not from an average of long ago."""
+    path = tmp_path / "checkpoint.pth"
+    options = {"precision": "bf16", "norm_last_layer": False, "freeze_last_layer": 1, "momentum_teacher": 0.5, "lr": 1.0}
+
+    def resumed(before, **changes):
+        checkpoint.save(path, before.model, before.optimizer, None, before.cfg, checkpoint.Position())
+        step, batches = small(**options, **changes)
+        checkpoint.restore(path, step.model, step.optimizer, None, step.cfg)
+        return step, batches
+
+    rounded, batches = small(**options, teacher_precision="bf16")
+    for i in range(3):
+        rounded(i, batches)
+    exact, batches = resumed(rounded)
+    students = rounded.model.student.parameters()
+    for s, t in zip(students, exact.model.teacher.parameters(), strict=True):
+        assert torch.equal(t, rounded.optimizer._state_of(s)["teacher_master"])
+    for i in range(3, 20):
+        exact(i, batches)
+    assert not any("teacher_master" in state for state in exact.optimizer.state.values()) and not exact.optimizer._frozen_state
+    again, batches = resumed(exact, teacher_precision="bf16")
+    again.optimizer.step(momentum=1.0)
+    for a, b in zip(again.model.teacher.parameters(), exact.model.teacher.parameters(), strict=True):
+        assert torch.equal(a, b.bfloat16())
 
 
 def test_checkpointing_keeps_less_for_backward():
