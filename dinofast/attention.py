@@ -21,7 +21,7 @@ Runs = tuple[tuple[int, int], ...]
 
 
 def made_once(make: Callable) -> Callable:
-    """`make`, its last 64 results kept by their arguments, so that a step neither computes nor sends them to the device.
+    """`make`, its last 512 results kept by their arguments, so that a step neither computes nor sends them to the device.
 
     Made outside inference mode, or training could not use what evaluation has made. While a compiler or another mode watches
     the operations, nothing is kept: tensors that are made then are not real outside it.
@@ -30,7 +30,7 @@ def made_once(make: Callable) -> Callable:
         with torch.inference_mode(False), torch.no_grad():
             return make(*args)
 
-    kept = lru_cache(maxsize=64)(real)
+    kept = lru_cache(maxsize=512)(real)
 
     @wraps(make)
     def call(*args):

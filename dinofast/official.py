@@ -94,6 +94,7 @@ class OfficialStep:
         self.scaler = torch.amp.GradScaler(device.type) if self.precision == "fp16" else None
         self.optimizer = torch.optim.AdamW(param_groups(model.student))
         self.center = torch.zeros(1, cfg.out_dim, device=device)
+        torch.backends.cudnn.benchmark = True                     # as its main_dino.py sets it; of ours nothing is cuDNN's
         self.teacher_temps = schedule.teacher_temp.tolist()              # on the host, as officially: no wait in the step
 
     def __call__(self, step: int, batches: Iterator[list[Tensor]]) -> Tensor:
