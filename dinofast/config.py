@@ -98,8 +98,8 @@ class Config:
         "hours.", choices=("on", "off"))
     cuda_graph: bool = _option(False, "[dinofast] Replay forward and backward as one CUDA graph, where launches still show: "
         "small models or batches. One process, no --accumulate.")
-    grad_checkpointing: bool = _option(False, "[dinofast] Keep only the inputs of each block but the last for backward and compute "
-        "the rest anew: less memory, more time (ViT only).")
+    grad_checkpointing: bool = _option(False, "[dinofast] Keep only the inputs of each block but the last for backward and "
+        "compute the rest anew: less memory, more time (ViT only).")
     teacher_precision: str = _option("fp32", "[dinofast] bf16: the teacher's weights and tokens are rounded to bf16; its "
         "average stays in fp32, with the optimiser. Goes with --precision bf16.", choices=("fp32", "bf16"))
 
