@@ -34,13 +34,14 @@ from dinofast import bench_step
 from dinofast.bench_step import Rival, Synthetic, Timed
 from dinofast.config import Config, cores
 from dinofast.flops import peak_flops
+from dinofast.memory import kept_memory
 from dinofast.official import OfficialStep
 
 NAME = "step"
 SAME = 1e-4                          # relative, of losses that must agree: on a CPU to 5e-7, and a step moves them by 1e-2
 NEAR = 0.05                          # of those with stochastic depth, each with draws of its own
 SAME_STEPS, SAME_LR = 3, 0.1
-SECONDS = {"cpu": 40.0, "cuda": 2.0}  # a rival
+SECONDS = {"cpu": 25.0, "cuda": 2.0}  # a rival
 
 
 class Case(NamedTuple):
@@ -87,7 +88,7 @@ def measure_case(case: Case, device: torch.device, seconds: float | None = None)
     """The rivals, compared, then timed in turns."""
     torch.compiler.reset()
     check_same(case, device)
-    with ExitStack() as stack:
+    with kept_memory(device), ExitStack() as stack:
         rivals, left_out = make(case, device, stack)
         check_near({rival.name: losses(rival, 2)[-1] for rival in rivals if rival.name != "dinofast, from files"})
         timed = bench_step.in_turns(rivals, device, seconds or SECONDS[device.type] * len(rivals))

@@ -18,6 +18,7 @@ from .data import Loader, make_loader
 from .dist import Process, pick_device
 from .flops import image_flops, peak_flops
 from .log import counting
+from .memory import kept_memory
 from .model import Model
 from .official import OfficialStep
 from .schedule import Schedule
@@ -163,7 +164,7 @@ def measure(cfg: Config, folder: str | None, seconds: float, say: Callable[[str]
     device, cfg = pick_device(cfg.device), replace(cfg, freeze_last_layer=0)
     schedule, official_cfg = schedule_of(cfg, device), replace(cfg, precision=official_precision(cfg, device))
     theirs, their_model = Clock(device), new_model(cfg)
-    with ExitStack() as stack:
+    with kept_memory(device), ExitStack() as stack:             # as in training; the official loop gains by it too
         loader = stack.enter_context(files(cfg, folder, device)) if folder else None
         step, clock = ours(cfg, device, schedule)
         for line in (setting(cfg, device), f"dinofast: {step.precision}, {step.how}", *(f"note: {note}" for note in step.notes),

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -231,14 +230,6 @@ def collapse_warning(loss: float, teacher_entropy: float, log_k: float) -> str |
         return (f"the teacher's entropy {teacher_entropy:.4f} is near 0: it gives one prototype to nearly everything. "
                 "If it stays, raise --teacher_temp, raise --momentum_teacher, or lower --lr.")
     return None
-
-
-def peak_memory(device: torch.device) -> str:
-    """The most memory that tensors have taken on a GPU so far, or the process itself on a CPU."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the GPU"
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return f"{kib / 2**20:.2f} GiB of this process"
 
 
 def _epoch_of(line: str) -> float:

@@ -14,7 +14,8 @@ from torch import nn
 from . import checkpoint, dist, ops
 from .config import Config
 from .data import Loader, make_loader
-from .log import EpochSums, Interrupted, Run, StopSignal, WorkerDied, counting, peak_memory
+from .log import EpochSums, Interrupted, Run, StopSignal, WorkerDied, counting
+from .memory import kept_memory, peak_memory
 from .model import Model, backbone_maker
 from .schedule import Schedule
 from .step import Step
@@ -49,7 +50,8 @@ def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.
                          "find different ones: all processes must see the same files.")
     with closing(loader), checkpoint.claim(Path(cfg.output_dir)) if process.is_main else nullcontext():
         try:
-            return _run(cfg, backbone, process, stop, loader)
+            with kept_memory(process.device):
+                return _run(cfg, backbone, process, stop, loader)
         except RuntimeError as error:
             if "DataLoader worker" in str(error):         # torch raises it wherever the main thread happens to be
                 raise WorkerDied("a data worker was killed, often for lack of memory: lower --num_workers or the batch; the "

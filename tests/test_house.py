@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dinofast"
-SERVICES = {"config", "schedule", "dist", "log", "data", "sample_data"}
+SERVICES = {"config", "schedule", "dist", "log", "memory", "data", "sample_data"}
 LAYERS = [
     {"_C"},
     {"reference", "kernels", "testing"},
