@@ -25,15 +25,15 @@ def demo() -> str:
     for run in runs:
         raw, before, after = run["raw_pixels"], run["untrained"], run["trained"]
 
-        def share(value: float) -> str:
+        def one_digit(value: float) -> str:
             return f"{value:.1%}"
 
         def mean(values: list[float]) -> str:
             return f"{sum(values) / len(values):.0%}"
 
-        rows.append((str(run["seed"]), share(raw["knn"]), share(before["knn"]), f"**{share(after['knn'])}**",
-                     f"{share(raw['knn_within_palette'])}, {share(before['knn_within_palette'])}, "
-                     f"**{share(after['knn_within_palette'])}**",
+        rows.append((str(run["seed"]), one_digit(raw["knn"]), one_digit(before["knn"]), f"**{one_digit(after['knn'])}**",
+                     f"{one_digit(raw['knn_within_palette'])}, {one_digit(before['knn_within_palette'])}, "
+                     f"**{one_digit(after['knn_within_palette'])}**",
                      f"{mean(before['attention_on_object'])}, **{mean(after['attention_on_object'])}** "
                      f"({run['object_area']:.0%})",
                      f"{run['steps']} steps, {run['train_seconds']:.0f} s"))
@@ -106,11 +106,11 @@ def step(device_type: str) -> str:
     for row in first["rows"]:
         low, high = row["quartiles_ms"]
         cells = (row["rival"], rate(row["images_per_s"]), f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
-                 faster(row), f"{row['mfu']:.0%}",
+                 faster(row), share(row["mfu"]),
                  *(f"{row['parts_ms'][part]:,.1f}" if part in row["parts_ms"] else "" for part in PARTS), gib(row))
         rows.append(tuple(f"**{cell}**" if cell and row["rival"] == "dinofast" else cell for cell in cells))
     title = f"The whole step, {first['case']}; {first['gflop_an_image']:,.1f} GFLOP an image, MFU of {first['peak']}:"
-    brief = [(case["case"], row["rival"], rate(row["images_per_s"]), f"{row['mfu']:.0%}", faster(row), gib(row))
+    brief = [(case["case"], row["rival"], rate(row["images_per_s"]), share(row["mfu"]), faster(row), gib(row))
              for case in others for row in case["rows"]]
     more = ["In other cases:", table(("", "", "images/s", "MFU", "images/s, this / official", "memory of a step"),
                                      brief)] if brief else []
@@ -123,6 +123,10 @@ def faster(row: dict) -> str:
 
 def gib(row: dict) -> str:
     return "" if row["extra_mib"] is None else f"{row['extra_mib'] / 1024:,.2f} GiB"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 def rate(images_per_s: float) -> str:
