@@ -94,8 +94,8 @@ class Config:
         "crops at once, in bf16 or fp16 on a GPU; sdpa, torch's kernel for each crop size; plain, the formula. "
         "Left alone: the first of these that runs here.", choices=("xformers", "varlen", "sdpa", "plain"))
     compile: str | None = _option(None, "[dinofast] on: student and teacher under torch.compile; the first step then takes a "
-        "minute, less when the same was compiled before. Left alone: on for our ViTs on a GPU. On a CPU it pays for runs of "
-        "hours.", choices=("on", "off"))
+        "minute, less when the same was compiled before. Left alone: on for our ViTs on a GPU; on a CPU it gains "
+        "little.", choices=("on", "off"))
     cuda_graph: bool = _option(False, "[dinofast] Replay forward and backward as one CUDA graph, where launches still show: "
         "small models or batches. One process, no --accumulate.")
     grad_checkpointing: bool = _option(False, "[dinofast] Keep only the inputs of each block but the last for backward and "
