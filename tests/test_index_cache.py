@@ -1,5 +1,6 @@
 """The index beside the run: what is looked at again and what is not, whoever comes and whatever happened to the files."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -337,12 +338,12 @@ def test_when_the_one_that_looks_dies_another_takes_its_turn(source, cache, tmp_
 def test_an_interrupt_does_not_wait_for_a_whole_shard(tmp_path, monkeypatch):
     data = photograph(tmp_path / "one.png").read_bytes()
     pack(tmp_path / "big.tar", {f"{i}.png": data for i in range(1000)})
-    seen, inspect = [], index.inspect
+    seen, inspect, numbers = [], index.inspect, itertools.count(1)
 
     def slowly(*where):
         seen.append(where)
         time.sleep(0.02)
-        if len(seen) == 5:
+        if next(numbers) == 5:                   # of many threads one, whatever the others have appended meanwhile
             os.kill(os.getpid(), signal.SIGINT)
         return inspect(*where)
 
