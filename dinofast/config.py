@@ -93,6 +93,9 @@ class Config:
     attention: str | None = _option(None, "[dinofast] Attention of our ViTs: xformers or varlen (torch's own) over all packed "
         "crops at once, in bf16 or fp16 on a GPU; sdpa, torch's kernel for each crop size; plain, the formula. "
         "Left alone: the first of these that runs here.", choices=("xformers", "varlen", "sdpa", "plain"))
+    linear: str | None = _option(None, "[dinofast] Linear layers of our ViTs, in fp32 on a CPU: blas, torch's own way, or "
+        "onednn, as convolutions of one pixel. Left alone: onednn on AMD's CPUs with AVX-512, where it is faster; blas "
+        "elsewhere.", choices=("blas", "onednn"))
     compile: str | None = _option(None, "[dinofast] on: student and teacher under torch.compile; the first step then takes a "
         "minute, less when the same was compiled before. Left alone: on for our ViTs on a GPU; on a CPU it gains "
         "little.", choices=("on", "off"))

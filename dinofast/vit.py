@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Layout, attention, attention_weights, layout, made_once
+from .linear import Linear, linear
 from .stochastic_depth import Kept, draw_kept, draw_scales
 
 _LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -61,8 +62,8 @@ def cut_patches(crops: Tensor | Sequence[Tensor], patch_size: int, grid: int) ->
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -73,8 +74,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.impl = "sdpa"                                    # of attention.ATTENTIONS
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def split_heads(self, x: Tensor) -> Sequence[Tensor]:
         """x (T, D) -> q, k, v, each (T, H, D / H)."""
@@ -85,9 +86,9 @@ class Attention(nn.Module):
 
     def of_cls(self, x: Tensor, where: Layout) -> Tensor:
         """What `forward` gives in the rows of the CLS tokens, (S, D), without the queries of all others."""
-        dim, bias = x.shape[1], self.qkv.bias
-        q = F.linear(x.index_select(0, where.cls), self.qkv.weight[:dim], None if bias is None else bias[:dim])
-        kv = F.linear(x, self.qkv.weight[dim:], None if bias is None else bias[dim:])
+        dim, bias, library = x.shape[1], self.qkv.bias, self.qkv.library
+        q = linear(x.index_select(0, where.cls), self.qkv.weight[:dim], None if bias is None else bias[:dim], library)
+        kv = linear(x, self.qkv.weight[dim:], None if bias is None else bias[dim:], library)
         k, v = kv.view(x.shape[0], 2, self.num_heads, -1).unbind(1)
         return self.proj(attention(q.view(q.shape[0], self.num_heads, -1), k, v, where, self.impl).flatten(1))
 
@@ -135,12 +136,12 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, self.library = patch_size, "blas"               # of linear.LIBRARIES
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(P, C p p) -> (P, D)."""
-        return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(pixels, self.proj.weight.flatten(1), self.proj.bias, self.library)
 
 
 class VisionTransformer(nn.Module):
@@ -207,11 +208,15 @@ class VisionTransformer(nn.Module):
     def head_width(self) -> int:
         return self.embed_dim // self.blocks[0].attn.num_heads
 
-    def set_execution(self, attention: str, drop_path_mode: str = "mask", grad_checkpointing: bool = False) -> None:
-        """How passes are done from now on: attention (one of ATTENTIONS), stochastic depth (one of stochastic_depth.MODES), and
-        whether backward computes each block's insides anew instead of keeping them."""
-        for block in self.blocks:
-            block.attn.impl = attention
+    def set_execution(self, attention: str, drop_path_mode: str = "mask", grad_checkpointing: bool = False,
+                      library: str = "blas") -> None:
+        """How passes are done from now on: attention (one of ATTENTIONS), stochastic depth (one of stochastic_depth.MODES),
+        whether backward computes each block's insides anew instead of keeping them, and linear layers (one of LIBRARIES)."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.impl = attention
+            if isinstance(module, (Linear, PatchEmbed)):
+                module.library = library
         self.drop_path_mode, self.grad_checkpointing = drop_path_mode, grad_checkpointing
 
     def cut(self, crops: Tensor | Sequence[Tensor]) -> Patches:
