@@ -42,7 +42,8 @@ class Step:
                 raise ValueError(f"--teacher_precision bf16 goes with --precision bf16, and this run computes in "
                                  f"{self.precision}: give that too, or leave it out.")
             model.teacher.to(torch.bfloat16)                  # the optimiser averages in float32 and rounds into it
-        self.how = ", ".join(filter(None, (self._choose_kernels(), self._compile(), self._choose_graph())))
+        compiled = self._compile()
+        self.how = ", ".join(filter(None, (self._choose_kernels(compiled == "compiled"), compiled, self._choose_graph())))
         self.optimizer = OPTIMIZERS[cfg.optimizer](param_groups(model.student), student=model.student, teacher=model.teacher,
                                                    clip_grad=cfg.clip_grad, clip_mode=cfg.clip_mode)
         self.scaler = torch.amp.GradScaler(device.type) if self.precision == "fp16" else None
@@ -97,18 +98,21 @@ class Step:
         backbones = (self.model.student.backbone, self.model.teacher.backbone)
         return [b for b in backbones if isinstance(b, VisionTransformer)]
 
-    def _choose_kernels(self) -> str:
+    def _choose_kernels(self, compiled: bool) -> str:
         if not self._vits():
-            asked = {"attention": self.cfg.attention, "linear": self.cfg.linear, "grad_checkpointing": self.cfg.grad_checkpointing,
-                     "drop_path_mode": self.cfg.drop_path_mode == "skip"}
+            asked = {"attention": self.cfg.attention, "linear": self.cfg.linear,
+                     "grad_checkpointing": self.cfg.grad_checkpointing, "drop_path_mode": self.cfg.drop_path_mode == "skip"}
             for flag in (flag for flag, given in asked.items() if given):
                 raise ValueError(f"--{flag} {getattr(self.cfg, flag)} is for our ViTs, not for {self.cfg.arch}: leave it out.")
             return ""
         device, dtype = self.process.device, _DTYPES[self.precision]
         impl, note = choose_attention(self.cfg.attention, device, dtype, self._vits()[0].head_width)
         library = choose_library(self.cfg.linear, device, dtype)
+        mode = self.cfg.drop_path_mode
+        if mode == "mask" and device.type == "cpu" and not compiled:          # the same, and shapes may change
+            mode = "leave_out"
         for vit in self._vits():
-            vit.set_execution(impl, self.cfg.drop_path_mode, self.cfg.grad_checkpointing, library)
+            vit.set_execution(impl, mode, self.cfg.grad_checkpointing, library)
         return f"attention {impl}{f' ({note})' if note else ''}{', linear layers by oneDNN' if library == 'onednn' else ''}"
 
     def _compile(self) -> str:

@@ -6,6 +6,7 @@ Axes: S sequences, T tokens; each block has two branches, attention and MLP.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from .attention import Layout, layout, made_once
 
-MODES = ("mask", "skip")
+MODES = ("mask", "leave_out", "skip")
+LEAST = 2**20                            # tokens of a sequence, times its width squared: with fewer, leaving it out costs more
 
 
 class Kept(NamedTuple):
@@ -23,6 +25,35 @@ class Kept(NamedTuple):
     sequences: Tensor                    # (S',) int64: which they are
     tokens: Tensor                       # (T',) int64: rows of all their tokens
     factor: Tensor                       # (S',) float32: sequences of this size over those kept
+
+    def take(self, x: Tensor, cls_only: bool = False) -> Tensor:
+        """Of x (T or S, D) the rows of those kept."""
+        return x.index_select(0, self.sequences if cls_only else self.tokens)
+
+    def add(self, x: Tensor, branch: Tensor, cls_only: bool = False) -> Tensor:
+        """x (T or S, D) plus the branch (T' or S', D) of those kept."""
+        factor = self.factor if cls_only else self.factor[self.where.sequence]
+        return x.index_add(0, self.sequences if cls_only else self.tokens, (branch * factor[:, None]).to(x.dtype))
+
+
+class Stretches(NamedTuple):
+    """The same where the host knows which they are: of sequences one after the other, kept and left out in turns."""
+
+    where: Layout                        # of the kept ones
+    sequences: list[int]                 # of each stretch; the first one is kept, and may be empty
+    tokens: list[int]                    # the same in tokens
+    factor: float
+
+    def take(self, x: Tensor, cls_only: bool = False) -> Tensor:
+        kept = x.split(self.sequences if cls_only else self.tokens)[::2]
+        return kept[0] if len(kept) == 1 else torch.cat(kept)
+
+    def add(self, x: Tensor, branch: Tensor, cls_only: bool = False) -> Tensor:
+        sizes = self.sequences if cls_only else self.tokens
+        parts = list(x.split(sizes))
+        parts[::2] = [part.add(kept, alpha=self.factor) for part, kept in
+                      zip(parts[::2], branch.split(sizes[::2]), strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def draw_scales(rates: Sequence[float], where: Layout) -> list[Tensor | None]:
@@ -40,6 +71,29 @@ def draw_scales(rates: Sequence[float], where: Layout) -> list[Tensor | None]:
 @made_once
 def _kept_rates(rates: tuple[float, ...], device: torch.device) -> Tensor:
     return 1 - torch.tensor(rates, dtype=torch.float32).view(-1, 1, 1).to(device)
+
+
+def draw_stretches(rates: Sequence[float], where: Layout) -> list[tuple[Stretches, Stretches] | None]:
+    """The official draw, of which nothing is computed that would be multiplied by 0; for a CPU, which waits for no device.
+
+    Shapes change from step to step. Where a branch loses all sequences the first one is computed and multiplied by 0 all the
+    same, as a parameter without any gradient would not be updated.
+    """
+    return [scales if scales is None else tuple(_stretches(scale, where) for scale in scales.tolist())
+            for scales in draw_scales(rates, where)]
+
+
+def _stretches(scale: list[float], where: Layout) -> Stretches:
+    """scale: of each sequence, 0 or the factor."""
+    factor = max(scale)
+    kept = [bool(s) for s in scale] if factor else [True, *[False] * (len(scale) - 1)]
+    lengths = [tokens for n, tokens in where.runs for _ in range(n)]
+    runs = tuple((sum(1 for _ in same), tokens) for tokens, same in
+                 groupby(tokens for tokens, stays in zip(lengths, kept, strict=True) if stays))
+    stretches = [[length for _, length in same] for _, same in groupby(zip(kept, lengths, strict=True), key=lambda x: x[0])]
+    if not kept[0]:
+        stretches.insert(0, [])
+    return Stretches(layout(runs, where.cls.device), [len(s) for s in stretches], [sum(s) for s in stretches], factor)
 
 
 def draw_kept(rates: Sequence[float], where: Layout) -> list[tuple[Kept, Kept] | None]:

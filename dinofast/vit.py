@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import Layout, attention, attention_weights, layout, made_once
 from .linear import Linear, linear
-from .stochastic_depth import Kept, draw_kept, draw_scales
+from .stochastic_depth import LEAST, Kept, Stretches, draw_kept, draw_scales, draw_stretches
 
 _LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 
@@ -94,7 +94,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then + MLP, with what stochastic depth has drawn: scales (2, S), or the `Kept` of both branches."""
+    """x + attention, then + MLP, with what stochastic depth has drawn: scales (2, S), or `Kept` or `Stretches` of each."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool,
                  norm_layer: Callable[[int], nn.Module]) -> None:
@@ -104,16 +104,15 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, where: Layout, drawn: Tensor | tuple[Kept, Kept] | None = None,
+    def forward(self, x: Tensor, where: Layout, drawn: Tensor | tuple[Kept | Stretches, ...] | None = None,
                 cls_only: bool = False) -> Tensor:
         """x (T, D) -> (T, D), or with `cls_only` the rows (S, D) of the CLS tokens, at a fraction of the work."""
         attend = self.attn.of_cls if cls_only else self.attn
         if isinstance(drawn, tuple):
-            kept, rest = drawn
-            branch = attend(self.norm1(x.index_select(0, kept.tokens)), kept.where)
-            x = _add(x.index_select(0, where.cls) if cls_only else x, branch, kept, cls_only)
-            rows = rest.sequences if cls_only else rest.tokens
-            return _add(x, self.mlp(self.norm2(x.index_select(0, rows))), rest, cls_only)
+            first, second = drawn
+            branch = attend(self.norm1(first.take(x)), first.where)
+            x = first.add(x.index_select(0, where.cls) if cls_only else x, branch, cls_only)
+            return second.add(x, self.mlp(self.norm2(second.take(x, cls_only))), cls_only)
         branch = attend(self.norm1(x), where)
         x = x.index_select(0, where.cls) if cls_only else x           # its backward adds; that of x[...] sorts first
         if drawn is None:
@@ -122,13 +121,6 @@ class Block(nn.Module):
         scale = (drawn if cls_only else drawn[:, where.sequence])[:, :, None].to(x.dtype)
         x = x + branch * scale[0]
         return x + self.mlp(self.norm2(x)) * scale[1]
-
-
-def _add(x: Tensor, branch: Tensor, kept: Kept, cls_only: bool) -> Tensor:
-    """x (T or S, D) plus the branch of those kept."""
-    rows = kept.sequences if cls_only else kept.tokens
-    factor = kept.factor if cls_only else kept.factor[kept.where.sequence]
-    return x.index_add(0, rows, (branch * factor[:, None]).to(x.dtype))
 
 
 class PatchEmbed(nn.Module):
@@ -226,7 +218,10 @@ class VisionTransformer(nn.Module):
         """What stochastic depth leaves out, block by block."""
         if not self.training or self.drop_path_rates[-1] == 0:
             return [None] * len(self.blocks)
-        return (draw_kept if self.drop_path_mode == "skip" else draw_scales)(self.drop_path_rates, where)
+        if self.drop_path_mode == "skip":
+            return draw_kept(self.drop_path_rates, where)
+        leave_out = self.drop_path_mode == "leave_out" and min(n for _, n in where.runs) * self.embed_dim**2 >= LEAST
+        return (draw_stretches if leave_out else draw_scales)(self.drop_path_rates, where)
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block to images (B, 3, h, w): (B, H, N, N); row 0 is what CLS looks at."""

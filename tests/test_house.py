@@ -14,7 +14,7 @@ LAYERS = [
     {"_C"},
     {"reference", "kernels", "testing"},
     {"ops"},
-    {"attention"},
+    {"attention", "linear"},
     {"stochastic_depth"},
     {"vit", "head", "loss", "optim"},
     {"model", "cuda_graph", "flops"},

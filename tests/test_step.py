@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import GOLDEN, GoldenLoader, golden_model
 
-from dinofast import checkpoint, cuda_graph
+from dinofast import checkpoint, cuda_graph, linear, vit
 from dinofast import step as step_module
 from dinofast.config import Config
 from dinofast.dist import Process
@@ -84,6 +85,33 @@ def test_official_trajectory(changes):
     assert ("not compiled" in step.how) == ("compile" not in changes)
     assert f"attention {changes.get('attention', 'sdpa')}" in step.how
     assert_official(step, step.model)
+
+
+@pytest.mark.parametrize("changes", [{}, {"compile": "on"}], ids=str)
+def test_official_trajectory_with_all_linear_layers_by_onednn(monkeypatch, changes):
+    monkeypatch.setattr(linear, "WORTHWHILE", 0)
+    monkeypatch.setattr(linear, "F", types.SimpleNamespace(conv2d=torch.nn.functional.conv2d))     # nothing goes to BLAS
+    step = golden_step(linear="onednn", **changes)
+    assert "linear layers by oneDNN" in step.how
+    assert_official(step, step.model)
+
+
+def test_what_stochastic_depth_drops_is_computed_only_where_shapes_must_stay(monkeypatch):
+    """And trains the same: losses and weights of three steps."""
+    monkeypatch.setattr(vit, "LEAST", 0)
+    modes = {"leave_out": {}, "mask": {"compile": "on"}, "skip": {"drop_path_mode": "skip"}}
+    for mode, changes in modes.items():
+        step, _ = small(**changes)
+        assert step.model.student.backbone.drop_path_mode == mode
+    trained = []
+    for mode in ("leave_out", "mask"):
+        step, batches = small()
+        step.model.student.backbone.drop_path_mode = mode
+        trained.append(([step(i, batches)[0].item() for i in range(3)], step.model.student.state_dict()))
+    (losses, weights), (masked, masked_weights) = trained
+    assert losses == pytest.approx(masked, rel=1e-5) and len(set(losses)) == 3
+    for name, value in weights.items():
+        torch.testing.assert_close(value, masked_weights[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_official_loop_rewritten_has_the_official_trajectory():
@@ -208,6 +236,8 @@ def test_what_cannot_be_done_is_announced_or_refused(monkeypatch):
     monkeypatch.setattr(step_module, "why_no_compiler", lambda device: "there is no compiler")
     with pytest.raises(ValueError, match="--compile on was asked for, but there is no compiler."):
         small(compile="on")
+    with pytest.raises(ValueError, match="--linear onednn was asked for, but it is for fp32 on a CPU, not bfloat16 on cpu"):
+        small(linear="onednn", precision="bf16")
     with pytest.raises(ValueError, match="--attention varlen was asked for, but it needs bf16 or fp16 on a GPU"):
         small(attention="varlen")
     for precision in ("fp32", "fp16"):
@@ -221,7 +251,8 @@ def test_what_cannot_be_done_is_announced_or_refused(monkeypatch):
         return Step(cfg, model, CPU, Schedule(cfg, 100, 1))
 
     assert foreign().how == "not compiled"
-    for flag, value in {"attention": "plain", "compile": "on", "grad_checkpointing": True, "drop_path_mode": "skip"}.items():
+    for flag, value in {"attention": "plain", "linear": "blas", "compile": "on", "grad_checkpointing": True,
+                        "drop_path_mode": "skip"}.items():
         with pytest.raises(ValueError, match=f"--{flag} .*for our ViTs, not for own"):
             foreign(**{flag: value})
 

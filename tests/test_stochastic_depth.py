@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinofast import VisionTransformer
+from dinofast import VisionTransformer, stochastic_depth
+from dinofast import vit as vit_module
 from dinofast.attention import layout
-from dinofast.stochastic_depth import MODES, draw_kept, draw_scales
+from dinofast.stochastic_depth import MODES, draw_kept, draw_scales, draw_stretches
 
 CPU = torch.device("cpu")
 RATES = (0.0, 0.1, 0.25, 0.6)
@@ -16,8 +17,9 @@ WHERE = layout(RUNS, CPU)
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded_and_nothing_too_little(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(vit_module, "LEAST", 0)
 
 
 def build(mode, rate=0.5):
@@ -65,6 +67,55 @@ def test_mask_multiplies_branches_by_what_was_drawn():
         x = x + block.attn(block.norm1(x), where) * attend
         x = x + block.mlp(block.norm2(x)) * mlp
     torch.testing.assert_close(model(patches, drawn), model.norm(x[where.cls]), rtol=1e-6, atol=1e-6)
+
+
+# ---- leave_out: the official draw, computed for those that stay
+def scales_of_stretches(stretches):
+    scales = torch.zeros(len(WHERE.cls))
+    for i, part in enumerate(scales.split(stretches.sequences)):
+        part.fill_(0.0 if i % 2 else stretches.factor)
+    return scales
+
+
+def test_what_is_left_out_is_what_the_mask_would_drop():
+    states = []
+    for draw in (draw_scales, draw_stretches):
+        torch.manual_seed(5)
+        states.append((draw(RATES, WHERE), torch.get_rng_state()))
+    (masks, state), (pairs, other_state) = states
+    assert torch.equal(state, other_state) and masks[0] is pairs[0] is None
+    for scales, pair in zip(masks[1:], pairs[1:], strict=True):
+        for scale, stretches in zip(scales, pair, strict=True):
+            assert torch.equal(scales_of_stretches(stretches), scale) and (scale == 0).any()
+            assert sum(stretches.tokens) == 80 and len(stretches.tokens) == len(stretches.sequences)
+            lengths = [tokens for n, tokens in stretches.where.runs for _ in range(n)]
+            assert lengths == [5] * (scale[:8] > 0).sum() + [2] * (scale[8:] > 0).sum()
+
+
+NAMED = {"all stay": [2.0] * 28, "none stays": [0.0] * 28, "first goes": [0.0] + [1.5] * 27, "last goes": [1.5] * 27 + [0.0],
+         "a size goes": [0.0] * 8 + [2.0] * 20, "the other goes": [2.0] * 8 + [0.0] * 20, "every second": [0.0, 2.0] * 14}
+
+
+@pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
+@pytest.mark.parametrize("scale", NAMED.values(), ids=NAMED)
+def test_leaving_out_is_the_mask(scale, cls_only):
+    """Values and gradients, of the input too; a branch that nothing goes through has gradients of 0, not none."""
+    block, x = build("leave_out").blocks[-1], torch.randn(80, 24, dtype=torch.float64, requires_grad=True)
+    scales = torch.tensor([scale, scale[::-1]], dtype=torch.float64)
+    pair = tuple(stochastic_depth._stretches(one, WHERE) for one in scales.tolist())
+    left_out, masked = block(x, WHERE, pair, cls_only), block(x, WHERE, scales, cls_only)
+    torch.testing.assert_close(left_out, masked, rtol=1e-12, atol=1e-13)
+    leaves, upstream = [x, *block.parameters()], torch.randn_like(masked)
+    for a, b in zip(*[torch.autograd.grad(y, leaves, upstream) for y in (left_out, masked)], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_small_work_is_masked(monkeypatch):
+    model = build("leave_out")
+    monkeypatch.setattr(vit_module, "LEAST", 2 * 24**2 + 1)                                    # local crops: CLS and a patch
+    assert isinstance(model.draw(WHERE)[1], torch.Tensor)
+    monkeypatch.setattr(vit_module, "LEAST", 2 * 24**2)
+    assert isinstance(model.draw(WHERE)[1], tuple)
 
 
 # ---- skip: the cheap way
@@ -130,7 +181,7 @@ def test_skip_keeps_the_mean(cls_only, silent):
         torch.testing.assert_close(a.unflatten(0, (n, -1)).mean(0), b.unflatten(0, (n, -1)).mean(0), rtol=1e-6, atol=1e-7)
 
 
-# ---- both, in the whole model
+# ---- all of them, in the whole model
 @pytest.mark.parametrize("mode", MODES)
 def test_mean_over_many_draws_is_the_whole_branch(mode):
     """One block with a constant branch, which LayerNorm cannot bend: 6 standard errors of 500 draws."""
@@ -139,7 +190,7 @@ def test_mean_over_many_draws_is_the_whole_branch(mode):
     torch.nn.init.zeros_(block.attn.proj.weight)
     torch.nn.init.ones_(block.attn.proj.bias)
     with torch.no_grad():
-        drawn = (draw_kept if mode == "skip" else draw_scales)([0.5] * 500, WHERE)
+        drawn = {"skip": draw_kept, "leave_out": draw_stretches, "mask": draw_scales}[mode]([0.5] * 500, WHERE)
         outputs = torch.stack([block(x, WHERE, one, cls_only=True)[:, 0] for one in drawn])
     assert set(outputs.unique().tolist()) == {0.0, 2.0}
     assert ((outputs.mean(0) - 1).abs() <= 6 / 500**0.5).all()
