@@ -12,6 +12,7 @@ from . import __version__, ops
 from .attention import choose_attention, why_no_xformers
 from .config import cores
 from .data import choose_backend
+from .linear import choose_library
 
 _PACKAGES = ("numpy", "pillow", "rich", "triton", "xformers", "nvidia-dali-cuda130", "torchvision", "timm")
 
@@ -26,7 +27,8 @@ def report() -> str:
     for device in ("cpu", "cuda"):
         lines.append(f"on {device}:" if device == "cpu" or torch.cuda.is_available() else "on cuda (none here):")
         lines += [f"  {name:22} {paths[device]}" for name, paths in ops.paths().items()]
-        lines += [f"  {'attention':22} {_attention(device)}", f"  {'SGD, LARS':22} torch, tensor by tensor"]
+        torch_s = {"attention": _attention(device), "linear layers": _linear(device), "SGD, LARS": "torch, tensor by tensor"}
+        lines += [f"  {name:22} {what}" for name, what in torch_s.items()]
         crops, why = choose_backend(None, device)
         lines.append(f"  {'crops':22} {crops}{f' ({why})' if why else ''}; {'nvJPEG' if crops == 'dali' else 'PIL'} decodes")
     unset = "not set; name paths there (for example cpp) to make their absence an error"
@@ -43,6 +45,11 @@ def _attention(device: str) -> str:
         chosen = "varlen" if why else "xformers"
     where = "torch's, per crop size" if chosen == "sdpa" else "over all packed crops, in bf16 and fp16; sdpa in fp32"
     return f"{chosen}, {where}{f' ({why})' if why else ''}"
+
+
+def _linear(device: str) -> str:
+    onednn = choose_library(None, torch.device(device), torch.float32) == "onednn"
+    return "large ones in fp32 by oneDNN, others by torch's BLAS" if onednn else "torch's BLAS"
 
 
 def _version(name: str) -> str:

@@ -113,7 +113,8 @@ class Step:
             mode = "leave_out"
         for vit in self._vits():
             vit.set_execution(impl, mode, self.cfg.grad_checkpointing, library)
-        return f"attention {impl}{f' ({note})' if note else ''}{', linear layers by oneDNN' if library == 'onednn' else ''}"
+        linear = ", large linear layers by oneDNN" if library == "onednn" else ""
+        return f"attention {impl}{f' ({note})' if note else ''}{linear}"
 
     def _compile(self) -> str:
         """Student and teacher as one graph each."""

@@ -47,7 +47,7 @@ def test_the_command(flags, rows, photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(here)
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     flags = [str(photographs) if flag == "FOLDER" else flag for flag in flags]
-    assert cli.main(["bench-step", *FLAGS, "--seconds", "0.1", "--output_dir", "out", *flags]) == 0
+    assert cli.main(["bench-step", *FLAGS, "--seconds", "0.1", "--output_dir", "out", "--linear", "blas", *flags]) == 0
     said = capsys.readouterr().out
     crops = "2 x 16" if "0" in flags else "2 x 16 and 2 x 8"
     assert said.startswith(f"vit_nano/4, 4 images a step, {crops} crops, K = 64; CPU, {torch.get_num_threads()} threads\n"

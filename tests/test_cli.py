@@ -2,9 +2,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from dinofast import cli, ops
 from dinofast.config import Config
+from dinofast.linear import choose_library
 
 OFFICIAL_DEFAULTS = {
     "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True, "momentum_teacher": 0.996,
@@ -177,3 +179,6 @@ def test_doctor_says_what_and_why(capsys):
     assert "torch" in text and "GPU" in text
     for name, paths in ops.paths().items():
         assert f"{name:22} {paths['cpu']}" in text
+    library = choose_library(None, torch.device("cpu"), torch.float32)
+    assert (f"{'linear layers':22} large ones in fp32 by oneDNN" in text) == (library == "onednn")
+    assert f"{'linear layers':22} torch's BLAS\n" in text                              # on cuda

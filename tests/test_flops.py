@@ -54,8 +54,11 @@ def test_data_sheets(name, tera, monkeypatch):
 
 
 def test_a_cpu_is_measured(monkeypatch):
-    seconds = iter([0.0, 4.0, 4.0, 5.0, 5.0, 7.0, 7.0, 9.0, 9.0, 11.0, 11.0, 13.0])
+    libraries = []
+    blas, onednn = [4.0, 2.0, 3.0, 2.0, 2.0, 2.0], [2.0, 2.0, 1.0, 2.0, 2.0, 2.0]                # of six products each
+    seconds = iter([at for took in blas + onednn for at in (0.0, took)])
     monkeypatch.setattr(flops.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(flops, "linear", lambda a, b, bias, library: libraries.append(library))
     peak, whose = flops.peak_flops(torch.device("cpu"), torch.float32)
-    assert peak == 2 * 2048**3 / 1.0                                                     # the fastest of six
+    assert peak == 2 * 2048**3 / 1.0 and libraries == ["blas"] * 6 + ["onednn"] * 6      # the fastest of all
     assert whose == "0.0172 TFLOP/s, measured on large float32 products"
