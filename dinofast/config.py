@@ -85,9 +85,10 @@ class Config:
     optimizer: str = _option("adamw", "adamw for ViTs; sgd or lars for convolutional networks.",
         choices=("adamw", "sgd", "lars"))
     drop_path_rate: float = _option(0.1, "Stochastic depth rate of the student's last block (ViT only).")
-    drop_path_mode: str = _option("mask", "[dinofast] mask: each crop by its own draw, as in the official code; where "
-        "shapes may change (a CPU, not compiled) what is dropped is not computed, with the same result. skip: as many crops as the rate says, drawn anew for each branch, are not computed at all: saves half "
-        "of --drop_path_rate of the student's work.", choices=("mask", "skip"))
+    drop_path_mode: str = _option("mask", "[dinofast] mask: each crop by its own draw, as in the official code; where shapes "
+        "may change (a CPU, not compiled) what is dropped is not computed, with the same result. skip: as many crops as the "
+        "rate says, drawn anew for each branch, are not computed at all: saves half of --drop_path_rate of the student's "
+        "work.", choices=("mask", "skip"))
 
     # ---- how the step is computed
     attention: str | None = _option(None, "[dinofast] Attention of our ViTs: xformers or varlen (torch's own) over all packed "
