@@ -8,36 +8,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
-from functools import lru_cache, wraps
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .made_once import made_once
+
 ATTENTIONS = ("xformers", "varlen", "sdpa", "plain")
 Runs = tuple[tuple[int, int], ...]
-
-
-def made_once(make: Callable) -> Callable:
-    """`make`, its last 512 results kept by their arguments, so that a step neither computes nor sends them to the device.
-
-    Made outside inference mode, or training could not use what evaluation has made. While a compiler or another mode watches
-    the operations, nothing is kept: tensors that are made then are not real outside it.
-    """
-    def real(*args):
-        with torch.inference_mode(False), torch.no_grad():
-            return make(*args)
-
-    kept = lru_cache(maxsize=512)(real)
-
-    @wraps(make)
-    def call(*args):
-        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-        return (make if watched else kept)(*args)
-
-    return call
 
 
 class Layout(NamedTuple):

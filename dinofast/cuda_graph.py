@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .loss import LossStats
+from .made_once import holding
 
 WARM_UP = 3                              # steps done eagerly first: they compile, allocate and start libraries
 
@@ -52,7 +53,8 @@ class Captured:
         for p in self._parameters:
             p.grad = None                                     # so that backward makes them in the graph's own memory
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):     # the loader's threads go on
+        with holding() as self._held, torch.cuda.graph(graph, stream=self._stream,
+                                                       capture_error_mode="thread_local"):        # the loader's threads go on
             self._stats = self._whole(self._inputs[:-1], self._inputs[-1])
         self._grads = [p.grad for p in self._parameters]
         self._graph = graph

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import Layout, layout, made_once
+from .attention import Layout, layout
+from .made_once import made_once
 
 MODES = ("mask", "leave_out", "skip")
 LEAST = 2**20                            # tokens of a sequence, times its width squared: with fewer, leaving it out costs more

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Layout, attention, attention_weights, layout, made_once
+from .attention import Layout, attention, attention_weights, layout
 from .linear import Linear, linear
+from .made_once import made_once
 from .stochastic_depth import LEAST, Kept, Stretches, draw_kept, draw_scales, draw_stretches
 
 _LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)

@@ -14,6 +14,7 @@ LAYERS = [
     {"_C"},
     {"reference", "kernels", "testing"},
     {"ops"},
+    {"made_once"},
     {"attention", "linear"},
     {"stochastic_depth"},
     {"vit", "head", "loss", "optim"},
