@@ -64,7 +64,8 @@ class Case(NamedTuple):
         return replace(cfg, **changes).check()
 
 
-ON_CPU = ("official", "official checkout", "afternoon", "dinofast", "dinofast, compiled", "dinofast, compiled, bf16")
+ON_CPU = ("official", "official checkout", "afternoon", "dinofast", "dinofast, BLAS", "dinofast, compiled",
+          "dinofast, compiled, bf16")
 ON_GPU = ("official", "official checkout", "afternoon", "dinofast", "dinofast, from files")
 WAYS = ("official", "dinofast", "dinofast, eager", "dinofast, CUDA graph", "dinofast, skipped depth")
 
@@ -124,6 +125,7 @@ def make(case: Case, device: torch.device, stack: ExitStack, **exact: Any) -> tu
     schedule, precision = bench_step.schedule_of(cfg, device), cfg.precision_on(device.type)
     dtypes = {"bf16": torch.bfloat16}
     changes = {"dinofast": {"compile": "on" if device.type == "cuda" else "off"}, "dinofast, eager": {},
+               "dinofast, BLAS": {"linear": "blas"},
                "dinofast, compiled": {"compile": "on"}, "dinofast, compiled, bf16": {"compile": "on", "precision": "bf16"},
                "dinofast, CUDA graph": {"compile": "on", "cuda_graph": True},
                "dinofast, skipped depth": {"compile": "on", "drop_path_mode": "skip"},
