@@ -49,7 +49,7 @@ def _attention(device: str) -> str:
 
 def _linear(device: str) -> str:
     onednn = choose_library(None, torch.device(device), torch.float32) == "onednn"
-    return "large ones in fp32 by oneDNN, others by torch's BLAS" if onednn else "torch's BLAS"
+    return "the ViTs' large ones in fp32 by oneDNN, others by torch's BLAS" if onednn else "torch's BLAS"
 
 
 def _version(name: str) -> str:

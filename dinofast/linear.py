@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 LIBRARIES = ("blas", "onednn")
-WORTHWHILE = 2**27                            # multiplications: with fewer, a call of oneDNN takes longer (measured on AMD)
+WORTHWHILE = 2**29                            # multiplications: with fewer, oneDNN gained nothing (measured on AMD)
 
 
 class Linear(nn.Linear):
@@ -30,10 +31,18 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, library: str) -> Tensor:
     """x (T, D), weight (O, D), bias (O,) -> (T, O), as `F.linear`. What oneDNN is not for, or too little for it, BLAS does."""
-    if library == "onednn" and x.shape[0] * weight.numel() >= WORTHWHILE and x.device.type == "cpu" and (
-            x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")):
+    if library == "onednn" and x.dim() == 2 and x.shape[0] * weight.numel() >= WORTHWHILE and x.device.type == "cpu" and (
+            x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and not _is_transformed()):
         return torch.ops.dinofast.linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _is_transformed() -> bool:
+    """Whether somebody wants more of torch than values and gradients: other derivatives, a trace, to see each operation."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+            or torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0)
 
 
 def choose_library(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -43,8 +52,8 @@ def choose_library(asked: str | None, device: torch.device, dtype: torch.dtype) 
     """
     why_not = "" if device.type == "cpu" and dtype == torch.float32 else (
         f"it is for fp32 on a CPU, not {str(dtype).removeprefix('torch.')} on {device.type}")
-    if not why_not and not torch.backends.mkldnn.is_available():
-        why_not = "this torch was built without it"
+    if not why_not and not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
+        why_not = "this torch is without it"
     if asked is not None and asked not in LIBRARIES:
         raise ValueError(f"linear is '{asked}': choose from {', '.join(LIBRARIES)}.")
     if asked == "onednn" and why_not:
@@ -73,7 +82,9 @@ def _as_pixels(x: Tensor) -> Tensor:
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).reshape(x.shape[3], x.shape[1])
+    """And back, as a tensor of its own and not a view, which could not be changed in place."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), (x.shape[3], x.shape[1]), (x.shape[1], 1))
 
 
 # ---- one opaque operator: a compiler would copy what it takes for images
@@ -108,8 +119,11 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    wanted = list(ctx.needs_input_grad)
-    grads = torch.ops.dinofast.linear_backward(grad, *ctx.saved_tensors, wanted)
+    wanted, (x, weight) = list(ctx.needs_input_grad), ctx.saved_tensors
+    if torch.is_grad_enabled():                                               # gradients of gradients are asked for
+        grads = (grad @ weight, grad.t() @ x, grad.sum(0))
+    else:
+        grads = torch.ops.dinofast.linear_backward(grad, x, weight, wanted)
     return tuple(g if asked else None for g, asked in zip(grads, wanted, strict=True))
 
 

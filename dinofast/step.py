@@ -113,7 +113,7 @@ class Step:
             mode = "leave_out"
         for vit in self._vits():
             vit.set_execution(impl, mode, self.cfg.grad_checkpointing, library)
-        linear = ", large linear layers by oneDNN" if library == "onednn" else ""
+        linear = ", large linear layers of the ViT by oneDNN" if library == "onednn" else ""
         return f"attention {impl}{f' ({note})' if note else ''}{linear}"
 
     def _compile(self) -> str:

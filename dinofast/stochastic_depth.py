@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import Layout, layout
+from .attention import Layout, layout, layout_anew
 from .made_once import made_once
 
 MODES = ("mask", "leave_out", "skip")
 LEAST = 2**20                            # tokens of a sequence, times its width squared: with fewer, leaving it out costs more
+ROUND = 64                               # tokens
 
 
 class Kept(NamedTuple):
@@ -38,22 +39,27 @@ class Kept(NamedTuple):
 
 
 class Stretches(NamedTuple):
-    """The same where the host knows which they are: of sequences one after the other, kept and left out in turns."""
+    """The same where the host knows which they are: of sequences one after the other, kept and left out in turns.
 
-    where: Layout                        # of the kept ones
+    Blank tokens make up a whole multiple of ROUND of those kept: a library prepares itself anew for each size that it meets.
+    """
+
+    where: Layout                        # of the kept ones, and the blank tokens as one sequence more
     sequences: list[int]                 # of each stretch; the first one is kept, and may be empty
     tokens: list[int]                    # the same in tokens
+    blank: int
     factor: float
 
     def take(self, x: Tensor, cls_only: bool = False) -> Tensor:
-        kept = x.split(self.sequences if cls_only else self.tokens)[::2]
+        kept = list(x.split(self.sequences if cls_only else self.tokens)[::2])
+        if self.blank and not cls_only:
+            kept.append(x.new_zeros(self.blank, x.shape[1]))
         return kept[0] if len(kept) == 1 else torch.cat(kept)
 
     def add(self, x: Tensor, branch: Tensor, cls_only: bool = False) -> Tensor:
         sizes = self.sequences if cls_only else self.tokens
-        parts = list(x.split(sizes))
-        parts[::2] = [part.add(kept, alpha=self.factor) for part, kept in
-                      zip(parts[::2], branch.split(sizes[::2]), strict=True)]
+        parts, kept = list(x.split(sizes)), branch.split([*sizes[::2], branch.shape[0] - sum(sizes[::2])])
+        parts[::2] = [part.add(more, alpha=self.factor) for part, more in zip(parts[::2], kept, strict=False)]  # not the blank
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -77,8 +83,8 @@ def _kept_rates(rates: tuple[float, ...], device: torch.device) -> Tensor:
 def draw_stretches(rates: Sequence[float], where: Layout) -> list[tuple[Stretches, Stretches] | None]:
     """The official draw, of which nothing is computed that would be multiplied by 0; for a CPU, which waits for no device.
 
-    Shapes change from step to step. Where a branch loses all sequences the first one is computed and multiplied by 0 all the
-    same, as a parameter without any gradient would not be updated.
+    Shapes change from step to step. What is dropped is 0 even where the branch would not be finite. A branch that loses all
+    sequences computes the first one and multiplies it by 0, as a parameter without any gradient would not be updated.
     """
     return [scales if scales is None else tuple(_stretches(scale, where) for scale in scales.tolist())
             for scales in draw_scales(rates, where)]
@@ -94,7 +100,10 @@ def _stretches(scale: list[float], where: Layout) -> Stretches:
     stretches = [[length for _, length in same] for _, same in groupby(zip(kept, lengths, strict=True), key=lambda x: x[0])]
     if not kept[0]:
         stretches.insert(0, [])
-    return Stretches(layout(runs, where.cls.device), [len(s) for s in stretches], [sum(s) for s in stretches], factor)
+    tokens = [sum(stretch) for stretch in stretches]
+    blank = -sum(tokens[::2]) % ROUND if len(tokens) > 1 else 0
+    where = layout_anew(runs + ((1, blank),) if blank else runs, where.cls.device)
+    return Stretches(where, [len(stretch) for stretch in stretches], tokens, blank, factor)
 
 
 def draw_kept(rates: Sequence[float], where: Layout) -> list[tuple[Kept, Kept] | None]:

@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
     def of_cls(self, x: Tensor, where: Layout) -> Tensor:
         """What `forward` gives in the rows of the CLS tokens, (S, D), without the queries of all others."""
-        dim, bias, library = x.shape[1], self.qkv.bias, self.qkv.library
+        dim, bias, library = x.shape[1], self.qkv.bias, getattr(self.qkv, "library", "blas")
         q = linear(x.index_select(0, where.cls), self.qkv.weight[:dim], None if bias is None else bias[:dim], library)
         kv = linear(x, self.qkv.weight[dim:], None if bias is None else bias[dim:], library)
         k, v = kv.view(x.shape[0], 2, self.num_heads, -1).unbind(1)
@@ -125,11 +125,13 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride is its kernel, which is one matrix product over patches."""
+    """A convolution whose stride is its kernel, which is one matrix product over patches, by one of linear.LIBRARIES."""
+
+    library = "blas"
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
-        self.patch_size, self.library = patch_size, "blas"               # of linear.LIBRARIES
+        self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -221,7 +223,9 @@ class VisionTransformer(nn.Module):
             return [None] * len(self.blocks)
         if self.drop_path_mode == "skip":
             return draw_kept(self.drop_path_rates, where)
-        leave_out = self.drop_path_mode == "leave_out" and min(n for _, n in where.runs) * self.embed_dim**2 >= LEAST
+        large = min(tokens for _, tokens in where.runs) * self.embed_dim**2 >= LEAST
+        free = where.cls.device.type == "cpu" and not torch.compiler.is_compiling()        # shapes may change, reading is free
+        leave_out = self.drop_path_mode == "leave_out" and large and free
         return (draw_stretches if leave_out else draw_scales)(self.drop_path_rates, where)
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:

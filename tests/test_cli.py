@@ -180,5 +180,5 @@ def test_doctor_says_what_and_why(capsys):
     for name, paths in ops.paths().items():
         assert f"{name:22} {paths['cpu']}" in text
     library = choose_library(None, torch.device("cpu"), torch.float32)
-    assert (f"{'linear layers':22} large ones in fp32 by oneDNN" in text) == (library == "onednn")
+    assert (f"{'linear layers':22} the ViTs' large ones in fp32 by oneDNN" in text) == (library == "onednn")
     assert f"{'linear layers':22} torch's BLAS\n" in text                              # on cuda

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dinofast import linear as linear_module
 from dinofast.linear import Linear, choose_library, linear
@@ -89,6 +92,45 @@ def test_what_onednn_is_not_for_goes_to_blas(monkeypatch):
     assert len(asked) == 5
 
 
+def test_what_is_too_little():
+    """The queries, keys and values of ViT-S/16 with 8 images are enough for oneDNN, those of ViT-Ti with one are not."""
+    assert 5520 * 384 * 1152 > 5520 * 384 * 384 > linear_module.WORTHWHILE > 690 * 192 * 576
+
+
+@pytest.mark.parametrize("name", ["jvp", "func.grad", "double backward", "trace", "mode", "1-D", "3-D", "in place"])
+def test_whoever_asks_for_more_than_gradients_gets_it(nothing_is_too_little, name):
+    """As from `F.linear`, whose operator knows all of that."""
+    (x, w, b), upstream = tensors(6, 4, 3, dtype=torch.float32)
+    found = []
+    for library in ("blas", "onednn"):
+        def call(x, library=library):
+            return linear(x, w, b, library)
+
+        if name == "jvp":
+            found.append(torch.func.jvp(call, (x.detach(),), (torch.ones_like(x),))[1])
+        elif name == "func.grad":
+            found.append(torch.func.grad(lambda x, call=call: call(x).square().sum())(x))
+        elif name == "double backward":
+            first, = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+            found.append(torch.autograd.grad(first.square().sum(), w)[0])
+        elif name == "trace":
+            frozen = (x.detach(), w.detach(), b.detach())
+            trace = torch.jit.trace(lambda *t, library=library: linear(*t, library), frozen, check_trace=False)
+            assert "dinofast" not in str(trace.graph)
+            found.append(trace(2 * frozen[0], *frozen[1:]))
+        elif name == "mode":
+            with FlopCounterMode(display=False) as counter:
+                call(x)
+            found.append(torch.tensor(counter.get_total_flops()))
+        elif name == "in place":
+            y = call(x)
+            found.append(torch.autograd.grad(y.mul_(2).square().sum(), x)[0])
+        else:
+            found.append(call(x[0] if name == "1-D" else x.view(2, 3, 4)))
+    torch.testing.assert_close(*found)
+    assert found[0].abs().sum() > 0
+
+
 def test_a_vit_gives_all_its_linear_layers_to_the_library(nothing_is_too_little, monkeypatch):
     torch.manual_seed(0)
     vit = vit_nano().train()
@@ -113,10 +155,19 @@ def test_choice(monkeypatch, cpu, vectors, chosen):
         assert choose_library(None, CPU, torch.bfloat16) == choose_library(None, torch.device("cuda"), torch.float32) == "blas"
         assert choose_library("onednn", CPU, torch.float32) == "onednn"
         assert choose_library("blas", CPU, torch.float32) == "blas"
-        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-        assert choose_library(None, CPU, torch.float32) == "blas"
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert choose_library(None, CPU, torch.float32) == "blas"
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+        linear_module._mkl_is_slow.cache_clear()
+        assert choose_library(None, CPU, torch.float32) == "blas"                              # its BLAS is not MKL
     finally:
         linear_module._mkl_is_slow.cache_clear()
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no /proc/cpuinfo here: not Linux")
+def test_linux_tells_whose_the_cpu_is():
+    text = Path("/proc/cpuinfo").read_text()
+    assert ("AuthenticAMD" in linear_module._cpuinfo()) == ("AuthenticAMD" in text) and linear_module._cpuinfo() in text
 
 
 def test_what_cannot_be_is_said(monkeypatch):
@@ -127,5 +178,5 @@ def test_what_cannot_be_is_said(monkeypatch):
     with pytest.raises(ValueError, match="linear is 'mkl': choose from blas, onednn"):
         choose_library("mkl", CPU, torch.float32)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="this torch was built without it"):
+    with pytest.raises(ValueError, match="this torch is without it"):
         choose_library("onednn", CPU, torch.float32)

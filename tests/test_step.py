@@ -92,7 +92,7 @@ def test_official_trajectory_with_all_linear_layers_by_onednn(monkeypatch, chang
     monkeypatch.setattr(linear, "WORTHWHILE", 0)
     monkeypatch.setattr(linear, "F", types.SimpleNamespace(conv2d=torch.nn.functional.conv2d))     # nothing goes to BLAS
     step = golden_step(linear="onednn", **changes)
-    assert "large linear layers by oneDNN" in step.how
+    assert "large linear layers of the ViT by oneDNN" in step.how
     assert_official(step, step.model)
 
 

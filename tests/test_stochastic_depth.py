@@ -88,8 +88,9 @@ def test_what_is_left_out_is_what_the_mask_would_drop():
         for scale, stretches in zip(scales, pair, strict=True):
             assert torch.equal(scales_of_stretches(stretches), scale) and (scale == 0).any()
             assert sum(stretches.tokens) == 80 and len(stretches.tokens) == len(stretches.sequences)
+            assert (sum(stretches.tokens[::2]) + stretches.blank) % stochastic_depth.ROUND == 0
             lengths = [tokens for n, tokens in stretches.where.runs for _ in range(n)]
-            assert lengths == [5] * (scale[:8] > 0).sum() + [2] * (scale[8:] > 0).sum()
+            assert lengths[:len(lengths) - bool(stretches.blank)] == [5] * (scale[:8] > 0).sum() + [2] * (scale[8:] > 0).sum()
 
 
 NAMED = {"all stay": [2.0] * 28, "none stays": [0.0] * 28, "first goes": [0.0] + [1.5] * 27, "last goes": [1.5] * 27 + [0.0],
@@ -98,8 +99,10 @@ NAMED = {"all stay": [2.0] * 28, "none stays": [0.0] * 28, "first goes": [0.0] +
 
 @pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
 @pytest.mark.parametrize("scale", NAMED.values(), ids=NAMED)
-def test_leaving_out_is_the_mask(scale, cls_only):
+@pytest.mark.parametrize("whole", [1, 7, 64])
+def test_leaving_out_is_the_mask(scale, cls_only, whole, monkeypatch):
     """Values and gradients, of the input too; a branch that nothing goes through has gradients of 0, not none."""
+    monkeypatch.setattr(stochastic_depth, "ROUND", whole)
     block, x = build("leave_out").blocks[-1], torch.randn(80, 24, dtype=torch.float64, requires_grad=True)
     scales = torch.tensor([scale, scale[::-1]], dtype=torch.float64)
     pair = tuple(stochastic_depth._stretches(one, WHERE) for one in scales.tolist())
@@ -116,6 +119,12 @@ def test_small_work_is_masked(monkeypatch):
     assert isinstance(model.draw(WHERE)[1], torch.Tensor)
     monkeypatch.setattr(vit_module, "LEAST", 2 * 24**2)
     assert isinstance(model.draw(WHERE)[1], tuple)
+    assert isinstance(model.draw(layout(RUNS, torch.device("meta")))[1], torch.Tensor)         # any device but a CPU
+
+
+def test_what_is_small():
+    """Local crops of 96 pixels are left out for a ViT-Ti and all above it, those of 8 for a ViT of 64 channels are not."""
+    assert 2 * 37 * 192**2 > stochastic_depth.LEAST > 37 * 128**2 > 17 * 64**2
 
 
 # ---- skip: the cheap way
