@@ -109,6 +109,7 @@ class Timed:
     step_ms: list[float]
     parts_ms: dict[str, float]
     peak_gib: float | None
+    of_peak: bool = True                           # whether it computes in the dtype that the peak is of
 
 
 def wait(device: torch.device) -> None:
@@ -177,8 +178,12 @@ def measure(cfg: Config, folder: str | None, seconds: float, say: Callable[[str]
             rivals.append(Rival("dinofast, from files", step, loader, clock))
         rivals.append(Rival("official loop", OfficialStep(official_cfg, their_model, device, schedule, mark=theirs.mark),
                             Synthetic(cfg, device, torch.float32), theirs))
+        dtypes = [torch.float32 if way.precision == "fp32" else torch.bfloat16 for way in (step, rivals[-1].step)]
+        before = peak_flops(device, dtypes[0])
         timed = in_turns(rivals, device, seconds)
-    peak, whose = peak_flops(device, torch.float32 if step.precision == "fp32" else torch.bfloat16)
+    peak, whose = max(before, peak_flops(device, dtypes[0]), key=lambda found: found[0])       # one was perhaps disturbed
+    if dtypes[0] != dtypes[1]:
+        timed[-1] = replace(timed[-1], of_peak=False)
     return report(timed, cfg.batch_size_per_gpu, flops_of(cfg, their_model.student.backbone), peak, whose, TURN[device.type])
 
 
@@ -234,7 +239,8 @@ def report(timed: Sequence[Timed], images: int, flops: int, peak: float, whose: 
     rows = [("", "images/s", "MFU", "ms/step", "[quartiles]", *shown, "GiB")]
     for t, rate in zip(timed, rates, strict=True):
         low, middle, high = quantiles(t.step_ms, n=4, method="inclusive")
-        rows.append((t.name, digits(rate), f"{rate * flops / peak:.1%}", digits(middle), f"[{digits(low)}, {digits(high)}]",
+        mfu = f"{rate * flops / peak:.1%}" if t.of_peak else ""
+        rows.append((t.name, digits(rate), mfu, digits(middle), f"[{digits(low)}, {digits(high)}]",
                      *(f"{t.parts_ms[part]:,.1f}" if part in t.parts_ms else "" for part in shown),
                      "" if t.peak_gib is None else f"{t.peak_gib:.2f}"))
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]

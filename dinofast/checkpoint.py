@@ -27,8 +27,8 @@ _SAFE = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32
 # Options that change neither the weights nor, but for rounding, the trajectory, so that another value on resuming is
 # nobody's concern.
 _FREE = {"data_path", "output_dir", "saveckp_freq", "saveckp_steps", "log_steps", "num_workers", "data_backend", "device",
-         "dist_url", "local_rank", "gpu", "rank", "world_size", "dist_backend", "max_refused", "attention", "compile",
-         "cuda_graph", "grad_checkpointing"}
+         "dist_url", "local_rank", "gpu", "rank", "world_size", "dist_backend", "max_refused", "attention", "linear",
+         "compile", "cuda_graph", "grad_checkpointing"}
 _VIT_OF_WIDTH = {64: "vit_nano", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 
 
@@ -170,9 +170,13 @@ def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: 
     if scaler is not None and "fp16_scaler" in state:
         scaler.load_state_dict(state["fp16_scaler"])
     now = cfg.to_dict()
-    changed = [f"--{name} was {saved_args[name]} and is now {now[name]}" for name in now
+    changed = [f"--{name} was {_told(saved_args[name])} and is now {_told(now[name])}" for name in now
                if name in saved_args and name not in _FREE and _plain(saved_args[name]) != _plain(now[name])]
     return position, changed
+
+
+def _told(value: Any) -> Any:
+    return "left open" if value is None else value
 
 
 def load_backbone(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -48,15 +49,14 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return _say(f"dinofast: {error}", USAGE)
     except (OSError, RuntimeError) as error:
-        from .log import Diverged, Interrupted, WorkerDied
+        from .log import Diverged, WorkerDied
 
-        if isinstance(error, Interrupted):
-            return _say(str(error), INTERRUPTED + error.signum)
         if not isinstance(error, Diverged | WorkerDied | OSError):
             raise                                                   # a fault of ours, or of torch: the traceback is worth more
         return _say(f"dinofast: {error}", 1)
-    except KeyboardInterrupt:
-        return _say("dinofast: ended at once; what was last saved stands.", INTERRUPTED + 2)
+    except KeyboardInterrupt as error:                               # `log.Interrupted`, or one in the middle of things
+        return _say(str(error) or "dinofast: ended at once; what was last saved stands.",
+                    INTERRUPTED + getattr(error, "signum", signal.SIGINT))
     return 0
 
 
@@ -173,8 +173,9 @@ def _pretrain(given: dict[str, Any]) -> None:
 
 def _show_crops(given: dict[str, Any]) -> None:
     folder, sheet, n_images, epoch = (given.pop(name) for name in ("folder", "sheet", "n_images", "epoch"))
-    if n_images < 1 or epoch < 0:
-        raise ValueError(f"--n_images is {n_images} and --epoch {epoch}: give at least 1 image, and an epoch from 0 on.")
+    for name, value, least in (("n_images", n_images, 1), ("epoch", epoch, 0)):
+        if value < least:
+            raise ValueError(f"--{name} is {value}: give {least} or more.")
     cfg = from_arguments(given | {"data_path": folder})
     from .show_crops import write
 

@@ -31,8 +31,8 @@ class WorkerDied(RuntimeError):
     """A process that loads data was killed from outside."""
 
 
-class Interrupted(RuntimeError):
-    """A signal asked the run to stop; everything is saved."""
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop; everything is saved. No `Exception`, which some on the way take for a damaged file."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -62,7 +62,8 @@ class StopSignal:
             raise KeyboardInterrupt
         self.signum = signum
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nstopping: this step is finished and saved first; Ctrl-C again ends at once\n")
+            again = "; Ctrl-C again ends at once" if signum == signal.SIGINT else ""
+            os.write(2, f"\nstopping: this step is finished and saved first{again}\n".encode())
 
     def __exit__(self, *exc: object) -> None:
         for signum, handler in self._before.items():

@@ -19,8 +19,10 @@ def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
     """Draw the first `n_images` of `epoch` and all their crops into a PNG at `path`; the number of images shown.
 
     They are the crops that a run with these options trains on, made by PIL. Raises ValueError if the source holds no images,
-    or the folder of `path` does not exist.
+    or `path` is a folder or in none.
     """
+    if path.is_dir():
+        raise ValueError(f"'{path}' is a folder: name the picture too, such as '{path / 'crops.png'}'.")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"'{path}' cannot be written: there is no folder '{path.parent}'.")
     found, _ = index.build(cfg.data_path, cfg.max_refused)

@@ -113,8 +113,10 @@ class Step:
             mode = "leave_out"
         for vit in self._vits():
             vit.set_execution(impl, mode, self.cfg.grad_checkpointing, library)
-        linear = ", large linear layers of the ViT by oneDNN" if library == "onednn" else ""
-        return f"attention {impl}{f' ({note})' if note else ''}{linear}"
+        also = {"large linear layers of the ViT by oneDNN": library == "onednn", "stochastic depth skips": mode == "skip",
+                "activations checkpointed": self.cfg.grad_checkpointing,
+                "the teacher in bf16": self.cfg.teacher_precision == "bf16"}
+        return ", ".join([f"attention {impl}{f' ({note})' if note else ''}", *(what for what, holds in also.items() if holds)])
 
     def _compile(self) -> str:
         """Student and teacher as one graph each."""

@@ -93,7 +93,7 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.Pr
 
     # ---- the loop
     with run.live(start, sums.read()):
-        stop.training = True
+        stop.training, told_peak = True, False
         for step in range(start, schedule.total):
             sums.add(one_step(step, loader))
 
@@ -103,7 +103,8 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.Pr
             if done % cfg.log_steps == 0 or ends_epoch:
                 now = sums.read()                                         # the only wait for the device
                 stopping = process.any(bool(stop.signum))
-                if done <= start + cfg.log_steps:
+                if not told_peak:
+                    told_peak = True
                     run.say(f"peak memory so far: {peak_memory(process.device)}")
                 run.show(done, now, schedule.lr[step], loader.wait_s)
                 run.tell_refused(loader.refused, output_dir / "refused.txt")
@@ -129,7 +130,7 @@ def _first_step(position: checkpoint.Position, loader: Loader, batch: int) -> tu
         return start, []
     if position.fingerprint != loader.fingerprint:
         return start, [f"the images are not those of the save ({position.n_images} then, {loader.n_images} now): "
-                       f"epoch {position.epoch + 1} starts anew"]
+                       f"epoch {position.epoch + 1} starts anew from the saved weights"]
     inside, rest = divmod(position.images_in_epoch, batch)
     notes = []
     if position.global_batch != batch:

@@ -1,10 +1,14 @@
 import json
 import math
 import signal
+import tarfile
 
+import numpy as np
 import pytest
 import torch
 
+from dinofast import checkpoint
+from dinofast.data import index_cache, shards
 from dinofast.log import METRICS, Diverged, EpochSums, Interrupted, Run, StopSignal, collapse_warning
 
 
@@ -134,6 +138,21 @@ def test_signals_are_noted_and_handed_back():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interrupt_is_no_damaged_file(monkeypatch, tmp_path):
+    """Whatever is being read when it comes: a checkpoint, the index of a run, a shard."""
+    def interrupt(*args, **options):
+        raise Interrupted(signal.SIGINT, "stopped")
+
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(b"anything")
+    for module, name, read in ((torch, "load", lambda: checkpoint.read(path)),
+                               (np, "load", lambda: index_cache.load(path, "source")),
+                               (tarfile.TarFile, "next", lambda: list(shards.images(path.open("rb"))))):
+        with monkeypatch.context() as patched, pytest.raises(Interrupted, match="stopped"):
+            patched.setattr(module, name, interrupt)
+            read()
 
 
 def test_metrics_and_sums_agree():

@@ -47,7 +47,8 @@ def test_an_image_that_does_not_decode_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("more", "message"), [
-    (["--n_images", "0"], "--n_images is 0"), (["--epoch", "-1"], "--epoch -1"), (["-o", "no/such/folder/x.png"], "no folder"),
+    (["--n_images", "0"], "--n_images is 0"), (["--epoch", "-1"], "--epoch is -1"),
+    (["-o", "no/such/folder/x.png"], "no folder"), (["-o", "."], "'.' is a folder"),
     (["--blur_radius", "2", "1"], "--blur_radius is 2.0 1.0"),
 ])
 def test_what_cannot_be_is_said(photographs, more, message, capsys):

@@ -230,6 +230,14 @@ def test_a_restart_finds_what_was_compiled(tmp_path):
     assert "fxgraph_cache_miss" not in runs[1][1] and runs[1][2]["autograd_cache_hit"] == 2
 
 
+def test_what_a_run_announces_of_its_step():
+    assert small(linear="blas")[0].how == "attention sdpa, not compiled"
+    every = {"linear": "onednn", "drop_path_mode": "skip", "grad_checkpointing": True}
+    assert small(**every)[0].how == ("attention sdpa, large linear layers of the ViT by oneDNN, stochastic depth skips, "
+                                     "activations checkpointed, not compiled")
+    assert small(precision="bf16", teacher_precision="bf16")[0].how == "attention sdpa, the teacher in bf16, not compiled"
+
+
 def test_what_cannot_be_done_is_announced_or_refused(monkeypatch):
     step, _ = small(cuda_graph=True)
     assert step.graph is None and step.notes == ["--cuda_graph: without it, as there is no GPU"]
