@@ -1,7 +1,7 @@
 # make demo   install, build and pretrain a small ViT on an embedded data set; prints what it learnt
 # make test   install, build and run the tests
 # make lint   style check
-# make bench  measure, write benchmarks/results and the README's tables: about 15 minutes on 2 cores, most of it the whole step
+# make bench  measure, write benchmarks/results and the README's tables: 20 to 25 minutes on 2 cores, most of it the whole step
 # make gpu    for a CUDA torch without a network: install without dependencies, build, GPU tests, benchmarks, compute-sanitizer,
 #             in at most 9 minutes, with $(PYTHON) or .venv, whichever sees a GPU; results go to $OUT or benchmarks/results;
 #             PARTS="step data" runs these parts alone, with all of the time
