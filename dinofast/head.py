@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .linear import Linear
+
 
 class Prototypes(nn.Module):
     """Bias-free linear layer with rows `g v / ||v||` (weight norm, arXiv 1602.07868): (B, D) -> (B, K).
@@ -34,15 +36,15 @@ class DINOHead(nn.Module):
                  hidden_dim: int = 2048, bottleneck_dim: int = 256) -> None:
         super().__init__()
         if nlayers <= 1:
-            self.mlp: nn.Module = nn.Linear(in_dim, bottleneck_dim)
+            self.mlp: nn.Module = Linear(in_dim, bottleneck_dim)
         else:
             layers: list[nn.Module] = []
             for width in [in_dim] + [hidden_dim] * (nlayers - 2):
-                layers.append(nn.Linear(width, hidden_dim))
+                layers.append(Linear(width, hidden_dim))
                 if use_bn:
                     layers.append(nn.BatchNorm1d(hidden_dim))
                 layers.append(nn.GELU())
-            self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+            self.mlp = nn.Sequential(*layers, Linear(hidden_dim, bottleneck_dim))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .low_precision import operand
+
 LIBRARIES = ("blas", "onednn")
 WORTHWHILE = 2**29                            # multiplications: with fewer, oneDNN gained nothing (measured on AMD)
 
@@ -24,9 +26,10 @@ class Linear(nn.Linear):
     """`nn.Linear` over packed rows, (T, D), by one of LIBRARIES."""
 
     library = "blas"
+    reads_copies = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.library)
+        return linear(x, operand(self, "weight"), operand(self, "bias"), self.library)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, library: str) -> Tensor:

@@ -34,6 +34,7 @@ def made_once(make: Callable) -> Callable:
             results.append(result)
         return result
 
+    call.forget = kept.cache_clear
     return call
 
 

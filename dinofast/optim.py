@@ -36,6 +36,9 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
     otherwise. clip_grad: largest L2 norm, 0 for none; of each gradient tensor on its own with clip_mode "tensor", as in the
     official code, of the whole gradient with "global", as in `torch.nn.utils.clip_grad_norm_`.
 
+    copies: 16-bit tensors by the float32 parameter, student's or teacher's, that they are rounded copies of; every step writes
+    them too (see `low_precision`).
+
     After a step `grad_norm` () is the norm of the whole gradient before clipping, `skipped` () the number of steps left out
     because a gradient was not finite; both stay on the device. `lr` and `weight_decay` of a group may be floats or tensors ().
     """
@@ -59,6 +62,7 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
         if self._teacher_of and trained.isdisjoint(self._teacher_of):
             raise ValueError("none of the parameters given is one of student's: give those of the student that the teacher "
                              "follows.")
+        self.copies: dict[Tensor, Tensor] = {}
         self._frozen_state: dict[Tensor, dict[str, Tensor]] = {}       # of students in no group, for which torch keeps none
         self.clip_grad, self.clip_mode = clip_grad, clip_mode
         device = next(p.device for group in self.param_groups for p in group["params"])
@@ -115,7 +119,7 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
         return self.state[p] if p in self.state else self._frozen_state.get(p, {})
 
     def _masters(self, pairs: list[tuple[Tensor, Tensor | None]], name: str) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """For pairs (parameter, it or its teacher): the tensors to update, and those they are then rounded into.
+        """For pairs (parameter, it or its teacher): the tensors to update, and those they are then rounded into (or None).
 
         Of a 16-bit tensor the float32 master kept as `name` is updated, made from its values when it is first needed.
         """
@@ -129,7 +133,7 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
                 kept = self.state[p] if in_group else self._frozen_state.setdefault(p, {})
                 kept.setdefault(name, x.detach().float())
             wide.append(self._state_of(p)[name] if is_half else x)
-            copies.append(x if is_half else None)
+            copies.append(x if is_half else self.copies.get(x))
         return wide, copies
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,7 +174,7 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: torch's own keeps its three attributes only."""
-        own = ("_teacher_of", "_frozen_state", "clip_grad", "clip_mode", "grad_norm", "skipped")
+        own = ("_teacher_of", "copies", "_frozen_state", "clip_grad", "clip_mode", "grad_norm", "skipped")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
 
@@ -245,6 +249,8 @@ class SGDEMA(_StudentTeacherOptimizer):
             if self._buffer not in state:
                 state[self._buffer] = torch.zeros_like(p)
             self._apply(group, p, p.grad * coefficient, state[self._buffer], skip)
+            if p in self.copies:
+                self.copies[p].copy_(p)
         self._average(params, momentum, skip)
 
     def _apply(self, group: dict[str, Any], p: Tensor, grad: Tensor, buffer: Tensor, skip: Tensor) -> None:

@@ -14,7 +14,7 @@ LAYERS = [
     {"_C"},
     {"reference", "kernels", "testing"},
     {"ops"},
-    {"made_once"},
+    {"made_once", "low_precision"},
     {"attention", "linear"},
     {"stochastic_depth"},
     {"vit", "head", "loss", "optim"},
