@@ -9,15 +9,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .made_once import made_once
 
-ATTENTIONS = ("xformers", "varlen", "sdpa", "plain")
+ATTENTIONS = ("xformers", "varlen", "fa3", "cudnn", "sdpa", "plain")
+DEFAULTS = ("xformers", "varlen", "sdpa")                     # the first that runs; the others wait for a measurement
 Runs = tuple[tuple[int, int], ...]
 
 
@@ -47,53 +50,87 @@ layout = made_once(layout_anew)
 
 
 def choose_attention(asked: str | None, device: torch.device, dtype: torch.dtype, width: int) -> tuple[str, str]:
-    """Which implementation serves heads of this width in `dtype` on this device, and why not the first of `ATTENTIONS`.
+    """Which implementation serves heads of this width in `dtype` on this device, and why not the first of `DEFAULTS`.
 
     Raises ValueError if the one that was asked for cannot run here.
     """
-    packed = "" if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else (
+    half = "" if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else (
         f"it needs bf16 or fp16 on a GPU, not {str(dtype).removeprefix('torch.')} on {device.type}")
-    if not packed and torch.cuda.get_device_capability(device) < (8, 0):
-        packed = f"{torch.cuda.get_device_name(device)} is older than the A100, for which its kernels are made"
-    if not packed and (width % 8 or width > 256):
-        packed = f"its kernels take heads of up to 256 in steps of 8, not {width}"
-    reasons = {"xformers": packed or why_no_xformers(), "varlen": packed, "sdpa": "", "plain": ""}
+    if not half and torch.cuda.get_device_capability(device) < (8, 0):
+        half = f"{torch.cuda.get_device_name(device)} is older than the A100, for which its kernels are made"
+    if not half and (width % 8 or width > 256):
+        half = f"its kernels take heads of up to 256 in steps of 8, not {width}"
+    reasons = {"xformers": half or why_no_xformers(), "varlen": half, "fa3": half or why_no_fa3(device),
+               "cudnn": half or why_no_cudnn(), "sdpa": "", "plain": ""}
     if asked is not None and asked not in ATTENTIONS:
         raise ValueError(f"attention is '{asked}': choose from {', '.join(ATTENTIONS)}.")
     if asked and reasons[asked]:
         raise ValueError(f"--attention {asked} was asked for, but {reasons[asked]}.")
-    best = asked or next(name for name in ATTENTIONS if not reasons[name])
+    best = asked or next(name for name in DEFAULTS if not reasons[name])
     return best, "" if asked or best == "xformers" or device.type != "cuda" else f"not xformers: {reasons['xformers']}"
 
 
+def fmha() -> ModuleType:
+    """xformers' module of `memory_efficient_attention`, or that of its successor mslk, which has it under the same names."""
+    return importlib.import_module("xformers.ops.fmha" if importlib.util.find_spec("xformers") else "mslk.attention.fmha")
+
+
 def why_no_xformers() -> str:
-    """Why xformers cannot be used, whatever the device; empty if it can."""
-    if not importlib.util.find_spec("xformers"):
+    """Why neither xformers nor mslk can be used, whatever the device; empty if one can."""
+    name = next((name for name in ("xformers", "mslk") if importlib.util.find_spec(name)), None)
+    if name is None:
         return "xformers is not installed"
     try:
-        importlib.import_module("xformers.ops.fmha")
+        fmha()
     except Exception as error:                               # one that was built for another torch raises all kinds
-        return f"xformers does not import ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+        return f"{name} does not import ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
     return ""
+
+
+def why_no_fa3(device: torch.device) -> str:
+    """Why FlashAttention-3 cannot be used through torch; empty if it can."""
+    if "FA3" not in getattr(torch.nn.attention, "list_flash_attention_impls", list)():
+        return f"torch {torch.__version__} cannot take FlashAttention-3"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return f"{torch.cuda.get_device_name(device)} is no H100 or H200, for which its kernels are made"
+    if not importlib.util.find_spec("flash_attn_interface"):
+        return "flash_attn_interface is not installed (pip install flash-attn-3)"
+    return ""
+
+
+def why_no_cudnn() -> str:
+    return "" if torch.backends.cudnn.is_available() else "this torch is without cuDNN"
+
+
+def activate(impl: str) -> None:
+    """To be called before steps with `impl`: torch has one flash attention at a time, in all of the process."""
+    wanted = "FA3" if impl == "fa3" else None
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
+    if impl in ("varlen", "fa3", "sdpa") and current() != wanted:
+        if wanted:
+            torch.nn.attention.activate_flash_attention_impl(wanted)
+        else:
+            torch.nn.attention.restore_flash_attention_impl()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, where: Layout, impl: str = "sdpa") -> Tensor:
     """`softmax(q k^T / sqrt(d)) v` within each sequence: q (T, H, d) or (S, H, d), k and v (T, H, d), result as q.
 
     xformers: `memory_efficient_attention` with a block-diagonal mask. varlen: torch's flash attention for sequences of any
-    length; both take bf16 and fp16 on a GPU. sdpa: torch's `scaled_dot_product_attention`, run by run. plain: the formula, run
-    by run. The last two take any float dtype and device.
+    length, and fa3 the same with FlashAttention-3 in its place (see `activate`). cudnn: cuDNN's, run by run; these four take
+    bf16 and fp16 on a GPU. sdpa: torch's `scaled_dot_product_attention`, run by run. plain: the formula, run by run. The last
+    two take any float dtype and device.
     """
     assert q.shape[0] in (k.shape[0], len(where.cls)), "queries are all tokens, or one for each sequence"
     cls_only = q.shape[0] != k.shape[0]
     if impl == "xformers":
         return torch.ops.dinofast.packed_attention(q, k, v, [x for run in where.runs for x in run], cls_only)[0]
-    if impl == "varlen":
+    if impl in ("varlen", "fa3"):
         from torch.nn.attention.varlen import varlen_attn
 
         return varlen_attn(q, k, v, where.first if cls_only else where.starts, where.starts, 1 if cls_only else where.longest,
                            where.longest)
-    one = F.scaled_dot_product_attention if impl == "sdpa" else _plain
+    one = {"sdpa": F.scaled_dot_product_attention, "cudnn": _cudnn, "plain": _plain}[impl]
     q_runs = tuple((n, 1) for n, _ in where.runs) if cls_only else where.runs
     parts = [one(*qkv) for qkv in zip(_by_run(q, q_runs), _by_run(k, where.runs), _by_run(v, where.runs), strict=True)]
     parts = [part.transpose(1, 2).flatten(0, 1) for part in parts]                           # (n N, H, d)
@@ -109,6 +146,13 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention_weights(q, k) @ v
 
 
+def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.shape[-2] == 1 != k.shape[-2]:                      # next to no work, for which it may have no kernel
+        return F.scaled_dot_product_attention(q, k, v)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 def _by_run(x: Tensor, runs: Runs) -> list[Tensor]:
     """(T, H, d) -> a view (n, H, N, d) for each run."""
     parts = x.split([n * tokens for n, tokens in runs])
@@ -118,17 +162,13 @@ def _by_run(x: Tensor, runs: Runs) -> list[Tensor]:
 # ---- xformers as one opaque operator: its mask objects would break a compiled graph
 @made_once
 def _block_diagonal(runs: tuple[int, ...], cls_only: bool, device: torch.device):
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
     lengths = [tokens for n, tokens in zip(runs[::2], runs[1::2], strict=True) for _ in range(n)]
-    return BlockDiagonalMask.from_seqlens([1] * len(lengths) if cls_only else lengths, lengths, device=device)
+    return fmha().attn_bias.BlockDiagonalMask.from_seqlens([1] * len(lengths) if cls_only else lengths, lengths, device=device)
 
 
 @torch.library.custom_op("dinofast::packed_attention", mutates_args=())
 def _packed_attention(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[int], cls_only: bool) -> tuple[Tensor, Tensor]:
-    from xformers.ops import fmha
-
-    out, lse = fmha.memory_efficient_attention_forward_requires_grad(
+    out, lse = fmha().memory_efficient_attention_forward_requires_grad(
         q[None], k[None], v[None], _block_diagonal(tuple(runs), cls_only, q.device))
     return out[0].contiguous(), lse                                                          # (Tq, H, d), (1, H, Tq)
 
@@ -141,9 +181,7 @@ def _(q, k, v, runs, cls_only):
 @torch.library.custom_op("dinofast::packed_attention_backward", mutates_args=())
 def _packed_attention_backward(grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, runs: Sequence[int],
                                cls_only: bool) -> tuple[Tensor, Tensor, Tensor]:
-    from xformers.ops import fmha
-
-    grads = fmha.memory_efficient_attention_backward(grad[None].contiguous(), out[None], lse, q[None], k[None], v[None],
+    grads = fmha().memory_efficient_attention_backward(grad[None].contiguous(), out[None], lse, q[None], k[None], v[None],
                                                      _block_diagonal(tuple(runs), cls_only, q.device))
     return tuple(g[0].contiguous() for g in grads)
 

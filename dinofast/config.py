@@ -85,27 +85,28 @@ class Config:
     optimizer: str = _option("adamw", "adamw for ViTs; sgd or lars for convolutional networks.",
         choices=("adamw", "sgd", "lars"))
     drop_path_rate: float = _option(0.1, "Stochastic depth rate of the student's last block (ViT only).")
-    drop_path_mode: str = _option("mask", "[dinofast] mask: each crop by its own draw, as in the official code; where shapes "
-        "may change (a CPU, not compiled) what is dropped is not computed, with the same result. skip: as many crops as the "
-        "rate says, drawn anew for each branch, are not computed at all: saves half of --drop_path_rate of the student's "
-        "work.", choices=("mask", "skip"))
 
     # ---- how the step is computed
-    attention: str | None = _option(None, "[dinofast] Attention of our ViTs: xformers or varlen (torch's own) over all packed "
-        "crops at once, in bf16 or fp16 on a GPU; sdpa, torch's kernel for each crop size; plain, the formula. "
-        "Left alone: the first of these that runs here.", choices=("xformers", "varlen", "sdpa", "plain"))
+    attention: str | None = _option(None, "[dinofast] Attention of our ViTs: xformers (or mslk, its successor), varlen "
+        "(torch's own) or fa3 (FlashAttention-3, for H100 and H200) over all packed crops at once, in bf16 or fp16 on a GPU; "
+        "cudnn and sdpa, cuDNN's and torch's kernels for each crop size; plain, the formula. Default: the first of xformers, "
+        "varlen, sdpa that runs here.", choices=("xformers", "varlen", "fa3", "cudnn", "sdpa", "plain"))
     linear: str | None = _option(None, "[dinofast] Linear layers of our ViTs, in fp32 on a CPU: blas, torch's own way, or "
         "onednn, as convolutions of one pixel. Left alone: onednn on AMD's CPUs with AVX-512, where it is faster; blas "
         "elsewhere.", choices=("blas", "onednn"))
     compile: str | None = _option(None, "[dinofast] on: student and teacher under torch.compile; the first step then takes a "
-        "minute, less when the same was compiled before. Left alone: on for our ViTs on a GPU; on a CPU it gains "
-        "little.", choices=("on", "off"))
+        "minute, less when the same was compiled before. max-autotune: the same with matrix products chosen by timing, bias "
+        "and GELU inside them; compiling takes many minutes. Default: on for our ViTs on a GPU; on a CPU it gains little.",
+        choices=("on", "max-autotune", "off"))
     cuda_graph: bool = _option(False, "[dinofast] Replay forward and backward as one CUDA graph, where launches still show: "
         "small models or batches. One process, no --accumulate.")
     grad_checkpointing: bool = _option(False, "[dinofast] Keep only the inputs of each block but the last for backward and "
         "compute the rest anew: less memory, more time (ViT only).")
     teacher_precision: str = _option("fp32", "[dinofast] bf16: the teacher's weights and tokens are rounded to bf16; its "
         "average stays in fp32, with the optimiser. Goes with --precision bf16.", choices=("fp32", "bf16"))
+
+    residual_precision: str = _option("fp32", "[dinofast] bf16: the sum that each branch of our ViTs adds to is kept in "
+        "bf16, not fp32: fewer bytes to move, less exact. Goes with --precision bf16.", choices=("fp32", "bf16"))
 
     # ---- crops
     global_crops_scale: tuple[float, float] = _option((0.4, 1.0), "Smallest and largest share of the image's area in a global "

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from . import dist
-from .attention import choose_attention
+from .attention import activate, choose_attention
 from .config import Config
 from .cuda_graph import Captured
 from .linear import choose_library
 from .loss import LossStats
+from .low_precision import Copies
 from .model import Model
 from .optim import OPTIMIZERS, param_groups
 from .schedule import Schedule, step_seed
@@ -37,22 +38,32 @@ class Step:
         self.cfg, self.schedule = cfg, schedule
         self.precision = cfg.precision_on(device.type)
         self.notes: list[str] = []
+        for name in ("teacher_precision", "residual_precision"):
+            if getattr(cfg, name) == "bf16" != self.precision:      # autocast to fp16 refuses to join bf16 tensors with others
+                raise ValueError(f"--{name} bf16 goes with --precision bf16, and this run computes in {self.precision}: give "
+                                 "that too, or leave it out.")
         if cfg.teacher_precision == "bf16":
-            if self.precision != "bf16":                      # autocast to fp16 refuses to join bf16 tensors with others
-                raise ValueError(f"--teacher_precision bf16 goes with --precision bf16, and this run computes in "
-                                 f"{self.precision}: give that too, or leave it out.")
             model.teacher.to(torch.bfloat16)                  # the optimiser averages in float32 and rounds into it
         compiled = self._compile()
-        self.how = ", ".join(filter(None, (self._choose_kernels(compiled == "compiled"), compiled, self._choose_graph())))
+        self.how = ", ".join(filter(None, (self._choose_kernels(compiled != "not compiled"), compiled, self._choose_graph())))
         self.optimizer = OPTIMIZERS[cfg.optimizer](param_groups(model.student), student=model.student, teacher=model.teacher,
                                                    clip_grad=cfg.clip_grad, clip_mode=cfg.clip_mode)
+        self.copies = Copies((model.student, model.teacher) if self.precision != "fp32" else (), _DTYPES[self.precision])
+        self.optimizer.copies = self.copies.of
         self.scaler = torch.amp.GradScaler(device.type) if self.precision == "fp16" else None
         self.parallel = _distribute(model, process)
+        self.activate()
+
+    def activate(self) -> None:
+        """To be called before this step after another one has run in the same process."""
+        if self._vits():
+            activate(self.attention)
 
     def __call__(self, step: int, batches: Iterator[list[Tensor]]) -> Tensor:
         values, epoch = self.schedule.at(step), step // self.schedule.steps_per_epoch
         for group, decay in zip(self.optimizer.param_groups, (values.weight_decay, 0.0), strict=True):
             group["lr"], group["weight_decay"] = values.lr, decay
+        self.copies.refresh()
         stats = self.gradients(step, batches, self.schedule.teacher_temp[epoch])
         if epoch < self.cfg.freeze_last_layer:
             for p in self.model.last_layer_parameters():
@@ -63,6 +74,7 @@ class Step:
             self.scaler.update()
         else:
             self.optimizer.step(momentum=values.momentum, skip=bad)           # clip, update, teacher average
+        self.copies.written()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.mark("optimiser")
         return torch.stack((stats.loss, stats.teacher_entropy, stats.kl, self.model.dino_loss.center.norm(),
@@ -99,43 +111,45 @@ class Step:
         return [b for b in backbones if isinstance(b, VisionTransformer)]
 
     def _choose_kernels(self, compiled: bool) -> str:
+        cfg = self.cfg
         if not self._vits():
-            asked = {"attention": self.cfg.attention, "linear": self.cfg.linear,
-                     "grad_checkpointing": self.cfg.grad_checkpointing, "drop_path_mode": self.cfg.drop_path_mode == "skip"}
+            asked = {"attention": cfg.attention, "linear": cfg.linear, "grad_checkpointing": cfg.grad_checkpointing,
+                     "residual_precision": cfg.residual_precision == "bf16"}
             for flag in (flag for flag, given in asked.items() if given):
-                raise ValueError(f"--{flag} {getattr(self.cfg, flag)} is for our ViTs, not for {self.cfg.arch}: leave it out.")
+                raise ValueError(f"--{flag} {getattr(cfg, flag)} is for our ViTs, not for {cfg.arch}: leave it out.")
             return ""
         device, dtype = self.process.device, _DTYPES[self.precision]
-        impl, note = choose_attention(self.cfg.attention, device, dtype, self._vits()[0].head_width)
-        library = choose_library(self.cfg.linear, device, dtype)
-        mode = self.cfg.drop_path_mode
-        if mode == "mask" and device.type == "cpu" and not compiled:          # the same, and shapes may change
-            mode = "leave_out"
+        self.attention, note = choose_attention(cfg.attention, device, dtype, self._vits()[0].head_width)
+        library = choose_library(cfg.linear, device, dtype)
         for vit in self._vits():
-            vit.set_execution(impl, mode, self.cfg.grad_checkpointing, library)
-        also = {"large linear layers of the ViT by oneDNN": library == "onednn", "stochastic depth skips": mode == "skip",
-                "activations checkpointed": self.cfg.grad_checkpointing,
-                "the teacher in bf16": self.cfg.teacher_precision == "bf16"}
-        return ", ".join([f"attention {impl}{f' ({note})' if note else ''}", *(what for what, holds in also.items() if holds)])
+            vit.set_execution(self.attention, device.type == "cpu" and not compiled,          # where shapes may change
+                              cfg.grad_checkpointing, library, torch.bfloat16 if cfg.residual_precision == "bf16" else None)
+        also = {"large linear layers of the ViT by oneDNN": library == "onednn",
+                "activations checkpointed": cfg.grad_checkpointing, "the teacher in bf16": cfg.teacher_precision == "bf16",
+                "residual stream in bf16": cfg.residual_precision == "bf16"}
+        chosen = f"attention {self.attention}{f' ({note})' if note else ''}"
+        return ", ".join([chosen, *(what for what, holds in also.items() if holds)])
 
     def _compile(self) -> str:
         """Student and teacher as one graph each."""
         asked, on_gpu = self.cfg.compile, self.process.device.type == "cuda"
+        tuned = asked == "max-autotune"
         if asked == "off" or (asked is None and not (on_gpu and self._vits())):
             return "not compiled"
         if not self._vits():
-            raise ValueError(f"--compile on is for our ViTs, not for {self.cfg.arch}: leave it out, and compile a backbone of "
-                             "your own before you give it.")
+            raise ValueError(f"--compile {asked} is for our ViTs, not for {self.cfg.arch}: leave it out, and compile a "
+                             "backbone of your own before you give it.")
         synced = on_gpu and self.process.world > 1 and self.cfg.use_bn_in_head
         if reason := _NOT_ONE_GRAPH if synced else why_no_compiler(self.process.device):
-            if asked == "on":
-                raise ValueError(f"--compile on was asked for, but {reason}.")
+            if asked:
+                raise ValueError(f"--compile {asked} was asked for, but {reason}.")
             self.notes.append(f"not compiled, and slower for it: {reason}")
             return "not compiled"
         for network in (self.model.student, self.model.teacher):
-            network.compile(fullgraph=True, dynamic=False)
-        self.notes.append("the first step compiles student and teacher: up to a minute, seconds when it has been done before")
-        return "compiled"
+            network.compile(fullgraph=True, dynamic=False, **({"mode": "max-autotune-no-cudagraphs"} if tuned else {}))
+        how_long = "many minutes" if tuned else "up to a minute"
+        self.notes.append(f"the first step compiles student and teacher: {how_long}, seconds when it has been done before")
+        return "compiled, max-autotune" if tuned else "compiled"
 
     def _choose_graph(self) -> str:
         self.graph: Captured | None = None

@@ -12,34 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import Layout, layout, layout_anew
+from .attention import Layout, layout_anew
 from .made_once import made_once
 
-MODES = ("mask", "leave_out", "skip")
 LEAST = 2**20                            # tokens of a sequence, times its width squared: with fewer, leaving it out costs more
 ROUND = 64                               # tokens
 
 
-class Kept(NamedTuple):
-    """The sequences that a branch is computed for, packed as the others are; `factor` makes up for those left out."""
-
-    where: Layout                        # of the kept ones
-    sequences: Tensor                    # (S',) int64: which they are
-    tokens: Tensor                       # (T',) int64: rows of all their tokens
-    factor: Tensor                       # (S',) float32: sequences of this size over those kept
-
-    def take(self, x: Tensor, cls_only: bool = False) -> Tensor:
-        """Of x (T or S, D) the rows of those kept."""
-        return x.index_select(0, self.sequences if cls_only else self.tokens)
-
-    def add(self, x: Tensor, branch: Tensor, cls_only: bool = False) -> Tensor:
-        """x (T or S, D) plus the branch (T' or S', D) of those kept."""
-        factor = self.factor if cls_only else self.factor[self.where.sequence]
-        return x.index_add(0, self.sequences if cls_only else self.tokens, (branch * factor[:, None]).to(x.dtype))
-
-
 class Stretches(NamedTuple):
-    """The same where the host knows which they are: of sequences one after the other, kept and left out in turns.
+    """The sequences that a branch is computed for, where the host knows which: stretches of them, kept and left out in turns.
 
     Blank tokens make up a whole multiple of ROUND of those kept: a library prepares itself anew for each size that it meets.
     """
@@ -104,29 +85,3 @@ def _stretches(scale: list[float], where: Layout) -> Stretches:
     blank = -sum(tokens[::2]) % ROUND if len(tokens) > 1 else 0
     where = layout_anew(runs + ((1, blank),) if blank else runs, where.cls.device)
     return Stretches(where, [len(stretch) for stretch in stretches], tokens, blank, factor)
-
-
-def draw_kept(rates: Sequence[float], where: Layout) -> list[tuple[Kept, Kept] | None]:
-    """The cheap way: of n sequences of a size each branch is computed for round(n (1 - rate)), at least one, drawn anew.
-
-    Each sequence is left out as often as officially, up to that rounding, but always equally many at a time; the expected
-    output is the same. None where nothing is left out.
-    """
-    device = where.cls.device
-    orders = [torch.rand(len(rates), 2, n, device=device).argsort(-1) for n, _ in where.runs]
-    return [tuple(_keep(rate, [order[i, branch] for order in orders], where) for branch in range(2)) if rate > 0 else None
-            for i, rate in enumerate(rates)]
-
-
-def _keep(rate: float, orders: list[Tensor], where: Layout) -> Kept:
-    """orders: a permutation (n,) for each run."""
-    runs, sequences, tokens, factors, sequence, token = [], [], [], [], 0, 0
-    for (n, length), order in zip(where.runs, orders, strict=True):
-        m = max(1, round(n * (1 - rate)))
-        chosen = order[:m]
-        runs.append((m, length))
-        sequences.append(chosen + sequence)
-        tokens.append((chosen[:, None] * length + token + torch.arange(length, device=chosen.device)).flatten())
-        factors.append(torch.full((m,), n / m, device=chosen.device))
-        sequence, token = sequence + n, token + n * length
-    return Kept(layout(tuple(runs), where.cls.device), torch.cat(sequences), torch.cat(tokens), torch.cat(factors))

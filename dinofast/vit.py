@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import Layout, attention, attention_weights, layout
 from .linear import Linear, linear
+from .low_precision import operand
 from .made_once import made_once
-from .stochastic_depth import LEAST, Kept, Stretches, draw_kept, draw_scales, draw_stretches
+from .stochastic_depth import LEAST, Stretches, draw_scales, draw_stretches
 
 _LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 
@@ -87,15 +88,16 @@ class Attention(nn.Module):
 
     def of_cls(self, x: Tensor, where: Layout) -> Tensor:
         """What `forward` gives in the rows of the CLS tokens, (S, D), without the queries of all others."""
-        dim, bias, library = x.shape[1], self.qkv.bias, getattr(self.qkv, "library", "blas")
-        q = linear(x.index_select(0, where.cls), self.qkv.weight[:dim], None if bias is None else bias[:dim], library)
-        kv = linear(x, self.qkv.weight[dim:], None if bias is None else bias[dim:], library)
+        dim, library = x.shape[1], getattr(self.qkv, "library", "blas")
+        weight, bias = operand(self.qkv, "weight"), operand(self.qkv, "bias")
+        q = linear(x.index_select(0, where.cls), weight[:dim], None if bias is None else bias[:dim], library)
+        kv = linear(x, weight[dim:], None if bias is None else bias[dim:], library)
         k, v = kv.view(x.shape[0], 2, self.num_heads, -1).unbind(1)
         return self.proj(attention(q.view(q.shape[0], self.num_heads, -1), k, v, where, self.impl).flatten(1))
 
 
 class Block(nn.Module):
-    """x + attention, then + MLP, with what stochastic depth has drawn: scales (2, S), or `Kept` or `Stretches` of each."""
+    """x + attention, then + MLP, with what stochastic depth has drawn: scales (2, S), or `Stretches` of each."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool,
                  norm_layer: Callable[[int], nn.Module]) -> None:
@@ -105,7 +107,7 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, where: Layout, drawn: Tensor | tuple[Kept | Stretches, ...] | None = None,
+    def forward(self, x: Tensor, where: Layout, drawn: Tensor | tuple[Stretches, ...] | None = None,
                 cls_only: bool = False) -> Tensor:
         """x (T, D) -> (T, D), or with `cls_only` the rows (S, D) of the CLS tokens, at a fraction of the work."""
         attend = self.attn.of_cls if cls_only else self.attn
@@ -119,9 +121,9 @@ class Block(nn.Module):
         if drawn is None:
             x = x + branch
             return x + self.mlp(self.norm2(x))
-        scale = (drawn if cls_only else drawn[:, where.sequence])[:, :, None].to(x.dtype)
-        x = x + branch * scale[0]
-        return x + self.mlp(self.norm2(x)) * scale[1]
+        scale = (drawn if cls_only else drawn[:, where.sequence])[:, :, None]
+        x = (x + branch * scale[0]).to(x.dtype)
+        return (x + self.mlp(self.norm2(x)) * scale[1]).to(x.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -133,10 +135,11 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj.reads_copies = True
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(P, C p p) -> (P, D)."""
-        return linear(pixels, self.proj.weight.flatten(1), self.proj.bias, self.library)
+        return linear(pixels, operand(self.proj, "weight").flatten(1), operand(self.proj, "bias"), self.library)
 
 
 class VisionTransformer(nn.Module):
@@ -160,7 +163,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2 + 1, embed_dim))
         self.drop_path_rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]    # grows over the depth
-        self.drop_path_mode, self.grad_checkpointing = "mask", False                          # see set_execution
+        self.leave_out, self.grad_checkpointing, self.residual_dtype = False, False, None     # see set_execution
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer) for _ in range(depth))
         self.norm = norm_layer(embed_dim)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -192,6 +195,8 @@ class VisionTransformer(nn.Module):
         patches = x if isinstance(x, Patches) else self.cut(x)
         where, drawn = patches.where, drawn or self.draw(patches.where)
         x = self.embed(patches)
+        if self.residual_dtype and torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.residual_dtype)
         for block, branches in zip(self.blocks[:-1], drawn[:-1], strict=True):
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, where, branches, use_reentrant=False, preserve_rng_state=False)
@@ -203,16 +208,17 @@ class VisionTransformer(nn.Module):
     def head_width(self) -> int:
         return self.embed_dim // self.blocks[0].attn.num_heads
 
-    def set_execution(self, attention: str, drop_path_mode: str = "mask", grad_checkpointing: bool = False,
-                      library: str = "blas") -> None:
-        """How passes are done from now on: attention (one of ATTENTIONS), stochastic depth (one of stochastic_depth.MODES),
-        whether backward computes each block's insides anew instead of keeping them, and linear layers (one of LIBRARIES)."""
+    def set_execution(self, attention: str, leave_out: bool = False, grad_checkpointing: bool = False, library: str = "blas",
+                      residual_dtype: torch.dtype | None = None) -> None:
+        """How passes are done from now on: attention (one of ATTENTIONS), whether what stochastic depth drops is not computed
+        where that is possible, whether backward computes each block's insides anew instead of keeping them, linear layers (one
+        of LIBRARIES), and the dtype of the tokens between branches under autocast (None: what the sums give, float32)."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.impl = attention
             if isinstance(module, (Linear, PatchEmbed)):
                 module.library = library
-        self.drop_path_mode, self.grad_checkpointing = drop_path_mode, grad_checkpointing
+        self.leave_out, self.grad_checkpointing, self.residual_dtype = leave_out, grad_checkpointing, residual_dtype
 
     def cut(self, crops: Tensor | Sequence[Tensor]) -> Patches:
         return cut_patches(crops, self.patch_embed.patch_size, self.grid)
@@ -221,12 +227,9 @@ class VisionTransformer(nn.Module):
         """What stochastic depth leaves out, block by block."""
         if not self.training or self.drop_path_rates[-1] == 0:
             return [None] * len(self.blocks)
-        if self.drop_path_mode == "skip":
-            return draw_kept(self.drop_path_rates, where)
         large = min(tokens for _, tokens in where.runs) * self.embed_dim**2 >= LEAST
         free = where.cls.device.type == "cpu" and not torch.compiler.is_compiling()        # shapes may change, reading is free
-        leave_out = self.drop_path_mode == "leave_out" and large and free
-        return (draw_stretches if leave_out else draw_scales)(self.drop_path_rates, where)
+        return (draw_stretches if self.leave_out and large and free else draw_scales)(self.drop_path_rates, where)
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block to images (B, 3, h, w): (B, H, N, N); row 0 is what CLS looks at."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import sys
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 
 from dinofast import attention as attention_module
-from dinofast.attention import attention, choose_attention, layout
+from dinofast.attention import activate, attention, choose_attention, layout
 from dinofast.testing import assert_no_worse
 
 CPU, HEADS = torch.device("cpu"), 3
@@ -64,6 +67,15 @@ def run(function, runs, cls_only, dtype, device=CPU, width=16):
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
+def need(name):
+    """Skips a GPU test of what is not installed, with the reason; activates what is."""
+    try:
+        choose_attention(name, torch.device("cuda", 0), torch.bfloat16, 64)
+    except ValueError as error:
+        pytest.skip(str(error))
+    activate(name)
+
+
 def using(name):
     return lambda q, k, v, where: attention(q, k, v, where, name)
 
@@ -89,20 +101,18 @@ def test_sdpa_no_worse_than_eager(runs, cls_only, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
 @pytest.mark.parametrize("runs", [*RUNS.values(), ((4, 197), (12, 37))], ids=[*RUNS, "DINO's"])
-@pytest.mark.parametrize("name", ["xformers", "varlen", "sdpa"])
+@pytest.mark.parametrize("name", ["xformers", "varlen", "fa3", "cudnn", "sdpa"])
 def test_gpu_no_worse_than_eager(gpu, name, runs, cls_only, dtype):
-    if name == "xformers":
-        pytest.importorskip("xformers", reason="xformers is not installed")
+    need(name)
     exact = run(dense, runs, cls_only, torch.float64, "cuda", 64)
     eager = run(using("plain"), runs, cls_only, dtype, "cuda", 64)
     for tensors in zip(run(using(name), runs, cls_only, dtype, "cuda", 64), eager, exact, strict=True):
         assert_no_worse(*tensors)
 
 
-@pytest.mark.parametrize("name", ["xformers", "varlen"])
+@pytest.mark.parametrize("name", ["xformers", "varlen", "fa3", "cudnn"])
 def test_gpu_compiled_is_the_same(gpu, name):
-    if name == "xformers":
-        pytest.importorskip("xformers", reason="xformers is not installed")
+    need(name)
     for cls_only in (False, True):
         results = [run(f, RUNS["two"], cls_only, torch.bfloat16, "cuda", 64)
                    for f in (torch.compile(using(name), fullgraph=True), using(name))]
@@ -150,9 +160,9 @@ class BlockDiagonalMask:
         return cls(q_seqlen, kv_seqlen or q_seqlen, device)
 
 
-@pytest.fixture
-def xformers(monkeypatch):
-    """A stand-in with the interface of 0.0.35; gives the masks it has seen."""
+@pytest.fixture(params=["xformers", "mslk"])
+def xformers(request, monkeypatch):
+    """A stand-in with the interface of xformers 0.0.35 or mslk 1.1, where it has moved; gives the masks it has seen."""
     def scores(q, k, attn_bias):
         assert q.ndim == k.ndim == 4 and len(q) == len(k) == 1 and q.dtype == k.dtype
         seen.append(attn_bias)
@@ -173,14 +183,17 @@ def xformers(monkeypatch):
         return dq[None], dk[None], torch.einsum("hqk,qhd->khd", weights, grad[0])[None]
 
     seen = []
-    modules = {name: types.ModuleType(name) for name in ("xformers", "xformers.ops", "xformers.ops.fmha",
-                                                         "xformers.ops.fmha.attn_bias")}
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    modules["xformers"].ops, modules["xformers.ops"].fmha = modules["xformers.ops"], modules["xformers.ops.fmha"]
-    fmha = modules["xformers.ops.fmha"]
-    fmha.memory_efficient_attention_forward_requires_grad, fmha.memory_efficient_attention_backward = forward, backward
-    modules["xformers.ops.fmha.attn_bias"].BlockDiagonalMask = BlockDiagonalMask
+    path = {"xformers": "xformers.ops.fmha", "mslk": "mslk.attention.fmha"}[request.param].split(".")
+    for i in range(1, len(path) + 1):
+        module = types.ModuleType(".".join(path[:i]))
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    module.memory_efficient_attention_forward_requires_grad, module.memory_efficient_attention_backward = forward, backward
+    module.attn_bias = types.SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask)
+    if request.param == "mslk":
+        there = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xformers" else there(name))
+    attention_module._block_diagonal.forget()
     return seen
 
 
@@ -236,6 +249,8 @@ def test_xformers_compiles_into_one_graph(xformers, cls_only):
     ("varlen", "cuda", torch.bfloat16, (8, 6), True, ("varlen", "")),
     ("sdpa", "cuda", torch.bfloat16, (9, 0), True, ("sdpa", "")),
     ("plain", "cpu", torch.float64, None, False, ("plain", "")),
+    ("fa3", "cuda", torch.bfloat16, (9, 0), True, ("fa3", "")),
+    ("cudnn", "cuda", torch.bfloat16, (8, 0), False, ("cudnn", "")),
 ])
 def test_choice(machine, asked, device, dtype, capability, installed, chosen):
     machine(capability, installed)
@@ -248,6 +263,38 @@ def test_an_xformers_that_does_not_import_is_not_chosen(machine):
         "varlen", "not xformers: xformers does not import (it was built for another torch)")
 
 
+def test_an_old_torch_cannot_take_fa3_and_one_without_cudnn_has_none(machine, monkeypatch):
+    machine((9, 0), True)
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA4"], raising=False)
+    with pytest.raises(ValueError, match="fa3 was asked for, but torch .* cannot take FlashAttention-3"):
+        choose_attention("fa3", torch.device("cuda"), torch.bfloat16, 64)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="cudnn was asked for, but this torch is without cuDNN"):
+        choose_attention("cudnn", torch.device("cuda"), torch.bfloat16, 64)
+
+
+def test_flash_attention_3_is_there_for_those_that_ask_for_it_alone(monkeypatch):
+    """torch has one flash attention for the process: each step sees to it that it is its own."""
+    calls = []
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: calls[-1] if calls else None, raising=False)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", calls.append, raising=False)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda: calls.append(None), raising=False)
+    for impl in ("varlen", "fa3", "fa3", "plain", "cudnn", "xformers", "varlen", "sdpa", "fa3", "sdpa"):
+        activate(impl)
+    assert calls == ["FA3", None, "FA3", None]
+
+
+def test_cudnn_is_sdpa_by_its_own_kernel_and_leaves_single_queries_to_torch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(attention_module, "sdpa_kernel", lambda backend: asked.append(backend) or nullcontext())
+    for cls_only, kernels in ((False, 2), (True, 0)):
+        for ours, exact in zip(run(using("cudnn"), RUNS["two"], cls_only, torch.float64),
+                               run(dense, RUNS["two"], cls_only, torch.float64), strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-13)
+        assert asked == [SDPBackend.CUDNN_ATTENTION] * kernels
+        asked.clear()
+
+
 @pytest.mark.parametrize("width, chosen", [(64, "xformers"), (256, "xformers"), (50, "sdpa"), (264, "sdpa")])
 def test_choice_by_the_width_of_a_head(machine, width, chosen):
     machine((9, 0), True)
@@ -256,12 +303,15 @@ def test_choice_by_the_width_of_a_head(machine, width, chosen):
 
 
 @pytest.mark.parametrize(("asked", "device", "dtype", "capability", "installed", "message"), [
-    ("flash", "cuda", torch.bfloat16, (9, 0), True, "attention is 'flash': choose from xformers, varlen, sdpa, plain."),
+    ("flash", "cuda", torch.bfloat16, (9, 0), True, "attention is 'flash': choose from xformers, varlen, fa3, cudnn, sdpa,"),
     ("", "cpu", torch.float32, None, True, "attention is '': choose from"),
     ("xformers", "cuda", torch.bfloat16, (9, 0), False, "--attention xformers was asked for, but xformers is not installed."),
     ("xformers", "cpu", torch.float32, None, True, "but it needs bf16 or fp16 on a GPU, not float32 on cpu."),
     ("varlen", "cuda", torch.float32, (9, 0), True, "--attention varlen was asked for, but it needs bf16 or fp16 on a GPU"),
     ("varlen", "cuda", torch.bfloat16, (7, 0), True, "--attention varlen was asked for, but Some GPU is older than the A100"),
+    ("fa3", "cuda", torch.bfloat16, (8, 0), True, "--attention fa3 was asked for, but Some GPU is no H100 or H200"),
+    ("fa3", "cuda", torch.bfloat16, (9, 0), False, "but flash_attn_interface is not installed (pip"),
+    ("cudnn", "cuda", torch.float32, (9, 0), True, "--attention cudnn was asked for, but it needs bf16 or fp16 on a GPU"),
 ])
 def test_choice_refused(machine, asked, device, dtype, capability, installed, message):
     machine(capability, installed)
@@ -279,6 +329,7 @@ def machine(monkeypatch):
                 raise fails
 
         monkeypatch.setattr(attention_module.importlib, "import_module", import_module)
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)

@@ -1,5 +1,6 @@
 """The optimiser step in all its ways: each reproduces the official eight steps, and none compiles anew or waits."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -78,8 +79,9 @@ def assert_official(step, model, device="cpu", tolerance=1e-5, center=None):
                                rtol=10 * tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention": "plain"}, {"grad_checkpointing": True}, {"drop_path_mode": "skip"},
-                                     {"compile": "on"}, {"compile": "on", "grad_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"attention": "plain"}, {"grad_checkpointing": True},
+                                     {"compile": "on"}, {"compile": "on", "grad_checkpointing": True},
+                                     {"compile": "max-autotune"}], ids=str)
 def test_official_trajectory(changes):
     step = golden_step(**changes)
     assert ("not compiled" in step.how) == ("compile" not in changes)
@@ -92,6 +94,8 @@ def test_official_trajectory_with_all_linear_layers_by_onednn(monkeypatch, chang
     monkeypatch.setattr(linear, "WORTHWHILE", 0)
     monkeypatch.setattr(linear, "F", types.SimpleNamespace(conv2d=torch.nn.functional.conv2d))     # nothing goes to BLAS
     step = golden_step(linear="onednn", **changes)
+    for layer in (*step.model.student.head.mlp, *step.model.teacher.head.mlp):                     # whose choice is BLAS
+        layer.library = "onednn"
     assert "large linear layers of the ViT by oneDNN" in step.how
     assert_official(step, step.model)
 
@@ -99,14 +103,13 @@ def test_official_trajectory_with_all_linear_layers_by_onednn(monkeypatch, chang
 def test_what_stochastic_depth_drops_is_computed_only_where_shapes_must_stay(monkeypatch):
     """And trains the same: losses and weights of three steps."""
     monkeypatch.setattr(vit, "LEAST", 0)
-    modes = {"leave_out": {}, "mask": {"compile": "on"}, "skip": {"drop_path_mode": "skip"}}
-    for mode, changes in modes.items():
+    for changes in ({}, {"compile": "on"}):
         step, _ = small(**changes)
-        assert step.model.student.backbone.drop_path_mode == mode
+        assert step.model.student.backbone.leave_out == (not changes)
     trained = []
-    for mode in ("leave_out", "mask"):
+    for leave_out in (True, False):
         step, batches = small()
-        step.model.student.backbone.drop_path_mode = mode
+        step.model.student.backbone.leave_out = leave_out
         trained.append(([step(i, batches)[0].item() for i in range(3)], step.model.student.state_dict()))
     (losses, weights), (masked, masked_weights) = trained
     assert losses == pytest.approx(masked, rel=1e-5) and len(set(losses)) == 3
@@ -148,6 +151,7 @@ def gradients(step, model, batch, dtype, precision="fp32"):
     model.to(dtype)
     if isinstance(step, Step):
         step.precision = precision
+        step.copies.refresh()                                                  # `model.to` has made other buffers
         step.forward_backward([x.to(dtype) for x in batch], torch.tensor(0.04))
         model.dino_loss.step()
     else:
@@ -158,6 +162,32 @@ def gradients(step, model, batch, dtype, precision="fp32"):
     grad = torch.cat([p.grad.flatten() for p in model.student.parameters() if p.grad is not None])
     model.zero_grad()
     return grad
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("changes", [{}, {"grad_checkpointing": True}, {"accumulate": 2}], ids=str)
+def test_copies_of_weights_are_what_autocast_would_cast(changes, precision):
+    """To the last bit, also after a checkpoint's weights were loaded in between."""
+    found = []
+    for with_copies in (True, False):
+        step, batches = small(precision=precision, **changes)
+        networks = step.model.student, step.model.teacher
+        if not with_copies:
+            for module in (module for network in networks for module in network.modules()):
+                for name in [name for name in module._buffers if name.endswith("_copy")]:
+                    del module._buffers[name]
+            step.copies._places.clear()
+            step.copies.of.clear()
+        assert len(step.copies.of) == (2 * (2 * (4 * 2 + 1) + 2 * 3) if with_copies else 0)       # two blocks, patches, head
+        losses = [step(i, batches)[0] for i in range(2)]
+        for network in networks:
+            network.load_state_dict({name: value * 1.01 for name, value in network.state_dict().items()})
+        losses += [step(i, batches)[0] for i in range(2, 4)]
+        assert all(torch.equal(p.to(copy.dtype), copy) for p, copy in step.copies.of.items())
+        found.append((torch.stack(losses), [p for network in networks for p in network.parameters()]))
+    (losses, parameters), (cast_losses, cast_parameters) = found
+    assert torch.equal(losses, cast_losses) and len(set(losses.tolist())) == 4
+    assert all(torch.equal(ours, cast) for ours, cast in zip(parameters, cast_parameters, strict=True))
 
 
 @pytest.mark.parametrize("compile", ["off", "on"])
@@ -177,10 +207,9 @@ def test_bf16_is_as_close_to_the_exact_gradient_as_the_official_autocast(compile
     assert 1e-3 < rms[0] < 1.1 * rms[1] < 0.05, off
 
 
-@pytest.mark.parametrize("mode", ["mask", "skip"])
-def test_nothing_is_compiled_anew_after_the_first_steps(mode):
+def test_nothing_is_compiled_anew_after_the_first_steps():
     """Full graphs of fixed shapes, two in all: what stochastic depth draws at each step changes none."""
-    step, batches = small(compile="on", drop_path_mode=mode, accumulate=2)
+    step, batches = small(compile="on", accumulate=2)
     counters.clear()
     for i in range(2):
         step(i, batches)
@@ -191,11 +220,10 @@ def test_nothing_is_compiled_anew_after_the_first_steps(mode):
     assert counters["stats"]["unique_graphs"] == 2
 
 
-@pytest.mark.parametrize("mode", ["mask", "skip"])
-def test_compiled_steps_draw_what_eager_ones_draw(mode):
+def test_compiled_steps_draw_what_eager_ones_draw():
     runs = []
     for compile in ("off", "on"):
-        step, batches = small(compile=compile, drop_path_mode=mode)
+        step, batches = small(compile=compile)
         runs.append(torch.stack([step(i, batches) for i in range(4)]))
     torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
 
@@ -232,10 +260,12 @@ def test_a_restart_finds_what_was_compiled(tmp_path):
 
 def test_what_a_run_announces_of_its_step():
     assert small(linear="blas")[0].how == "attention sdpa, not compiled"
-    every = {"linear": "onednn", "drop_path_mode": "skip", "grad_checkpointing": True}
-    assert small(**every)[0].how == ("attention sdpa, large linear layers of the ViT by oneDNN, stochastic depth skips, "
-                                     "activations checkpointed, not compiled")
-    assert small(precision="bf16", teacher_precision="bf16")[0].how == "attention sdpa, the teacher in bf16, not compiled"
+    assert small(linear="onednn", grad_checkpointing=True)[0].how == (
+        "attention sdpa, large linear layers of the ViT by oneDNN, activations checkpointed, not compiled")
+    halves = {"precision": "bf16", "teacher_precision": "bf16", "residual_precision": "bf16"}
+    assert small(**halves)[0].how == "attention sdpa, the teacher in bf16, residual stream in bf16, not compiled"
+    tuned, _ = small(compile="max-autotune")
+    assert tuned.how.endswith("compiled, max-autotune") and "many minutes" in tuned.notes[0]
 
 
 def test_what_cannot_be_done_is_announced_or_refused(monkeypatch):
@@ -248,9 +278,9 @@ def test_what_cannot_be_done_is_announced_or_refused(monkeypatch):
         small(linear="onednn", precision="bf16")
     with pytest.raises(ValueError, match="--attention varlen was asked for, but it needs bf16 or fp16 on a GPU"):
         small(attention="varlen")
-    for precision in ("fp32", "fp16"):
-        with pytest.raises(ValueError, match=f"bf16 goes with --precision bf16, and this run computes in {precision}"):
-            small(precision=precision, teacher_precision="bf16")
+    for precision, flag in itertools.product(("fp32", "fp16"), ("teacher_precision", "residual_precision")):
+        with pytest.raises(ValueError, match=f"--{flag} bf16 goes with --precision bf16, and this run computes in {precision}"):
+            small(precision=precision, **{flag: "bf16"})
     other = Config(**{**SMALL.to_dict(), "arch": "own"})
 
     def foreign(**changes):
@@ -260,9 +290,9 @@ def test_what_cannot_be_done_is_announced_or_refused(monkeypatch):
 
     assert foreign().how == "not compiled"
     for flag, value in {"attention": "plain", "linear": "blas", "compile": "on", "grad_checkpointing": True,
-                        "drop_path_mode": "skip"}.items():
+                        "residual_precision": "bf16"}.items():
         with pytest.raises(ValueError, match=f"--{flag} .*for our ViTs, not for own"):
-            foreign(**{flag: value})
+            foreign(**{"precision": "bf16", flag: value})
 
 
 def test_batch_statistics_over_several_gpus_are_not_compiled(monkeypatch):
@@ -419,21 +449,20 @@ def test_official_trajectory_on_a_gpu(changes):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("mode", ["mask", "skip"])
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_a_replayed_step_is_an_eager_step(mode, precision):
+def test_a_replayed_step_is_an_eager_step(precision):
     runs = []
     for graph in (False, True):
-        step, batches = small(GPU, cuda_graph=graph, compile="off", drop_path_mode=mode, precision=precision)
+        step, batches = small(GPU, cuda_graph=graph, compile="off", precision=precision)
         runs.append(torch.stack([step(i, batches) for i in range(8)]))
         assert step.graph is None or step.graph._graph is not None
     torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("changes", [{"compile": "off"}, {"compile": "on"}, {"cuda_graph": True}, {"drop_path_mode": "skip"},
-                                     {"precision": "fp16"}, {"precision": "fp32"}, {"grad_checkpointing": True},
-                                     {"teacher_precision": "bf16"}, {"attention": "sdpa"}], ids=str)
+@pytest.mark.parametrize("changes", [{"compile": "off"}, {"compile": "on"}, {"cuda_graph": True}, {"precision": "fp16"},
+                                     {"precision": "fp32"}, {"residual_precision": "bf16"}, {"teacher_precision": "bf16"},
+                                     {"grad_checkpointing": True}, {"attention": "sdpa"}], ids=str)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_no_step_waits_for_the_gpu(changes):

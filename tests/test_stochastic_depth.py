@@ -8,9 +8,9 @@ import torch
 from dinofast import VisionTransformer, stochastic_depth
 from dinofast import vit as vit_module
 from dinofast.attention import layout
-from dinofast.stochastic_depth import MODES, draw_kept, draw_scales, draw_stretches
+from dinofast.stochastic_depth import draw_scales, draw_stretches
 
-CPU = torch.device("cpu")
+CPU, MODES = torch.device("cpu"), ("mask", "leave_out")
 RATES = (0.0, 0.1, 0.25, 0.6)
 RUNS = ((8, 5), (20, 2))
 WHERE = layout(RUNS, CPU)
@@ -24,7 +24,7 @@ def seeded_and_nothing_too_little(monkeypatch):
 
 def build(mode, rate=0.5):
     model = VisionTransformer(img_size=[16], patch_size=8, embed_dim=24, depth=3, num_heads=3, drop_path_rate=rate).double()
-    model.drop_path_mode = mode
+    model.leave_out = mode == "leave_out"
     return model
 
 
@@ -32,15 +32,10 @@ def crops():
     return [torch.randn(n, 3, size, size, dtype=torch.float64) for n, size in ((8, 16), (20, 8))]
 
 
-def scales_of(kept):
-    """(S,): the factor that makes "mask" leave out the same as these `Kept`."""
-    return torch.zeros(len(WHERE.cls)).index_put((kept.sequences,), kept.factor)
-
-
 # ---- mask: the official way
 def test_scales_are_0_or_make_up_for_it_by_whole_sequences():
     scales = draw_scales(RATES, WHERE)
-    assert scales[0] is None and len(scales) == 4
+    assert scales[0] is None and len(scales) == 4 and draw_scales([0.0, 0.0], WHERE) == [None] * 2
     for scale, rate in zip(scales[1:], RATES[1:], strict=True):
         assert scale.shape == (2, 28) and scale.dtype == torch.float32 and not scale.requires_grad
         assert torch.isclose(scale, torch.tensor([[0.0], [1 / (1 - rate)]])[:, None]).any(0).all()
@@ -127,70 +122,7 @@ def test_what_is_small():
     assert 2 * 37 * 192**2 > stochastic_depth.LEAST > 37 * 128**2 > 17 * 64**2
 
 
-# ---- skip: the cheap way
-@pytest.mark.parametrize("rate, counts", [(0.1, (7, 18)), (0.25, (6, 15)), (0.6, (3, 8)), (0.99, (1, 1)), (0.01, (8, 20))])
-def test_as_many_are_kept_as_officially_on_average_but_at_least_one(rate, counts):
-    assert [max(1, round(n * (1 - rate))) for n, _ in RUNS] == list(counts)
-    for kept in draw_kept([rate], WHERE)[0]:
-        assert kept.where.runs == tuple((m, tokens) for m, (_, tokens) in zip(counts, RUNS, strict=True))
-        first, second = kept.sequences.split(counts)
-        assert ((first >= 0) & (first < 8)).all() and ((second >= 8) & (second < 28)).all()            # runs never mix
-        assert len(kept.sequences.unique()) == sum(counts)                                     # no sequence twice
-        expected = [kept.factor.new_full((m,), n / m) for m, (n, _) in zip(counts, RUNS, strict=True)]
-        assert torch.equal(kept.factor, torch.cat(expected)) and kept.factor.dtype == torch.float32
-        tokens = torch.cat([torch.nonzero(WHERE.sequence == s).flatten() for s in kept.sequences])
-        assert torch.equal(kept.tokens, tokens)                                 # all of a sequence, in order, CLS first
-        assert torch.equal(kept.tokens[kept.where.cls], WHERE.cls[kept.sequences])
-
-
-def test_nothing_is_left_out_at_rate_0():
-    assert draw_kept(RATES, WHERE)[0] is None and draw_scales([0.0, 0.0], WHERE) == draw_kept([0.0, 0.0], WHERE) == [None] * 2
-
-
-def test_each_sequence_is_kept_as_often_as_any_and_branches_are_drawn_apart():
-    """6 standard errors of 1,000 draws: of 8 sequences 4 are kept, of 20 10."""
-    drawn = draw_kept([0.5] * 1000, WHERE)
-    kept = torch.stack([torch.stack([scales_of(branch) > 0 for branch in pair]) for pair in drawn]).float()      # (1000, 2, S)
-    assert ((kept.mean(0) - 0.5).abs() <= 6 * 0.5 / 1000**0.5).all()
-    both = (kept[:, 0] * kept[:, 1]).mean(0)
-    assert ((both - 0.25).abs() <= 6 * (0.25 * 0.75 / 1000) ** 0.5).all()
-
-
-@pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
-def test_skip_is_mask_with_the_same_left_out(cls_only):
-    """Values and gradients, of the input too; what is left out passes as it is."""
-    block, x = build("skip").blocks[-1], torch.randn(80, 24, dtype=torch.float64, requires_grad=True)
-    pair = draw_kept([0.4], WHERE)[0]
-    scales = torch.stack([scales_of(kept) for kept in pair])
-    skipped, masked = block(x, WHERE, pair, cls_only), block(x, WHERE, scales, cls_only)
-    torch.testing.assert_close(skipped, masked, rtol=1e-12, atol=1e-13)
-    untouched = (scales == 0).all(0)
-    rows = x[WHERE.cls] if cls_only else x
-    same = untouched if cls_only else untouched[WHERE.sequence]
-    assert same.any() and torch.equal(skipped[same], rows[same]) and (skipped[~same] != rows[~same]).any(1).all()
-    leaves, upstream = [x, *block.parameters()], torch.randn_like(skipped)
-    for a, b in zip(*[torch.autograd.grad(y, leaves, upstream) for y in (skipped, masked)], strict=True):
-        assert a.abs().sum() > 0
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
-
-
-@pytest.mark.parametrize("silent", ["attn", "mlp"])
-@pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
-def test_skip_keeps_the_mean(cls_only, silent):
-    """Where all sequences of a size are alike, the mean over them is the whole output exactly: one branch at a time."""
-    block = build("skip").blocks[-1]
-    last = block.attn.proj if silent == "attn" else block.mlp.fc2
-    torch.nn.init.zeros_(last.weight)
-    alike = [torch.randn(1, tokens, 24, dtype=torch.float64).expand(n, -1, -1) for n, tokens in RUNS]
-    x = torch.cat([part.flatten(0, 1) for part in alike])
-    whole, skipped = (block(x, WHERE, drawn, cls_only) for drawn in (None, draw_kept([0.4], WHERE)[0]))
-    sizes = [n if cls_only else n * tokens for n, tokens in RUNS]
-    for a, b, (n, _) in zip(skipped.split(sizes), whole.split(sizes), RUNS, strict=True):
-        assert not torch.allclose(a, b)
-        torch.testing.assert_close(a.unflatten(0, (n, -1)).mean(0), b.unflatten(0, (n, -1)).mean(0), rtol=1e-6, atol=1e-7)
-
-
-# ---- all of them, in the whole model
+# ---- both, in the whole model
 @pytest.mark.parametrize("mode", MODES)
 def test_mean_over_many_draws_is_the_whole_branch(mode):
     """One block with a constant branch, which LayerNorm cannot bend: 6 standard errors of 500 draws."""
@@ -199,7 +131,7 @@ def test_mean_over_many_draws_is_the_whole_branch(mode):
     torch.nn.init.zeros_(block.attn.proj.weight)
     torch.nn.init.ones_(block.attn.proj.bias)
     with torch.no_grad():
-        drawn = {"skip": draw_kept, "leave_out": draw_stretches, "mask": draw_scales}[mode]([0.5] * 500, WHERE)
+        drawn = {"leave_out": draw_stretches, "mask": draw_scales}[mode]([0.5] * 500, WHERE)
         outputs = torch.stack([block(x, WHERE, one, cls_only=True)[:, 0] for one in drawn])
     assert set(outputs.unique().tolist()) == {0.0, 2.0}
     assert ((outputs.mean(0) - 1).abs() <= 6 / 500**0.5).all()

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinofast import VisionTransformer, vit_base, vit_small, vit_tiny
 from dinofast.attention import layout
-from dinofast.stochastic_depth import draw_kept, draw_scales
+from dinofast.stochastic_depth import draw_scales, draw_stretches
 from dinofast.vit import resampling
 
 TINY = dict(patch_size=8, embed_dim=48, depth=3, num_heads=3)
@@ -145,11 +145,11 @@ def test_images_without_a_patch_are_refused(size):
         build()([torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, *size)])
 
 
-@pytest.mark.parametrize("drawn", ["nothing", "scales", "kept"])
+@pytest.mark.parametrize("drawn", ["nothing", "scales", "stretches"])
 def test_cls_only_last_block_is_the_cls_rows_of_the_whole(drawn):
     model, where = build(), layout(((3, 17), (4, 5), (2, 1)), torch.device("cpu"))
     block, x = model.blocks[-1], torch.randn(73, 48, dtype=torch.float64, requires_grad=True)
-    branches = {"nothing": lambda *_: [None], "scales": draw_scales, "kept": draw_kept}[drawn]([0.5], where)[0]
+    branches = {"nothing": lambda *_: [None], "scales": draw_scales, "stretches": draw_stretches}[drawn]([0.5], where)[0]
     alone, whole = block(x, where, branches, cls_only=True), block(x, where, branches)[where.cls]
     torch.testing.assert_close(alone, whole, rtol=1e-12, atol=1e-13)
     upstream, leaves = torch.randn_like(alone), [x, *block.parameters()]
@@ -190,30 +190,30 @@ def test_positions_are_resampled_in_full_precision_under_autocast():
     assert model(torch.randn(2, 3, 16, 72)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("mode", ["mask", "skip"])
-def test_attention_maps_and_layers_drop_nothing_while_training(mode):
+@pytest.mark.parametrize("leave_out", [False, True], ids=["mask", "leave out"])
+def test_attention_maps_and_layers_drop_nothing_while_training(leave_out):
     model, (x,) = build(drop_path_rate=0.9), images((4, 32, 16))
-    model.drop_path_mode = mode
+    model.leave_out = leave_out
     assert torch.equal(model.train().get_last_selfattention(x), model.eval().get_last_selfattention(x))
     assert model.get_last_selfattention(x).shape == (4, 3, 9, 9)
     torch.testing.assert_close(model.train().get_intermediate_layers(x)[0], plainly(model, x), rtol=1e-7, atol=1e-7)
 
 
 # ---- what is kept from one pass to the next
-@pytest.mark.parametrize("mode", ["mask", "skip"])
-def test_inference_first_then_training_in_the_same_shapes(mode):
+@pytest.mark.parametrize("leave_out", [False, True], ids=["mask", "leave out"])
+def test_inference_first_then_training_in_the_same_shapes(leave_out):
     model, crops = build(drop_path_rate=0.35), images((6, 32, 32), (7, 48, 8))             # shapes of no other test
-    model.drop_path_mode = mode
+    model.leave_out = leave_out
     with torch.inference_mode():
         model(crops)
     model(crops).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("mode", ["mask", "skip"])
-def test_fake_tensors_leave_nothing_behind(mode):
+@pytest.mark.parametrize("leave_out", [False, True], ids=["mask", "leave out"])
+def test_fake_tensors_leave_nothing_behind(leave_out):
     model, crops = build(drop_path_rate=0.15), images((9, 32, 32), (2, 56, 8))             # shapes of no other test
-    model.drop_path_mode = mode
+    model.leave_out = leave_out
     with FakeTensorMode(allow_non_fake_inputs=True):
         model(crops)
     assert type(model(crops)) is torch.Tensor
@@ -226,10 +226,10 @@ def test_export_is_the_model_and_leaves_nothing_behind():
 
 
 @pytest.mark.filterwarnings("error:Dynamo detected a call to a `functools.lru_cache`")
-@pytest.mark.parametrize("mode", ["mask", "skip"])
-def test_compiles_into_one_graph(mode):
+@pytest.mark.parametrize("leave_out", [False, True], ids=["mask", "leave out"])
+def test_compiles_into_one_graph(leave_out):
     model, crops = build(torch.float32, depth=2, drop_path_rate=0.3), images((4, 32, 32), (4, 16, 24), dtype=torch.float32)
-    model.drop_path_mode = mode
+    model.leave_out = leave_out
     outputs = []
     for m in (torch.compile(model, fullgraph=True, backend="aot_eager"), model):
         torch.manual_seed(4)
@@ -240,17 +240,16 @@ def test_compiles_into_one_graph(mode):
 def test_meta_device():
     with torch.device("meta"):
         model = VisionTransformer(img_size=[32], drop_path_rate=0.5, **TINY)
-    for mode in ("mask", "skip"):
-        model.drop_path_mode = mode
+    for model.leave_out in (False, True):
         out = model([torch.empty(2, 3, 32, 32, device="meta"), torch.empty(3, 3, 16, 24, device="meta")])
         assert out.shape == (5, 48) and out.is_meta
 
 
-@pytest.mark.parametrize("mode", ["mask", "skip"])
+@pytest.mark.parametrize("leave_out", [False, True], ids=["mask", "leave out"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_model_in_another_dtype_stays_in_it(dtype, mode):
+def test_a_model_in_another_dtype_stays_in_it(dtype, leave_out):
     model, crops = build(dtype, drop_path_rate=0.5), images(*SIZES, dtype=dtype)
-    model.drop_path_mode = mode
+    model.leave_out = leave_out
     out = model(crops)
     out.float().sum().backward()
     assert out.dtype == dtype and all(torch.isfinite(p.grad).all() for p in model.parameters())
@@ -261,7 +260,6 @@ def test_a_model_in_another_dtype_stays_in_it(dtype, mode):
 
 def test_copies_and_pickles_are_the_model():
     model, crops = build(drop_path_rate=0.5), images(*SIZES)
-    model.drop_path_mode = "skip"
     model.blocks[0].attn.impl = "plain"
     file = io.BytesIO()
     torch.save(model, file)
