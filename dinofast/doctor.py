@@ -9,7 +9,7 @@ import platform
 import torch
 
 from . import __version__, ops
-from .attention import choose_attention, why_no_xformers
+from .attention import choose_attention, fmha, why_no_xformers
 from .config import cores
 from .data import choose_backend
 from .linear import choose_library
@@ -44,7 +44,17 @@ def _attention(device: str) -> str:
         why = why_no_xformers()
         chosen = "varlen" if why else "xformers"
     where = "torch's, per crop size" if chosen == "sdpa" else "over all packed crops, in bf16 and fp16; sdpa in fp32"
-    return f"{chosen}, {where}{f' ({why})' if why else ''}"
+    return f"{chosen}, {where}{f' ({why})' if why else ''}{_xformers_operators() if device == 'cuda' else ''}"
+
+
+def _xformers_operators() -> str:
+    """Which of its flash operators there are, and what its warnings mean."""
+    if why_no_xformers():
+        return ""
+    operators = [module.FwOp for module in (fmha().flash3, fmha().flash) if module.FwOp.is_available()]
+    names = ", ".join(f"{op.NAME}{' (torch has it)' if op.NAME.endswith('-pt') else ''}" for op in operators)
+    return (f"; xformers' flash operators: {names or 'none'}; what it warns of when it is imported, a C++ library or Triton, is "
+            "not used here")
 
 
 def _linear(device: str) -> str:

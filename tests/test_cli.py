@@ -1,10 +1,11 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dinofast import cli, ops
+from dinofast import cli, doctor, ops
 from dinofast.config import Config
 from dinofast.linear import choose_library
 
@@ -182,3 +183,19 @@ def test_doctor_says_what_and_why(capsys):
     library = choose_library(None, torch.device("cpu"), torch.float32)
     assert (f"{'linear layers':22} the ViTs' large ones in fp32 by oneDNN" in text) == (library == "onednn")
     assert f"{'linear layers':22} torch's BLAS\n" in text                              # on cuda
+
+
+@pytest.mark.parametrize("there, words", [
+    ({"flash": "fa2F@2.7.4-pt"}, "flash operators: fa2F@2.7.4-pt (torch has it); what it warns of"),
+    ({"flash3": "fa3F@pip_pkg", "flash": "fa2F@2.8.3"}, "flash operators: fa3F@pip_pkg, fa2F@2.8.3; what it warns of"),
+    ({}, "flash operators: none; what it warns of"),
+], ids=str)
+def test_doctor_says_which_of_xformers_kernels_there_are(monkeypatch, there, words):
+    def operator(name):
+        return SimpleNamespace(FwOp=SimpleNamespace(NAME=there.get(name, "unused"), is_available=lambda: name in there))
+
+    monkeypatch.setattr(doctor, "why_no_xformers", lambda: "")
+    monkeypatch.setattr(doctor, "fmha", lambda: SimpleNamespace(flash3=operator("flash3"), flash=operator("flash")))
+    assert words in doctor._xformers_operators()
+    monkeypatch.setattr(doctor, "why_no_xformers", lambda: "xformers is not installed")
+    assert doctor._xformers_operators() == ""

@@ -190,11 +190,12 @@ def test_copies_of_weights_are_what_autocast_would_cast(changes, precision):
     assert all(torch.equal(ours, cast) for ours, cast in zip(parameters, cast_parameters, strict=True))
 
 
-@pytest.mark.parametrize("compile", ["off", "on"])
-def test_bf16_is_as_close_to_the_exact_gradient_as_the_official_autocast(compile):
-    """Over the eight official batches, as the rounding of one is a matter of luck: ours 1.0 %, theirs 1.2 % off."""
+@pytest.mark.parametrize("changes, most", [({}, 1.1), ({"compile": "on"}, 1.1), ({"residual_precision": "bf16"}, 1.3)], ids=str)
+def test_bf16_is_as_close_to_the_exact_gradient_as_the_official_autocast(changes, most):
+    """Over the eight official batches, as the rounding of one is a matter of luck: ours 1.0 %, theirs 1.1 % off; a residual
+    stream in bf16 1.2 %."""
     loader, schedule, official = GoldenLoader(), Schedule(GOLDEN, 2, 1), golden_model()
-    theirs, ours = OfficialStep(GOLDEN, official, CPU.device, schedule), golden_step(compile=compile, precision="bf16")
+    theirs, ours = OfficialStep(GOLDEN, official, CPU.device, schedule), golden_step(precision="bf16", **changes)
     off = torch.zeros(2, 8)
     for i in range(8):
         batch, exact_step = next(loader), golden_step()
@@ -204,7 +205,7 @@ def test_bf16_is_as_close_to_the_exact_gradient_as_the_official_autocast(compile
             model.dino_loss.center.zero_()
         theirs.center.zero_()
     rms = off.square().mean(1).sqrt()
-    assert 1e-3 < rms[0] < 1.1 * rms[1] < 0.05, off
+    assert 1e-3 < rms[0] < most * rms[1] < 0.05, off
 
 
 def test_nothing_is_compiled_anew_after_the_first_steps():
