@@ -53,7 +53,7 @@ def _xformers_operators() -> str:
         return ""
     operators = [module.FwOp for module in (fmha().flash3, fmha().flash) if module.FwOp.is_available()]
     names = ", ".join(f"{op.NAME}{' (torch has it)' if op.NAME.endswith('-pt') else ''}" for op in operators)
-    return (f"; xformers' flash operators: {names or 'none'}; what it warns of when it is imported, a C++ library or Triton, is "
+    return (f"; xformers' flash operators: {names or 'none'}; what it warns of at import, a C++ library or Triton, is "
             "not used here")
 
 

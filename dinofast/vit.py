@@ -122,8 +122,8 @@ class Block(nn.Module):
             x = x + branch
             return x + self.mlp(self.norm2(x))
         scale = (drawn if cls_only else drawn[:, where.sequence])[:, :, None]
-        x = (x + branch * scale[0]).to(x.dtype)
-        return (x + self.mlp(self.norm2(x)) * scale[1]).to(x.dtype)
+        x = x + (branch * scale[0]).to(x.dtype)
+        return x + (self.mlp(self.norm2(x)) * scale[1]).to(x.dtype)
 
 
 class PatchEmbed(nn.Module):

@@ -56,6 +56,20 @@ def test_signals_save_and_end_cleanly(signum, unbroken, photographs, tmp_path):
     assert_same_run(unbroken, tmp_path)
 
 
+def test_a_run_in_bf16_goes_on_where_it_was(photographs, tmp_path):
+    """Its copies of the weights are not saved: they are rounded anew from what is."""
+    for out, stops in ((tmp_path / "unbroken", False), (tmp_path / "stopped", True)):
+        options = ("--precision", "bf16", "--saveckp_steps", "1")
+        if stops:
+            process = start(photographs, out, *options)
+            wait_for(out / "checkpoint.pth", process)
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=30)
+        said = finish(photographs, out, *options)
+        assert ("resumed from" in said) == stops
+    assert_same_run(tmp_path / "unbroken", tmp_path / "stopped")
+
+
 def test_a_finished_run_has_nothing_left_to_do(unbroken, photographs):
     before = (unbroken / "log.txt").read_bytes()
     said = finish(photographs, unbroken, "--drop_path_rate", "0.3")
