@@ -1,6 +1,6 @@
 """An H100 that is not there: enough of one for fake tensors, torch.compile and Inductor's scheduler, not for a number.
 
-A process must start with `device.cpp`, built as a library, in LD_PRELOAD, and call `pretend` before anything of dinofast.
+`device.cpp`, built as a library, must be there before torch is: `enter` starts the script anew with it, unless it is.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ PROPERTIES = SimpleNamespace(
     gcnArchName="", is_integrated=0, is_multi_gpu_board=0, uuid="", pci_bus_id=0, clock_rate=1980000, memory_clock_rate=2619000,
     memory_bus_width=5120)
 DEVICE = torch.device("cuda", 0)
+ENTERED = "DINOFAST_FAKE_CUDA"
 
 
 def why_not() -> str:
@@ -46,7 +49,18 @@ def environment(folder: Path) -> dict[str, str]:
     usual = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if torch.cuda.is_available():
         return usual
-    return usual | {"LD_PRELOAD": str(build(folder)), "LD_LIBRARY_PATH": str(Path(torch.__file__).parent / "lib")}
+    library_path = Path(torch.__file__).parent / "lib"
+    return usual | {"LD_PRELOAD": str(build(folder)), "LD_LIBRARY_PATH": str(library_path), ENTERED: "1"}
+
+
+def enter() -> None:
+    """To be called first by a script."""
+    if not torch.cuda.is_available() and ENTERED not in os.environ:
+        if reason := why_not():
+            sys.exit(reason)
+        with tempfile.TemporaryDirectory() as folder:
+            sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment(Path(folder))).returncode)
+    pretend()
 
 
 def pretend() -> None:

@@ -25,7 +25,7 @@ from device import DEVICE  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-device.pretend()
+device.enter()
 
 from dinofast import attention, head, loss, vit  # noqa: E402
 from dinofast import step as step_module  # noqa: E402
