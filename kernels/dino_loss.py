@@ -32,11 +32,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 2048             # columns of a forward program: 8 a thread, one 16-byte load of bf16 a row
-ROWS, COLUMNS = 8, 512   # tile of a column-sum program: a row a warp
-CHUNKS = 32              # chunks that are joined at a time
+CHUNK = 512              # columns of a forward program, one warp: 16 a thread, two 16-byte loads of bf16 a row
+ROWS, COLUMNS = 16, 256  # tile of a column-sum program: 32 KiB of bf16 in flight
+CHUNKS = 128             # chunks of a row that its warp joins at a time
 BLOCK = 2048             # columns of a backward program: 8 a thread, one 16-byte load of bf16 for each of the V + T rows
-PARTS = 4096             # numbers that the last kernel adds at a time
+PARTS = 1024             # numbers that the last kernel adds at a time
 WARPS = 8
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -66,107 +66,128 @@ def _exponentials(x, factor):
 # -------------------------------------------------------------------------------------------------------------------- forward
 
 
-@triton.jit
-def _sum_columns(teacher, center, teacher_sum, center_kept, column_block, T: tl.constexpr, B, K, outer_stride, image_stride,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr):
-    k = column_block * COLUMNS + tl.arange(0, COLUMNS)
+@triton.jit(do_not_specialize=("B",))
+def _sum_columns(
+    teacher,         # (T, B, K)
+    center,          # (K,)
+    teacher_sum,     # (K,) out: sum over the T B rows
+    center_kept,     # (K,) out, KEEP only
+    B, K, outer_stride, image_stride, T: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """Grid: ceil(K / COLUMNS)."""
+    k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     if KEEP:
         tl.store(center_kept + k, tl.load(center + k, k < K, 0.0).to(tl.float32), k < K)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, T * B, ROWS):
+    for first in tl.range(0, T * B, ROWS, num_stages=4):
         row = first + tl.arange(0, ROWS)
-        start = _row(teacher, row // B, row % B, outer_stride, image_stride)
+        t = tl.where(row < B, 0, 1)                                                            # T is 1 or 2
+        start = _row(teacher, t, row - t * B, outer_stride, image_stride)
         sums += tl.load(start[:, None] + k[None, :], (row < T * B)[:, None] & (k < K)[None, :], 0.0).to(tl.float32)
     tl.store(teacher_sum + k, tl.sum(sums, 0), k < K)
 
 
 @triton.jit
-def _teacher_chunk(teacher, t: tl.constexpr, center_chunk, factor, b, k, V, K, N, chunk, outer_stride, image_stride, parts,
-                   plane, T: tl.constexpr, CENTERED: tl.constexpr):
-    """Weights (CHUNK,) of teacher crop t, relative to their maximum; what belongs to the chunk goes into parts."""
-    start = _row(teacher, t, b, outer_stride, image_stride)
+def _teacher_chunk(start, center_chunk, factor, k, inside, CENTERED: tl.constexpr):
+    """Of a row: weights (CHUNK,) relative to their maximum, the maximum, the sum, the moment about the maximum."""
     if CENTERED:
-        x = tl.load(start + k, k < K, MINUS_INF).to(tl.float32) - center_chunk
+        x = tl.load(start + k, inside, MINUS_INF).to(tl.float32) - center_chunk
         top, d, weight = _exponentials(x, factor)
         moment = tl.sum(weight * tl.where(d == MINUS_INF, 0.0, d), 0)                     # a logit of -inf has no weight
     else:
-        weight = tl.load(start + k, k < K, 0.0).to(tl.float32)
+        weight = tl.load(start + k, inside, 0.0).to(tl.float32)
         top, moment = 0.0, 0.0
-    at = parts + (b * (V + T) + V + t) * N + chunk
+    return weight, top, tl.sum(weight, 0), moment
+
+
+@triton.jit
+def _store_parts(at, plane, top, total, moment):
     tl.store(at, top)
-    tl.store(at + plane, tl.sum(weight, 0))
+    tl.store(at + plane, total)
     tl.store(at + 2 * plane, moment)
-    return weight
 
 
-@triton.jit(do_not_specialize=("V", "B", "N", "column_programs"), do_not_specialize_on_alignment=("teacher_temp",))
+@triton.jit(do_not_specialize=("V", "B", "N"), do_not_specialize_on_alignment=("teacher_temp",))
 def _statistics(
     student,         # (V, B, K)
     teacher,         # (T, B, K)
     center,          # (K,), CENTERED only
     teacher_temp,    # (), CENTERED only
-    teacher_sum,     # (K,) out, CENTERED only: sum over the T B rows
-    center_kept,     # (K,) out, KEEP only
     parts,           # (4, B, V + T, N) out, of each chunk of the student's V rows and then the teacher's T: maximum; sum of
     #                  2^((x - maximum) factor), or of the probabilities; the same with each term times (x - maximum) for a
     #                  teacher's row, and for a student's with the weights of teacher crop 0; of teacher crop 1
     student_inv_temp, V, B, K, N, student_outer_stride, student_image_stride, teacher_outer_stride, teacher_image_stride,
-    column_programs, T: tl.constexpr, CENTERED: tl.constexpr, KEEP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    T: tl.constexpr, CENTERED: tl.constexpr, WHOLE: tl.constexpr, CHUNK: tl.constexpr,
 ):
-    """Grid: column_programs + B N; N chunks a row."""
-    program = tl.program_id(0)
-    if program < column_programs:
-        _sum_columns(teacher, center, teacher_sum, center_kept, program, T, B, K, teacher_outer_stride, teacher_image_stride,
-                     ROWS, COLUMNS, KEEP)
-    else:
-        b, chunk = (program - column_programs) // N, (program - column_programs) % N
-        plane = tl.cast(B, tl.int64) * (V + T) * N
-        k = chunk * CHUNK + tl.arange(0, CHUNK)                                                # (CHUNK,)
-        c = tl.load(center + k, k < K, 0.0).to(tl.float32) if CENTERED else 0.0
-        teacher_factor = LOG2E / tl.load(teacher_temp).to(tl.float32) if CENTERED else 0.0
-        weight0 = _teacher_chunk(teacher, 0, c, teacher_factor, b, k, V, K, N, chunk, teacher_outer_stride,
-                                 teacher_image_stride, parts, plane, T, CENTERED)
+    """Grid: B N; N chunks a row, all of them WHOLE or not."""
+    b, chunk = tl.program_id(0) // N, tl.program_id(0) % N
+    plane = tl.cast(B, tl.int64) * (V + T) * N
+    k = chunk * CHUNK + tl.arange(0, CHUNK)                                                    # (CHUNK,)
+    inside = tl.full((CHUNK,), True, tl.int1) if WHOLE else k < K
+    c = tl.load(center + k, inside, 0.0).to(tl.float32) if CENTERED else 0.0
+    teacher_factor = LOG2E / tl.load(teacher_temp).to(tl.float32) if CENTERED else 0.0
+    start = _row(teacher, 0, b, teacher_outer_stride, teacher_image_stride)
+    weight0, top0, total0, moment0 = _teacher_chunk(start, c, teacher_factor, k, inside, CENTERED)
+    if T == 2:
+        start = _row(teacher, 1, b, teacher_outer_stride, teacher_image_stride)
+        weight1, top1, total1, moment1 = _teacher_chunk(start, c, teacher_factor, k, inside, CENTERED)
+    ahead = tl.load(_row(student, 0, b, student_outer_stride, student_image_stride) + k, inside, MINUS_INF)
+    at = parts + b * (V + T) * N + chunk
+    _store_parts(at + V * N, plane, top0, total0, moment0)
+    if T == 2:
+        _store_parts(at + (V + 1) * N, plane, top1, total1, moment1)
+    for v in range(V):
+        x = ahead.to(tl.float32)
+        following = tl.minimum(v + 1, V - 1)             # the last row again, from L1: a mask would cost 18 moves
+        ahead = tl.load(_row(student, following, b, student_outer_stride, student_image_stride) + k, inside, MINUS_INF)
+        top, d, weight = _exponentials(x, LOG2E * student_inv_temp)
+        d = tl.where(inside, d, 0.0)
+        _store_parts(at, plane, top, tl.sum(weight, 0), tl.sum(weight0 * d, 0))
         if T == 2:
-            weight1 = _teacher_chunk(teacher, 1, c, teacher_factor, b, k, V, K, N, chunk, teacher_outer_stride,
-                                     teacher_image_stride, parts, plane, T, CENTERED)
-        ahead = tl.load(_row(student, 0, b, student_outer_stride, student_image_stride) + k, k < K, MINUS_INF)
-        for v in range(V):
-            x = ahead.to(tl.float32)
-            ahead = tl.load(_row(student, v + 1, b, student_outer_stride, student_image_stride) + k, (k < K) & (v + 1 < V),
-                            MINUS_INF)
-            top, d, weight = _exponentials(x, LOG2E * student_inv_temp)
-            d = tl.where(k < K, d, 0.0)
-            at = parts + (b * (V + T) + v) * N + chunk
-            tl.store(at, top)
-            tl.store(at + plane, tl.sum(weight, 0))
-            tl.store(at + 2 * plane, tl.sum(weight0 * d, 0))
-            if T == 2:
-                tl.store(at + 3 * plane, tl.sum(weight1 * d, 0))
+            tl.store(at + 3 * plane, tl.sum(weight1 * d, 0))
+        at += N
 
 
 @triton.jit
-def _whole_teacher_row(parts, plane, row, N, factor, CHUNKS: tl.constexpr):
-    """Maximum and sum of one row from its chunks."""
+def _whole_row(row, plane, N, factor, CHUNKS: tl.constexpr):
+    """Maximum and sum of a row from its chunks."""
     top = MINUS_INF
     for first in range(0, N, CHUNKS):
         chunk = first + tl.arange(0, CHUNKS)
-        top = tl.maximum(top, tl.max(tl.load(parts + row * N + chunk, chunk < N, MINUS_INF), 0))
+        top = tl.maximum(top, tl.max(tl.load(row + chunk, chunk < N, MINUS_INF), 0))
     total = 0.0
     for first in range(0, N, CHUNKS):
         chunk = first + tl.arange(0, CHUNKS)
-        below = tl.load(parts + row * N + chunk, chunk < N, MINUS_INF) - top    # a row of -inf gives NaN here and from here on
-        total += tl.sum(tl.exp2(below * factor) * tl.load(parts + plane + row * N + chunk, chunk < N, 0.0), 0)
+        below = tl.load(row + chunk, chunk < N, MINUS_INF) - top                # a row of -inf gives NaN here and from here on
+        total += tl.sum(tl.exp2(below * factor) * tl.load(row + plane + chunk, chunk < N, 0.0), 0)
     return top, total
 
 
 @triton.jit
-def _joined_dots(parts, plane, t: tl.constexpr, teacher_top, teacher_row, dots, below, chunk, N, factor):
-    """Part (ROWS,) of <teacher weights, student - maximum> in these chunks; weights relative to the teacher row's maximum."""
-    at = parts + teacher_row * N + chunk                                                       # (CHUNKS,)
-    weight = tl.exp2((tl.load(at, chunk < N, MINUS_INF) - teacher_top) * factor)
-    total = tl.load(at + plane, chunk < N, 0.0)
-    return tl.sum(weight[None, :] * (dots + tl.where(chunk < N, below, 0.0) * total[None, :]), 1)
+def _dot(row, top, dots, teacher_row, teacher_top, plane, N, factor, CHUNKS: tl.constexpr):
+    """<teacher weights, student - maximum> of a student row; weights relative to the teacher row's maximum."""
+    total = 0.0
+    for first in range(0, N, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        inside = chunk < N
+        weight = tl.exp2((tl.load(teacher_row + chunk, inside, MINUS_INF) - teacher_top) * factor)
+        below = tl.load(row + chunk, inside, top) - top
+        total += tl.sum(weight * (tl.load(dots + chunk, inside, 0.0)
+                                  + below * tl.load(teacher_row + plane + chunk, inside, 0.0)), 0)
+    return total
+
+
+@triton.jit
+def _entropy(row, top, total, plane, N, temp, CHUNKS: tl.constexpr):
+    """Of a teacher row, in nats."""
+    moment = 0.0                                         # sum (x - maximum) 2^((x - maximum) factor)
+    for first in range(0, N, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        inside = chunk < N
+        below = tl.load(row + chunk, inside, MINUS_INF) - top
+        shift = tl.where(below == MINUS_INF, 0.0, below) * tl.load(row + plane + chunk, inside, 0.0)
+        moment += tl.sum(tl.exp2(below * (LOG2E / temp)) * (tl.load(row + 2 * plane + chunk, inside, 0.0) + shift), 0)
+    return tl.log(total) - moment / (total * temp)
 
 
 @triton.jit(do_not_specialize=("V", "B", "N"), do_not_specialize_on_alignment=("teacher_temp", "temp_kept"))
@@ -175,81 +196,54 @@ def _join(
     teacher_temp,    # (), CENTERED only
     saved,           # (B, V + T, 2) out, KEEP only: maximum and 1 / sum of each row; of a row of probabilities 0 and its sum
     temp_kept,       # () out, KEEP only; zeros fill the place up to 16 bytes
-    losses,          # (B,) out: sum over the crops of an image
-    entropies,       # (B,) out: sum over the teacher's rows
+    losses,          # (B, V) out: of each crop
+    entropies,       # (B,) out, CENTERED only: sum over the teacher's rows
     student_inv_temp, V, B, N, T: tl.constexpr, CENTERED: tl.constexpr, DIAGONAL: tl.constexpr, KEEP: tl.constexpr,
-    ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
-    """Grid: B. ROWS is V, or the next power of 2."""
-    b = tl.program_id(0)
+    """Grid: B V."""
+    b, v = tl.program_id(0) // V, tl.program_id(0) % V
     plane = tl.cast(B, tl.int64) * (V + T) * N
-    v = tl.arange(0, ROWS)                                                                     # (ROWS,)
     first_row = tl.cast(b, tl.int64) * (V + T)
-    rows = parts + (first_row + v[:, None]) * N                                                # (ROWS, 1)
-    factor = LOG2E * student_inv_temp
+    row = parts + (first_row + v) * N
+    teacher0 = parts + (first_row + V) * N
+    teacher1 = teacher0 + N
     temp = tl.load(teacher_temp).to(tl.float32) if CENTERED else 1.0
-    teacher_factor = LOG2E / temp if CENTERED else 1.0          # the maximum of probabilities is kept as 0
-    top0, total0 = _whole_teacher_row(parts, plane, first_row + V, N, teacher_factor, CHUNKS)
-    top1, total1 = top0, total0
-    if T == 2:
-        top1, total1 = _whole_teacher_row(parts, plane, first_row + V + 1, N, teacher_factor, CHUNKS)
-
-    top = tl.full((ROWS,), MINUS_INF, tl.float32)
-    for first in range(0, N, CHUNKS):
-        chunk = first + tl.arange(0, CHUNKS)                                                   # (CHUNKS,)
-        top = tl.maximum(top, tl.max(tl.load(rows + chunk, (v < V)[:, None] & (chunk < N), MINUS_INF), 1))
-    total, dot0, dot1 = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-    moment0, moment1 = 0.0, 0.0
-    for first in range(0, N, CHUNKS):
-        chunk = first + tl.arange(0, CHUNKS)
-        inside = (v < V)[:, None] & (chunk < N)                                                # (ROWS, CHUNKS)
-        below = tl.load(rows + chunk, inside, MINUS_INF) - top[:, None]
-        total += tl.sum(tl.exp2(below * factor) * tl.load(rows + plane + chunk, inside, 0.0), 1)
-        dot0 += _joined_dots(parts, plane, 0, top0, first_row + V, tl.load(rows + 2 * plane + chunk, inside, 0.0), below, chunk,
-                             N, teacher_factor)
-        if CENTERED:
-            moment0 += _moment(parts, plane, first_row + V, top0, chunk, N, teacher_factor)
-        if T == 2:
-            dot1 += _joined_dots(parts, plane, 1, top1, first_row + V + 1, tl.load(rows + 3 * plane + chunk, inside, 0.0),
-                                 below, chunk, N, teacher_factor)
-            if CENTERED:
-                moment1 += _moment(parts, plane, first_row + V + 1, top1, chunk, N, teacher_factor)
-
+    factor, teacher_factor = LOG2E * student_inv_temp, LOG2E / temp      # the maximum of probabilities is kept as 0
+    top, total = _whole_row(row, plane, N, factor, CHUNKS)
+    top0, total0 = _whole_row(teacher0, plane, N, teacher_factor, CHUNKS)
+    dot0 = _dot(row, top, row + 2 * plane, teacher0, top0, plane, N, teacher_factor, CHUNKS)
     mass0, scale0 = (1.0, 1.0 / total0) if CENTERED else (total0, 1.0)
-    mass1, scale1 = (1.0, 1.0 / total1) if CENTERED else (total1, 1.0)
     meets0 = _meets(v, 0, DIAGONAL)
     mass, dot = meets0 * mass0, meets0 * scale0 * dot0
     if T == 2:
+        top1, total1 = _whole_row(teacher1, plane, N, teacher_factor, CHUNKS)
+        dot1 = _dot(row, top, row + 3 * plane, teacher1, top1, plane, N, teacher_factor, CHUNKS)
+        mass1, scale1 = (1.0, 1.0 / total1) if CENTERED else (total1, 1.0)
         meets1 = _meets(v, 1, DIAGONAL)
         mass, dot = mass + meets1 * mass1, dot + meets1 * scale1 * dot1
     bracket = tl.where(mass == 0, 0.0, mass * tl.log(total) - dot * student_inv_temp)          # a crop may be in no pair
-    tl.store(losses + b, tl.sum(tl.where(v < V, bracket, 0.0), 0))
-    entropy = tl.log(total0) - moment0 / (total0 * temp)
-    if T == 2:
-        entropy += tl.log(total1) - moment1 / (total1 * temp)
-    tl.store(entropies + b, entropy)
+    tl.store(losses + tl.program_id(0), bracket)
+    if CENTERED:
+        if v == 0:
+            entropy = _entropy(teacher0, top0, total0, plane, N, temp, CHUNKS)
+            if T == 2:
+                entropy += _entropy(teacher1, top1, total1, plane, N, temp, CHUNKS)
+            tl.store(entropies + b, entropy)
     if KEEP:
         at = saved + 2 * (first_row + v)
-        tl.store(at, top, v < V)
-        tl.store(at + 1, 1.0 / total, v < V)
-        at = saved + 2 * (first_row + V)
-        tl.store(at, top0)
-        tl.store(at + 1, scale0 if CENTERED else total0)
-        if T == 2:
-            tl.store(at + 2, top1)
-            tl.store(at + 3, scale1 if CENTERED else total1)
-        if b == 0:
-            i = tl.arange(0, 4)
-            tl.store(temp_kept + i, tl.where(i == 0, temp, 0.0), i < 4 - 2 * B * (V + T) % 4)      # up to the centre
-
-
-@triton.jit
-def _moment(parts, plane, row, top, chunk, N, factor):
-    """Part of sum (x - maximum) 2^((x - maximum) factor) of a teacher row in these chunks."""
-    at = parts + row * N + chunk
-    below = tl.load(at, chunk < N, MINUS_INF) - top
-    shift = tl.where(below == MINUS_INF, 0.0, below) * tl.load(at + plane, chunk < N, 0.0)
-    return tl.sum(tl.exp2(below * factor) * (tl.load(at + 2 * plane, chunk < N, 0.0) + shift), 0)
+        tl.store(at, top)
+        tl.store(at + 1, 1.0 / total)
+        if v == 0:
+            at = saved + 2 * (first_row + V)
+            tl.store(at, top0)
+            tl.store(at + 1, scale0 if CENTERED else total0)
+            if T == 2:
+                tl.store(at + 2, top1)
+                tl.store(at + 3, scale1 if CENTERED else total1)
+            if b == 0:
+                i = tl.arange(0, 4)
+                tl.store(temp_kept + i, tl.where(i == 0, temp, 0.0), i < 4 - 2 * B * (V + T) % 4)   # up to the centre
 
 
 @triton.jit
@@ -261,17 +255,18 @@ def _sum_parts(parts, n, PARTS: tl.constexpr):
     return tl.sum(sums, 0)
 
 
-@triton.jit(do_not_specialize=("B",))
+@triton.jit(do_not_specialize=("V", "B"))
 def _finish(
-    losses,          # (B,)
-    entropies,       # (B,)
+    losses,          # (B, V)
+    entropies,       # (B,), CENTERED only
     loss,            # () out
-    entropy,         # () out
-    inv_pairs, B, T: tl.constexpr, PARTS: tl.constexpr,
+    entropy,         # () out: 0 without a centre
+    inv_pairs, V, B, T: tl.constexpr, CENTERED: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Grid: 1."""
-    tl.store(loss, (_sum_parts(losses, B, PARTS) * inv_pairs / tl.cast(B, tl.float64)).to(tl.float32))
-    tl.store(entropy, (_sum_parts(entropies, B, PARTS) / (tl.cast(B, tl.float64) * T)).to(tl.float32))
+    images = tl.cast(B, tl.float64)
+    tl.store(loss, (_sum_parts(losses, B * V, PARTS) * inv_pairs / images).to(tl.float32))
+    tl.store(entropy, (_sum_parts(entropies, B, PARTS) / (images * T)).to(tl.float32) if CENTERED else 0.0)
 
 
 def saved_numbers(B: int, rows: int, K: int) -> int:
@@ -295,23 +290,23 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor | None, student_t
     """
     (V, B, K), T, centered = student.shape, len(teacher), center is not None
     N = triton.cdiv(K, CHUNK)
-    column_programs = triton.cdiv(K, COLUMNS) if centered else 0
 
     def numbers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=student.device)
     loss, entropy, teacher_sum = numbers(), numbers(), numbers(K if centered else 0)
     saved = numbers(saved_numbers(B, V + T, K if centered else 0) if with_grad else 0)
     temp_kept, center_kept = _parts_of(saved, B, V + T)
-    parts, losses, entropies = numbers(4, B, V + T, N), numbers(B), numbers(B)
+    parts, losses, entropies = numbers(4, B, V + T, N), numbers(B * V), numbers(B)
     center = center.contiguous() if centered else teacher_temp
     with torch.cuda.device_of(student):
-        _statistics[column_programs + B * N,](
-            student, teacher, center, teacher_temp, teacher_sum, center_kept, parts, 1 / student_temp, V, B, K, N,
-            *student.stride()[:2], *teacher.stride()[:2], column_programs, T, centered, centered and with_grad, CHUNK, ROWS,
-            COLUMNS, num_warps=WARPS)
-        _join[B,](parts, teacher_temp, saved, temp_kept, losses, entropies, 1 / student_temp, V, B, N, T, centered, diagonal,
-                  with_grad, triton.next_power_of_2(V), CHUNKS, num_warps=WARPS)
-        _finish[1,](losses, entropies, loss, entropy, 1 / pairs, B, T, PARTS, num_warps=WARPS)
+        if centered:                                     # first: it leaves the teacher's rows in L2
+            _sum_columns[triton.cdiv(K, COLUMNS),](teacher, center, teacher_sum, center_kept, B, K, *teacher.stride()[:2], T,
+                                                   with_grad, ROWS, COLUMNS, num_warps=WARPS)
+        _statistics[B * N,](student, teacher, center, teacher_temp, parts, 1 / student_temp, V, B, K, N, *student.stride()[:2],
+                            *teacher.stride()[:2], T, centered, K % CHUNK == 0, CHUNK, num_warps=1)
+        _join[B * V,](parts, teacher_temp, saved, temp_kept, losses, entropies, 1 / student_temp, V, B, N, T, centered,
+                      diagonal, with_grad, CHUNKS, num_warps=1)
+        _finish[1,](losses, entropies, loss, entropy, 1 / pairs, V, B, T, centered, PARTS, num_warps=WARPS)
     return loss, entropy, teacher_sum, saved
 
 
@@ -319,16 +314,30 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor | None, student_t
 
 
 @triton.jit
-def _teacher_tile(teacher, t: tl.constexpr, center_tile, factor, saved, b, k, V, K, outer_stride, image_stride,
+def _teacher_tile(teacher, t: tl.constexpr, center_tile, factor, scale, saved, b, k, V, K, outer_stride, image_stride,
                   T: tl.constexpr, CENTERED: tl.constexpr):
-    """q[t, b, k] (BLOCK,) and the mass of the whole row."""
+    """scale q[t, b, k] (BLOCK,) and scale times the mass of the whole row."""
     at = saved + 2 * (tl.cast(b, tl.int64) * (V + T) + V + t)
     x = tl.load(_row(teacher, t, b, outer_stride, image_stride) + k, k < K, 0.0).to(tl.float32)
     if CENTERED:
-        q, mass = tl.exp2((x - center_tile - tl.load(at)) * factor) * tl.load(at + 1), 1.0
+        q, mass = tl.exp2((x - center_tile - tl.load(at)) * factor) * (tl.load(at + 1) * scale), scale
     else:
-        q, mass = x, tl.load(at + 1)
+        q, mass = x * scale, tl.load(at + 1) * scale
     return q, mass
+
+
+@triton.jit
+def _student_tile(student, v, b, k, V, K, outer_stride, image_stride):
+    """Of crop v, or of the last one."""
+    return tl.load(_row(student, tl.minimum(v, V - 1), b, outer_stride, image_stride) + k, k < K, 0.0)
+
+
+@triton.jit
+def _store_gradient(grad, s, target, mass, saved, factor, v, b, k, inside, V, B, K, T: tl.constexpr):
+    """Of crop v: mass softmax(student) - target, both scaled."""
+    at = saved + 2 * (tl.cast(b, tl.int64) * (V + T) + v)
+    g = mass * tl.load(at + 1) * tl.exp2((s.to(tl.float32) - tl.load(at)) * factor) - target
+    tl.store(_row(grad, v, b, tl.cast(B, tl.int64) * K, K) + k, g.to(grad.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=("V", "B"), do_not_specialize_on_alignment=("temp_kept", "upstream"))
@@ -347,28 +356,28 @@ def _gradient(
     blocks = tl.cdiv(K, BLOCK)
     b, block = B - 1 - tl.program_id(0) // blocks, tl.program_id(0) % blocks
     k = block * BLOCK + tl.arange(0, BLOCK)                                                    # (BLOCK,)
+    factor = LOG2E * student_inv_temp
+    ahead = _student_tile(student, 0, b, k, V, K, student_outer_stride, student_image_stride)
     c = tl.load(center_kept + k, k < K, 0.0) if CENTERED else 0.0
     teacher_factor = LOG2E / tl.load(temp_kept) if CENTERED else 0.0
     scale = tl.load(upstream).to(tl.float32) * grad_scale
-    q0, mass0 = _teacher_tile(teacher, 0, c, teacher_factor, saved, b, k, V, K, teacher_outer_stride, teacher_image_stride, T,
-                              CENTERED)
+    q0, mass0 = _teacher_tile(teacher, 0, c, teacher_factor, scale, saved, b, k, V, K, teacher_outer_stride,
+                              teacher_image_stride, T, CENTERED)
+    q1, mass1 = q0 * 0.0, mass0 * 0.0
     if T == 2:
-        q1, mass1 = _teacher_tile(teacher, 1, c, teacher_factor, saved, b, k, V, K, teacher_outer_stride, teacher_image_stride,
-                                  T, CENTERED)
-    factor = LOG2E * student_inv_temp
-    at = saved + 2 * tl.cast(b, tl.int64) * (V + T)
-    ahead = tl.load(_row(student, 0, b, student_outer_stride, student_image_stride) + k, k < K, 0.0)
-    for v in range(V):
-        s = ahead.to(tl.float32)
-        ahead = tl.load(_row(student, v + 1, b, student_outer_stride, student_image_stride) + k, (k < K) & (v + 1 < V), 0.0)
-        meets = _meets(v, 0, DIAGONAL)
-        target, mass = meets * q0, meets * mass0
-        if T == 2:
-            meets = _meets(v, 1, DIAGONAL)
-            target, mass = target + meets * q1, mass + meets * mass1
-        own = scale * mass * tl.load(at + 2 * v + 1)
-        g = own * tl.exp2((s - tl.load(at + 2 * v)) * factor) - scale * target
-        tl.store(_row(grad, v, b, tl.cast(B, tl.int64) * K, K) + k, g.to(grad.dtype.element_ty), k < K)
+        q1, mass1 = _teacher_tile(teacher, 1, c, teacher_factor, scale, saved, b, k, V, K, teacher_outer_stride,
+                                  teacher_image_stride, T, CENTERED)
+    if not DIAGONAL:                                     # crops that meet the other teacher crop alone; none where T is 1
+        for v in tl.static_range(T):
+            s = ahead
+            ahead = _student_tile(student, v + 1, b, k, V, K, student_outer_stride, student_image_stride)
+            target, mass = (q1, mass1) if v == 0 else (q0, mass0)
+            _store_gradient(grad, s, target, mass, saved, factor, v, b, k, (k < K) & (v < V), V, B, K, T)
+    target, mass = q0 + q1, mass0 + mass1
+    for v in range(0 if DIAGONAL else T, V):
+        s = ahead
+        ahead = _student_tile(student, v + 1, b, k, V, K, student_outer_stride, student_image_stride)
+        _store_gradient(grad, s, target, mass, saved, factor, v, b, k, k < K, V, B, K, T)
 
 
 def dino_loss_backward(upstream: Tensor, student: Tensor, teacher: Tensor, saved: Tensor, student_temp: float, centered: bool,
