@@ -194,6 +194,14 @@ def colour(crops: Sequence[Tensor], views: np.ndarray, table: Tensor, dtype: tor
     return torch.stack(out)
 
 
+def normalize(crops: Tensor, table: Tensor) -> Tensor:
+    """Levels by a table: `out[n, c, y, x] = table[c, crops[n, c, y, x]]`.
+
+    crops (N, 3, H, W) of uint8, strided in any way; table (3, 256). Returns (N, 3, H, W) in the table's dtype, contiguous.
+    """
+    return torch.stack([row[levels.long()] for row, levels in zip(table, crops.unbind(1), strict=True)], 1).contiguous()
+
+
 def _luma(x: Tensor) -> Tensor:
     """Grey (S, S) of levels (3, S, S)."""
     return (x[0] * 19595 + x[1] * 38470 + x[2] * 7471 + 0x8000) >> 16

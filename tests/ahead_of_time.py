@@ -12,14 +12,12 @@ import itertools
 import json
 import multiprocessing
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 
+import machine_code
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -28,7 +26,6 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 ARCHITECTURES = (80, 90)
 Launch = tuple[JITFunction, tuple, dict]
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def launches_of(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
@@ -51,25 +48,16 @@ def launches_of(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
     return recorded
 
 
-def health(kernel: JITFunction, args: tuple, options: dict, architecture: int) -> dict[str, int]:
-    """Registers and bytes of stack a thread; how many spills, global loads and stores of 16 bytes, products fused with a sum,
-    and quotients that are not rounded to nearest."""
+def health(kernel: JITFunction, args: tuple, options: dict, architecture: int) -> dict:
+    """What machine_code.py reads, and how many products are fused with a sum, and quotients not rounded to nearest."""
     target = GPUTarget("cuda", architecture, 32)
     backend = make_backend(target)
     bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **options)
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
     compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = (subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
-                       for what in ("-res-usage", "-sass"))
-    found = {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1])}
-    ptx = compiled.asm["ptx"]
-    found |= {"fused": len(re.findall(r"\bfma\.", ptx)), "approximate": len(re.findall(r"\b(div|rcp)\.(full|approx)", ptx))}
-    for name, pattern in (("spills", r"(STL|LDL)\b"), ("loads_16", r"LDG\S*\.128\b"), ("stores_16", r"STG\S*\.128\b")):
-        found[name] = len(re.findall(r"\b" + pattern, code))
-    return found
+    ptx, warps = compiled.asm["ptx"], compiled.metadata.num_warps
+    return {"fused": len(re.findall(r"\bfma\.", ptx)), "approximate": len(re.findall(r"\b(div|rcp)\.(full|approx)", ptx)),
+            "warps": warps, **machine_code.read(compiled.asm["cubin"], compiled.metadata.shared, warps, architecture)}
 
 
 def _dino_loss_step(module: ModuleType, student: torch.Tensor, teacher: torch.Tensor, center: torch.Tensor | None,
@@ -91,7 +79,8 @@ def dino_loss() -> Iterator[tuple[dict[str, object], Launch]]:
         center, number = torch.empty(prototypes, device="meta") if centered else None, torch.empty((), device="meta")
         call = partial(_dino_loss_step, module, student, teacher, center, number)
         for launch in launches_of(module, call):
-            yield {"dtype": str(dtype), "prototypes": prototypes, "centered": centered, "teachers": teachers}, launch
+            if launch[0].__name__ not in ("_join", "_finish") or dtype == torch.bfloat16:          # these see no logits
+                yield {"dtype": str(dtype), "prototypes": prototypes, "centered": centered, "teachers": teachers}, launch
 
 
 def adamw_ema() -> Iterator[tuple[dict[str, object], Launch]]:
@@ -107,13 +96,14 @@ def adamw_ema() -> Iterator[tuple[dict[str, object], Launch]]:
                           torch.empty(2, device="meta"), skip, number, number, 0.9, 0.999, 1e-8, number)
         module.ema_(tensors(), tensors(grad), tensors(copy), number, skip)
 
-    cases = ((torch.float32, None), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16))
+    cases = ((torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16),
+             (torch.float16, torch.float16))
     for aligned, (grad, copy) in itertools.product((True, False), cases):
         module._are_aligned = lambda addresses, aligned=aligned: aligned
         module._tables_of.cache_clear()                  # tensors without memory all have the same address
         for launch in launches_of(module, partial(call, grad, copy)):
             if launch[0].__name__ not in ("_prepare", "_norms") or (aligned and copy is None):  # these two do not vary
-                yield {"grad": str(grad), "aligned": aligned}, launch
+                yield {"grad": str(grad), "copy": str(copy), "aligned": aligned}, launch
 
 
 def colour() -> Iterator[tuple[dict[str, object], Launch]]:
@@ -128,6 +118,17 @@ def colour() -> Iterator[tuple[dict[str, object], Launch]]:
             yield {"dtype": str(dtype)}, launch
 
 
+def normalize() -> Iterator[tuple[dict[str, object], Launch]]:
+    from dinofast.kernels import normalize as module
+
+    for dtype, side, interleaved in itertools.product((torch.float32, torch.bfloat16), (224, 33), (False, True)):
+        layout = torch.channels_last if interleaved else torch.contiguous_format
+        crops = torch.empty(64, 3, side, side, dtype=torch.uint8, device="meta", memory_format=layout)
+        table = torch.empty(3, 256, dtype=dtype, device="meta")
+        for launch in launches_of(module, partial(module.normalize, crops, table)):
+            yield {"dtype": str(dtype), "side": side, "interleaved": interleaved}, launch
+
+
 _cases: list[tuple[tuple[dict[str, object], Launch], int]] = []  # launches do not pickle: there before processes fork
 
 
@@ -138,7 +139,7 @@ def _entry(i: int) -> dict[str, object]:
 
 def compiled(operation: str) -> list[dict[str, object]]:
     """One entry for every launch and architecture, compiled on all cores."""
-    launches = {"dino_loss": dino_loss, "adamw_ema": adamw_ema, "colour": colour}[operation]()
+    launches = {"dino_loss": dino_loss, "adamw_ema": adamw_ema, "colour": colour, "normalize": normalize}[operation]()
     _cases[:] = itertools.product(launches, ARCHITECTURES)
     with multiprocessing.get_context("fork").Pool() as pool:
         return pool.map(_entry, range(len(_cases)), chunksize=1)

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from dinofast import ops
 from dinofast.config import Config, cores
 from dinofast.data import dali, index, native, pil, plan
 from dinofast.data.native import Refusals, Task
@@ -116,7 +117,7 @@ class Loader:
         if not crops:
             raise ValueError(f"None of the {self.n_images:,} images decodes any more: see {self._refused_file} for reasons.")
         on_device = [c.to(self._device, non_blocking=True) for c in crops]  # torch keeps pinned memory until it is copied
-        return [c if c.dtype == self.dtype else self._normalise(c).to(self.dtype) for c in on_device]
+        return [c if c.dtype == self.dtype else self._finished(c) for c in on_device]
 
     def _start(self) -> None:
         os.makedirs(os.path.dirname(self._refused_file), exist_ok=True)
@@ -128,6 +129,7 @@ class Loader:
         tasks, pinned, crops = self._tasks(start_step=self._step), self._device.type == "cuda", self.crops
         levels = torch.arange(256, dtype=torch.uint8, device=self._device).expand(1, 3, 1, 256)
         table = self._normalise(levels).view(3, 256)
+        self._table = table.to(self.dtype)
         if self.backend == "dali":
             self._batches = dali.Batches(tasks, crops.draw, crops.index.read, crops.decode, crops.index.sizes,
                                          crops.resolutions, table, self.dtype, self._device, self.batch_size,
@@ -156,6 +158,10 @@ class Loader:
     def _normalise(self, crops: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 3, S, S) to float32, in the steps of torchvision's ToTensor and Normalize."""
         return crops.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(self._mean).div_(self._std)
+
+    def _finished(self, crops: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, S, S) as the model takes them; on a GPU in one pass over memory instead of five, to the same bits."""
+        return ops.normalize(crops, self._table) if crops.is_cuda else self._normalise(crops).to(self.dtype)
 
     def _refuse(self, refusals: Refusals) -> None:
         known = dict(self.refused)

@@ -24,6 +24,7 @@ KERNELS = {  # operation -> device type -> the implementation that is faster tha
     "ema_": {"cpu": "cpp", "cuda": "triton"},
     "grad_norms": {"cpu": "cpp", "cuda": "triton"},
     "colour": {"cpu": "cpp", "cuda": "triton"},
+    "normalize": {"cuda": "triton"},
 }
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLS = (None, "reference", "cpp", "triton")
