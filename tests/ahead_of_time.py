@@ -80,7 +80,8 @@ def dino_loss() -> Iterator[tuple[dict[str, object], Launch]]:
         call = partial(_dino_loss_step, module, student, teacher, center, number)
         for launch in launches_of(module, call):
             if launch[0].__name__ not in ("_join", "_finish") or dtype == torch.bfloat16:          # these see no logits
-                yield {"dtype": str(dtype), "prototypes": prototypes, "centered": centered, "teachers": teachers}, launch
+                yield {"dtype": str(dtype), "prototypes": prototypes, "centered": centered, "teachers": teachers,
+                       "whole": prototypes % module.CHUNK == 0}, launch
 
 
 def adamw_ema() -> Iterator[tuple[dict[str, object], Launch]]:
@@ -126,7 +127,7 @@ def normalize() -> Iterator[tuple[dict[str, object], Launch]]:
         crops = torch.empty(64, 3, side, side, dtype=torch.uint8, device="meta", memory_format=layout)
         table = torch.empty(3, 256, dtype=dtype, device="meta")
         for launch in launches_of(module, partial(module.normalize, crops, table)):
-            yield {"dtype": str(dtype), "side": side, "interleaved": interleaved}, launch
+            yield {"dtype": str(dtype), "interleaved": interleaved, "whole": side % 4 == 0}, launch
 
 
 _cases: list[tuple[tuple[dict[str, object], Launch], int]] = []  # launches do not pickle: there before processes fork

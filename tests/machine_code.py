@@ -31,7 +31,8 @@ def read(cubin: bytes, shared: int, warps: int, architecture: int) -> dict:
                        for what in ("-res-usage", "-sass"))
     code = [(int(address, 16), instruction) for address, instruction in _LINE.findall(text)]
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    fit = (REGISTERS // (-(-registers // 8) * 8 * 32 * warps), WARPS // warps, PROGRAMS, SHARED[architecture] // (shared + 1024))
+    fit = (REGISTERS // (-(-registers // 8) * 8 * 32 * warps), WARPS // warps, PROGRAMS,
+           SHARED[architecture] // (shared + 1024))
     loops = [count([x for at, x in code if begin <= at <= end]) for begin, end in _loops(code)]
     return {"registers": registers, "stack": stack, "spills": sum(x.startswith(("STL", "LDL")) for _, x in code),
             "programs": min(fit), **count([x for _, x in code]),

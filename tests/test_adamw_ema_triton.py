@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import budgets
 import pytest
 import torch
 from test_adamw_ema import DTYPES, OPTIONS, SHAPES, assert_same_bits, clone, draw, with_copies
@@ -20,15 +21,15 @@ from dinofast.testing import assert_no_worse
 def test_compiled_for_every_configuration(compiled_ahead_of_time: Callable, architecture: int) -> None:
     kernels = [k for k in compiled_ahead_of_time("adamw_ema") if k["architecture"] == architecture]
     assert {k["kernel"] for k in kernels} == {"_square_sums", "_norms", "_prepare", "_adamw_ema", "_ema"}
-    assert len(kernels) == 3 * 3 * 2 + 2
+    assert len(kernels) == 3 * 4 * 2 + 2
     for k in kernels:
         assert k["stack"] == 0 and k["spills"] == 0, k
-        assert k["registers"] <= 96, k                                     # 128 threads a program: five on a multiprocessor
         is_fp32 = k["grad"] == "torch.float32"
         loads, stores = {"_square_sums": (4 if is_fp32 else 2, 0), "_ema": (4 if is_fp32 else 2, 2),
                          "_adamw_ema": (10 if is_fp32 else 8, 8)}.get(k["kernel"], (0, 0))
         expected = (loads, stores) if k["aligned"] else (0, 0)             # 8 bytes at a time of 16-bit numbers beside fp32
         assert (k["loads_16"], k["stores_16"]) == expected, k
+    assert not budgets.over(kernels)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import budgets
 import numpy as np
 import pytest
 import torch
@@ -124,6 +125,7 @@ def test_compiled_kernels_are_sound(compiled_ahead_of_time) -> None:
     assert {entry["kernel"] for entry in entries} == {"_means", "_colour", "_blur"}
     for entry in entries:
         assert entry["stack"] == entry["spills"] == entry["fused"] == entry["approximate"] == 0, entry
+    assert not budgets.over(entries)
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import budgets
 import pytest
 import torch
 from torch import Tensor
@@ -95,6 +96,15 @@ def test_no_kernel_on_a_cpu() -> None:
     assert ops.paths()["normalize"]["cpu"] == "reference (plain torch): no kernel for this device"
     with pytest.raises(ValueError, match="impl='cpp' has no normalize for cpu tensors"):
         ops.normalize(noise(1, 4, 4), table(torch.float32), "cpp")
+
+
+def test_compiled_kernels_are_sound(compiled_ahead_of_time: Callable) -> None:
+    kernels = compiled_ahead_of_time("normalize")
+    assert len(kernels) == 2 * 2 * 2 * 2
+    for k in kernels:
+        assert k["stack"] == 0 and k["spills"] == 0, k
+        assert k["stores_16"] == (3 if k["whole"] else 0), k
+    assert not budgets.over(kernels)
 
 
 # ------------------------------------------------------------------------------------------------------------------- on a GPU
