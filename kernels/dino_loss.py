@@ -10,19 +10,23 @@ Both terms of the bracket are positive: nothing cancels, however large the logit
 Bytes, in slabs of B rows of logits: the floor, with all V + T rows of an image kept on chip, is V + 2 read and V written, 22
 for V = 10; but those rows are 1.5 MiB at K = 65,536 in bf16, more than a multiprocessor's 228 KiB, and Triton cannot spread
 them over a cluster. So there are two passes: forward reads V + 2, backward reads V + 2 again and writes V, 34 for V = 10, with
-any upstream, and 12 where no gradient is wanted. The programs that sum the teacher's columns read 2 more; they start first,
-and what they read is in L2 for the rest of that pass, as far as it fits. Backward takes the images in reverse, to begin with
-what forward has left in L2.
+any upstream, and 12 where no gradient is wanted. The teacher's columns are summed first, by a kernel of its own, which reads 2
+slabs; they are then in L2 for the pass over the rows, as far as they fit. Backward takes the images in reverse, to begin with
+what forward has left in L2. Scratch, in fp32: 16 bytes per row and chunk of 512 columns until the loss is there, 1.5 MiB
+beside 96 MiB of logits at V = 10, B = 64, K = 65,536 in bf16; 2 numbers per row, the temperature and the centre (which move
+before backward), until the gradient is there.
 
-A forward program takes a chunk of columns of all rows of an image: the teacher's weights stay in registers while the student's
-rows go by, each chunk relative to its own maximum. A second, small kernel joins the chunks of a row, as flash attention joins
-its blocks. A backward program takes a block of columns of all rows and needs two numbers a row. Both load a row ahead, because
-a load cannot pass the store of the row before. Scratch, in fp32: 4 numbers per row and chunk until the loss is there; 2 per
-row, the temperature and the centre (which move before backward), until the gradient is there. Block sizes are reasoned, not
-measured.
+A forward program is one warp with a chunk of columns of all rows of an image: the teacher's weights stay in registers while
+the student's rows go by, each chunk relative to its own maximum. A sum over the chunk is then one over a warp, without a
+barrier: 14 instructions an element in bf16, half of them the formula's, and 32 warps on a multiprocessor (tests/budgets.py);
+256 threads with 2,048 columns took 27, and 12 barriers a row. A second, small kernel joins the chunks of a row, a warp each, as
+flash attention joins its blocks. A backward program takes a block of columns of all rows and needs two numbers a row: 10
+instructions an element. Crops that meet one teacher crop alone come first, so that the loop over the others has one target.
+Both kernels load a row ahead, because a load cannot pass the store of the row before: 32 and 24 KiB are on their way to a
+multiprocessor, where 3 TB/s take some 23 KiB a microsecond. Block sizes are reasoned and counted, not measured.
 
 No atomics: every sum is taken in an order fixed by the shapes. Sums over a row are fp32, in trees of a chunk and then over the
-chunks; the sum over images is fp64.
+chunks; the sum over crops and images is fp64.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 512              # columns of a forward program, one warp: 16 a thread, two 16-byte loads of bf16 a row
-ROWS, COLUMNS = 16, 256  # tile of a column-sum program: 32 KiB of bf16 in flight
+ROWS, COLUMNS = 16, 256  # tile of a column-sum program: 8 KiB of bf16, of which three are on their way
 CHUNKS = 128             # chunks of a row that its warp joins at a time
 BLOCK = 2048             # columns of a backward program: 8 a thread, one 16-byte load of bf16 for each of the V + T rows
 PARTS = 1024             # numbers that the last kernel adds at a time
@@ -138,8 +142,8 @@ def _statistics(
         _store_parts(at + (V + 1) * N, plane, top1, total1, moment1)
     for v in range(V):
         x = ahead.to(tl.float32)
-        following = tl.minimum(v + 1, V - 1)             # the last row again, from L1: a mask would cost 18 moves
-        ahead = tl.load(_row(student, following, b, student_outer_stride, student_image_stride) + k, inside, MINUS_INF)
+        ahead = tl.load(_row(student, v + 1, b, student_outer_stride, student_image_stride) + k, inside & (v + 1 < V),
+                        MINUS_INF)
         top, d, weight = _exponentials(x, LOG2E * student_inv_temp)
         d = tl.where(inside, d, 0.0)
         _store_parts(at, plane, top, tl.sum(weight, 0), tl.sum(weight0 * d, 0))
@@ -328,8 +332,7 @@ def _teacher_tile(teacher, t: tl.constexpr, center_tile, factor, scale, saved, b
 
 @triton.jit
 def _student_tile(student, v, b, k, V, K, outer_stride, image_stride):
-    """Of crop v, or of the last one."""
-    return tl.load(_row(student, tl.minimum(v, V - 1), b, outer_stride, image_stride) + k, k < K, 0.0)
+    return tl.load(_row(student, v, b, outer_stride, image_stride) + k, (k < K) & (v < V), 0.0)
 
 
 @triton.jit

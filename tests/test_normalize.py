@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import budgets
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dinofast import ops
 from dinofast.config import Config
+from dinofast.data import make_loader
 
 IMPLS = ("reference", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -60,6 +62,19 @@ def test_every_level_of_every_channel(impl: str) -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
     out = ops.normalize(levels, numbers, impl)
     assert torch.equal(out, numbers.view(1, 3, 16, 16).expand(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpu_gets_the_crops_of_a_cpu(interpreter: None, photographs: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """The kernel with the loader's table, on the levels that the loader has normalised by arithmetic."""
+    loader = make_loader(Config(data_path=str(photographs), output_dir=str(tmp_path), data_backend="pil", num_workers=0,
+                                global_crops_size=32, local_crops_size=16, local_crops_number=2, batch_size_per_gpu=2))
+    loader.dtype, normalise, levels = dtype, loader._normalise, []
+    loader._normalise = lambda crops: (levels.append(crops), normalise(crops))[1]
+    crops = next(loader)
+    assert len(crops) == 2 and not levels[1].is_contiguous()
+    for expected, taken in zip(crops, levels[1:], strict=True):                    # after the 256 levels of the table
+        assert torch.equal(ops.normalize(taken, loader._table, "triton"), expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
