@@ -64,6 +64,23 @@ def test_a_chunk_without_weight(interpreter: None) -> None:
     assert loss.isnan() and entropy.isnan()
 
 
+def test_more_numbers_than_are_added_at_a_time(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops that the sizes of the other tests go through once: chunks of a row, crops and images, rows of the teacher."""
+    from dinofast.kernels import dino_loss as kernels
+
+    for name, value in (("CHUNKS", 2), ("PARTS", 4), ("ROWS", 2)):
+        monkeypatch.setattr(kernels, name, value)
+    for crops, images, prototypes in ((3, 3, 4 * kernels.CHUNK + 3), (40, 1, 7)):
+        student, teacher, center = loss_inputs("peaked", crops, images, prototypes)
+        results = []
+        for impl in ("triton", "reference"):
+            leaf = student.clone().requires_grad_()
+            out = ops.dino_loss(leaf, teacher, center, 0.1, 0.04, impl)
+            results.append((*out, torch.autograd.grad(out[0], leaf)[0]))
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=2e-5, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------------------------- on a GPU
 
 
