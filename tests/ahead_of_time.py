@@ -57,7 +57,8 @@ def health(kernel: JITFunction, args: tuple, options: dict, architecture: int) -
     compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
     ptx, warps = compiled.asm["ptx"], compiled.metadata.num_warps
     return {"fused": len(re.findall(r"\bfma\.", ptx)), "approximate": len(re.findall(r"\b(div|rcp)\.(full|approx)", ptx)),
-            "warps": warps, **machine_code.read(compiled.asm["cubin"], compiled.metadata.shared, warps, architecture)}
+            "warps": warps, "triton": triton.__version__,
+            **machine_code.read(compiled.asm["cubin"], compiled.metadata.shared, warps, architecture)}
 
 
 def _dino_loss_step(module: ModuleType, student: torch.Tensor, teacher: torch.Tensor, center: torch.Tensor | None,
