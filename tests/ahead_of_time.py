@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import machine_code
 import torch
@@ -48,13 +49,17 @@ def launches_of(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
     return recorded
 
 
-def health(kernel: JITFunction, args: tuple, options: dict, architecture: int) -> dict:
-    """What machine_code.py reads, and how many products are fused with a sum, and quotients not rounded to nearest."""
-    target = GPUTarget("cuda", architecture, 32)
-    backend = make_backend(target)
+def _source(kernel: JITFunction, args: tuple, options: dict, architecture: int) -> tuple[ASTSource, Any]:
+    """What is compiled of a launch, and with which options."""
+    backend = make_backend(GPUTarget("cuda", architecture, 32))
     bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **options)
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
-    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
+    return ASTSource(kernel, signature, constants, attributes), parsed
+
+
+def health(source: ASTSource, options: Any, architecture: int) -> dict:
+    """What machine_code.py reads, and how many products are fused with a sum, and quotients not rounded to nearest."""
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options.__dict__)
     ptx, warps = compiled.asm["ptx"], compiled.metadata.num_warps
     return {"fused": len(re.findall(r"\bfma\.", ptx)), "approximate": len(re.findall(r"\b(div|rcp)\.(full|approx)", ptx)),
             "warps": warps, "triton": triton.__version__,
@@ -131,20 +136,26 @@ def normalize() -> Iterator[tuple[dict[str, object], Launch]]:
             yield {"dtype": str(dtype), "interleaved": interleaved, "whole": side % 4 == 0}, launch
 
 
-_cases: list[tuple[tuple[dict[str, object], Launch], int]] = []  # launches do not pickle: there before processes fork
+_cases: list[tuple[ASTSource, Any, int]] = []  # sources do not pickle: there before processes fork
 
 
-def _entry(i: int) -> dict[str, object]:
-    (labels, (kernel, *call)), architecture = _cases[i]
-    return {"kernel": kernel.__name__, **labels, "architecture": architecture, **health(kernel, *call, architecture)}
+def _health(i: int) -> dict:
+    return health(*_cases[i])
 
 
 def compiled(operation: str) -> list[dict[str, object]]:
-    """One entry for every launch and architecture, compiled on all cores."""
+    """One entry for every launch and architecture, compiled on all cores; what is the same for several launches once."""
     launches = {"dino_loss": dino_loss, "adamw_ema": adamw_ema, "colour": colour, "normalize": normalize}[operation]()
-    _cases[:] = itertools.product(launches, ARCHITECTURES)
+    entries, distinct = [], {}
+    for (labels, (kernel, *call)), architecture in itertools.product(launches, ARCHITECTURES):
+        source, options = _source(kernel, *call, architecture)
+        key = source.hash(), repr(options), architecture
+        distinct[key] = source, options, architecture
+        entries.append(({"kernel": kernel.__name__, **labels, "architecture": architecture}, key))
+    _cases[:] = distinct.values()
     with multiprocessing.get_context("fork").Pool() as pool:
-        return pool.map(_entry, range(len(_cases)), chunksize=1)
+        found = dict(zip(distinct, pool.map(_health, range(len(_cases)), chunksize=1), strict=True))
+    return [labels | found[key] for labels, key in entries]
 
 
 if __name__ == "__main__":

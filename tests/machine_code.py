@@ -27,10 +27,9 @@ def read(cubin: bytes, shared: int, warps: int, architecture: int) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, text = (subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
-                       for what in ("-res-usage", "-sass"))
+        text = subprocess.run([CUOBJDUMP, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True).stdout
     code = [(int(address, 16), instruction) for address, instruction in _LINE.findall(text)]
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
     fit = (REGISTERS // (-(-registers // 8) * 8 * 32 * warps), WARPS // warps, PROGRAMS,
            SHARED[architecture] // (shared + 1024))
     loops = [count([x for at, x in code if begin <= at <= end]) for begin, end in _loops(code)]
