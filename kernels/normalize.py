@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024      # pixels
+BLOCK = 1024      # pixels of a program; 96 x 96 and 224 x 224 are whole blocks
 
 
 @triton.jit
