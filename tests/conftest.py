@@ -69,6 +69,14 @@ def gpu():
         pytest.skip("TRITON_INTERPRET is 1: Triton kernels are not compiled in this run")
 
 
+@pytest.hookimpl(tryfirst=True)                              # before pytest leaves out what `-m` does not name
+def pytest_collection_modifyitems(items):
+    """What uses the fixture `gpu` has the mark `gpu`: 86 tests that were to be marked by hand were not."""
+    for item in items:
+        if "gpu" in item.fixturenames:
+            item.add_marker("gpu")
+
+
 @pytest.fixture(scope="session")
 def compiled_ahead_of_time():
     """A function: what ahead_of_time.py found in the machine code of an operation's kernels."""

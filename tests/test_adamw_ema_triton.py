@@ -90,7 +90,6 @@ def done(x: dict[str, Any], impl: str | None, **options: Any) -> dict[str, Any]:
     return x
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"betas": (0.0, 0.5)}, {"momentum": 0.3}, {"momentum": 0.0}], ids=str)
 def test_gpu_no_worse_than_eager(gpu: None, options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -113,7 +112,6 @@ def test_gpu_no_worse_than_eager(gpu: None, options: dict[str, Any], dtype: torc
             assert_no_worse(a, b, c)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_gpu_copies_same_bits_and_unaligned_views(gpu: None, dtype: torch.dtype) -> None:
     x = moved(with_copies(draw(dtype=dtype), dtype), "cuda")
@@ -131,7 +129,6 @@ def test_gpu_copies_same_bits_and_unaligned_views(gpu: None, dtype: torch.dtype)
     assert torch.equal(ops.grad_norms(views["grads"]), ops.grad_norms(clone(views["grads"])))
 
 
-@pytest.mark.gpu
 def test_gpu_skip_and_bad_numbers(gpu: None) -> None:
     x = moved(with_copies(draw(), torch.bfloat16), "cuda")
     x["grads"][3][4096] = float("nan")
@@ -143,7 +140,6 @@ def test_gpu_skip_and_bad_numbers(gpu: None) -> None:
     assert ops.grad_norms(x["grads"], "triton").isfinite().tolist() == [i != 3 for i in range(len(SHAPES))]
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("clip_mode", ("tensor", "global"))
 def test_gpu_a_training_step_waits_for_nothing(gpu: None, clip_mode: str, dtype: torch.dtype) -> None:
@@ -172,14 +168,12 @@ def test_gpu_a_training_step_waits_for_nothing(gpu: None, clip_mode: str, dtype:
             torch.testing.assert_close(a, b.cpu(), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
 
 
-@pytest.mark.gpu
 def test_gpu_not_in_a_graph(gpu: None) -> None:
     x = moved(draw([(5,)]), "cuda")
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         ops.adamw_ema_(**x, **OPTIONS)
 
 
-@pytest.mark.gpu
 def test_gpu_tensors_past_32_bits(gpu: None) -> None:
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("less than 24 GiB of GPU memory are free")

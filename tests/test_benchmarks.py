@@ -358,10 +358,8 @@ def test_pytest_is_handed_the_measured_times(tmp_path):
     assert theirs == pytest.approx({row["rival"]: row["median_ms"] / 1e3 for row in rows[:-1]})
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("module, small", [(bench_dino_loss, SMALL_LOSS), (bench_adamw_ema, SMALL_STEP)], ids=lambda x: str(x))
-def test_on_a_gpu(not_compiled, monkeypatch, module, small):
+def test_on_a_gpu(gpu, not_compiled, monkeypatch, module, small):
     monkeypatch.delenv("DINO_OFFICIAL", raising=False)
     case = module.measure_case(small, torch.device("cuda"), 0.01)
     rows = {row["rival"]: row for row in case["rows"]}
@@ -370,9 +368,7 @@ def test_on_a_gpu(not_compiled, monkeypatch, module, small):
     assert rows["copy of 1 GiB"]["extra_mib"] == 0
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_step_on_a_gpu(not_compiled):
+def test_the_step_on_a_gpu(gpu, not_compiled):
     rivals = ("official", "afternoon", *bench_step.WAYS[1:], "dinofast, from files")
     case = bench_step.measure_case(SMALL_TRAINING._replace(rivals=rivals), torch.device("cuda"), 0.01)
     assert tuple(row["rival"] for row in case["rows"]) == rivals

@@ -128,7 +128,6 @@ def test_compiled_kernels_are_sound(compiled_ahead_of_time) -> None:
     assert not budgets.over(entries)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("side", [96, 224])
 def test_on_a_gpu_as_by_pil(gpu, side: int) -> None:
     drawn = plan.draw(5, 0, np.arange(16), np.full((16, 2), 300), views(Config()))[:, :4].T.copy()

@@ -199,7 +199,6 @@ def test_memory_goes_back_to_dali_after_the_kernels_have_read_it() -> None:
     assert events == ["waited", "memory"]
 
 
-@pytest.mark.gpu
 def test_on_a_gpu(gpu, jpegs) -> None:
     ours, _ = take(jpegs(precision="fp32"), 6, device="cuda")
     theirs, _ = take(jpegs(data_backend="pil", num_workers=0), 6)

@@ -94,7 +94,6 @@ def run(inputs: tuple[Tensor, ...], impl: str | None, upstream: float = 1.0,
     return loss.detach(), entropy, teacher_sum, student.grad
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 3, 1), (3, 33, 37), (10, 5, 4097), (4, 1, 65537), (10, 16, 65536)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", LOSS_KINDS)
@@ -107,7 +106,6 @@ def test_gpu_no_worse_than_eager(gpu: None, kind: str, dtype: torch.dtype, shape
         assert_no_worse(ours, eager, truth, terms=size)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("crops", "teachers", "diagonal"), [(8, 2, True), (2, 2, False), (1, 1, True), (3, 1, False)])
 def test_gpu_soft_cross_entropy_no_worse_than_eager(gpu: None, crops: int, teachers: int, diagonal: bool,
@@ -125,7 +123,6 @@ def test_gpu_soft_cross_entropy_no_worse_than_eager(gpu: None, crops: int, teach
         assert_no_worse(one, other, truth, terms=10)
 
 
-@pytest.mark.gpu
 def test_gpu_default_same_bits_and_no_sync(gpu: None) -> None:
     assert ops.paths()["dino_loss"]["cuda"] == "triton"
     inputs = loss_inputs("peaked", 10, 8, 65536, dtype=torch.bfloat16)
@@ -142,7 +139,6 @@ def test_gpu_default_same_bits_and_no_sync(gpu: None) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("which", range(3), ids=("student", "teacher", "center"))
 def test_gpu_bad_numbers_are_not_hidden(gpu: None, which: int) -> None:
     for bad in (math.nan, math.inf, -math.inf):
@@ -152,7 +148,6 @@ def test_gpu_bad_numbers_are_not_hidden(gpu: None, which: int) -> None:
         assert run(inputs, "triton")[0].isfinite().item() == harmless
 
 
-@pytest.mark.gpu
 def test_gpu_rows_past_32_bits(gpu: None) -> None:
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("less than 20 GiB of GPU memory are free")

@@ -119,3 +119,17 @@ def test_scripts_beside_the_clone_find_the_package(tmp_path):
     done = subprocess.run([sys.executable, "-c", "from dinofast import DINOLoss"], cwd=tmp_path, capture_output=True, text=True,
                           timeout=60)
     assert done.returncode == 0, f"{done.stderr}: install as the Makefile does, with --config-settings editable_mode=compat"
+
+
+def test_gpu_tests_are_marked_by_the_fixture_they_use(request):
+    """All of this run: with the mark alone a test fails where there is no GPU, with the fixture alone it is not run on one."""
+    for item in request.session.items:
+        assert ("gpu" in item.fixturenames) == (item.get_closest_marker("gpu") is not None), item.nodeid
+
+
+def test_a_run_of_the_gpu_tests_alone_finds_those_of_attention():
+    command = (sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider",
+               "tests/test_attention.py")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    found = [line.split("::")[1].split("[")[0] for line in done.stdout.splitlines() if "::" in line]
+    assert set(found) == {"test_gpu_no_worse_than_eager", "test_gpu_compiled_is_the_same"} and len(found) > 80, done.stdout

@@ -196,7 +196,6 @@ def busy_copies(loader):
     yield
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("busy", [busy_step, busy_copies])
 def test_crops_are_whole_however_late_either_stream_is(config, busy):
     batches = taken(config, 8, "cuda", busy), taken(config, 8, "cuda"), taken(config, 8, "cpu")
@@ -206,7 +205,6 @@ def test_crops_are_whole_however_late_either_stream_is(config, busy):
             assert (a.cpu() - c).abs().mean() < (0.05 if config.data_backend == "dali" else 1e-6)   # a GPU divides otherwise
 
 
-@pytest.mark.gpu
 def test_copies_end_before_the_step_that_was_sent_before_them(config):
     """By order alone: the side stream is done, and the current one is still at its kernel."""
     ended = torch.cuda.Event()
@@ -224,7 +222,6 @@ def test_copies_end_before_the_step_that_was_sent_before_them(config):
         assert any(overlaps(loader) for _ in range(3))               # memory that is still asked for now and then waits
 
 
-@pytest.mark.gpu
 def test_no_batch_waits_for_the_device(config):
     with closing(begun(config)) as loader:
         torch.cuda.set_sync_debug_mode("error")
@@ -236,7 +233,6 @@ def test_no_batch_waits_for_the_device(config):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("delay, least, most", [(0.0, 0.0, 0.3), (3.0, 1.7, 2.5)])
 def test_the_wait_by_the_device_s_clock(config, delay, least, most):
     """In steps: none when data is ahead, two for a batch that takes three."""
@@ -252,7 +248,6 @@ def test_the_wait_by_the_device_s_clock(config, delay, least, most):
         assert least <= (loader.wait_s - before) / step_s / 6 <= most
 
 
-@pytest.mark.gpu
 def test_a_step_is_captured_while_crops_are_being_made(config):
     """The loader's threads ask for pinned memory then: the capture must be of its own thread alone."""
     graph = torch.cuda.CUDAGraph()

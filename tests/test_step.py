@@ -441,18 +441,14 @@ GPU = Process(0, 1, torch.device("cuda", 0)) if torch.cuda.is_available() else N
 @pytest.mark.parametrize("changes", [
     {"compile": "off"}, {"compile": "on"}, {"compile": "off", "cuda_graph": True}, {"compile": "on", "cuda_graph": True},
     {"compile": "on", "grad_checkpointing": True}], ids=str)
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_official_trajectory_on_a_gpu(changes):
+def test_official_trajectory_on_a_gpu(gpu, changes):
     step = golden_step(GPU, precision="fp32", **changes)
     assert_official(step, step.model, "cuda", tolerance=1e-4)
     assert (step.graph is not None) == changes.get("cuda_graph", False)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_a_replayed_step_is_an_eager_step(precision):
+def test_a_replayed_step_is_an_eager_step(gpu, precision):
     runs = []
     for graph in (False, True):
         step, batches = small(GPU, cuda_graph=graph, compile="off", precision=precision)
@@ -464,9 +460,7 @@ def test_a_replayed_step_is_an_eager_step(precision):
 @pytest.mark.parametrize("changes", [{"compile": "off"}, {"compile": "on"}, {"cuda_graph": True}, {"precision": "fp16"},
                                      {"precision": "fp32"}, {"residual_precision": "bf16"}, {"teacher_precision": "bf16"},
                                      {"grad_checkpointing": True}, {"attention": "sdpa"}], ids=str)
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_no_step_waits_for_the_gpu(changes):
+def test_no_step_waits_for_the_gpu(gpu, changes):
     step, batches = small(GPU, **changes)
     crops = [next(batches) for _ in range(10)]
     for i in range(6):                                                     # compiles, records, makes what is made once
