@@ -42,6 +42,7 @@ BLOCK, WARPS = 1024, 4            # chunk of adamw_ema_ and ema_: 8 numbers a th
 NORM_BLOCK, NORM_WARPS = 4096, 8  # chunk of grad_norms, which has one array: 16 a thread, four 16-byte loads of fp32
 PARTS = 1024                      # chunk sums that are added at a time
 TENSORS = 128                     # whose factors one program forms
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}  # a product and a sum in one: Triton 3.10 will not do so unasked
 
 # Rows of the tables of addresses (rows, n), and columns of the factors (n, COLUMNS): 32 bytes a tensor.
 P, GRAD, M, V, TEACHER, P_COPY, TEACHER_COPY, STEP = map(tl.constexpr, range(8))
@@ -62,7 +63,7 @@ def _array(table, row, tensor, n, begin, dtype: tl.constexpr, VECTOR: tl.constex
     """Pointer to number `begin` of a tensor, and whether there is such a tensor; VECTOR numbers are loaded at a time."""
     address = tl.load(table + row * n + tensor)
     x = tl.multiple_of(address.to(tl.pointer_type(dtype)), VECTOR * dtype.primitive_bitwidth // 8)    # bytes
-    return x + begin, address != 0
+    return x + begin, tl.where(address != 0, True, False)    # a plain comparison is a number to Triton 3.9's interpreter
 
 
 @triton.jit
@@ -319,8 +320,8 @@ def grad_norms(grads: Sequence[Tensor]) -> Tensor:
         sums, norms = (torch.empty(k, dtype=torch.float32, device=tables.device) for k in (tables.n_chunks, len(grads)))
         for dtype, first, count in tables.launches:
             _square_sums[count,](tables.chunks, tables.sizes, table, sums, first, len(grads), _TRITON_DTYPES[dtype],
-                                 16 // dtype.itemsize if aligned else 1, NORM_BLOCK, num_warps=NORM_WARPS)
-        _norms[len(grads),](sums, tables.starts, tables.sizes, norms, NORM_BLOCK, PARTS, num_warps=WARPS)
+                                 16 // dtype.itemsize if aligned else 1, NORM_BLOCK, **OPTIONS | {"num_warps": NORM_WARPS})
+        _norms[len(grads),](sums, tables.starts, tables.sizes, norms, NORM_BLOCK, PARTS, **OPTIONS)
     return norms
 
 
@@ -342,10 +343,10 @@ def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequ
                                           counters=steps)
         factors = torch.empty(n, COLUMNS.value, dtype=torch.float32, device=tables.device)
         _prepare[triton.cdiv(n, TENSORS),](table, coefficients, skip, lr, weight_decay, momentum, factors, n, *logs, TENSORS,
-                                           num_warps=WARPS)
+                                           **OPTIONS)
         for kind, first, count in tables.launches:
             _adamw_ema[count,](tables.chunks, tables.sizes, table, factors, skip, first, n, eps, beta1, 1 - beta1, beta2,
-                               1 - beta2, *map(_TRITON_DTYPES.get, kind), 4 if aligned else 1, BLOCK, num_warps=WARPS)
+                               1 - beta2, *map(_TRITON_DTYPES.get, kind), 4 if aligned else 1, BLOCK, **OPTIONS)
 
 
 def ema_(teachers: Sequence[Tensor], students: Sequence[Tensor], copies: Sequence[Tensor | None], momentum: Tensor,
@@ -357,4 +358,4 @@ def ema_(teachers: Sequence[Tensor], students: Sequence[Tensor], copies: Sequenc
         table, aligned = tables.addresses(teachers, students, copies)
         for kind, first, count in tables.launches:
             _ema[count,](tables.chunks, tables.sizes, table, momentum, skip, first, len(teachers),
-                         *map(_TRITON_DTYPES.get, kind), 4 if aligned else 1, BLOCK, num_warps=WARPS)
+                         *map(_TRITON_DTYPES.get, kind), 4 if aligned else 1, BLOCK, **OPTIONS)

@@ -87,7 +87,8 @@ def compiled_ahead_of_time():
             pytest.skip(ops._choice.NO_TRITON)
         if operation not in done:
             environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-            process = subprocess.run([sys.executable, Path(__file__).parent / "ahead_of_time.py", operation], timeout=300,
+            script = Path(__file__).parent / "ahead_of_time.py"      # Triton warns where it is left to choose whether to fuse
+            process = subprocess.run([sys.executable, "-W", "error:TRITON_DEFAULT_FP_FUSION", script, operation], timeout=300,
                                      capture_output=True, text=True, env=environment)
             assert process.returncode == 0, process.stderr
             done[operation] = json.loads(process.stdout)
