@@ -339,7 +339,7 @@ def _teacher_tile(teacher, t: tl.constexpr, center_tile, factor, scale, saved, b
 
 @triton.jit
 def _student_tile(student, v, b, k, V, K, outer_stride, image_stride):
-    return tl.load(_row(student, v, b, outer_stride, image_stride) + k, (k < K) & (v < V), 0.0)
+    return tl.load(_row(student, v, b, outer_stride, image_stride) + k, (k < K) & _mask(v < V), 0.0)
 
 
 @triton.jit
@@ -382,7 +382,7 @@ def _gradient(
             s = ahead
             ahead = _student_tile(student, v + 1, b, k, V, K, student_outer_stride, student_image_stride)
             target, mass = (q1, mass1) if v == 0 else (q0, mass0)
-            _store_gradient(grad, s, target, mass, saved, factor, v, b, k, (k < K) & (v < V), V, B, K, T)
+            _store_gradient(grad, s, target, mass, saved, factor, v, b, k, (k < K) & _mask(v < V), V, B, K, T)
     target, mass = q0 + q1, mass0 + mass1
     for v in range(0 if DIAGONAL else T, V):
         s = ahead
