@@ -79,7 +79,7 @@ def measure_case(case: Case | data_on_gpu.Case, device: torch.device) -> dict[st
     """Every rival makes the same batch, then every rival the next, until all photographs are through. On a GPU see
     data_on_gpu.py."""
     if isinstance(case, data_on_gpu.Case):
-        return data_on_gpu.measure_case(case, device)
+        return list(data_on_gpu.growing(case, device))[-1]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -271,9 +271,17 @@ def dali_pipeline(cfg: Config, loader: Loader) -> Iterator[list[Tensor]]:
         yield [torch.from_dlpack(crop.as_tensor()) for crop in pipeline.run()]
 
 
+def rehearsal() -> list[data_on_gpu.Case]:
+    return [data_on_gpu.Case(8, 4, (32, 16))]
+
+
+def growing(case: Case | data_on_gpu.Case, device: torch.device) -> Iterator[dict[str, Any]]:
+    return data_on_gpu.growing(case, device) if isinstance(case, data_on_gpu.Case) else iter([measure_case(case, device)])
+
+
 def test_data(timed: Callable[[], None]) -> None:
     timed()
 
 
 if __name__ == "__main__":
-    main(sys.modules[__name__])
+    sys.exit(main(sys.modules[__name__]))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import photographs
 import torch
-from record import version
+from record import reason_of, version
 from timing import quartiles
 
 from dinofast.config import Config, cores
@@ -36,33 +37,46 @@ class Case(NamedTuple):
                 f"bfloat16, {cores()} cores")
 
 
-def measure_case(case: Case, device: torch.device) -> dict[str, Any]:
+def growing(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The case after each round: every rival has one more turn. One that fails has no more."""
     absent = {"native": native.missing(), "dali": dali.missing()}
     left_out = [f"{name}: {absent[options['data_backend']]}" for name, options in RIVALS.items()
                 if absent[options["data_backend"]]]
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name, options in RIVALS.items()
                                                           if not absent[options["data_backend"]]}
+    failed: dict[str, str] = {}
     before = free(device)
     with tempfile.TemporaryDirectory(prefix="dinofast-") as folder:
         photographs.write(Path(folder) / "photographs", case.photographs)
-        for _ in range(ROUNDS):
-            for name, turns in times.items():
+        for rounds in range(ROUNDS):
+            for name in [name for name in times if name not in failed]:
                 cfg = Config(data_path=f"{folder}/photographs", output_dir=folder, batch_size_per_gpu=case.batch,
                              global_crops_size=case.sides[0], local_crops_size=case.sides[1], num_workers=cores(),
                              precision="bf16", **RIVALS[name])
-                with closing(make_loader(cfg, device=device)) as loader:
-                    turns.append(take_turn(loader, device, before))
+                try:
+                    with closing(make_loader(cfg, device=device)) as loader:
+                        times[name].append(take_turn(loader, device, before))
+                except Exception as error:
+                    failed[name] = reason_of(error)
+            yield {"case": str(case), "photographs": case.photographs, "batch": case.batch, "dtype": "bfloat16",
+                   "implementation": "dali" if not absent["dali"] else "native", "rounds": rounds + 1,
+                   "versions": {name: version(name) for name in ("pillow", "nvidia-dali-cuda130")},
+                   "rows": rows_of(times, failed, device), "left_out": left_out}
+
+
+def rows_of(times: dict[str, list[tuple[float, float, float]]], failed: dict[str, str],
+            device: torch.device) -> list[dict[str, Any]]:
     rows = []
     for name, turns in times.items():
+        if name in failed:
+            rows.append({"rival": name, "failed": failed[name]})
+            continue
         elapsed_ms, cpu_ms, device_gib = zip(*turns, strict=True)
         low, median, high = quartiles(elapsed_ms)
         rows.append({"rival": name, "same_crops": False, "images_per_s": 1e3 / median, "median_ms": median,
                      "quartiles_ms": [low, high], "cpu_ms": quartiles(cpu_ms)[1], "elapsed_ms": list(elapsed_ms),
                      "times_faster_than_official": None, "device_gib": device_gib[0] if device.type == "cuda" else None})
-    return {"case": str(case), "photographs": case.photographs, "batch": case.batch, "dtype": "bfloat16",
-            "implementation": "dali" if not absent["dali"] else "native", "rounds": ROUNDS,
-            "versions": {name: version(name) for name in ("pillow", "nvidia-dali-cuda130")}, "rows": rows,
-            "left_out": left_out}
+    return rows
 
 
 def free(device: torch.device) -> int:

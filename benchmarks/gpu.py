@@ -1,38 +1,66 @@
-"""`make gpu`: builds, tests and measures on a machine with a CUDA torch and no network, within nine minutes; safe to repeat.
+"""`make gpu`: a ladder for a machine with a CUDA torch and no network that is there for minutes: builds, measures, tests.
 
-    python benchmarks/gpu.py               everything
+    python benchmarks/gpu.py               the whole ladder, as far as one call gets; call again to go on
     python benchmarks/gpu.py step data     these parts alone, with all of the time (make gpu PARTS="step data")
+    python benchmarks/gpu.py --rehearse    every part at tiny sizes on the CPU, nothing saved into results
 
-Nothing is downloaded: dinofast is installed without its dependencies, or, where pip may not install, built in place; either way
-what runs is this checkout. Results go to $OUT if that is set, else to benchmarks/results and into README.md. Every part has a
-time limit and runs whatever became of those before it; the last lines say how each ended. Exit code 1 if a part failed or ran
-over, except that what could not be installed and what racecheck had no time for are only named. What torch.compile and Triton
-keep of their work is left where they put it, so that a second run measures more.
+The parts stand in order of worth, and each begins whatever became of those before. A call ends within nine minutes. Every step
+of a part is saved at once, in --results (else $OUT, else benchmarks/results and README.md), and the next call goes on from
+there if commit, device and versions are the same: what is done is not repeated, unless --again is given. A part that runs over
+is interrupted, so that its traceback is in its log, and ended if that does not help. --cache DIR keeps what torch.compile and
+Triton make, to be carried to the next call.
+
+Nothing is downloaded: dinofast is installed without its dependencies, or, where pip may not install, built in place; either
+way what runs is this checkout. Exit code: 0 if all is done, 1 if a part failed, 75 if something is left for another call. What
+could not be installed and what racecheck had no time for are only named.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
+import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import IO, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
-TOTAL_S = 520
-SHARES = {"install": 40, "tests": 125, "dino_loss": 60, "adamw_ema": 30, "data": 45, "step": 150, "memcheck": 50,
-          "racecheck": 20}                       # seconds, in a run of everything; what one leaves over, those after it share
-STEP_S = 120                                     # kept for the last case of the step that is begun; of others 0.4 of the limit
+MORE = 75                                        # exit code of a part, and of this: something is left; as record.MORE
+TOTAL_S, LEAST_S = 510, 10                       # of a call, ending what runs over not counted; with less no part is begun
+INTERRUPTED_S, ABORTED_S = 15, 5                 # a part that runs over has so long to end when it is told to
+LIMITS = {"install": 60, "probe": 150, "step": 420, "candidates": 420, "dino_loss": 75, "adamw_ema": 45, "tests": 240,
+          "data": 120, "memcheck": 90, "racecheck": 60}                  # seconds of a call at most, in a run of everything
+LAST_CASE_S = {"probe": 60, "step": 75, "candidates": 75}     # kept for the case begun last; of others 0.4 of the limit
+SCRIPTS = {"probe": "probe.py", "candidates": "candidates.py", "tests": "gpu_tests.py"}          # of others bench_NAME.py
+PLANTED, PLANTED_S = "planted", 12               # a part of the rehearsal that runs over; the others have all the time
 INSTALL = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check",
            "--editable", ".")
 BUILD = ("setup.py", "--quiet", "build_ext", "--inplace")
 SANITIZER_PLACES = (os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/usr/local/cuda")
+
+
+class Ended(NamedTuple):
+    """code: None if it ran over; how: in words."""
+
+    code: int | None
+    how: str
+
+    @property
+    def is_finished(self) -> bool:
+        """It came to an end of its own, well or not."""
+        return self.code is not None and self.code >= 0 and self.code != MORE
 
 
 def why_no_gpu() -> str:
@@ -48,43 +76,114 @@ def why_no_gpu() -> str:
     return ""
 
 
-def limit_s(name: str, parts: Sequence[str], left_s: float) -> float:
-    """Of the seconds left, those for `name`: by its share among those to come."""
-    return left_s * SHARES[name] / sum(SHARES[part] for part in parts[parts.index(name):])
-
-
-def run(name: str, arguments: tuple[str, ...], limit_s: float, environment: dict[str, str]) -> str:
-    """How one part ended: "ok, 12 s", or what went wrong. A part that runs over is ended with all its children."""
-    if limit_s < 1:
-        return "FAILED: not begun, no time was left"
+def run(name: str, arguments: Sequence[str], limit_s: float, environment: dict[str, str], log: Path) -> Ended:
+    """One process of a part, with all that it says in `log` as well. One that runs over is told to end, then ended with all its
+    children."""
+    if limit_s < LEAST_S:
+        return Ended(None, "not begun, no time was left")
     print(f"\n==== {name} (at most {limit_s:.0f} s): {' '.join(arguments)}", flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    process = subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True)
-    try:
-        code = process.wait(limit_s)
-        ended = f"FAILED: exit code {code}"
-    except subprocess.TimeoutExpired:
-        code, ended = None, f"{'left out' if name == 'racecheck' else 'FAILED'}: not finished after {limit_s:.0f} s"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return f"{'ok' if code == 0 else ended}, {time.monotonic() - start:.0f} s"
+    with log.open("ab") as file:
+        process = subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT)
+        printer = threading.Thread(target=_print, args=(process.stdout, file))
+        printer.start()
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            said = _end(process)
+            printer.join(ABORTED_S)              # a child of its own session may hold the pipe open
+    took = f"{time.monotonic() - start:.0f} s"
+    if code is None:
+        return Ended(None, f"not finished after {limit_s:.0f} s, {said}: {log} has where it was")
+    if code == MORE:
+        return Ended(code, f"something is left, {took}")
+    return Ended(code, f"ok, {took}" if code == 0 else f"FAILED: exit code {code}, {took}")
 
 
-def install(limit_s: float, environment: dict[str, str]) -> str:
-    """The C++ core is wanted for the CPU only: without it the rest goes on."""
-    wanted = {"setuptools": 77, "pybind11": 2}
-    absent = [f"{name} {least} or newer" for name, least in wanted.items() if major_version(name) < least]
-    if absent:
-        return f"left out: {PYTHON} has no {' and no '.join(absent)} to build the C++ core with; the GPU kernels do without"
-    ended = "left out: pip is not installed"
-    if importlib.util.find_spec("pip"):
-        ended = run("install", (PYTHON, *INSTALL), limit_s, environment)
-    if not ended.startswith("ok"):
-        ended = f"{run('install', (PYTHON, *BUILD), limit_s, environment)} (built in place: pip may not install here)"
-    has_core = subprocess.run((PYTHON, "-c", "from dinofast import _C"), cwd=ROOT, env=environment, capture_output=True)
-    return ended if has_core.returncode == 0 else f"left out: the C++ core was not built ({ended}); the GPU kernels do without"
+def _print(pipe: IO[bytes], log: IO[bytes]) -> None:
+    for line in pipe:
+        with suppress(ValueError):               # of a log closed meanwhile
+            log.write(line)
+            log.flush()
+        sys.stdout.write(line.decode(errors="replace"))
+        sys.stdout.flush()
+
+
+def _end(process: subprocess.Popen) -> str:
+    """Interrupts what still runs, for Python's traceback; then aborts it, for that of faulthandler, which needs no help of the
+    interpreter; then kills the group. What was needed."""
+    said = "ended by itself"
+    for number, seconds, what in ((signal.SIGINT, INTERRUPTED_S, "interrupted"), (signal.SIGABRT, ABORTED_S, "aborted")):
+        if process.poll() is not None:
+            break
+        said = what
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+    if process.poll() is None:
+        said = "killed"
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)   # children too
+    process.wait()
+    return said
+
+
+class Call(NamedTuple):
+    """What the parts of one call share. device: "cpu" in a rehearsal."""
+
+    results: Path
+    logs: Path
+    device: str
+    again: bool
+    environment: dict[str, str]
+
+    def part(self, name: str, limit_s: float) -> Ended:
+        """Runs it, and again in a fresh process while one leaves something and there is time: an error of the device or a crash
+        ends a process, and what it was at is not begun for ever."""
+        if name == "install":
+            return self.install(limit_s)
+        start, resume = time.monotonic(), not self.again
+        while True:
+            left_s = limit_s - (time.monotonic() - start)
+            made = command(name, self, left_s, resume)
+            if isinstance(made, str):
+                return Ended(1 if made.startswith("FAILED") else 0, made)
+            ended = run(name, made[0], left_s, self.environment | made[1], self.logs / f"{name}.log")
+            begin_s = left_s - LAST_CASE_S.get(name, 0.4 * left_s)
+            is_slow = time.monotonic() - start > begin_s
+            if ended.is_finished or ended.code is None or is_slow or name in ("memcheck", "racecheck", PLANTED):
+                return ended
+            resume = True
+
+    def install(self, limit_s: float) -> Ended:
+        """The C++ core is wanted for the CPU only: without it the rest goes on."""
+        if self.device == "cpu":
+            return Ended(0, "left out: a rehearsal takes what is installed")
+        if self.has_core():
+            return Ended(0, "ok, there already")
+        wanted = {"setuptools": 77, "pybind11": 2}
+        absent = [f"{name} {least} or newer" for name, least in wanted.items() if major_version(name) < least]
+        if absent:
+            return Ended(0, f"left out: {PYTHON} has no {' and no '.join(absent)} to build the C++ core with; the GPU kernels "
+                            "do without")
+        log, ended = self.logs / "install.log", Ended(1, "left out: pip is not installed")
+        if importlib.util.find_spec("pip"):
+            ended = run("install", (PYTHON, *INSTALL), limit_s, self.environment, log)
+        if ended.code != 0:
+            ended = run("install", (PYTHON, *BUILD), limit_s, self.environment, log)
+            ended = ended._replace(how=f"{ended.how} (built in place: pip may not install here)")
+        if self.has_core():
+            return Ended(0, ended.how)
+        return Ended(0, f"left out: the C++ core was not built ({ended.how}); the GPU kernels do without")
+
+    def has_core(self) -> bool:
+        return not subprocess.run((PYTHON, "-c", "from dinofast import _C"), cwd=ROOT, env=self.environment,
+                                  capture_output=True).returncode
 
 
 def major_version(package: str) -> int:
@@ -100,51 +199,111 @@ def sanitizer() -> str | None:
         (found for place in SANITIZER_PLACES if (found := shutil.which("compute-sanitizer", path=f"{place}/bin"))), None)
 
 
-def command(name: str, results: str, limit_s: float) -> tuple[tuple[str, ...], dict[str, str]] | str:
+def command(name: str, call: Call, limit_s: float, resume: bool) -> tuple[tuple[str, ...], dict[str, str]] | str:
     """What a part runs, and in what environment beside the usual; or why it cannot."""
-    if name == "tests":
-        if not importlib.util.find_spec("pytest"):
-            return f"FAILED: not run, pytest is not installed in {PYTHON}"
-        return (PYTHON, "-m", "pytest", "-m", "gpu", "-q", "tests/"), {}
+    if name == PLANTED:
+        return (PYTHON, "-c", "import time\ndef runs_over():\n    time.sleep(600)\nruns_over()"), {}
+    if name == "tests" and not importlib.util.find_spec("pytest"):
+        return f"FAILED: not run, pytest is not installed in {PYTHON}"
     if name in ("memcheck", "racecheck"):
+        kernels = (PYTHON, "benchmarks/launch_kernels.py", "--device", call.device)
+        if call.device == "cpu":
+            return kernels, {}                                   # a stand-in: without the sanitizer
         if not (tool := sanitizer()):
             return "left out: compute-sanitizer is not on this machine"
-        return ((tool, "--tool", name, "--report-api-errors", "no", "--error-exitcode", "9", PYTHON,
-                 "benchmarks/launch_kernels.py", "--device", "cuda"),
+        return ((tool, "--tool", name, "--report-api-errors", "no", "--error-exitcode", "9", *kernels),
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})         # each allocation by itself: running over its end is seen
-    begin_s = max(1.0, limit_s - STEP_S) if name == "step" else 0.6 * limit_s
-    return (PYTHON, f"benchmarks/bench_{name}.py", "--device", "cuda", "--save-results", results,
-            "--limit-s", f"{begin_s:.0f}"), {}
+    begin_s = max(1.0, limit_s - LAST_CASE_S.get(name, 0.4 * limit_s))
+    flags = [*(["--resume"] if resume else []), *(["--rehearse"] if call.device == "cpu" else [])]
+    return (PYTHON, f"benchmarks/{SCRIPTS.get(name, f'bench_{name}.py')}", "--device", call.device, "--save-results",
+            str(call.results), "--limit-s", f"{begin_s:.0f}", *flags), {}
 
 
-def main(wanted: Sequence[str] = ()) -> int:
-    """wanted: names of parts; none means all. It is always installed."""
-    start = time.monotonic()
-    if unknown := [name for name in wanted if name not in SHARES]:
-        print(f"there is no part '{unknown[0]}': choose from {', '.join(SHARES)}.")
+def flagged(path: Path) -> str:
+    """How many rows of a result are flagged; empty for none."""
+    if not path.is_file():
+        return ""
+    from record import flags
+
+    n = sum(len(flags(case)) for case in json.loads(path.read_text()).get("cases", ()))
+    return f", {n} flagged in {path.name}" if n else ""
+
+
+def environment_of(device: str, cache: Path | None) -> dict[str, str]:
+    found = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found |= {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+              "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if cache:
+        found |= {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
+    return found | ({"OMP_NUM_THREADS": "1"} if device == "cpu" else {"DINOFAST_REQUIRE": "triton"})
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(LIMITS)}; none means all")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="$OUT, else benchmarks/results")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="of torch.compile and Triton; left alone, where they have it")
+    parser.add_argument("--total-s", type=float, default=TOTAL_S, metavar="S", help=f"of this call (default: {TOTAL_S})")
+    parser.add_argument("--again", action="store_true", help="repeat what is done")
+    parser.add_argument("--rehearse", action="store_true", help="every part at tiny sizes on the CPU, not saved into results")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    start, args = time.monotonic(), parse(arguments)
+    limits = dict(LIMITS)
+    if args.rehearse:                            # what runs over stands in the middle, so that parts are seen to go on
+        limits = {"probe": TOTAL_S, PLANTED: PLANTED_S} | dict.fromkeys(LIMITS, TOTAL_S)
+    if unknown := [name for name in args.parts if name not in limits]:
+        print(f"there is no part '{unknown[0]}': choose from {', '.join(limits)}.")
         return 1
-    if reason := why_no_gpu():
+    if not args.rehearse and (reason := why_no_gpu()):
         print(reason)
         return 1
-    parts = [name for name in SHARES if not wanted or name in wanted or name == "install"]
-    results = os.environ.get("OUT") or str(ROOT / "benchmarks" / "results")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-                    "PYTHONUNBUFFERED": "1", "DINOFAST_REQUIRE": "triton"}
-    ended = {}
-    for name in parts:
-        limit = limit_s(name, parts, TOTAL_S - (time.monotonic() - start))
-        if name == "install":
-            ended[name] = install(limit, environment)
-        else:
-            made = command(name, results, limit)
-            ended[name] = made if isinstance(made, str) else run(name, made[0], limit, environment | made[1])
-    if not os.environ.get("OUT"):
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))     # of what is aborted
+    call = make_call(args)
+    own = call.results == ROOT / "benchmarks" / "results"
+    from record import commit, write
+
+    path = call.results / f"ladder-{'cuda' if call.device == 'cuda' else 'cpu'}.json"
+    state = json.loads(path.read_text()) if path.is_file() and not args.again else {}
+    if state.get("commit") != (now := commit()):
+        state = {"commit": now, "parts": {}}
+    names = [name for name in limits if not args.parts or name in args.parts or name == "install"]
+    for name in names:
+        before = state["parts"].get(name, {})
+        if before.get("finished") and name != "install":
+            state["parts"][name] = before | {"how": before["how"].removesuffix(" (before)") + " (before)"}
+            continue
+        left_s = args.total_s - (time.monotonic() - start)
+        ended = call.part(name, left_s if args.parts and name != "install" else min(limits[name], left_s))
+        state["parts"][name] = {"how": ended.how + flagged(call.results / f"{name}-{call.device}.json"), "code": ended.code,
+                                "finished": ended.is_finished, "calls": before.get("calls", 0) + 1,
+                                "date": time.strftime("%Y-%m-%d")}
+        write(state, path)
+    if own:
         subprocess.run((PYTHON, "benchmarks/report.py"), cwd=ROOT, check=True)
-    print(f"\n==== make gpu, {time.monotonic() - start:.0f} s, results in {results}")
-    for name, how in ended.items():
-        print(f"{name:10} {how}")
-    return int(any(how.startswith("FAILED") for how in ended.values()))
+    print(f"\n==== make gpu, {time.monotonic() - start:.0f} s, results in {call.results}, logs in {call.logs}")
+    for name in names:
+        print(f"{name:10} {state['parts'][name]['how']}")
+    if any(state["parts"][name]["how"].startswith("FAILED") for name in names):
+        return 1
+    left = [name for name in names if not state["parts"][name]["finished"] and name not in ("racecheck", PLANTED)]
+    if left:
+        print(f"left for another call: {', '.join(left)}")
+    return MORE if left else 0
+
+
+def make_call(args: argparse.Namespace) -> Call:
+    """Where results, logs and caches go."""
+    device = "cpu" if args.rehearse else "cuda"
+    own = ROOT / "benchmarks" / "results"
+    if args.results or (os.environ.get("OUT") and not args.rehearse):
+        results = (args.results or Path(os.environ["OUT"])).resolve()
+    else:
+        results = Path(tempfile.mkdtemp(prefix="dinofast-rehearsal-")) if args.rehearse else own
+    logs = ROOT / "build" / "gpu-logs" if results == own else results / "logs"
+    return Call(results, logs, device, args.again, environment_of(device, args.cache and args.cache.resolve()))
 
 
 if __name__ == "__main__":

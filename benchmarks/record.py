@@ -1,20 +1,22 @@
 """What a benchmark hands on: a table for the terminal, and one JSON file with everything a reader needs to judge a number.
 
-A case is one shape: {"case": its name, "rounds", ..., "rows": one for each rival}. Units are in the names.
+A case is one shape: {"case": its name, "rounds", ..., "rows": one for each rival}. Units are in the names. A row with "failed"
+has no times, but the reason; one with "differs" was timed, but its results are not those of the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ import dinofast
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+MORE = 75                            # exit code: some cases are left, for another process
+MOST_BEGUN = 2                       # a case that ended its process so often is not begun again
+SAME_RUN = ("device", "threads", "cuda", "versions", "commit")       # what results must share to stand in one file
 
 
 def rows_of(timings: Sequence[Timing]) -> list[dict[str, Any]]:
@@ -33,18 +38,35 @@ def rows_of(timings: Sequence[Timing]) -> list[dict[str, Any]]:
     """
     rows = []
     for timing in timings:
+        if timing.failed:
+            rows.append({"rival": timing.rival.name, "failed": timing.failed})
+            continue
         low, median, high = quartiles(timing.elapsed_ms)
         moved = timing.rival.moved_bytes
         rows.append({"rival": timing.rival.name, "median_ms": median, "quartiles_ms": [low, high], "moved_bytes": moved,
                      "gbps": moved / median / 1e6 if moved else None, "extra_mib": timing.extra_mib,
                      "launch_ms": timing.launch_ms, "elapsed_ms": timing.elapsed_ms})
-    official = next(row for row in rows if row["rival"] == "official")
-    copies = [row for row in rows if row["rival"].startswith("copy")]
-    for row in rows:
-        row["times_faster_than_official"] = official["median_ms"] / row["median_ms"]
-        row["times_the_copy"] = row["median_ms"] / copies[0]["median_ms"]
-        row["share_of_copy_bandwidth"] = row["gbps"] / copies[-1]["gbps"] if row["gbps"] else None
+    timed = [row for row in rows if "failed" not in row]
+    official = next((row for row in timed if row["rival"] == "official"), None)
+    copies = [row for row in timed if row["rival"].startswith("copy")]
+    for row in timed:
+        row["times_faster_than_official"] = official["median_ms"] / row["median_ms"] if official else None
+        row["times_the_copy"] = row["median_ms"] / copies[0]["median_ms"] if copies else None
+        row["share_of_copy_bandwidth"] = row["gbps"] / copies[-1]["gbps"] if row["gbps"] and copies else None
     return rows
+
+
+def flag(rows: Sequence[dict[str, Any]], differing: dict[str, str]) -> None:
+    """Say of the rivals named in `differing` in what they differ from the others."""
+    for row in rows:
+        if row["rival"] in differing and "failed" not in row:
+            row["differs"] = differing[row["rival"]]
+
+
+def reason_of(error: BaseException) -> str:
+    """One line: the type and the first line of what an exception says."""
+    said = str(error).strip()
+    return f"{type(error).__name__}: {said.splitlines()[0][:200]}" if said else type(error).__name__
 
 
 def environment(benchmark: str, device: torch.device, command: str) -> dict[str, Any]:
@@ -84,33 +106,95 @@ def save(result: dict[str, Any], folder: Path) -> Path:
     """Written whole or not at all, as BENCHMARK-DEVICE.json; the single times stay out."""
     result = result | {"cases": [case | {"rows": [{k: v for k, v in row.items() if k != "elapsed_ms"} for row in case["rows"]]}
                                  for case in result["cases"]]}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result['benchmark']}-{result['device_type']}.json"
+    return write(result, folder / f"{result['benchmark']}-{result['device_type']}.json")
+
+
+def write(content: dict[str, Any], path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
     unfinished.replace(path)
     return path
+
+
+class Ledger:
+    """The result of a benchmark as it grows. With a folder each step is saved there, and what is found there is gone on from,
+    if it is of this device, these versions and this commit.
+
+    While a case is at work it holds "begun": how often; a process that ends in it leaves that behind.
+    """
+
+    def __init__(self, result: dict[str, Any], folder: Path | None, again: bool = False) -> None:
+        self.result, self.folder = result | {"cases": []}, folder
+        path = folder and folder / f"{result['benchmark']}-{result['device_type']}.json"
+        if path and path.is_file() and not again:
+            found = json.loads(path.read_text())
+            if all(found.get(name) == result[name] for name in SAME_RUN):
+                self.result["cases"] = found["cases"]
+
+    @property
+    def cases(self) -> list[dict[str, Any]]:
+        return self.result["cases"]
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        return next((case for case in self.cases if case["case"] == name), None)
+
+    def is_done(self, name: str, rivals: Iterable[str] = ()) -> bool:
+        """Measured, with a row or a reason for each of these rivals."""
+        case = self.get(name)
+        if case is None or "begun" in case:
+            return False
+        said = [row["rival"] for row in case["rows"]] + [reason.split(":")[0] for reason in case.get("left_out", ())]
+        return "failed" in case or set(rivals) <= set(said)
+
+    def begin(self, name: str) -> int:
+        """How often it has been begun, this time counted; the rows of an earlier time stay until there are new ones."""
+        case = self.get(name) or {"case": name, "rows": [], "left_out": []}
+        self.put(case | {"begun": case.get("begun", 0) + 1})
+        return self.get(name)["begun"]
+
+    def put(self, case: dict[str, Any]) -> None:
+        """In the place of the one of the same name."""
+        names = [each["case"] for each in self.cases]
+        if case["case"] in names:
+            self.cases[names.index(case["case"])] = case
+        else:
+            self.cases.append(case)
+        if self.folder:
+            save(self.result, self.folder)
 
 
 def text(case: dict[str, Any]) -> str:
     """One case for the terminal, without the columns in which no rival has anything."""
     head = ("rival", "median ms", "[quartiles]", "official / it", "images/s", "CPU ms", "it / copy", "GB/s", "of copy",
-            "extra MiB", "host ms", "device GiB")
+            "extra MiB", "host ms", "device GiB", "TFLOP/s")
     lines = [head]
     for row in case["rows"]:
+        if "median_ms" not in row:
+            continue
         low, high = row["quartiles_ms"]
         lines.append((row["rival"], f"{row['median_ms']:.3f}", f"[{low:.3f}, {high:.3f}]",
                       _shown(row, "times_faster_than_official", ".2f"), _shown(row, "images_per_s", ",.0f"),
                       _shown(row, "cpu_ms", ".3f"), _shown(row, "times_the_copy", ".2f"), _shown(row, "gbps", ".1f"),
                       _shown(row, "share_of_copy_bandwidth", ".0%"), _shown(row, "extra_mib", ".1f"),
-                      _shown(row, "launch_ms", ".3f"), _shown(row, "device_gib", ".2f")))
+                      _shown(row, "launch_ms", ".3f"), _shown(row, "device_gib", ".2f"), _shown(row, "tflops", ".0f")))
     kept = [column for column in zip(*lines, strict=True) if any(column[1:])]
     lines = list(zip(*kept, strict=True))
     widths = [max(map(len, column)) for column in kept]
     body = "\n".join("  ".join(["", line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
                      for line in lines)
-    notes = "".join(f"\n  left out: {note}" for note in case["left_out"])
-    return f"{case['case']}, {case['rounds']} rounds\n{body}{notes}"
+    notes = "".join(f"\n  left out: {note}" for note in case.get("left_out", ()))
+    notes += "".join(f"\n  FLAGGED: {note}" for note in flags(case))
+    rounds = f", {case['rounds']} rounds" if "rounds" in case else ""
+    return f"{case['case']}{rounds}\n{body if len(lines) > 1 else ''}{notes}"
+
+
+def flags(case: dict[str, Any]) -> list[str]:
+    """What went wrong in a case and in its rows."""
+    found = [f"{case['case']}: {case['failed']}"] if "failed" in case else []
+    for row in case["rows"]:
+        found += [f"{row['rival']}: {row[name]}" for name in ("failed", "differs") if name in row]
+    return found
 
 
 def _shown(row: dict[str, Any], name: str, form: str) -> str:
@@ -121,25 +205,73 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def main(module: ModuleType) -> None:
-    """A benchmark as a script: measures every case, prints it, and with --save-results writes the file after each."""
+def main(module: Any) -> int:
+    """A benchmark as a script; the exit code. `module` has NAME, `cases(device)`, tiny ones in `rehearsal()`, `rivals_of(case)`
+    and `measure_case(case, device)`, which gives a case, or `growing(case, device)`, which yields it as it grows; and
+    `go_on_from(cases)` where a case depends on those before.
+
+    Every case is measured and printed, and with --save-results each step is in the file at once. What fails is flagged, and the
+    next is begun.
+    """
     parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="left alone, CUDA if there is a device")
     parser.add_argument("--save-results", nargs="?", const=RESULTS, type=Path, metavar="DIR", help="benchmarks/results if bare")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="no case is begun after so many seconds")
+    parser.add_argument("--resume", action="store_true", help="go on from the file, if it is of this device and commit")
+    parser.add_argument("--rehearse", action="store_true", help="tiny cases, to see that all is in order")
     args = parser.parse_args()
     device, start = choose_device(args.device), time.perf_counter()
-    result = environment(module.NAME, device, f"python benchmarks/bench_{module.NAME}.py --device {device.type} --save-results")
-    print(", ".join(f"{k} {v}" for k, v in result.items() if v is not None), flush=True)
-    result["cases"] = []
-    for case in module.cases(device):
-        if time.perf_counter() - start > args.limit_s:
-            print(f"{case}: not measured, {args.limit_s:.0f} s are over")
-            continue
-        result["cases"].append(module.measure_case(case, device))
-        print(text(result["cases"][-1]), flush=True)
-        if args.save_results:
-            print(f"  saved in {save(result, args.save_results)}", flush=True)
+    command = f"python benchmarks/{Path(sys.argv[0]).name} --device {device.type} --save-results"
+    ledger = Ledger(environment(module.NAME, device, command), args.save_results, again=not args.resume)
+    print(", ".join(f"{k} {v}" for k, v in ledger.result.items() if v is not None and k != "cases"), flush=True)
+    if args.rehearse and hasattr(module, "SECONDS"):
+        module.SECONDS = dict.fromkeys(module.SECONDS, 0.1)
+    left = 0
+    for case in module.rehearsal() if args.rehearse else module.cases(device):
+        if ledger.is_done(str(case), module.rivals_of(case)):
+            print(f"{case}: measured before", flush=True)
+        elif time.perf_counter() - start > args.limit_s:
+            print(f"{case}: not measured, {args.limit_s:.0f} s are over", flush=True)
+            left += 1
+        else:
+            measure_into(ledger, module, case, device)
+            print(text(ledger.get(str(case))), flush=True)
+            if device.type == "cuda" and (lost := why_lost(device)):
+                print(f"another process is needed: {lost}", flush=True)
+                return MORE
+    if args.save_results:
+        print(f"saved in {args.save_results}", flush=True)
+    return MORE if left else 0
+
+
+def measure_into(ledger: Ledger, module: Any, case: Any, device: torch.device) -> None:
+    """Measures a case; the ledger has it at every moment. Its failure is written there too."""
+    if ledger.begin(str(case)) > MOST_BEGUN:
+        failed = f"begun {MOST_BEGUN} times, and each time the process ended before it did"
+    else:
+        failed = ""
+        try:
+            if hasattr(module, "go_on_from"):
+                module.go_on_from([each for each in ledger.cases if each["case"] != str(case)])
+            growing = module.growing(case, device) if hasattr(module, "growing") else [module.measure_case(case, device)]
+            for made in growing:
+                ledger.put(made | {"begun": ledger.get(str(case))["begun"]})
+        except Exception as error:
+            failed = reason_of(error)
+    gc.collect()
+    if device.type == "cuda" and not why_lost(device):
+        torch.cuda.empty_cache()
+    made = {name: value for name, value in ledger.get(str(case)).items() if name != "begun"}
+    ledger.put(made | ({"failed": failed} if failed else {}))
+
+
+def why_lost(device: torch.device) -> str:
+    """Why nothing more can run on this GPU in this process; empty if it can. A bad access by one kernel fails all after it."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return reason_of(error)
+    return ""
 
 
 def _processor() -> str:

@@ -32,33 +32,49 @@ class Rival:
 @dataclass(frozen=True)
 class Timing:
     """Elapsed milliseconds of every round; MiB that a call needs beside what it was given and what it returns (None: not
-    measured); on CUDA the milliseconds until the call returns to the host, which may be before the device has finished."""
+    measured); on CUDA the milliseconds until the call returns to the host, which may be before the device has finished.
+
+    failed: why there are no times, empty if there are.
+    """
 
     rival: Rival
     elapsed_ms: list[float]
     extra_mib: float | None
     launch_ms: float | None
+    failed: str = ""
 
 
 def measure(rivals: Sequence[Rival], device: torch.device, seconds: float) -> list[Timing]:
     """Times of all rivals, one round after the other until `seconds` are over, within the limits of ROUNDS.
 
-    Results are dropped outside the timed region: allocating them counts, freeing them does not.
+    Results are dropped outside the timed region: allocating them counts, freeing them does not. A rival that raises has no more
+    rounds, and the reason in `failed`.
     """
     clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
-    extra_mib, launch_ms = {}, {}
-    for rival in rivals:
+    extra_mib, launch_ms, failed = {}, {}, {}
+    elapsed_ms: dict[str, list[float]] = {rival.name: [] for rival in rivals}
+
+    def attempt(rival: Rival, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:               # of one rival: the others go on
+            failed[rival.name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+
+    def prepare(rival: Rival) -> None:
         rival.call()                                                            # compiles, allocates, starts threads
         extra_mib[rival.name] = clock.extra_mib(rival.call)
         launch_ms[rival.name] = clock.prepare(rival.call)
-    elapsed_ms: dict[str, list[float]] = {rival.name: [] for rival in rivals}
+
+    for rival in rivals:
+        attempt(rival, lambda rival=rival: prepare(rival))
     fewest, most = ROUNDS[device.type]
     start, rounds = time.perf_counter(), 0
     while rounds < fewest or (rounds < most and time.perf_counter() - start < seconds):
-        for rival in rivals:
-            elapsed_ms[rival.name].append(clock.once(rival.call, launch_ms[rival.name]))
+        for rival in (rival for rival in rivals if rival.name not in failed):
+            attempt(rival, lambda rival=rival: elapsed_ms[rival.name].append(clock.once(rival.call, launch_ms[rival.name])))
         rounds += 1
-    return [Timing(rival, elapsed_ms[rival.name], extra_mib[rival.name], launch_ms[rival.name]) for rival in rivals]
+    return [Timing(rival, elapsed_ms[rival.name], extra_mib.get(rival.name), launch_ms.get(rival.name),
+                   failed.get(rival.name, "")) for rival in rivals]
 
 
 def extra_mib(call: Callable[[], Sequence[Tensor] | None], device: torch.device) -> float | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .data import Loader, make_loader
+from .data import Loader, dali, make_loader, native
 from .dist import Process, pick_device
 from .flops import image_flops, peak_flops
 from .log import counting
@@ -35,7 +35,7 @@ PARTS = {                                      # of a step, in its order, and wh
 }
 WARM_UP = 5                                    # steps before anything counts: compiling, recording a graph, first allocations
 TURN = {"cpu": 1, "cuda": 10}                  # steps in a row before the other has its turn
-FEWEST = 3                                     # turns of each
+FEWEST = 3                                     # turns of each that are to be compared
 TABLE_STEPS = 10_000                           # of the schedule that all follow
 LEGEND_WIDTH = 110                             # characters
 
@@ -78,26 +78,37 @@ class Clock:
 
 @dataclass
 class Rival:
-    """One way to do a step: `step(i, batches)`, timed by `clock` where its parts can be told apart."""
+    """One way to do a step: `step(i, batches)`, timed by `clock` where its parts can be told apart.
+
+    ready: batches that may have been made while others had their turns. So many steps go before the clock starts.
+    """
 
     name: str
     step: Step | OfficialStep
     batches: Iterator[list[Tensor]]
     clock: Clock | None
     done: int = 0
+    ready: int = 0
 
     def turn(self, device: torch.device, n: int) -> tuple[float, dict[str, float]]:
         """Milliseconds a step over n steps in a row, and of each part; gradients are let go of at the end."""
+        if self.ready:
+            self._steps(device, self.ready)
+            if self.clock:
+                self.clock.take()                        # of steps that do not count
         if self.clock:
             self.clock.mark("start")
         start = time.perf_counter()
+        self._steps(device, n)
+        step_ms = (time.perf_counter() - start) * 1e3 / n
+        self.step.optimizer.zero_grad()              # or they would count as memory that was there before the next turn
+        return step_ms, {part: ms / n for part, ms in self.clock.take().items()} if self.clock else {}
+
+    def _steps(self, device: torch.device, n: int) -> None:
         for _ in range(n):
             self.step(self.done % TABLE_STEPS, self.batches)
             self.done += 1
         wait(device)
-        step_ms = (time.perf_counter() - start) * 1e3 / n
-        self.step.optimizer.zero_grad()              # or they would count as memory that was there before the next turn
-        return step_ms, {part: ms / n for part, ms in self.clock.take().items()} if self.clock else {}
 
 
 @dataclass(frozen=True)
@@ -132,14 +143,17 @@ def ours(cfg: Config, device: torch.device, schedule: Schedule) -> tuple[Step, C
     return step, clock
 
 
-def in_turns(rivals: Sequence[Rival], device: torch.device, seconds: float) -> list[Timed]:
-    """Warm all up, then let them take turns until `seconds` are over; at least FEWEST turns each."""
-    for rival in rivals:
-        rival.turn(device, WARM_UP if device.type == "cuda" else 2)
+def warm_up(rival: Rival, device: torch.device) -> None:
+    """Steps before anything counts."""
+    rival.turn(device, WARM_UP if device.type == "cuda" else 2)
+
+
+def in_turns(rivals: Sequence[Rival], device: torch.device, seconds: float, fewest: int = FEWEST) -> list[Timed]:
+    """Let rivals that are warm take turns until `seconds` are over; at least `fewest` turns each."""
     peaks: dict[str, float | None] = {}
     turns: dict[str, list[tuple[float, dict[str, float]]]] = {rival.name: [] for rival in rivals}
     start = time.perf_counter()
-    while len(turns[rivals[0].name]) < FEWEST or time.perf_counter() - start < seconds:
+    while len(turns[rivals[0].name]) < fewest or time.perf_counter() - start < seconds:
         for rival in rivals:
             if has_peak := device.type == "cuda" and not getattr(rival.step, "graph", None):
                 torch.cuda.reset_peak_memory_stats(device)
@@ -175,11 +189,13 @@ def measure(cfg: Config, folder: str | None, seconds: float, say: Callable[[str]
         dtype = torch.bfloat16 if step.precision == "bf16" else torch.float32
         rivals = [Rival("dinofast", step, Synthetic(cfg, device, dtype), clock)]
         if loader:
-            rivals.append(Rival("dinofast, from files", step, loader, clock))
+            rivals.append(Rival("dinofast, from files", step, loader, clock, ready=ready(loader)))
         rivals.append(Rival("official loop", OfficialStep(official_cfg, their_model, device, schedule, mark=theirs.mark),
                             Synthetic(cfg, device, torch.float32), theirs))
         dtypes = [torch.float32 if way.precision == "fp32" else torch.bfloat16 for way in (step, rivals[-1].step)]
         before = peak_flops(device, dtypes[0])
+        for rival in rivals:
+            warm_up(rival, device)
         timed = in_turns(rivals, device, seconds)
     peak, whose = max(before, peak_flops(device, dtypes[0]), key=lambda found: found[0])       # one was perhaps disturbed
     if dtypes[0] != dtypes[1]:
@@ -194,6 +210,13 @@ def files(cfg: Config, folder: str, device: torch.device) -> Iterator[Loader]:
         cfg = replace(cfg, data_path=folder, output_dir=output_dir)
         with closing(make_loader(cfg, device=device, on_progress=counting("files looked at", True))) as loader:
             yield loader
+
+
+def ready(loader: Loader) -> int:
+    """Batches that a loader may have made before they are asked for: those of its queue, or of torch's."""
+    if not loader.n_workers:
+        return 0
+    return {"native": native.AHEAD, "dali": dali.AHEAD}.get(loader.backend, 2 * loader.n_workers)
 
 
 def setting(cfg: Config, device: torch.device) -> str:

@@ -1,0 +1,163 @@
+"""Options of the step that may make it faster, one at a time on top of the best so far, in turns with it.
+
+    python benchmarks/candidates.py --save-results
+
+A candidate is kept if it takes at least 1 % more images a second than the best so far and its losses are near; each row says
+what both took. One that this version or this device refuses is a row with the reason. The last case is all that was kept
+against where it began.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+import bench_step
+import torch
+from record import main
+from timing import quartiles
+
+from dinofast import bench_step as step_clock
+from dinofast.bench_step import Rival, Synthetic
+from dinofast.config import Config
+from dinofast.memory import kept_memory
+
+NAME = "candidates"
+SECONDS = {"cpu": 10.0, "cuda": 4.0}     # of a case
+GAIN = 1.01                              # images a second, candidate / best so far, from which it is kept
+ALL_KEPT = "all that was kept"
+Options = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """options: of `Config`, as (name, value) pairs; none of them: what was kept against the start."""
+
+    step: bench_step.Case
+    options: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        return ", ".join(f"--{name} {str(value).lower() if isinstance(value, bool) else value}"
+                         for name, value in self.options) or ALL_KEPT
+
+
+ATTENTIONS = ("varlen", "fa3", "cudnn", "xformers", "sdpa")
+SINGLE = (("residual_precision", "bf16"), ("cuda_graph", True), ("teacher_precision", "bf16"), ("drop_path_mode", "skip"),
+          ("compile", "max-autotune"))                                   # by expected gain, what compiles longest at the end
+BATCHES = (256, 512, 1024)
+
+
+def cases(device: torch.device) -> list[Case]:
+    step = bench_step.Case("vit_small", 16, 128, bench_step.OURS)
+    options = [*(("attention", name) for name in ATTENTIONS), *SINGLE, *(("batch_size_per_gpu", n) for n in BATCHES)]
+    return [*(Case(step, (option,)) for option in options), Case(step, ())]
+
+
+def rehearsal() -> list[Case]:
+    """One of an option that is not there, one of no value that can be, one that the step refuses; two that can be measured."""
+    options = (("attention", "plain"), ("planted_option", "bf16"), ("cuda_graph", "no truth value"),
+               ("teacher_precision", "bf16"), ("batch_size_per_gpu", 4))
+    step = bench_step.rehearsal()[0]
+    return [*(Case(step, (option,)) for option in options), Case(step, ())]
+
+
+def rivals_of(case: Case) -> tuple[str, ...]:
+    return ()
+
+
+class Best(NamedTuple):
+    """Kept from case to case, as it is compiled and warm. loss: of its second step, to compare with that of a candidate."""
+
+    options: Options
+    rival: Rival
+    loss: float
+
+
+_done: list[dict[str, Any]] = []
+_best: list[Best] = []                               # one, or none
+
+
+def go_on_from(cases: Sequence[dict[str, Any]]) -> None:
+    _done[:] = cases
+
+
+def best_options(cases: Sequence[dict[str, Any]]) -> Options:
+    """Of all that was kept, the later on top of the earlier."""
+    found: Options = {}
+    for case in cases:
+        if case.get("kept"):
+            found |= case["options"]
+    return found
+
+
+def measure_case(case: Case, device: torch.device, seconds: float | None = None) -> dict[str, Any]:
+    return list(growing(case, device, seconds))[-1]
+
+
+def growing(case: Case, device: torch.device, seconds: float | None = None) -> Iterator[dict[str, Any]]:
+    """The case when it is begun, and when it is measured."""
+    best = best_options(_done)
+    options = dict(case.options) or best
+    made: dict[str, Any] = {"case": str(case), "options": options, "on_top_of": best if case.options else {}, "kept": False,
+                            "rows": [], "left_out": []}
+    yield made
+    # each network that is compiled counts against one limit, as all share the code of their forward
+    with kept_memory(device), torch._dynamo.config.patch(recompile_limit=1000):
+        before = best_so_far(case, device, made["on_top_of"])
+        if reason := why_needless(case, options, before):
+            yield made | {"left_out": [f"{case}: {reason}"]}
+            return
+        challenger = build(case, device, made["on_top_of"] | options)
+        timed = step_clock.in_turns([before.rival, challenger.rival], device, seconds or SECONDS[device.type])
+    rows = []
+    for t, measured in zip(timed, (before, challenger), strict=True):
+        low, median, high = quartiles(t.step_ms)
+        rows.append({"rival": t.name, "median_ms": median, "quartiles_ms": [low, high], "elapsed_ms": t.step_ms,
+                     "images_per_s": measured.rival.step.cfg.batch_size_per_gpu / median * 1e3, "parts_ms": t.parts_ms,
+                     "extra_mib": t.peak_gib and t.peak_gib * 1024, "how": measured.rival.step.how})
+    rows[1] |= bench_step.compare({"best so far": [before.loss], str(case): [challenger.loss]}, bench_step.NEAR)[str(case)]
+    gain = rows[1]["images_per_s"] / rows[0]["images_per_s"]
+    kept = bool(case.options) and rows[1]["same_losses"] and gain >= GAIN
+    if kept:
+        _best[:] = [challenger._replace(rival=replace(challenger.rival, name="best so far"))]
+    yield made | {"rounds": len(timed[0].step_ms), "rows": rows, "gain": gain, "kept": kept}
+
+
+def why_needless(case: Case, options: Options, before: Best) -> str:
+    """Why there is nothing to compare; empty if there is."""
+    if options == before.options:
+        return "nothing was"
+    same = {name for name, value in case.options if before.options.get(name) == value}
+    runs = before.rival.step.how.split(",")[0].split()[:2]                   # such as "attention varlen"
+    if case.options and (len(same) == len(case.options) or runs == ["attention", options.get("attention")]):
+        return "the best so far has it"
+    return ""
+
+
+def best_so_far(case: Case, device: torch.device, options: Options) -> Best:
+    """What the candidate must beat: warm from the case before, or built anew after a break."""
+    if not _best or _best[0].options != options:
+        _best.clear()
+        gc.collect()
+        found = build(case, device, options)
+        _best.append(found._replace(rival=replace(found.rival, name="best so far")))
+    return _best[0]
+
+
+def build(case: Case, device: torch.device, options: Options) -> Best:
+    """Warm. Raises ValueError for what this version or this device has not."""
+    if unknown := sorted(set(options) - {f.name for f in fields(Config)}):
+        raise ValueError(f"Config has no option '{unknown[0]}' in this version")
+    cfg = case.step.config(device, **{"compile": "on" if device.type == "cuda" else "off"} | options)
+    step, clock = step_clock.ours(cfg, device, step_clock.schedule_of(cfg, device))
+    crops = Synthetic(cfg, device, torch.bfloat16 if step.precision == "bf16" else torch.float32)
+    rival = Rival(str(case), step, crops, clock)
+    loss = bench_step.losses(rival, 2)[-1]
+    step_clock.warm_up(rival, device)
+    return Best(options, rival, loss)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.modules[__name__]))
