@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+NO_GPU = "GPU: nothing has been measured on one yet, and no number is claimed; `make gpu` measures all of the above there."
 PARTS = ("data", "teacher", "student", "loss", "backward", "optimiser")                  # of a step
 
 
@@ -49,12 +50,29 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line[c] for c in kept) + " |" for line in lines)
 
 
-def speed(benchmark: str, device_type: str) -> str:
-    """The first case of results/BENCHMARK-DEVICE.json in full, a line for each other; a sentence if there is no file."""
+def load(benchmark: str, device_type: str) -> dict | None:
+    """results/BENCHMARK-DEVICE.json with the rows that have times; None if there is no file, or nothing in it."""
     path = RESULTS / f"{benchmark}-{device_type}.json"
     if not path.is_file():
-        return f"`{benchmark}` on a {'GPU' if device_type == 'cuda' else 'CPU'}: no measurement has been committed yet."
+        return None
     result = json.loads(path.read_text())
+    result["flagged"] = [f"{case['case']}, {flag}" for case in result["cases"] for flag in flagged(case)]
+    cases = [case | {"rows": [row for row in case["rows"] if "median_ms" in row]} for case in result["cases"]]
+    result["cases"] = [case for case in cases if case["rows"]]
+    return result if result["cases"] else None
+
+
+def flagged(case: dict) -> list[str]:
+    """What went wrong in a case and in its rows."""
+    whole = [case["failed"]] if "failed" in case else []
+    return whole + [f"{row['rival']}: {row[what]}" for row in case["rows"] for what in ("failed", "differs") if what in row]
+
+
+def speed(benchmark: str, device_type: str) -> str:
+    """The first case of results/BENCHMARK-DEVICE.json in full, a line for each other; a sentence if there is no file."""
+    result = load(benchmark, device_type)
+    if not result:
+        return f"`{benchmark}`: no measurement has been committed yet."
     first, *others = result["cases"]
     parts = [f"`{benchmark}` ({first['implementation']}), {first['case']}:", full_table(first)]
     if others:
@@ -68,16 +86,16 @@ def provenance(result: dict) -> str:
     named = result["versions"] | result["cases"][0].get("versions", {})
     versions = ", ".join(f"{name} {version}" for name, version in named.items() if version)
     threads = "" if result["device_type"] == "cuda" else f", {result['threads']} threads"
+    notes = [*reasons(result), *(f"Flagged: {flag}." for flag in result.get("flagged", ()))]
     return (f"{result['device']}{threads}; {versions}; commit {commit[:10]}{' with changes' if dirty else ''}, "
-            f"{result['date']}; `{result['command']}`. {' '.join(reasons(result))}").strip()
+            f"{result['date']}; `{result['command']}`. {' '.join(notes)}").strip()
 
 
 def data(device_type: str) -> str:
     """Every rival of the data path, from results/data-DEVICE.json; a sentence if there is no file."""
-    path = RESULTS / f"data-{device_type}.json"
-    if not path.is_file():
-        return f"`data` on a {'GPU' if device_type == 'cuda' else 'CPU'}: no measurement has been committed yet."
-    result = json.loads(path.read_text())
+    result = load("data", device_type)
+    if not result:
+        return "`data`: no measurement has been committed yet."
     case, = result["cases"]
     head = ("", "images/s", "ms an image: median [quartiles]", "CPU ms an image", "official / this", "crops",
             "device memory")
@@ -95,10 +113,9 @@ def data(device_type: str) -> str:
 
 def step(device_type: str) -> str:
     """The whole step, from results/step-DEVICE.json: the first case in full, a line for each other."""
-    path = RESULTS / f"step-{device_type}.json"
-    if not path.is_file():
-        return f"The step on a {'GPU' if device_type == 'cuda' else 'CPU'}: no measurement has been committed yet."
-    result = json.loads(path.read_text())
+    result = load("step", device_type)
+    if not result:
+        return "The step: no measurement has been committed yet."
     first, *others = result["cases"]
     head = ("", "images/s", "ms a step: median [quartiles]", "images/s, this / official", "MFU",
             *(f"{part}, ms" for part in PARTS), "memory of a step")
@@ -115,6 +132,41 @@ def step(device_type: str) -> str:
     more = ["In other cases:", table(("", "", "images/s", "MFU", "images/s, this / official", "memory of a step"),
                                      brief)] if brief else []
     return "\n\n".join([title, table(head, rows), *more, provenance(result)])
+
+
+def probe(device_type: str) -> str:
+    """What the device can do: ceilings, products, attention; and the kernels of a step, in a sentence each."""
+    result = load("probe", device_type)
+    if not result:
+        return "The probe: no measurement has been committed yet."
+    rows = [(case["case"], row["rival"], digits(row["median_ms"]), "" if row.get("gbps") is None else f"{row['gbps']:,.0f}",
+             "" if row.get("tflops") is None else digits(row["tflops"])) for case in result["cases"] for row in case["rows"]]
+    kernels = [f"{case['case']}: {case['n_kernels']:,.0f} kernels, {case['kernels_us'] / 1e3:,.1f} ms; none runs for "
+               f"{case['gaps_us'] / 1e3:,.1f} ms." for case in result["cases"] if "kernels" in case]
+    return "\n\n".join(["What the device does:", table(("", "", "ms", "GB/s", "TFLOP/s"), rows), *kernels, provenance(result)])
+
+
+def candidates(device_type: str) -> str:
+    """Options one at a time on top of the best before, and which were kept."""
+    result = load("candidates", device_type)
+    if not result:
+        return "Candidates: no measurement has been committed yet."
+    rows = []
+    for case in result["cases"]:
+        before, after = case["rows"]
+        on_top = " ".join(f"--{name} {value}" for name, value in case["on_top_of"].items())
+        rows.append((case["case"], on_top, rate(before["images_per_s"]), rate(after["images_per_s"]), f"{case['gain']:.3f}",
+                     "yes" if case["kept"] else ""))
+    head = ("", "on top of", "images/s before", "images/s with it", "with it / before", "kept")
+    return "\n\n".join(["Options of the step, each on top of what was kept before:", table(head, rows), provenance(result)])
+
+
+def gpu() -> str:
+    """All that was measured on a GPU; one line if nothing was."""
+    makers = {"step": step, "candidates": candidates, "probe": probe, "dino_loss": functools.partial(speed, "dino_loss"),
+              "adamw_ema": functools.partial(speed, "adamw_ema"), "data": data}
+    blocks = [make("cuda") for name, make in makers.items() if load(name, "cuda")]
+    return "\n\n".join(blocks) or NO_GPU
 
 
 def faster(row: dict) -> str:
@@ -158,8 +210,8 @@ def full_table(case: dict) -> str:
     for row in case["rows"]:
         low, high = row["quartiles_ms"]
         cells = (row["rival"], f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
-                 f"{row['times_faster_than_official']:.1f}", f"{row['times_the_copy']:.2f}", bandwidth(row), memory(case, row),
-                 "" if row["launch_ms"] is None else digits(row["launch_ms"]))
+                 ratio(row["times_faster_than_official"], 1), ratio(row["times_the_copy"], 2), bandwidth(row),
+                 memory(case, row), "" if row["launch_ms"] is None else digits(row["launch_ms"]))
         rows.append(tuple(f"**{cell}**" if cell and row["rival"] == "dinofast" else cell for cell in cells))
     return table(head, rows)
 
@@ -171,11 +223,18 @@ def brief_table(cases: list[dict]) -> str:
     rows = []
     for case in cases:
         row = {row["rival"]: row for row in case["rows"]}
+        if "dinofast" not in row:
+            continue
         ours, compiled = row["dinofast"], row.get("reference, compiled")
-        rows.append((case["case"], digits(ours["median_ms"]), f"{ours['times_faster_than_official']:.1f}",
+        rows.append((case["case"], digits(ours["median_ms"]), ratio(ours["times_faster_than_official"], 1),
                      f"{compiled['median_ms'] / ours['median_ms']:.1f}" if compiled else "",
-                     f"{ours['times_the_copy']:.2f}" if ours["gbps"] else "", bandwidth(ours)))
+                     ratio(ours["times_the_copy"], 2) if ours["gbps"] else "", bandwidth(ours)))
     return table(head, rows)
+
+
+def ratio(value: float | None, digits_after: int) -> str:
+    """Empty where the other side was not measured."""
+    return "" if value is None else f"{value:.{digits_after}f}"
 
 
 def bandwidth(row: dict) -> str:
@@ -192,7 +251,7 @@ def memory(case: dict, row: dict) -> str:
 
 def reasons(result: dict) -> list[str]:
     """Why rivals are absent, each said once."""
-    return sorted({f"Left out: {reason}." for case in result["cases"] for reason in case["left_out"]})
+    return sorted({f"Left out: {reason}." for case in result["cases"] for reason in case.get("left_out", ())})
 
 
 def digits(ms: float) -> str:
@@ -200,9 +259,9 @@ def digits(ms: float) -> str:
     return f"{ms:,.{max(0, 2 - math.floor(math.log10(ms)))}f}"
 
 
-SPEED = [(benchmark, device_type) for device_type in ("cpu", "cuda") for benchmark in ("dino_loss", "adamw_ema")]
-TABLES = ({"demo": demo, "index": index} | {f"{b}-{d}": functools.partial(speed, b, d) for b, d in SPEED}
-          | {f"{make.__name__}-{d}": functools.partial(make, d) for make in (data, step) for d in ("cpu", "cuda")})
+TABLES = {"demo": demo, "index": index, "gpu": gpu, "step-cpu": functools.partial(step, "cpu"),
+          "data-cpu": functools.partial(data, "cpu"), "dino_loss-cpu": functools.partial(speed, "dino_loss", "cpu"),
+          "adamw_ema-cpu": functools.partial(speed, "adamw_ema", "cpu")}
 
 
 def render(text: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dinofast import bench_step, cli
-from dinofast.bench_step import PARTS, Clock, Rival, Synthetic, Timed, in_turns, measure, report
+from dinofast.bench_step import PARTS, Clock, Rival, Synthetic, Timed, in_turns, measure, report, warm_up
 from dinofast.config import Config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -186,11 +186,65 @@ def test_rivals_take_turns(monkeypatch):
     monkeypatch.setattr(bench_step, "TABLE_STEPS", 4)
     order = []
     steps = [Counted(name, order) for name in "AB"]
-    timed = in_turns([Rival(step.name, step, iter(()), None) for step in steps], CPU, 0.0)
+    rivals = [Rival(step.name, step, iter(()), None) for step in steps]
+    for rival in rivals:
+        warm_up(rival, CPU)
+    timed = in_turns(rivals, CPU, 0.0)
     assert "".join(name for name, _ in order) == "AABBABABAB"                       # each warmed up, then three turns
     assert [free for _, free in order] == [True, False, True, False] + [True] * 6   # gradients are let go of between turns
     assert steps[0].steps == [0, 1, 2, 3, 0]                                        # within the tables
     assert [(len(t.step_ms), t.parts_ms, t.peak_gib) for t in timed] == [(3, {}, None)] * 2
+
+
+class Ahead:
+    """A loader that makes a batch a second, `ready` of them ahead, and steps that take no time: what is made meanwhile is
+    there at once."""
+
+    def __init__(self, ready, clock):
+        self.ready, self.made_at, self.clock = ready, [], clock
+
+    def __next__(self):
+        self.made_at = [max(at, self.clock[0] - self.ready) for at in self.made_at[-1:]] or [self.clock[0]]
+        self.made_at[0] += 1.0
+        self.clock[0] = max(self.clock[0], self.made_at[0])
+        return []
+
+
+@pytest.mark.parametrize("device, steps", [(CPU, 1), (CUDA, 10)], ids=str)
+def test_batches_made_in_the_turns_of_others_do_not_count(device, steps, monkeypatch):
+    """Three are ready when a turn begins, and each later one takes a second: so does each step, by the clock of the turn."""
+    now, ready = [0.0], 3
+    monkeypatch.setattr(bench_step.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    counted = Counted("from files", [])
+    loader, take = Ahead(ready, now), counted.__call__
+    monkeypatch.setattr(Counted, "__call__", lambda self, step, batches: (next(batches), take(step, batches))[1])
+    for discarded, ms in ((ready, 1000.0), (0, 1000.0 * max(0, steps - ready) / steps)):
+        rival = Rival("from files", counted, loader, None, ready=discarded)
+        rival.turn(device, steps)
+        now[0] += 100.0                                                                # others have their turns
+        assert rival.turn(device, steps)[0] == pytest.approx(ms)
+
+
+def test_marks_of_steps_that_do_not_count_are_dropped(monkeypatch):
+    """Each step takes a second, of which two do not count."""
+    now = [0.0]
+    monkeypatch.setattr(bench_step.time, "perf_counter", lambda: now[0])
+    counted, clock = Counted("from files", []), Clock(CPU)
+
+    def take(self, step, batches):
+        now[0] += 1.0
+        clock.mark("data")
+    monkeypatch.setattr(Counted, "__call__", take)
+    rival = Rival("from files", counted, iter(()), clock, ready=2)
+    assert rival.turn(CPU, 3) == (1000.0, {"data": 1000.0}) and rival.done == 5
+
+
+@pytest.mark.parametrize("backend, workers, ready", [("native", 4, 3), ("dali", 1, 3), ("pil", 4, 8), ("pil", 0, 0),
+                                                     ("native", 0, 0)])
+def test_batches_that_a_loader_may_have_ready(backend, workers, ready):
+    loader = type("Loader", (), {"backend": backend, "n_workers": workers})
+    assert bench_step.ready(loader) == ready
 
 
 def test_memory_of_a_gpu_is_what_a_turn_adds(monkeypatch):
@@ -200,7 +254,10 @@ def test_memory_of_a_gpu_is_what_a_turn_adds(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     plain, graph = Counted("plain", []), Counted("graph", [])
     graph.graph = object()
-    timed = in_turns([Rival(step.name, step, iter(()), None) for step in (plain, graph)], CUDA, 0.0)
+    rivals = [Rival(step.name, step, iter(()), None) for step in (plain, graph)]
+    for rival in rivals:
+        warm_up(rival, CUDA)
+    timed = in_turns(rivals, CUDA, 0.0)
     assert [t.peak_gib for t in timed] == [2.5, None]
     assert len(plain.steps) == bench_step.WARM_UP + 3 * bench_step.TURN["cuda"]
 
