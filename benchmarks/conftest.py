@@ -35,7 +35,8 @@ class Replay:
 
 
 CLOCK = Replay()
-RESULTS: dict[str, dict] = {}                                # benchmark -> result, as it grows
+LEDGERS: dict[str, record.Ledger] = {}                       # by benchmark
+MEASURED: list[Any] = []                                     # cases
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,32 +60,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def timed(request: pytest.FixtureRequest, benchmark: Callable, case: Any, rival: str) -> Callable[[], None]:
     """Measures the case unless that is done, and gives pytest-benchmark the rounds of this rival."""
     module, device = request.module, record.choose_device(request.config.option.device)
-    if module.NAME not in RESULTS:
+    if module.NAME not in LEDGERS:
         command = "python -m pytest benchmarks/ --save-results"
-        RESULTS[module.NAME] = record.environment(module.NAME, device, command) | {"cases": []}
-    done = RESULTS[module.NAME]["cases"]
-    if str(case) not in [each["case"] for each in done]:
-        done.append(module.measure_case(case, device))
-    measured = next(each for each in done if each["case"] == str(case))
+        folder = request.config.option.save_results
+        result = record.environment(module.NAME, device, command)
+        LEDGERS[module.NAME] = record.Ledger(result, folder and Path(folder), again=True)
+    ledger = LEDGERS[module.NAME]
+    if case not in MEASURED:
+        MEASURED.append(case)
+        record.measure_into(ledger, module, case, device)
+    measured = ledger.get(str(case))
     row = next((row for row in measured["rows"] if row["rival"] == rival), None)
 
     def run() -> None:
-        if row is None:
-            pytest.skip(next(reason for reason in measured["left_out"] if reason.startswith(rival)))
+        if reason := next((reason for reason in measured["left_out"] if reason.startswith(f"{rival}:")), ""):
+            pytest.skip(reason)
+        if row is None or "failed" in row:
+            pytest.fail(row["failed"] if row else measured["failed"])
         benchmark.extra_info.update({k: v for k, v in row.items() if k != "elapsed_ms"})
         benchmark.pedantic(CLOCK.of(row["elapsed_ms"]), rounds=len(row["elapsed_ms"]))
     return run
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if folder := session.config.option.save_results:
-        for result in RESULTS.values():
-            record.save(result, Path(folder))
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for name, result in RESULTS.items():
-        terminalreporter.section(f"{name} on {result['device']}, {result['threads']} threads, in turns")
-        terminalreporter.write_line("\n\n".join(record.text(case) for case in result["cases"]))
+    for name, ledger in LEDGERS.items():
+        terminalreporter.section(f"{name} on {ledger.result['device']}, {ledger.result['threads']} threads, in turns")
+        terminalreporter.write_line("\n\n".join(map(record.text, ledger.cases)))
     if folder := config.option.save_results:
         terminalreporter.write_line(f"results saved in {folder}; python benchmarks/report.py puts them into README.md")
