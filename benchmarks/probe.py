@@ -145,16 +145,26 @@ def attentions(runs: tuple[tuple[int, int], ...], case: Case, device: torch.devi
     q, k, v, grad = (torch.randn(tokens, case.heads, width, device=device).bfloat16().requires_grad_(i < 3) for i in range(4))
     count = 4.0 * case.width * sum(n * each**2 for n, each in runs)
     rivals, flops, refused = [], {}, []
+    activate = getattr(attention, "activate", lambda impl: None)         # of torch's flash attentions there is one at a time
+
+    def forward_of(impl: str) -> Tensor:
+        activate(impl)
+        return attention.attention(q, k, v, where, impl)
+
+    def backward_of(impl: str, out: Tensor) -> tuple[Tensor, ...]:
+        activate(impl)
+        return torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+
     for impl in attention.ATTENTIONS:
         try:
             attention.choose_attention(impl, device, torch.bfloat16, width)
-            out = attention.attention(q, k, v, where, impl)
+            out = forward_of(impl)
         except Exception as error:
             refused.append({"rival": impl, "failed": reason_of(error)})
             continue
         forward, backward = f"{impl}, forward", f"{impl}, backward"
-        rivals += [Rival(forward, lambda impl=impl: (attention.attention(q, k, v, where, impl).detach(),)),
-                   Rival(backward, lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True))]
+        rivals += [Rival(forward, lambda impl=impl: (forward_of(impl).detach(),)),
+                   Rival(backward, lambda impl=impl, out=out: backward_of(impl, out))]
         flops |= {forward: count, backward: 2.5 * count}
     return {"tokens": tokens, "rows": rows_of(measure(rivals, device, seconds * len(rivals)), flops) + refused, "left_out": []}
 

@@ -92,6 +92,7 @@ class Rival:
 
     def turn(self, device: torch.device, n: int) -> tuple[float, dict[str, float]]:
         """Milliseconds a step over n steps in a row, and of each part; gradients are let go of at the end."""
+        getattr(self.step, "activate", lambda: None)()   # what steps of other rivals may have changed for all of the process
         if self.ready:
             self._steps(device, self.ready)
             if self.clock:

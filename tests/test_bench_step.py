@@ -171,12 +171,15 @@ class Counted:
     """A step that notes its turns and whether gradients were there when a turn began."""
 
     def __init__(self, name, order):
-        self.name, self.order, self.graph, self.steps = name, order, None, []
+        self.name, self.order, self.graph, self.steps, self.active = name, order, None, [], False
         self.weight = torch.nn.Parameter(torch.ones(1))
         self.optimizer = torch.optim.SGD([self.weight], lr=0.1)
 
+    def activate(self):
+        self.active = True
+
     def __call__(self, step, batches):
-        self.order.append((self.name, self.weight.grad is None))
+        self.order.append((self.name, self.weight.grad is None, self.active))
         self.steps.append(step)
         self.weight.grad = torch.ones(1)
         return self.weight.sum()
@@ -190,8 +193,9 @@ def test_rivals_take_turns(monkeypatch):
     for rival in rivals:
         warm_up(rival, CPU)
     timed = in_turns(rivals, CPU, 0.0)
-    assert "".join(name for name, _ in order) == "AABBABABAB"                       # each warmed up, then three turns
-    assert [free for _, free in order] == [True, False, True, False] + [True] * 6   # gradients are let go of between turns
+    assert "".join(name for name, _, _ in order) == "AABBABABAB"                    # each warmed up, then three turns
+    assert [free for _, free, _ in order] == [True, False, True, False] + [True] * 6     # gradients are let go of between turns
+    assert all(active for *_, active in order)
     assert steps[0].steps == [0, 1, 2, 3, 0]                                        # within the tables
     assert [(len(t.step_ms), t.parts_ms, t.peak_gib) for t in timed] == [(3, {}, None)] * 2
 
