@@ -2,9 +2,10 @@
 # make test   install, build and run the tests
 # make lint   style check
 # make bench  measure, write benchmarks/results and the README's tables: 20 to 25 minutes on 2 cores, most of it the whole step
-# make gpu    for a CUDA torch without a network: install without dependencies, build, GPU tests, benchmarks, compute-sanitizer,
-#             in at most 9 minutes, with $(PYTHON) or .venv, whichever sees a GPU; results go to $OUT or benchmarks/results;
-#             PARTS="step data" runs these parts alone, with all of the time
+# make gpu    for a CUDA torch without a network: install without dependencies, build, probe the device, measure the step and what
+#             may make it faster, GPU tests, data, compute-sanitizer, with $(PYTHON) or .venv, whichever sees a GPU; in calls of
+#             at most 9 minutes, each of which goes on where the one before ended; results go to $OUT or benchmarks/results;
+#             PARTS="step data" runs these parts alone, with all of the time; PARTS=--rehearse all of them, tiny, on the CPU
 # Everything goes into .venv; a torch that python3 already has is used, otherwise TORCH is installed there.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0

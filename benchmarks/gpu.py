@@ -261,6 +261,8 @@ def main(arguments: Sequence[str] = ()) -> int:
     if not args.rehearse and (reason := why_no_gpu()):
         print(reason)
         return 1
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:          # as a shell has it for what runs in the background: parts
+        signal.signal(signal.SIGINT, signal.default_int_handler)   # would inherit it, and could not be interrupted
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))     # of what is aborted
     call = make_call(args)
     own = call.results == ROOT / "benchmarks" / "results"

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -161,7 +162,7 @@ def test_a_part_that_runs_over_is_interrupted_then_killed(code, limit_s, how, lo
 def test_children_of_a_part_end_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LEAST_S", 0)
     child = tmp_path / "child"
-    code = (f"import pathlib, subprocess, time\np = subprocess.Popen(['sleep', '60'])\n"
+    code = (f"import pathlib, subprocess, time\np = subprocess.Popen(['sh', '-c', 'trap \"\" INT; sleep 60; true'])\n"
             f"pathlib.Path({str(child)!r}).write_text(str(p.pid))\ntime.sleep(60)")
     gpu.run("some", (sys.executable, "-c", code), 1, dict(os.environ), tmp_path / "some.log")
     state = subprocess.run(("ps", "-o", "stat=", "-p", child.read_text()), capture_output=True, text=True).stdout.strip()
@@ -295,7 +296,16 @@ def test_caches_are_where_they_can_be_carried(tmp_path):
 
 
 def test_a_rehearsal(tmp_path, capfd, monkeypatch):
-    """The planted part runs over, and those after it are measured; the second call repeats nothing else."""
+    """The planted part runs over, and those after it are measured; the second call repeats nothing else. From the background,
+    where a shell has interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        rehearse(tmp_path, capfd, monkeypatch)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def rehearse(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(gpu, "LEAST_S", 1)
     monkeypatch.setattr(gpu, "PLANTED_S", 2)
     flags = ("--rehearse", "--results", str(tmp_path), "adamw_ema", "planted")
