@@ -44,6 +44,7 @@ LIMITS = {"install": 60, "probe": 150, "step": 420, "candidates": 420, "dino_los
           "data": 120, "memcheck": 90, "racecheck": 60}                  # seconds of a call at most, in a run of everything
 LAST_CASE_S = {"probe": 60, "step": 75, "candidates": 75}     # kept for the case begun last; of others 0.4 of the limit
 RESUMED, RESTARTS = ("probe", "step", "candidates", "dino_loss", "adamw_ema", "tests", "data"), 6     # parts; in one call
+SANITIZED = ("memcheck", "racecheck")
 SCRIPTS = {"probe": "probe.py", "candidates": "candidates.py", "tests": "gpu_tests.py"}          # of others bench_NAME.py
 PLANTED, PLANTED_S = "planted", 12               # a part of the rehearsal that runs over; the others have all the time
 INSTALL = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check",
@@ -149,6 +150,8 @@ class Call(NamedTuple):
         if name == "install":
             return self.install(limit_s)
         start, resume = time.monotonic(), not self.again
+        if name == SANITIZED[0] and self.device != "cpu" and sanitizer():
+            run(name, kernels(self.device), limit_s, self.environment, self.logs / f"{name}.log")       # compiles them
         for restart in range(RESTARTS + 1):
             left_s = limit_s - (time.monotonic() - start)
             made = command(name, self, left_s, resume)
@@ -200,19 +203,22 @@ def sanitizer() -> str | None:
         (found for place in SANITIZER_PLACES if (found := shutil.which("compute-sanitizer", path=f"{place}/bin"))), None)
 
 
+def kernels(device: str) -> tuple[str, ...]:
+    return PYTHON, "benchmarks/launch_kernels.py", "--device", device
+
+
 def command(name: str, call: Call, limit_s: float, resume: bool) -> tuple[tuple[str, ...], dict[str, str]] | str:
     """What a part runs, and in what environment beside the usual; or why it cannot."""
     if name == PLANTED:
         return (PYTHON, "-c", "import time\ndef runs_over():\n    time.sleep(600)\nruns_over()"), {}
     if name == "tests" and not importlib.util.find_spec("pytest"):
         return f"FAILED: not run, pytest is not installed in {PYTHON}"
-    if name in ("memcheck", "racecheck"):
-        kernels = (PYTHON, "benchmarks/launch_kernels.py", "--device", call.device)
+    if name in SANITIZED:
         if call.device == "cpu":
-            return kernels, {}                                   # a stand-in: without the sanitizer
+            return kernels(call.device), {}                      # a stand-in: without the sanitizer
         if not (tool := sanitizer()):
             return "left out: compute-sanitizer is not on this machine"
-        return ((tool, "--tool", name, "--report-api-errors", "no", "--error-exitcode", "9", *kernels),
+        return ((tool, "--tool", name, "--report-api-errors", "no", "--error-exitcode", "9", *kernels(call.device)),
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})         # each allocation by itself: running over its end is seen
     begin_s = max(1.0, limit_s - LAST_CASE_S.get(name, 0.4 * limit_s))
     flags = [*(["--resume"] if resume else []), *(["--rehearse"] if call.device == "cpu" else [])]

@@ -204,6 +204,22 @@ def test_a_part_is_not_restarted_when_its_time_is_over(tmp_path, monkeypatch):
     assert call(tmp_path).part("step", 250).code == gpu.MORE and seen == [250, 150]
 
 
+def test_the_sanitizer_finds_its_kernels_compiled(tmp_path, monkeypatch):
+    ran = []
+
+    def run(name, arguments, limit_s, environment, log):
+        ran.append((arguments[0], arguments[-3:], "PYTORCH_NO_CUDA_MEMORY_CACHING" in environment))
+        return gpu.Ended(0, "ok, 1 s")
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu, "sanitizer", lambda: "compute-sanitizer")
+    last = ("benchmarks/launch_kernels.py", "--device", "cuda")
+    for name in gpu.SANITIZED:
+        assert call(tmp_path).part(name, 60).code == 0
+    assert ran == [(sys.executable, last, False), ("compute-sanitizer", last, True), ("compute-sanitizer", last, True)]
+    monkeypatch.setattr(gpu, "sanitizer", lambda: None)
+    assert call(tmp_path).part("racecheck", 60) == (0, "left out: compute-sanitizer is not on this machine")
+
+
 # ---- the call
 @pytest.fixture
 def ladder(monkeypatch, tmp_path):
