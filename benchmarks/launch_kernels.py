@@ -80,12 +80,23 @@ def colour(device: torch.device) -> int:
     return 6
 
 
+def normalize(device: torch.device) -> int:
+    """Planes and interleaved pixels: of one pixel, of less than a block and of several."""
+    for dtype in (torch.float32, torch.bfloat16):
+        table = torch.rand(3, 256).to(device, dtype)
+        for side in (1, 7, 97):
+            crops = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8).to(device)
+            for same in (crops, crops.contiguous(memory_format=torch.channels_last)):
+                assert ops.normalize(same, table).isfinite().all()
+    return 12
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"))
     device = choose_device(parser.parse_args().device)
     paths = {op: by_device[device.type] for op, by_device in ops.paths().items()}
-    print(f"{dino_loss(device) + lists(device) + colour(device)} calls on {device}: {paths}")
+    print(f"{dino_loss(device) + lists(device) + colour(device) + normalize(device)} calls on {device}: {paths}")
     if device.type == "cuda":
         torch.cuda.synchronize()
 
