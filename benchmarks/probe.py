@@ -145,14 +145,13 @@ def attentions(runs: tuple[tuple[int, int], ...], case: Case, device: torch.devi
     q, k, v, grad = (torch.randn(tokens, case.heads, width, device=device).bfloat16().requires_grad_(i < 3) for i in range(4))
     count = 4.0 * case.width * sum(n * each**2 for n, each in runs)
     rivals, flops, refused = [], {}, []
-    activate = getattr(attention, "activate", lambda impl: None)         # of torch's flash attentions there is one at a time
 
     def forward_of(impl: str) -> Tensor:
-        activate(impl)
+        attention.activate(impl)                      # of torch's flash attentions there is one at a time
         return attention.attention(q, k, v, where, impl)
 
     def backward_of(impl: str, out: Tensor) -> tuple[Tensor, ...]:
-        activate(impl)
+        attention.activate(impl)                      # of torch's flash attentions there is one at a time
         return torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
 
     for impl in attention.ATTENTIONS:

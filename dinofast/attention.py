@@ -94,7 +94,7 @@ def why_no_fa3(device: torch.device) -> str:
     if torch.cuda.get_device_capability(device)[0] != 9:
         return f"{torch.cuda.get_device_name(device)} is no H100 or H200, for which its kernels are made"
     if not importlib.util.find_spec("flash_attn_interface"):
-        return "flash_attn_interface is not installed (pip install flash-attn-3)"
+        return "its package, flash_attn_interface, is not installed (it is built from the source of flash-attention)"
     return ""
 
 
