@@ -257,7 +257,7 @@ def test_a_restart_finds_what_was_compiled(tmp_path):
     assert runs[0][0] == runs[1][0]
     assert runs[0][1]["fxgraph_cache_miss"] > 0 and runs[0][2].get("autograd_cache_hit", 0) == 0
     assert "fxgraph_cache_miss" not in runs[1][1] and "autograd_cache_miss" not in runs[1][2]
-    assert runs[1][2]["autograd_cache_hit"] >= 2                           # 3 in torch 2.11, which keeps one graph more
+    assert runs[1][2]["autograd_cache_hit"] >= 2                           # of 3: torch 2.13 keeps no graph with autocast in it
 
 
 def test_what_a_run_announces_of_its_step():
