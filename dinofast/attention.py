@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import ModuleType
 from typing import NamedTuple
 
@@ -94,7 +95,7 @@ def why_no_fa3(device: torch.device) -> str:
     if torch.cuda.get_device_capability(device)[0] != 9:
         return f"{torch.cuda.get_device_name(device)} is no H100 or H200, for which its kernels are made"
     if not importlib.util.find_spec("flash_attn_interface"):
-        return "its package, flash_attn_interface, is not installed (it is built from the source of flash-attention)"
+        return "flash_attn_interface is not installed (it is built from the source of flash-attention)"
     return ""
 
 
@@ -116,8 +117,8 @@ def activate(impl: str) -> None:
 def attention(q: Tensor, k: Tensor, v: Tensor, where: Layout, impl: str = "sdpa") -> Tensor:
     """`softmax(q k^T / sqrt(d)) v` within each sequence: q (T, H, d) or (S, H, d), k and v (T, H, d), result as q.
 
-    xformers: `memory_efficient_attention` with a block-diagonal mask. varlen: torch's flash attention for sequences of any
-    length, and fa3 the same with FlashAttention-3 in its place (see `activate`). cudnn: cuDNN's, run by run; these four take
+    xformers: `memory_efficient_attention` with a block-diagonal mask. varlen: torch's `varlen_attn`, FlashAttention-2, from
+    torch 2.15 on cuDNN's kernel where there is one; fa3 the same with FlashAttention-3 (see `activate`). cudnn: cuDNN's, run by run; these four take
     bf16 and fp16 on a GPU. sdpa: torch's `scaled_dot_product_attention`, run by run. plain: the formula, run by run. The last
     two take any float dtype and device.
     """
@@ -128,8 +129,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, where: Layout, impl: str = "sdpa"
     if impl in ("varlen", "fa3"):
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(q, k, v, where.first if cls_only else where.starts, where.starts, 1 if cls_only else where.longest,
-                           where.longest)
+        flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION, set_priority=True)     # torch 2.15 takes cuDNN's where it is left free
+        with flash if impl == "fa3" else nullcontext():
+            return varlen_attn(q, k, v, where.first if cls_only else where.starts, where.starts,
+                               1 if cls_only else where.longest, where.longest)
     one = {"sdpa": F.scaled_dot_product_attention, "cudnn": _cudnn, "plain": _plain}[impl]
     q_runs = tuple((n, 1) for n, _ in where.runs) if cls_only else where.runs
     parts = [one(*qkv) for qkv in zip(_by_run(q, q_runs), _by_run(k, where.runs), _by_run(v, where.runs), strict=True)]

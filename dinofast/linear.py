@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, library: str) -> Tens
 def _is_transformed() -> bool:
     """Whether somebody wants more of torch than values and gradients: other derivatives, a trace, to see each operation."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return torch.compiler._is_exporting_flag                # its function is true for any compiling in torch 2.11
     return (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
             or torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0)
 

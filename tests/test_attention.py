@@ -310,7 +310,7 @@ def test_choice_by_the_width_of_a_head(machine, width, chosen):
     ("varlen", "cuda", torch.float32, (9, 0), True, "--attention varlen was asked for, but it needs bf16 or fp16 on a GPU"),
     ("varlen", "cuda", torch.bfloat16, (7, 0), True, "--attention varlen was asked for, but Some GPU is older than the A100"),
     ("fa3", "cuda", torch.bfloat16, (8, 0), True, "--attention fa3 was asked for, but Some GPU is no H100 or H200"),
-    ("fa3", "cuda", torch.bfloat16, (9, 0), False, "but its package, flash_attn_interface, is not installed"),
+    ("fa3", "cuda", torch.bfloat16, (9, 0), False, "but flash_attn_interface is not installed (it is"),
     ("cudnn", "cuda", torch.float32, (9, 0), True, "--attention cudnn was asked for, but it needs bf16 or fp16 on a GPU"),
 ])
 def test_choice_refused(machine, asked, device, dtype, capability, installed, message):
