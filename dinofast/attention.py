@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Sequence
-from contextlib import nullcontext
+from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -71,6 +71,7 @@ def choose_attention(asked: str | None, device: torch.device, dtype: torch.dtype
     return best, "" if asked or best == "xformers" or device.type != "cuda" else f"not xformers: {reasons['xformers']}"
 
 
+@lru_cache(maxsize=1)
 def fmha() -> ModuleType:
     """xformers' module of `memory_efficient_attention`, or that of its successor mslk, which has it under the same names."""
     return importlib.import_module("xformers.ops.fmha" if importlib.util.find_spec("xformers") else "mslk.attention.fmha")
@@ -81,6 +82,7 @@ def why_no_xformers() -> str:
     name = next((name for name in ("xformers", "mslk") if importlib.util.find_spec(name)), None)
     if name is None:
         return "xformers is not installed"
+    fmha.cache_clear()                                       # of what was installed before
     try:
         fmha()
     except Exception as error:                               # one that was built for another torch raises all kinds
@@ -104,23 +106,24 @@ def why_no_cudnn() -> str:
 
 
 def activate(impl: str) -> None:
-    """To be called before steps with `impl`: torch has one flash attention at a time, in all of the process."""
-    wanted = "FA3" if impl == "fa3" else None
-    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
-    if impl in ("varlen", "fa3", "sdpa") and current() != wanted:
-        if wanted:
-            torch.nn.attention.activate_flash_attention_impl(wanted)
-        else:
-            torch.nn.attention.restore_flash_attention_impl()
+    """To be called before steps with `impl`: torch has one flash attention at a time, in all of the process.
+
+    What fa3 puts there is taken away again for all others; what somebody else has put there stays.
+    """
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    if impl == "fa3" and current != "FA3":
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    elif impl != "fa3" and current == "FA3":
+        torch.nn.attention.restore_flash_attention_impl()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, where: Layout, impl: str = "sdpa") -> Tensor:
     """`softmax(q k^T / sqrt(d)) v` within each sequence: q (T, H, d) or (S, H, d), k and v (T, H, d), result as q.
 
-    xformers: `memory_efficient_attention` with a block-diagonal mask. varlen: torch's `varlen_attn`, FlashAttention-2, from
-    torch 2.15 on cuDNN's kernel where there is one; fa3 the same with FlashAttention-3 (see `activate`). cudnn: cuDNN's, run by run; these four take
-    bf16 and fp16 on a GPU. sdpa: torch's `scaled_dot_product_attention`, run by run. plain: the formula, run by run. The last
-    two take any float dtype and device.
+    xformers: `memory_efficient_attention` with a block-diagonal mask. varlen: torch's `varlen_attn` with
+    FlashAttention-2; fa3: with FlashAttention-3 (see `activate`). cudnn: cuDNN's, run by run; these four take bf16 and fp16 on
+    a GPU. sdpa: torch's `scaled_dot_product_attention`, run by run. plain: the formula, run by run. The last two take any float
+    dtype and device.
     """
     assert q.shape[0] in (k.shape[0], len(where.cls)), "queries are all tokens, or one for each sequence"
     cls_only = q.shape[0] != k.shape[0]
@@ -129,8 +132,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, where: Layout, impl: str = "sdpa"
     if impl in ("varlen", "fa3"):
         from torch.nn.attention.varlen import varlen_attn
 
-        flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION, set_priority=True)     # torch 2.15 takes cuDNN's where it is left free
-        with flash if impl == "fa3" else nullcontext():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):          # torch 2.15 would take cuDNN's on an H100
             return varlen_attn(q, k, v, where.first if cls_only else where.starts, where.starts,
                                1 if cls_only else where.longest, where.longest)
     one = {"sdpa": F.scaled_dot_product_attention, "cudnn": _cudnn, "plain": _plain}[impl]

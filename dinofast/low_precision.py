@@ -1,12 +1,14 @@
-"""16-bit copies of float32 parameters, for autocast: the optimizer writes them, so that no forward pass casts a weight.
+"""16-bit copies of float32 parameters, for autocast: the optimizer writes them, so that a step casts no linear layer's weight.
 
-Autocast rounds each weight and bias anew in every forward pass, 202 casts in a step of ViT-S (student and teacher). A copy that
-is rounded where the parameter is updated holds the same bits.
+Autocast rounds each weight and bias anew in every forward pass, 212 casts in a step of ViT-S (student and teacher). A copy that
+is rounded where the parameter is updated holds the same bits. Only a step reads them (`reading`): whoever else has the
+networks, or copies of them, computes with the parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +27,24 @@ class _ReadCopy(torch.autograd.Function):
         return grad.to(ctx.dtype), None
 
 
+_is_reading = False
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """In which forward passes, and what backward computes anew of them, read copies; they must be fresh (`Copies.refresh`)."""
+    global _is_reading
+    before, _is_reading = _is_reading, True
+    try:
+        yield
+    finally:
+        _is_reading = before
+
+
 def operand(module: nn.Module, name: str) -> Tensor | None:
-    """Parameter `name` as a product under autocast reads it: its copy if there is one in autocast's dtype, else itself."""
+    """Parameter `name` as a product reads it: while `reading`, its copy if there is one in autocast's dtype; else itself."""
     parameter, copy = getattr(module, name), module._buffers.get(f"{name}_copy")
-    if copy is None or not _autocasts_to(copy):
+    if not _is_reading or copy is None or not _autocasts_to(copy):
         return parameter
     return _ReadCopy.apply(parameter, copy) if parameter.requires_grad and torch.is_grad_enabled() else copy
 
@@ -58,7 +74,10 @@ class Copies:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Round anew if somebody else has written or moved a parameter: a checkpoint that was loaded, `.to`, a user's code."""
+        """Round anew if somebody else has written or moved a parameter: a checkpoint that was loaded, `.to`, a user's code.
+
+        Not seen, as torch does not count it: what is done through `parameter.data`.
+        """
         parameters = [getattr(module, name) for module, name in self._places]
         if [parameter._version for parameter in parameters] == self._versions and all(
                 module._buffers[f"{name}_copy"] is self.of.get(parameter)

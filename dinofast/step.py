@@ -15,7 +15,7 @@ from .config import Config
 from .cuda_graph import Captured
 from .linear import choose_library
 from .loss import LossStats
-from .low_precision import Copies
+from .low_precision import Copies, reading
 from .model import Model
 from .optim import OPTIMIZERS, param_groups
 from .schedule import Schedule, step_seed
@@ -50,6 +50,7 @@ class Step:
                                                    clip_grad=cfg.clip_grad, clip_mode=cfg.clip_mode)
         self.copies = Copies((model.student, model.teacher) if self.precision != "fp32" else (), _DTYPES[self.precision])
         self.optimizer.copies = self.copies.of
+        self.optimizer.register_step_post_hook(lambda *_: self.copies.written())              # before any hook of others
         self.scaler = torch.amp.GradScaler(device.type) if self.precision == "fp16" else None
         self.parallel = _distribute(model, process)
         self.activate()
@@ -74,7 +75,6 @@ class Step:
             self.scaler.update()
         else:
             self.optimizer.step(momentum=values.momentum, skip=bad)           # clip, update, teacher average
-        self.copies.written()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.mark("optimiser")
         return torch.stack((stats.loss, stats.teacher_entropy, stats.kl, self.model.dino_loss.center.norm(),
@@ -95,10 +95,11 @@ class Step:
         return self.model.dino_loss.step()                                    # all-reduce; the centre moves
 
     def forward_backward(self, crops: list[Tensor], teacher_temp: Tensor) -> None:
-        with torch.autocast(self.process.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32",
-                            cache_enabled=self.graph is None):
-            loss = self.parallel(crops, teacher_temp) / self.cfg.accumulate
-        (self.scaler.scale(loss) if self.scaler else loss).backward()
+        with reading():                                                       # in backward too, for checkpointed blocks
+            with torch.autocast(self.process.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32",
+                                cache_enabled=self.graph is None):
+                loss = self.parallel(crops, teacher_temp) / self.cfg.accumulate
+            (self.scaler.scale(loss) if self.scaler else loss).backward()
         self.model.mark("backward")
 
     def _whole(self, crops: list[Tensor], teacher_temp: Tensor) -> LossStats:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
 from dinofast import attention as attention_module
-from dinofast.attention import activate, attention, choose_attention, layout
+from dinofast.attention import activate, attention, choose_attention, fmha, layout
 from dinofast.testing import assert_no_worse
 
 CPU, HEADS = torch.device("cpu"), 3
@@ -194,7 +194,9 @@ def xformers(request, monkeypatch):
         there = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xformers" else there(name))
     attention_module._block_diagonal.forget()
-    return seen
+    fmha.cache_clear()
+    yield seen
+    fmha.cache_clear()
 
 
 @pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
@@ -274,14 +276,17 @@ def test_an_old_torch_cannot_take_fa3_and_one_without_cudnn_has_none(machine, mo
 
 
 def test_flash_attention_3_is_there_for_those_that_ask_for_it_alone(monkeypatch):
-    """torch has one flash attention for the process: each step sees to it that it is its own."""
+    """torch has one flash attention for the process: each step sees to it that it is its own, and leaves a user's alone."""
     calls = []
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: calls[-1] if calls else None, raising=False)
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", calls.append, raising=False)
     monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda: calls.append(None), raising=False)
-    for impl in ("varlen", "fa3", "fa3", "plain", "cudnn", "xformers", "varlen", "sdpa", "fa3", "sdpa"):
+    for impl in ("varlen", "fa3", "fa3", "varlen", "sdpa", "fa3", "xformers", "fa3", "cudnn", "fa3", "plain"):
         activate(impl)
-    assert calls == ["FA3", None, "FA3", None]
+    assert calls == ["FA3", None] * 4
+    calls.append("FA4")
+    activate("varlen")
+    assert calls[-1] == "FA4"
 
 
 def test_cudnn_is_sdpa_by_its_own_kernel_and_leaves_single_queries_to_torch(monkeypatch):

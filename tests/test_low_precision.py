@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinofast.linear import Linear
-from dinofast.low_precision import Copies, operand
+from dinofast.low_precision import Copies, operand, reading
 from dinofast.optim import OPTIMIZERS, param_groups
 from dinofast.vit import vit_nano
 
@@ -38,7 +38,8 @@ def networks():
 
 
 def features(network, images):
-    with torch.autocast("cpu", BF16):
+    """As in a step."""
+    with reading(), torch.autocast("cpu", BF16):
         return network(images)
 
 
@@ -106,19 +107,24 @@ def test_a_parameter_written_by_somebody_else_is_rounded_anew():
                for name, p in student.blocks[0].attn.qkv.named_parameters())
 
 
-def test_read_under_autocast_to_their_dtype_alone():
+def test_read_in_a_step_and_under_autocast_to_their_dtype_alone():
     layer = Linear(4, 4)
     assert operand(layer, "weight") is layer.weight
     rounded = Copies([layer], BF16).of[layer.weight]
     rounded.zero_()                                                           # to tell them apart
     x = torch.randn(2, 4)
     for dtype, enabled, is_read in ((BF16, True, True), (BF16, False, False), (torch.float16, True, False)):
-        with torch.autocast("cpu", dtype, enabled=enabled):
+        with reading(), torch.autocast("cpu", dtype, enabled=enabled):
             assert torch.equal(operand(layer, "weight"), rounded) == is_read
             assert (layer(x).dtype == torch.float32) == (not enabled)
     layer.requires_grad_(False)
     with torch.autocast("cpu", BF16):
-        assert operand(layer, "weight") is rounded
+        assert operand(layer, "weight") is layer.weight                       # whoever is no step computes with the parameters
+        with reading(), reading():
+            pass
+        with reading():
+            assert operand(layer, "weight") is rounded
+        assert operand(layer, "weight") is layer.weight
     assert set(layer.state_dict()) == {"weight", "bias"} and Linear(4, 4, bias=False)(x).shape == (2, 4)
 
 
