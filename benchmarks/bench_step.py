@@ -57,7 +57,7 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return (f"{self.arch}/{self.patch_size}, {self.images} images, 2 x {self.size} and 8 x {self.local_size}, "
-                f"K = {self.out_dim:,}")
+                f"K = {self.out_dim:,}{', ours alone' if self.rivals == OURS else ''}")
 
     def config(self, device: torch.device, **changes: Any) -> Config:
         cfg = Config(arch=self.arch, patch_size=self.patch_size, batch_size_per_gpu=self.images, out_dim=self.out_dim,
@@ -77,8 +77,8 @@ OTHER_PRECISION = ("dinofast, compiled, bf16",)      # than the one that the pea
 
 
 def cases(device: torch.device) -> list[Case]:
-    """In the order of measuring; the first is the one that README shows in full. On a GPU, where compiling takes most of the
-    time, ours goes first at every batch size; the first case comes again with its rivals, in the place of its first time."""
+    """In the order of measuring. On a GPU, where compiling takes most of the time, ours goes first at every batch size. README
+    shows the first of those with most rivals in full."""
     if device.type == "cpu":
         few = ("official", "dinofast")
         return [Case("vit_small", 16, 8, ON_CPU), Case("vit_small", 16, 2, few), Case("vit_small", 8, 1, few),
@@ -237,7 +237,8 @@ def losses_of_one_image(case: Case, device: torch.device) -> tuple[dict[str, lis
     of those that fail at it, that."""
     exact = {"precision": "fp32", "compile": "off", "drop_path_rate": 0.0, "lr": SAME_LR}
     found, failed = {}, {}
-    for name in [name for name in case.rivals if not name.startswith("dinofast, ")]:
+    names = [name for name in case.rivals if not name.startswith("dinofast, ")]
+    for name in names if len(names) > 1 else ():
         try:
             with ExitStack() as stack, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 rival = make(case._replace(images=1), name, device, stack, **exact)

@@ -27,6 +27,7 @@ from dinofast.memory import kept_memory
 
 NAME = "candidates"
 SECONDS = {"cpu": 10.0, "cuda": 4.0}     # of a case
+SAME_LOSS, SAME_NORM = 0.01, 0.05        # relative, of a first step in bf16; a network that is not the same misses the norm
 GAIN = 1.01                              # images a second, candidate / best so far, from which it is kept
 ALL_KEPT = "all that was kept"
 Options = dict[str, Any]
@@ -67,11 +68,12 @@ def rivals_of(case: Case) -> tuple[str, ...]:
 
 
 class Best(NamedTuple):
-    """Kept from case to case, as it is compiled and warm. loss: of its second step, to compare with that of a candidate."""
+    """Kept from case to case, as it is compiled and warm. first: loss and gradient norm of its first step, to compare with
+    those of a candidate, which has the same weights, crops and draws of stochastic depth."""
 
     options: Options
     rival: Rival
-    loss: float
+    first: tuple[float, float]
 
 
 _done: list[dict[str, Any]] = []
@@ -116,12 +118,22 @@ def growing(case: Case, device: torch.device, seconds: float | None = None) -> I
         rows.append({"rival": t.name, "median_ms": median, "quartiles_ms": [low, high], "elapsed_ms": t.step_ms,
                      "images_per_s": measured.rival.step.cfg.batch_size_per_gpu / median * 1e3, "parts_ms": t.parts_ms,
                      "extra_mib": t.peak_gib and t.peak_gib * 1024, "how": measured.rival.step.how})
-    rows[1] |= bench_step.compare({"best so far": [before.loss], str(case): [challenger.loss]}, bench_step.NEAR)[str(case)]
+    rows[1] |= compared(str(case), before, challenger)
     gain = rows[1]["images_per_s"] / rows[0]["images_per_s"]
     kept = bool(case.options) and rows[1]["same_losses"] and gain >= GAIN
     if kept:
         _best[:] = [challenger._replace(rival=replace(challenger.rival, name="best so far"))]
     yield made | {"rounds": len(timed[0].step_ms), "rows": rows, "gain": gain, "kept": kept}
+
+
+def compared(name: str, before: Best, challenger: Best) -> dict[str, Any]:
+    """Whether a candidate does the same step; with another batch the crops are others, and only the loss can be near."""
+    alike = before.rival.step.cfg.batch_size_per_gpu == challenger.rival.step.cfg.batch_size_per_gpu
+    pairs = list(zip(challenger.first, before.first, (SAME_LOSS, SAME_NORM) if alike else (bench_step.NEAR, None), strict=True))
+    off = [(theirs, ours) for theirs, ours, tolerance in pairs if tolerance and not abs(theirs - ours) <= tolerance * abs(ours)]
+    return {"same_losses": not off} | ({"losses": [list(challenger.first), list(before.first)], "differs": (
+        f"its first step has a loss and a gradient norm of {challenger.first}, the best so far of {before.first}: not the same "
+        "training step")} if off else {})
 
 
 def why_needless(case: Case, options: Options, before: Best) -> str:
@@ -153,9 +165,11 @@ def build(case: Case, device: torch.device, options: Options) -> Best:
     step, clock = step_clock.ours(cfg, device, step_clock.schedule_of(cfg, device))
     crops = Synthetic(cfg, device, torch.bfloat16 if step.precision == "bf16" else torch.float32)
     rival = Rival(str(case), step, crops, clock)
-    loss = bench_step.losses(rival, 2)[-1]
+    metrics = step(0, crops)
+    rival.done = 1
+    first = metrics[0].item(), metrics[4].item()
     step_clock.warm_up(rival, device)
-    return Best(options, rival, loss)
+    return Best(options, rival, first)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 The parts stand in order of worth, and each begins whatever became of those before. A call ends within nine minutes. Every step
 of a part is saved at once, in --results (else $OUT, else benchmarks/results and README.md), and the next call goes on from
-there if commit, device and versions are the same: what is done is not repeated, unless --again is given. A part that runs over
+there if commit and device are the same: what is done is not repeated, unless --again is given. Where $OUT is emptied between
+calls, --results names a folder that is kept. A part that runs over
 is interrupted, so that its traceback is in its log, and ended if that does not help. --cache DIR keeps what torch.compile and
 Triton make, to be carried to the next call.
 
@@ -89,7 +90,7 @@ def run(name: str, arguments: Sequence[str], limit_s: float, environment: dict[s
     with log.open("ab") as file:
         process = subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT)
-        printer = threading.Thread(target=_print, args=(process.stdout, file))
+        printer = threading.Thread(target=_print, args=(process.stdout, file), daemon=True)
         printer.start()
         try:
             code = process.wait(limit_s)
@@ -274,10 +275,11 @@ def main(arguments: Sequence[str] = ()) -> int:
     own = call.results == ROOT / "benchmarks" / "results"
     from record import commit, write
 
+    code = f"{commit()} on {device_name(call.device)}"
     path = call.results / f"ladder-{'cuda' if call.device == 'cuda' else 'cpu'}.json"
     state = json.loads(path.read_text()) if path.is_file() and not args.again else {}
-    if state.get("commit") != (now := commit()):
-        state = {"commit": now, "parts": {}}
+    if state.get("code") != code:
+        state = {"code": code, "parts": {}}
     names = [name for name in limits if not args.parts or name in args.parts or name == "install"]
     for name in names:
         before = state["parts"].get(name, {})
@@ -296,12 +298,18 @@ def main(arguments: Sequence[str] = ()) -> int:
     print(f"\n==== make gpu, {time.monotonic() - start:.0f} s, results in {call.results}, logs in {call.logs}")
     for name in names:
         print(f"{name:10} {state['parts'][name]['how']}")
-    if any(state["parts"][name]["how"].startswith("FAILED") for name in names):
-        return 1
     left = [name for name in names if not state["parts"][name]["finished"] and name not in ("racecheck", PLANTED)]
     if left:
         print(f"left for another call: {', '.join(left)}")
+    if any(state["parts"][name]["how"].startswith("FAILED") for name in names):
+        return 1
     return MORE if left else 0
+
+
+def device_name(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else "the CPU"
 
 
 def make_call(args: argparse.Namespace) -> Call:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -83,15 +85,24 @@ def environment(benchmark: str, device: torch.device, command: str) -> dict[str,
 
 
 def commit() -> str:
-    """Of the checkout, "-dirty" if a tracked file other than results and README differs; $DINOFAST_COMMIT where git fails."""
+    """Of the checkout, "-dirty" if a tracked file other than results and README differs. Where git fails, $DINOFAST_COMMIT, or
+    a hash of the code, so that results of other code are never gone on from."""
     try:
         git = ("git", "-C", str(ROOT))
         head = subprocess.run((*git, "rev-parse", "HEAD"), capture_output=True, text=True, check=True).stdout.strip()
         status = subprocess.run((*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results",
                                  ":!README.md"), capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("DINOFAST_COMMIT", "unknown")
+        return os.environ.get("DINOFAST_COMMIT") or f"code-{_hash_of_code()}"
     return head + ("-dirty" if status.strip() else "")
+
+
+def _hash_of_code() -> str:
+    digest = hashlib.sha256()
+    for folder in ("dinofast", "kernels", "csrc", "benchmarks", "tests"):
+        for path in sorted(p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h")):
+            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def version(name: str) -> str | None:
@@ -131,6 +142,8 @@ class Ledger:
             found = json.loads(path.read_text())
             if all(found.get(name) == result[name] for name in SAME_RUN):
                 self.result["cases"] = found["cases"]
+            elif found.get("device") != result["device"]:          # another's numbers: kept, under its name
+                path.replace(path.with_name(f"{path.stem}-{re.sub(r'[^A-Za-z0-9]+', '-', str(found.get('device')))}.json"))
 
     @property
     def cases(self) -> list[dict[str, Any]]:

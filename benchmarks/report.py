@@ -56,6 +56,7 @@ def load(benchmark: str, device_type: str) -> dict | None:
     if not path.is_file():
         return None
     result = json.loads(path.read_text())
+    result["cases"] = [case for case in result["cases"] if "begun" not in case]       # whose measurement has come to its end
     result["flagged"] = [f"{case['case']}, {flag}" for case in result["cases"] for flag in flagged(case)]
     cases = [case | {"rows": [row for row in case["rows"] if "median_ms" in row]} for case in result["cases"]]
     result["cases"] = [case for case in cases if case["rows"]]
@@ -112,11 +113,11 @@ def data(device_type: str) -> str:
 
 
 def step(device_type: str) -> str:
-    """The whole step, from results/step-DEVICE.json: the first case in full, a line for each other."""
+    """The whole step, from results/step-DEVICE.json: the case with most rows in full, a line for each other."""
     result = load("step", device_type)
     if not result:
         return "The step: no measurement has been committed yet."
-    first, *others = result["cases"]
+    first, *others = sorted(result["cases"], key=lambda case: -len(case["rows"]))
     head = ("", "images/s", "ms a step: median [quartiles]", "images/s, this / official", "MFU",
             *(f"{part}, ms" for part in PARTS), "memory of a step")
     rows = []

@@ -117,9 +117,9 @@ def pytest_configure(config):
             for name in names.split():
                 _count(module, name, "triton")
     if torch.cuda.is_available() and not why_no_xformers():
-        from xformers.ops import fmha
+        from dinofast.attention import fmha
 
-        _count(fmha, "memory_efficient_attention_forward_requires_grad", "xformers")
+        _count(fmha(), "memory_efficient_attention_forward_requires_grad", "xformers")
     from dinofast.data import dali
 
     _count(dali.Batches, "_run", "dali")

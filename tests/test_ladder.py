@@ -228,6 +228,7 @@ def ladder(monkeypatch, tmp_path):
     now = [0.0]
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(gpu, "why_no_gpu", lambda: "")
+    monkeypatch.setattr(gpu, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(record, "commit", lambda: "abc")
     monkeypatch.delenv("OUT", raising=False)
 
@@ -336,3 +337,24 @@ def rehearse(tmp_path, capfd, monkeypatch):
     said = capfd.readouterr().out
     assert "in runs_over" in said and "s (before)" in said and "bench_adamw_ema.py" not in said
     assert {path.name for path in tmp_path.glob("*.json")} == {"adamw_ema-cpu.json", "ladder-cpu.json"}
+
+
+def test_code_without_git_is_known_by_its_contents(monkeypatch, tmp_path):
+    monkeypatch.delenv("DINOFAST_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    found = []
+    for words in ("x = 1", "x = 1", "x = 2"):
+        (tmp_path / "kernels" / "a.py").write_text(words)
+        found.append(record.commit())
+    assert found[0].startswith("code-") and found[0] == found[1] != found[2]
+    monkeypatch.setenv("DINOFAST_COMMIT", "abc")
+    assert record.commit() == "abc"
+
+
+def test_another_devices_numbers_are_kept_under_its_name(tmp_path):
+    result = record.environment("some", CPU, "a command") | {"device": "NVIDIA H100 80GB HBM3"}
+    record.Ledger(result, tmp_path).put({"case": "one", "rows": []})
+    ledger = record.Ledger(result | {"device": "NVIDIA H200"}, tmp_path)
+    assert ledger.cases == [] and [path.name for path in tmp_path.iterdir()] == ["some-cpu-NVIDIA-H100-80GB-HBM3.json"]

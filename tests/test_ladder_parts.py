@@ -22,6 +22,7 @@ import timing  # noqa: E402
 from dinofast import bench_step as step_clock  # noqa: E402
 from dinofast.attention import ATTENTIONS  # noqa: E402
 from dinofast.bench_step import Timed  # noqa: E402
+from dinofast.config import Config  # noqa: E402
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -164,7 +165,7 @@ def steps(monkeypatch):
         cfg = SimpleNamespace(batch_size_per_gpu=options.get("batch_size_per_gpu", 128))
         step = SimpleNamespace(cfg=cfg, how=f"attention {options.get('attention', 'varlen')}, compiled", ms=step_ms)
         loss = next((losses[name] for name in options if name in losses), 11.0)
-        return candidates.Best(options, step_clock.Rival(str(case), step, iter(()), None), loss)
+        return candidates.Best(options, step_clock.Rival(str(case), step, iter(()), None), (loss, 1.0))
 
     monkeypatch.setattr(candidates, "build", build)
     monkeypatch.setattr(step_clock, "in_turns", lambda rivals, device, seconds: [
@@ -196,7 +197,8 @@ def test_candidates_stand_on_the_best_so_far(steps):
     assert found["--residual_precision bf16"]["gain"] == pytest.approx(90 / 89.5) and 90 / 89.5 < candidates.GAIN
     assert [row["median_ms"] for row in found["--cuda_graph true"]["rows"]] == [90.0, 95.0]
     other = found["--linear onednn"]
-    assert other["gain"] > 1.4 and other["rows"][1]["same_losses"] is False and other["rows"][1]["losses"] == [9.0, 11.0]
+    assert other["gain"] > 1.4 and other["rows"][1]["same_losses"] is False
+    assert other["rows"][1]["losses"] == [[9.0, 1.0], [11.0, 1.0]]
     assert found["--teacher_precision bf16"]["failed"] == "OutOfMemoryError: CUDA out of memory"
     batch = found["--batch_size_per_gpu 256"]
     assert batch["on_top_of"] == {"attention": "fa3"} and batch["gain"] == pytest.approx(256 / 150 / (128 / 90))
@@ -233,7 +235,8 @@ def test_an_option_that_is_unknown_or_refused_is_a_row_with_the_reason(option, m
 def test_a_candidate_is_built_and_warm():
     case = candidates.Case(bench_step.rehearsal()[0], (("attention", "plain"),))
     built = candidates.build(case, CPU, {"attention": "plain"})
-    assert built.rival.done == 4 and built.rival.step.how.startswith("attention plain") and 3 < built.loss < 5
+    assert built.rival.done == 3 and built.rival.step.how.startswith("attention plain")
+    assert 3 < built.first[0] < 5 and built.first[1] > 0
 
 
 def test_every_candidate_of_the_ladder_is_named_by_its_flag():
@@ -289,6 +292,18 @@ def test_gpu_tests_stand_by_what_they_cost():
     assert at["test_dino_loss_triton"] < at["test_attention"] < at["test_step"] < at["test_dali"]
     assert at["test_adamw_ema_triton"] < at["test_attention"]
     assert at["test_step"] < at["test_benchmarks"] < at["test_side_stream"]
+
+
+@pytest.mark.parametrize("images, first, same", [
+    (128, (11.05, 2.05), True), (128, (11.2, 2.0), False), (128, (11.0, 2.3), False), (128, (float("nan"), 2.0), False),
+    (256, (11.2, 3.0), True), (256, (12.0, 2.0), False)])
+def test_a_candidate_must_do_the_same_step(images, first, same):
+    """Loss and gradient norm, as at the start the loss is the same whatever the network does; another batch has other crops."""
+    before, challenger = (
+        candidates.Best({}, step_clock.Rival("a", SimpleNamespace(cfg=Config(batch_size_per_gpu=n)), iter(()), None), values)
+        for n, values in ((128, (11.0, 2.0)), (images, first)))
+    found = candidates.compared("a", before, challenger)
+    assert found["same_losses"] == same and ("differs" in found) == (not same)
 
 
 # ---- what README shows of them

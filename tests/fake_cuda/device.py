@@ -31,6 +31,8 @@ def why_not() -> str:
         return ""
     if torch.version.cuda:
         return "this torch is built for CUDA, and its own device guard wants a driver: a torch for CPUs, or a GPU, will do"
+    if sys.platform != "linux":
+        return "a library is loaded before torch as Linux does it"
     return "" if shutil.which("g++") else "there is no C++ compiler (g++)"
 
 
