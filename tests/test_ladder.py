@@ -151,7 +151,11 @@ def test_a_part_that_runs_over_is_interrupted_then_killed(code, limit_s, how, lo
     monkeypatch.setattr(gpu, "INTERRUPTED_S", 30 if how == "interrupted" else 1)     # it ends at once, on a busy machine later
     monkeypatch.setattr(gpu, "ABORTED_S", 30 if how == "aborted" else 1)
     environment = gpu.environment_of("cpu", None)
-    ended = gpu.run("some", (sys.executable, "-c", code), limit_s, environment, tmp_path / "some.log")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)       # as `main`: in the background it is ignored
+    try:
+        ended = gpu.run("some", (sys.executable, "-c", code), limit_s, environment, tmp_path / "some.log")
+    finally:
+        signal.signal(signal.SIGINT, before)
     if limit_s == 3:
         assert ended.code is None and not ended.is_finished
         how = f"not finished after 3 s, {how}: {tmp_path / 'some.log'} has where it was"
