@@ -166,6 +166,7 @@ def test_a_part_that_runs_over_is_interrupted_then_killed(code, limit_s, how, lo
 
 def test_children_of_a_part_end_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LEAST_S", 0)
+    monkeypatch.setattr(gpu, "INTERRUPTED_S", 2)
     child = tmp_path / "child"
     code = (f"import pathlib, subprocess, time\np = subprocess.Popen(['sh', '-c', 'trap \"\" INT; sleep 60; true'])\n"
             f"pathlib.Path({str(child)!r}).write_text(str(p.pid))\ntime.sleep(60)")
