@@ -57,5 +57,5 @@ def normalize(crops: Tensor, table: Tensor) -> Tensor:
     out = torch.empty(crops.shape, dtype=table.dtype, device=crops.device)
     with torch.cuda.device_of(out):
         _normalize[N * blocks,](crops, table, out, area, blocks, not crops.is_contiguous(), BLOCK,
-                              num_warps=BLOCK * table.itemsize // 512)
+                              num_warps=BLOCK * table.itemsize // 512, enable_fp_fusion=False)
     return out

@@ -269,7 +269,8 @@ def test_each_gpu_test_is_kept_as_it_ends(tmp_path, monkeypatch, capsys):
 
     def session():
         keeper = gpu_tests.Keeper(tmp_path / "tests-cpu.json", CPU, resume=True)
-        code = pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)], plugins=[keeper])
+        options = ["-q", "--import-mode=importlib", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]    # names are not new
+        code = pytest.main([*options, str(tmp_path)], plugins=[keeper])
         said = capsys.readouterr().out
         return code, said, {name.split("::")[1]: test for name, test in json.loads(keeper.path.read_text())["tests"].items()}
     monkeypatch.setenv("INTERRUPT", "1")
