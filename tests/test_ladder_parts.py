@@ -265,12 +265,12 @@ def test_each_gpu_test_is_kept_as_it_ends(tmp_path, monkeypatch, capsys):
     """Cheapest first; a failure is told at once; what has ended is not repeated, what ends the run twice is given up."""
     for name, text in TESTS.items():
         (tmp_path / name).write_text(text)
+        monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)         # a test file of ours, in a whole run
     monkeypatch.setattr(record, "commit", lambda: "abc")
 
     def session():
         keeper = gpu_tests.Keeper(tmp_path / "tests-cpu.json", CPU, resume=True)
-        options = ["-q", "--import-mode=importlib", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]    # names are not new
-        code = pytest.main([*options, str(tmp_path)], plugins=[keeper])
+        code = pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)], plugins=[keeper])
         said = capsys.readouterr().out
         return code, said, {name.split("::")[1]: test for name, test in json.loads(keeper.path.read_text())["tests"].items()}
     monkeypatch.setenv("INTERRUPT", "1")
