@@ -172,7 +172,7 @@ def test_children_of_a_part_end_with_it(tmp_path, monkeypatch):
             f"pathlib.Path({str(child)!r}).write_text(str(p.pid))\ntime.sleep(60)")
     gpu.run("some", (sys.executable, "-c", code), 5, dict(os.environ), tmp_path / "some.log")
     state = subprocess.run(("ps", "-o", "stat=", "-p", child.read_text()), capture_output=True, text=True).stdout.strip()
-    assert state in ("", "Z")
+    assert state[:1] in ("", "Z")                                            # ZN where the run is nice
 
 
 def test_without_time_no_part_is_begun(tmp_path):
