@@ -23,6 +23,7 @@ from .made_once import made_once
 ATTENTIONS = ("xformers", "varlen", "fa3", "cudnn", "sdpa", "plain")
 DEFAULTS = ("xformers", "varlen", "sdpa")                     # the first that runs; the others wait for a measurement
 Runs = tuple[tuple[int, int], ...]
+_FMHA = {"xformers": "xformers.ops.fmha", "mslk": "mslk.attention.fmha"}          # where each package has it
 
 
 class Layout(NamedTuple):
@@ -74,12 +75,16 @@ def choose_attention(asked: str | None, device: torch.device, dtype: torch.dtype
 @lru_cache(maxsize=1)
 def fmha() -> ModuleType:
     """xformers' module of `memory_efficient_attention`, or that of its successor mslk, which has it under the same names."""
-    return importlib.import_module("xformers.ops.fmha" if importlib.util.find_spec("xformers") else "mslk.attention.fmha")
+    return importlib.import_module(_FMHA[_fmha_package()])
+
+
+def _fmha_package() -> str | None:
+    return next((name for name in _FMHA if importlib.util.find_spec(name)), None)
 
 
 def why_no_xformers() -> str:
     """Why neither xformers nor mslk can be used, whatever the device; empty if one can."""
-    name = next((name for name in ("xformers", "mslk") if importlib.util.find_spec(name)), None)
+    name = _fmha_package()
     if name is None:
         return "xformers is not installed"
     fmha.cache_clear()                                       # of what was installed before
