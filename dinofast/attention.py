@@ -56,42 +56,51 @@ def choose_attention(asked: str | None, device: torch.device, dtype: torch.dtype
 
     Raises ValueError if the one that was asked for cannot run here.
     """
+    if asked is not None and asked not in ATTENTIONS:
+        raise ValueError(f"attention is '{asked}': choose from {', '.join(ATTENTIONS)}.")
+    reasons = why_not(device, dtype, width)
+    if asked and reasons[asked]:
+        raise ValueError(f"--attention {asked} was asked for, but {reasons[asked]}: leave it out, or take sdpa.")
+    best = asked or next(name for name in DEFAULTS if not reasons[name])
+    return best, "" if asked or best == "xformers" or device.type != "cuda" else f"not xformers: {reasons['xformers']}"
+
+
+def why_not(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, str]:
+    """Of each of `ATTENTIONS` why heads of this width in `dtype` cannot have it on this device; empty if they can."""
     half = "" if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else (
         f"it needs bf16 or fp16 on a GPU, not {str(dtype).removeprefix('torch.')} on {device.type}")
     if not half and torch.cuda.get_device_capability(device) < (8, 0):
         half = f"{torch.cuda.get_device_name(device)} is older than the A100, for which its kernels are made"
     if not half and (width % 8 or width > 256):
         half = f"its kernels take heads of up to 256 in steps of 8, not {width}"
-    reasons = {"xformers": half or why_no_xformers(), "varlen": half, "fa3": half or why_no_fa3(device),
-               "cudnn": half or why_no_cudnn(), "sdpa": "", "plain": ""}
-    if asked is not None and asked not in ATTENTIONS:
-        raise ValueError(f"attention is '{asked}': choose from {', '.join(ATTENTIONS)}.")
-    if asked and reasons[asked]:
-        raise ValueError(f"--attention {asked} was asked for, but {reasons[asked]}.")
-    best = asked or next(name for name in DEFAULTS if not reasons[name])
-    return best, "" if asked or best == "xformers" or device.type != "cuda" else f"not xformers: {reasons['xformers']}"
+    return {"xformers": half or why_no_xformers(), "varlen": half, "fa3": half or why_no_fa3(device),
+            "cudnn": half or why_no_cudnn(), "sdpa": "", "plain": ""}
 
 
 @lru_cache(maxsize=1)
 def fmha() -> ModuleType:
-    """xformers' module of `memory_efficient_attention`, or that of its successor mslk, which has it under the same names."""
-    return importlib.import_module(_FMHA[_fmha_package()])
+    """xformers' module of `memory_efficient_attention`, or that of its successor mslk, which has it under the same names.
 
-
-def _fmha_package() -> str | None:
-    return next((name for name in _FMHA if importlib.util.find_spec(name)), None)
+    Raises ImportError, with what is wrong with either, if neither can be used.
+    """
+    wrong = []
+    for package, module in _FMHA.items():
+        if importlib.util.find_spec(package):
+            try:
+                return importlib.import_module(module)
+            except Exception as error:                       # one that was built for another torch raises all kinds
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                wrong.append(f"{package} does not import ({first})")
+    raise ImportError(", and ".join(wrong) or "xformers is not installed")
 
 
 def why_no_xformers() -> str:
     """Why neither xformers nor mslk can be used, whatever the device; empty if one can."""
-    name = _fmha_package()
-    if name is None:
-        return "xformers is not installed"
     fmha.cache_clear()                                       # of what was installed before
     try:
         fmha()
-    except Exception as error:                               # one that was built for another torch raises all kinds
-        return f"{name} does not import ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+    except ImportError as error:
+        return str(error)
     return ""
 
 

@@ -90,14 +90,15 @@ class Config:
     attention: str | None = _option(None, "[dinofast] Attention of our ViTs: xformers (or mslk, its successor), varlen "
         "(torch's own) or fa3 (FlashAttention-3, for H100 and H200) over all packed crops at once, in bf16 or fp16 on a GPU; "
         "cudnn and sdpa, cuDNN's and torch's kernels for each crop size; plain, the formula. Default: the first of xformers, "
-        "varlen, sdpa that runs here.", choices=("xformers", "varlen", "fa3", "cudnn", "sdpa", "plain"))
+        "varlen, sdpa that runs here.", choices=("xformers", "varlen", "fa3", "cudnn", "sdpa", "plain"),
+        aliases={"mslk": "xformers"})
     linear: str | None = _option(None, "[dinofast] Linear layers of our ViTs, in fp32 on a CPU: blas, torch's own way, or "
         "onednn, as convolutions of one pixel. Left alone: onednn on AMD's CPUs with AVX-512, where it is faster; blas "
         "elsewhere.", choices=("blas", "onednn"))
     compile: str | None = _option(None, "[dinofast] on: student and teacher under torch.compile; the first step then takes a "
         "minute, less when the same was compiled before. max-autotune: the same with matrix products chosen by timing, bias "
         "and GELU inside them; compiling takes many minutes. Default: on for our ViTs on a GPU; on a CPU it gains little.",
-        choices=("on", "max-autotune", "off"))
+        choices=("on", "max-autotune", "off"), aliases={"true": "on", True: "on", "false": "off", False: "off"})
     cuda_graph: bool = _option(False, "[dinofast] Replay forward and backward as one CUDA graph, where launches still show: "
         "small models or batches. One process, no --accumulate.")
     grad_checkpointing: bool = _option(False, "[dinofast] Keep only the inputs of each block but the last for backward and "
@@ -147,8 +148,11 @@ class Config:
         for name in ("data_path", "output_dir"):                # a Path would make a checkpoint that nothing reads
             object.__setattr__(self, name, os.fspath(getattr(self, name)))
         for f in fields(self):
-            if isinstance(getattr(self, f.name), list):
-                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+            value = getattr(self, f.name)
+            if isinstance(value, list):
+                object.__setattr__(self, f.name, tuple(value))
+            elif "aliases" in f.metadata and isinstance(value, str | bool):
+                object.__setattr__(self, f.name, f.metadata["aliases"].get(value, value))
 
     # ------------------------------------------------------------------------------------------------------------------
     @property
@@ -249,6 +253,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         extra: dict[str, Any] = {}
         if f.metadata.get("choices"):
             extra["choices"] = f.metadata["choices"]
+        if aliases := f.metadata.get("aliases"):
+            extra["type"] = lambda word, aliases=aliases: aliases.get(word, word)
         if isinstance(f.default, bool):
             extra["type"], extra["metavar"] = parse_bool, "BOOL"
         elif isinstance(f.default, tuple):

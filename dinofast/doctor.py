@@ -9,12 +9,13 @@ import platform
 import torch
 
 from . import __version__, ops
-from .attention import choose_attention, fmha, why_no_xformers
+from .attention import choose_attention, fmha, why_no_xformers, why_not
 from .config import cores
 from .data import choose_backend
 from .linear import choose_library
 
-_PACKAGES = ("numpy", "pillow", "rich", "triton", "xformers", "nvidia-dali-cuda130", "torchvision", "timm")
+_PACKAGES = ("numpy", "pillow", "rich", "triton", "xformers", "mslk", "flash_attn_3", "nvidia-dali-cuda130", "torchvision",
+             "timm")
 
 
 def report() -> str:
@@ -37,14 +38,18 @@ def report() -> str:
 
 
 def _attention(device: str) -> str:
+    others = ""
     if device == "cpu" or torch.cuda.is_available():
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        chosen, why = choose_attention(None, torch.device(device), dtype, 64)
+        how = torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16, 64
+        chosen, why = choose_attention(None, *how)
+        if device == "cuda":
+            others = "; others: " + ", ".join(name + (f" (no: {reason})" if reason else "")
+                                              for name, reason in why_not(*how).items() if name != chosen)
     else:
         why = why_no_xformers()
         chosen = "varlen" if why else "xformers"
     where = "torch's, per crop size" if chosen == "sdpa" else "over all packed crops, in bf16 and fp16; sdpa in fp32"
-    return f"{chosen}, {where}{f' ({why})' if why else ''}{_xformers_operators() if device == 'cuda' else ''}"
+    return f"{chosen}, {where}{f' ({why})' if why else ''}{others}{_xformers_operators() if device == 'cuda' else ''}"
 
 
 def _xformers_operators() -> str:

@@ -262,7 +262,21 @@ def test_choice(machine, asked, device, dtype, capability, installed, chosen):
 def test_an_xformers_that_does_not_import_is_not_chosen(machine):
     machine((9, 0), True, ImportError("it was built for another torch\nand so on"))
     assert choose_attention(None, torch.device("cuda"), torch.bfloat16, 64) == (
-        "varlen", "not xformers: xformers does not import (it was built for another torch)")
+        "varlen", "not xformers: xformers does not import (it was built for another torch), and mslk does not import "
+        "(it was built for another torch)")
+
+
+def test_a_good_mslk_stands_in_for_an_xformers_that_does_not_import(machine, monkeypatch):
+    machine((9, 0), True)
+    good = types.SimpleNamespace()
+
+    def import_module(name):
+        if name.startswith("xformers"):
+            raise ImportError("undefined symbol")
+        return good
+
+    monkeypatch.setattr(attention_module.importlib, "import_module", import_module)
+    assert choose_attention(None, torch.device("cuda"), torch.bfloat16, 64) == ("xformers", "") and fmha() is good
 
 
 def test_an_old_torch_cannot_take_fa3_and_one_without_cudnn_has_none(machine, monkeypatch):
@@ -310,8 +324,8 @@ def test_choice_by_the_width_of_a_head(machine, width, chosen):
 @pytest.mark.parametrize(("asked", "device", "dtype", "capability", "installed", "message"), [
     ("flash", "cuda", torch.bfloat16, (9, 0), True, "attention is 'flash': choose from xformers, varlen, fa3, cudnn, sdpa,"),
     ("", "cpu", torch.float32, None, True, "attention is '': choose from"),
-    ("xformers", "cuda", torch.bfloat16, (9, 0), False, "--attention xformers was asked for, but xformers is not installed."),
-    ("xformers", "cpu", torch.float32, None, True, "but it needs bf16 or fp16 on a GPU, not float32 on cpu."),
+    ("xformers", "cuda", torch.bfloat16, (9, 0), False, "but xformers is not installed: leave it out, or take sdpa."),
+    ("xformers", "cpu", torch.float32, None, True, "on a GPU, not float32 on cpu: leave it out, or take sdpa."),
     ("varlen", "cuda", torch.float32, (9, 0), True, "--attention varlen was asked for, but it needs bf16 or fp16 on a GPU"),
     ("varlen", "cuda", torch.bfloat16, (7, 0), True, "--attention varlen was asked for, but Some GPU is older than the A100"),
     ("fa3", "cuda", torch.bfloat16, (8, 0), True, "--attention fa3 was asked for, but Some GPU is no H100 or H200"),
@@ -327,7 +341,7 @@ def test_choice_refused(machine, asked, device, dtype, capability, installed, me
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that sets the GPU's capability and whether xformers is installed, and how it fails if it does."""
+    """A function that sets the GPU's capability and whether xformers and mslk are installed, and how they fail if they do."""
     def pretend(capability, installed, fails=None):
         def import_module(name):
             if fails:
@@ -338,4 +352,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
-    return pretend
+
+    fmha.cache_clear()
+    yield pretend
+    fmha.cache_clear()

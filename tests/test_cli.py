@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dinofast import cli, doctor, ops
+from dinofast import attention, cli, doctor, ops
 from dinofast.config import Config
 from dinofast.linear import choose_library
 
@@ -76,6 +76,14 @@ def test_dashes_and_old_names(pretrain):
 def test_precision(pretrain, line, on_gpu, on_cpu):
     cfg = pretrain(line)
     assert (cfg.precision_on("cuda"), cfg.precision_on("cpu")) == (on_gpu, on_cpu)
+
+
+@pytest.mark.parametrize("name, word, given, meant", [
+    ("compile", "true", True, "on"), ("compile", "false", False, "off"), ("compile", "off", "off", "off"),
+    ("attention", "mslk", "mslk", "xformers"),
+])
+def test_another_word_for_the_same(pretrain, name, word, given, meant):
+    assert getattr(pretrain(f"--{name} {word}"), name) == getattr(Config(**{name: given}).check(), name) == meant
 
 
 @pytest.mark.parametrize("line, words", [
@@ -183,6 +191,19 @@ def test_doctor_says_what_and_why(capsys):
     library = choose_library(None, torch.device("cpu"), torch.float32)
     assert (f"{'linear layers':22} the ViTs' large ones in fp32 by oneDNN" in text) == (library == "onednn")
     assert f"{'linear layers':22} torch's BLAS\n" in text                              # on cuda
+
+
+def test_doctor_says_which_other_attention_a_gpu_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA3"], raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    for module in (attention, doctor):
+        monkeypatch.setattr(module, "why_no_xformers", lambda: "xformers is not installed")
+    assert doctor._attention("cuda").startswith("varlen, over all packed crops") and doctor._attention("cuda").endswith(
+        "; others: xformers (no: xformers is not installed), fa3 (no: Some GPU is no H100 or H200, for which its kernels are "
+        "made), cudnn, sdpa, plain")
 
 
 @pytest.mark.parametrize("there, words", [
