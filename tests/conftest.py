@@ -135,6 +135,17 @@ def _count(module, name, kind):
     setattr(module, name, call)
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):              # of one of several processes (pytest -n)
+        session.config.workeroutput["calls"] = _calls
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for kind, n in getattr(node, "workeroutput", {}).get("calls", {}).items():
+        _calls[kind] += n
+
+
 def pytest_terminal_summary(terminalreporter):
     from dinofast import ops
     from dinofast.attention import why_no_xformers

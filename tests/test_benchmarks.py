@@ -413,7 +413,8 @@ def test_pytest_is_handed_the_measured_times(tmp_path):
         (tmp_path / name).write_text((ROOT / "benchmarks" / name).read_text())
     with (tmp_path / "bench_adamw_ema.py").open("a") as f:
         f.write("\n\ndef cases(device):\n    return [Case('step', 2)]\n")
-    environment = {k: v for k, v in os.environ.items() if k != "DINO_OFFICIAL"} | {"PYTHONPATH": str(ROOT)}
+    environment = {k: v for k, v in os.environ.items() if k != "DINO_OFFICIAL" and not k.startswith("PYTEST_XDIST")}
+    environment |= {"PYTHONPATH": str(ROOT)}
     done = subprocess.run((sys.executable, "-m", "pytest", "-q", "-rs", "-o", "python_files=bench_*.py", ".", "--device", "cpu",
                            "--save-results", "results", "--benchmark-json", "record.json", "-p", "no:cacheprovider"),
                           cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
