@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
@@ -68,6 +71,10 @@ def session(device: str | None = None, dist_url: str = "env://") -> Iterator[Pro
         torch.cuda.set_device(where)
     started = world > 1 and not dist.is_initialized()
     if started:
+        # Whoever imports this in a process group, as DDP does, keeps the group for good, in its defaults. Then gloo's threads
+        # outlive it, and one that comes to drop a tensor while Python ends aborts the process (pytorch issue 190489).
+        import_module("torch.distributed.nn")
+        atexit.register(gc.collect)                           # a model in a cycle keeps it, too
         dist.init_process_group("nccl" if use_cuda else "gloo", init_method=dist_url, rank=rank, world_size=world)
     try:
         yield Process(rank, world, where)

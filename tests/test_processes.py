@@ -2,6 +2,9 @@
 
 import json
 import signal
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -60,3 +63,37 @@ def test_a_run_may_change_its_number_of_processes(alone, photographs, tmp_path):
 def test_two_processes_repeat_bitwise(together, photographs, tmp_path):
     finish(photographs, tmp_path, "--batch_size_per_gpu", "4", *OPTIONS, processes=2)
     assert_same_run(together, tmp_path)
+
+
+@pytest.mark.parametrize("ends", ["", "raise KeyboardInterrupt"])
+def test_no_thread_outlives_the_processes_group(tmp_path, ends):
+    """One of gloo's that dropped a tensor while Python ended would abort the process, after all was done."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(f'''
+        import atexit, os, torch
+        from dinofast import dist
+
+        def gloo():
+            names = [open(f"/proc/self/task/{{thread}}/comm").read() for thread in os.listdir("/proc/self/task")]
+            return [name for name in names if "gloo" in name]
+
+        atexit.register(lambda: print("left:", gloo()))         # the first to come is the last to go
+
+        def train():
+            with dist.session("cpu"):
+                model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+                model(torch.ones(1, 4)).sum().backward()
+                cycle = [model]
+                cycle.append(cycle)
+                assert gloo()
+                {ends or "pass"}
+
+        try:
+            train()
+        except KeyboardInterrupt:
+            print("interrupted")
+    '''))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("left: []") == 2, done.stdout + done.stderr
+    assert done.stdout.count("interrupted") == (2 if ends else 0)
