@@ -60,7 +60,7 @@ def choose_attention(asked: str | None, device: torch.device, dtype: torch.dtype
         raise ValueError(f"attention is '{asked}': choose from {', '.join(ATTENTIONS)}.")
     reasons = why_not(device, dtype, width)
     if asked and reasons[asked]:
-        raise ValueError(f"--attention {asked} was asked for, but {reasons[asked]}: leave it out, or take sdpa.")
+        raise ValueError(f"--attention {asked} was asked for, but {reasons[asked]}: leave --attention out, or give sdpa.")
     best = asked or next(name for name in DEFAULTS if not reasons[name])
     return best, "" if asked or best == "xformers" or device.type != "cuda" else f"not xformers: {reasons['xformers']}"
 
@@ -87,11 +87,12 @@ def fmha() -> ModuleType:
     for package, module in _FMHA.items():
         if importlib.util.find_spec(package):
             try:
+                importlib.import_module(module.rpartition(".")[0])     # again after a failure, unlike its submodules
                 return importlib.import_module(module)
             except Exception as error:                       # one that was built for another torch raises all kinds
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 wrong.append(f"{package} does not import ({first})")
-    raise ImportError(", and ".join(wrong) or "xformers is not installed")
+    raise ImportError(", and ".join(wrong) or "neither xformers nor mslk is installed")
 
 
 def why_no_xformers() -> str:

@@ -98,7 +98,7 @@ class Config:
     compile: str | None = _option(None, "[dinofast] on: student and teacher under torch.compile; the first step then takes a "
         "minute, less when the same was compiled before. max-autotune: the same with matrix products chosen by timing, bias "
         "and GELU inside them; compiling takes many minutes. Default: on for our ViTs on a GPU; on a CPU it gains little.",
-        choices=("on", "max-autotune", "off"), aliases={"true": "on", True: "on", "false": "off", False: "off"})
+        choices=("on", "max-autotune", "off"), aliases={"true": "on", "1": "on", "false": "off", "0": "off"})
     cuda_graph: bool = _option(False, "[dinofast] Replay forward and backward as one CUDA graph, where launches still show: "
         "small models or batches. One process, no --accumulate.")
     grad_checkpointing: bool = _option(False, "[dinofast] Keep only the inputs of each block but the last for backward and "
@@ -152,7 +152,7 @@ class Config:
             if isinstance(value, list):
                 object.__setattr__(self, f.name, tuple(value))
             elif "aliases" in f.metadata and isinstance(value, str | bool):
-                object.__setattr__(self, f.name, f.metadata["aliases"].get(value, value))
+                object.__setattr__(self, f.name, f.metadata["aliases"].get(str(value).lower(), value))
 
     # ------------------------------------------------------------------------------------------------------------------
     @property
@@ -254,7 +254,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if f.metadata.get("choices"):
             extra["choices"] = f.metadata["choices"]
         if aliases := f.metadata.get("aliases"):
-            extra["type"] = lambda word, aliases=aliases: aliases.get(word, word)
+            extra["type"] = lambda word, aliases=aliases: aliases.get(word.lower(), word)
         if isinstance(f.default, bool):
             extra["type"], extra["metavar"] = parse_bool, "BOOL"
         elif isinstance(f.default, tuple):

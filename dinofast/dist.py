@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,13 +72,22 @@ def session(device: str | None = None, dist_url: str = "env://") -> Iterator[Pro
         torch.cuda.set_device(where)
     started = world > 1 and not dist.is_initialized()
     if started:
-        # Whoever imports this in a process group, as DDP does, keeps the group for good, in its defaults. Then gloo's threads
-        # outlive it, and one that comes to drop a tensor while Python ends aborts the process (pytorch issue 190489).
+        # A thread of gloo that drops a tensor while Python ends aborts the process (pytorch issue 190489): the group must not
+        # live that long. The functions of torch.distributed.nn, which DDP imports, have the group of that moment as a default
+        # argument: none yet.
         import_module("torch.distributed.nn")
-        atexit.register(gc.collect)                           # a model in a cycle keeps it, too
+        atexit.register(_let_go)
         dist.init_process_group("nccl" if use_cuda else "gloo", init_method=dist_url, rank=rank, world_size=world)
     try:
         yield Process(rank, world, where)
     finally:
         if started:
             dist.destroy_process_group()
+
+
+def _let_go() -> None:
+    """At exit: drop the models that a cycle or an uncaught error still holds, and with them their process group."""
+    for name in ("last_exc", "last_value", "last_traceback"):
+        if hasattr(sys, name):
+            setattr(sys, name, None)
+    gc.collect()

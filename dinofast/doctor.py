@@ -43,8 +43,12 @@ def _attention(device: str) -> str:
         how = torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16, 64
         chosen, why = choose_attention(None, *how)
         if device == "cuda":
-            others = "; others: " + ", ".join(name + (f" (no: {reason})" if reason else "")
-                                              for name, reason in why_not(*how).items() if name != chosen)
+            reasons = {name: reason for name, reason in why_not(*how).items() if name != chosen}
+            can = [name for name, reason in reasons.items() if not reason]
+            cannot = {reason: [name for name in reasons if reasons[name] == reason] for reason in reasons.values() if reason}
+            others = "; ".join(["", f"others: {', '.join(can)}", *(f"not {', '.join(names)}: {reason}"
+                                                                   for reason, names in cannot.items())])
+            why = ""
     else:
         why = why_no_xformers()
         chosen = "varlen" if why else "xformers"

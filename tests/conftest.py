@@ -12,6 +12,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from dinofast.config import cores  # noqa: E402
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")           # before triton is imported: its kernels are decorated then
 
@@ -133,6 +135,12 @@ def _count(module, name, kind):
         return inner(*args, **arguments)
 
     setattr(module, name, call)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Of `make test`: two, but not on a GPU, of which some tests need most of the memory and others all of the time."""
+    return 0 if torch.cuda.is_available() else min(2, cores())
 
 
 def pytest_sessionfinish(session):

@@ -242,7 +242,7 @@ def test_xformers_compiles_into_one_graph(xformers, cls_only):
 @pytest.mark.parametrize(("asked", "device", "dtype", "capability", "installed", "chosen"), [
     (None, "cuda", torch.bfloat16, (8, 0), True, ("xformers", "")),
     (None, "cuda", torch.float16, (9, 0), True, ("xformers", "")),
-    (None, "cuda", torch.bfloat16, (9, 0), False, ("varlen", "not xformers: xformers is not installed")),
+    (None, "cuda", torch.bfloat16, (9, 0), False, ("varlen", "not xformers: neither xformers nor mslk is installed")),
     (None, "cuda", torch.float32, (9, 0), True, ("sdpa", "not xformers: it needs bf16 or fp16 on a GPU, not float32 on cuda")),
     (None, "cpu", torch.bfloat16, None, True, ("sdpa", "")),
     (None, "cuda", torch.float16, (7, 5), True,
@@ -277,6 +277,25 @@ def test_a_good_mslk_stands_in_for_an_xformers_that_does_not_import(machine, mon
 
     monkeypatch.setattr(attention_module.importlib, "import_module", import_module)
     assert choose_attention(None, torch.device("cuda"), torch.bfloat16, 64) == ("xformers", "") and fmha() is good
+
+
+def test_what_a_failed_import_leaves_behind_is_not_taken(tmp_path, monkeypatch):
+    """Python forgets a package whose import fails, not the submodules that it had imported until then."""
+    for name, text in {"xformers": "", "xformers/ops": "from . import fmha\nraise ImportError('undefined symbol')",
+                       "xformers/ops/fmha": "", "mslk": "", "mslk/attention": "", "mslk/attention/fmha": ""}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("xformers", "mslk")]:
+        monkeypatch.delitem(sys.modules, name)
+    fmha.cache_clear()
+    try:
+        for _ in range(2):
+            assert not attention_module.why_no_xformers() and fmha().__name__ == "mslk.attention.fmha"
+    finally:
+        fmha.cache_clear()
+        for name in [name for name in sys.modules if name.split(".")[0] in ("xformers", "mslk")]:
+            del sys.modules[name]
 
 
 def test_an_old_torch_cannot_take_fa3_and_one_without_cudnn_has_none(machine, monkeypatch):
@@ -324,8 +343,8 @@ def test_choice_by_the_width_of_a_head(machine, width, chosen):
 @pytest.mark.parametrize(("asked", "device", "dtype", "capability", "installed", "message"), [
     ("flash", "cuda", torch.bfloat16, (9, 0), True, "attention is 'flash': choose from xformers, varlen, fa3, cudnn, sdpa,"),
     ("", "cpu", torch.float32, None, True, "attention is '': choose from"),
-    ("xformers", "cuda", torch.bfloat16, (9, 0), False, "but xformers is not installed: leave it out, or take sdpa."),
-    ("xformers", "cpu", torch.float32, None, True, "on a GPU, not float32 on cpu: leave it out, or take sdpa."),
+    ("xformers", "cuda", torch.bfloat16, (9, 0), False, "neither xformers nor mslk is installed: leave --attention out"),
+    ("xformers", "cpu", torch.float32, None, True, "on a GPU, not float32 on cpu: leave --attention out, or give sdpa."),
     ("varlen", "cuda", torch.float32, (9, 0), True, "--attention varlen was asked for, but it needs bf16 or fp16 on a GPU"),
     ("varlen", "cuda", torch.bfloat16, (7, 0), True, "--attention varlen was asked for, but Some GPU is older than the A100"),
     ("fa3", "cuda", torch.bfloat16, (8, 0), True, "--attention fa3 was asked for, but Some GPU is no H100 or H200"),

@@ -79,8 +79,8 @@ def test_precision(pretrain, line, on_gpu, on_cpu):
 
 
 @pytest.mark.parametrize("name, word, given, meant", [
-    ("compile", "true", True, "on"), ("compile", "false", False, "off"), ("compile", "off", "off", "off"),
-    ("attention", "mslk", "mslk", "xformers"),
+    ("compile", "true", True, "on"), ("compile", "False", False, "off"), ("compile", "1", "TRUE", "on"),
+    ("compile", "off", "off", "off"), ("attention", "mslk", "mslk", "xformers"),
 ])
 def test_another_word_for_the_same(pretrain, name, word, given, meant):
     assert getattr(pretrain(f"--{name} {word}"), name) == getattr(Config(**{name: given}).check(), name) == meant
@@ -202,8 +202,8 @@ def test_doctor_says_which_other_attention_a_gpu_has(monkeypatch):
     for module in (attention, doctor):
         monkeypatch.setattr(module, "why_no_xformers", lambda: "xformers is not installed")
     assert doctor._attention("cuda").startswith("varlen, over all packed crops") and doctor._attention("cuda").endswith(
-        "; others: xformers (no: xformers is not installed), fa3 (no: Some GPU is no H100 or H200, for which its kernels are "
-        "made), cudnn, sdpa, plain")
+        "; others: cudnn, sdpa, plain; not xformers: xformers is not installed; not fa3: Some GPU is no H100 or H200, for "
+        "which its kernels are made")
 
 
 @pytest.mark.parametrize("there, words", [
