@@ -3,7 +3,9 @@ cost. tests/test_loader.py runs its tests with this backend too."""
 
 from __future__ import annotations
 
+import gc
 import io
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -180,6 +182,24 @@ def test_a_fault_gives_no_batch_twice_and_ends_nothing(jpegs) -> None:
     got += [next(loader) for _ in range(3)]
     loader.close()
     assert all(torch.equal(a, b) for x, y in zip(got, whole, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_a_forked_process_has_no_graph_to_collect(jpegs) -> None:
+    """It would wait without end for the graph's threads: workers of the PIL backend and of knn after a run with DALI did."""
+    gc.disable()
+    try:
+        next(loader := make_loader(jpegs()))
+        cycle = [loader]
+        cycle.append(cycle)
+        del loader, cycle                                                    # nobody has closed it
+        child = multiprocessing.get_context("fork").Process(target=gc.collect)
+        child.start()
+        child.join(30)
+        child.kill()                                                         # if it hangs
+        child.join()
+        assert child.exitcode == 0
+    finally:
+        gc.enable()
 
 
 def test_memory_goes_back_to_dali_after_the_kernels_have_read_it() -> None:

@@ -13,12 +13,15 @@ it cannot decode is left to PIL from then on, and the same batch is made again b
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -45,6 +48,12 @@ def missing() -> str:
     except ModuleNotFoundError:  # no package of that maker at all
         found = None
     return "" if found else "NVIDIA DALI is not installed (pip install nvidia-dali-cuda130)"
+
+
+@cache
+def _collect_before_forks() -> None:
+    """A forked process that collected a graph which nobody uses any more would wait for its threads, which it does not have."""
+    os.register_at_fork(before=gc.collect)
 
 
 @dataclass
@@ -79,6 +88,7 @@ class Batches:
         self._threads, self._batch_size, self._hw_decoder_load = threads, batch_size, hw_decoder_load
         self._by_pil: set[int] = set()  # samples that DALI has failed on
         pil.for_threads()
+        _collect_before_forks()
         self._pool = Threads(threads)
         self._reading: deque[Batch] = deque()
         self._running: Batch | None = None
