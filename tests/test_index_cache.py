@@ -293,13 +293,13 @@ def test_an_interrupted_pass_keeps_what_it_has_found(source, cache, looked, monk
     assert whole == everything(index.build(str(source), 0.9))
 
 
-def go(source, cache, start, log):
+def go(source, cache, start, log, pause=0.05):
     look = index.look
 
     def slowly(path, stopped):
         with open(log, "a") as file:
             file.write(os.path.basename(os.fsdecode(path)) + "\n")
-        time.sleep(0.05)
+        time.sleep(pause)
         return look(path, stopped)
 
     index.look = slowly
@@ -323,7 +323,8 @@ def test_when_the_one_that_looks_dies_another_takes_its_turn(source, cache, tmp_
     context = multiprocessing.get_context("fork")
     processes = []
     for i in range(3):
-        processes.append(context.Process(target=go, args=(source, cache, context.Barrier(1), tmp_path / f"log{i}")))
+        where = source, cache, context.Barrier(1), tmp_path / f"log{i}"
+        processes.append(context.Process(target=go, args=(*where, 0.05 if i else 60)))
         processes[i].start()
         while not i and not (tmp_path / "log0").exists():
             time.sleep(0.01)
