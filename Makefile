@@ -23,7 +23,7 @@ demo: install
 	$(RUN) -m dinofast demo
 
 test: $(VENV)/test-tools
-	$(RUN) -m pytest -n auto --dist loadfile
+	$(RUN) -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/test-tools
 	$(RUN) -m ruff check .
