@@ -12,8 +12,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from dinofast.config import cores  # noqa: E402
-
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")           # before triton is imported: its kernels are decorated then
 
@@ -99,6 +97,26 @@ def compiled_ahead_of_time():
     return found
 
 
+@pytest.fixture(scope="session")
+def fake_cuda(tmp_path_factory):
+    """A function: what a script of fake_cuda/ prints last. Each run is a process of its own, as the fake device must be there
+    before torch is (see fake_cuda/device.py)."""
+    folder = Path(__file__).parent / "fake_cuda"
+    sys.path.insert(0, str(folder))
+    import device
+
+    if reason := device.why_not():
+        pytest.skip(reason)
+    environment = device.environment(tmp_path_factory.mktemp("fake_cuda"))
+
+    def run(script, *arguments):
+        done = subprocess.run([sys.executable, folder / script, *arguments], env=environment, capture_output=True, text=True,
+                              timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+    return run
+
+
 # ---- which implementations this test run went through; printed in its last lines
 _calls = {"cpp": 0, "triton": 0, "xformers": 0, "dali": 0}
 
@@ -140,6 +158,8 @@ def _count(module, name, kind):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """Of `make test`: two, but not on a GPU, of which some tests need most of the memory and others all of the time."""
+    from dinofast.config import cores
+
     return 0 if torch.cuda.is_available() else min(2, cores())
 
 

@@ -1,14 +1,9 @@
-"""What can be known of a GPU's step without a GPU: on fake CUDA tensors, and by the schedule that Inductor makes for an H100.
-
-Each run is a process of its own, as the fake device must be there before torch is (see fake_cuda/device.py).
-"""
+"""What can be known of a GPU's step without a GPU: on fake CUDA tensors, and by the schedule that Inductor makes for an
+H100."""
 
 from __future__ import annotations
 
 import ast
-import json
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,9 +13,6 @@ import torch
 from dinofast.config import Config
 
 HERE = Path(__file__).parent / "fake_cuda"
-sys.path.insert(0, str(HERE))
-
-import device  # noqa: E402
 
 # Of Config, what changes neither tensors nor operators of a step: sizes, schedules, data and files.
 NOT_OF_A_STEP = set("""
@@ -34,21 +26,6 @@ ELSEWHERE = {"compile", "linear", "cuda_graph"}
 # GiB and kernels of Inductor's own of student and teacher, ViT-S/16, 128 images of 2 x 224 and 8 x 96, bf16. A change that
 # needs fewer bytes lowers the number here; one that needs more is a regression. By the torch that the schedule is of.
 BUDGET = {(2, 13): {"teacher": (8.29, 42), "student": (16.39, 45), "backward": (32.92, 277)}}
-
-
-@pytest.fixture(scope="module")
-def fake_cuda(tmp_path_factory):
-    """A function: what a script of fake_cuda/ prints."""
-    if reason := device.why_not():
-        pytest.skip(reason)
-    environment = device.environment(tmp_path_factory.mktemp("fake_cuda"))
-
-    def run(script, *arguments):
-        done = subprocess.run([sys.executable, HERE / script, *arguments], env=environment, capture_output=True, text=True,
-                              timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout.splitlines()[-1])
-    return run
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])

@@ -1,34 +1,23 @@
 """`make gpu` rehearsed on a fake GPU: what measures there runs to its end, with a row for all that can be there."""
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "fake_cuda")]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import device  # noqa: E402
 import record  # noqa: E402
 
 from dinofast.attention import ATTENTIONS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def ladder(tmp_path_factory):
+def ladder(fake_cuda, tmp_path_factory):
     """A function: the cases that a part has measured, by name."""
-    if reason := device.why_not():
-        pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("ladder")
-    environment = device.environment(folder)
-
     def run(part):
-        done = subprocess.run([sys.executable, ROOT / "tests" / "fake_cuda" / "ladder.py", part, folder], env=environment,
-                              capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = fake_cuda("ladder.py", part, tmp_path_factory.mktemp("ladder"))
         assert found["code"] == 0
         return {case["case"]: case for case in found["cases"]}
     return run

@@ -51,7 +51,6 @@ COMPILED: list[dict[str, Any]] = [
 ]
 
 
-
 class HostRead(Exception):
     """Something on the device was read by the host."""
 
