@@ -131,11 +131,13 @@ def growing(case: Case, device: torch.device, seconds: float | None = None) -> I
 def compared(name: str, before: Best, challenger: Best) -> dict[str, Any]:
     """Whether a candidate does the same step; with another batch the crops are others, and only the loss can be near."""
     alike = before.rival.step.cfg.batch_size_per_gpu == challenger.rival.step.cfg.batch_size_per_gpu
-    pairs = list(zip(challenger.first, before.first, (SAME_LOSS, SAME_NORM) if alike else (bench_step.NEAR, None), strict=True))
-    off = [(theirs, ours) for theirs, ours, tolerance in pairs if tolerance and not abs(theirs - ours) <= tolerance * abs(ours)]
-    return {"same_losses": not off} | ({"losses": [list(challenger.first), list(before.first)], "differs": (
-        f"its first step has a loss and a gradient norm of {challenger.first}, the best so far of {before.first}: not the same "
-        "training step")} if off else {})
+    tolerances = (SAME_LOSS, SAME_NORM) if alike else (bench_step.NEAR,)
+    if all(abs(theirs - ours) <= tolerance * abs(ours)
+           for theirs, ours, tolerance in zip(challenger.first, before.first, tolerances, strict=False)):
+        return {"same_losses": True}
+    return {"same_losses": False, "losses": [list(challenger.first), list(before.first)],
+            "differs": f"its first step has a loss and a gradient norm of {challenger.first}, the best so far of "
+                       f"{before.first}: not the same training step"}
 
 
 def why_needless(case: Case, options: Options, before: Best) -> str:

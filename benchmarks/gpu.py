@@ -7,9 +7,8 @@
 The parts stand in order of worth, and each begins whatever became of those before. A call ends within nine minutes. Every step
 of a part is saved at once, in --results (else $OUT, else benchmarks/results and README.md), and the next call goes on from
 there if commit and device are the same: what is done is not repeated, unless --again is given. Where $OUT is emptied between
-calls, --results names a folder that is kept. A part that runs over
-is interrupted, so that its traceback is in its log, and ended if that does not help. --cache DIR keeps what torch.compile and
-Triton make, to be carried to the next call.
+calls, --results names a folder that is kept. A part that runs over is interrupted, so that its traceback is in its log, and
+ended if that does not help. --cache DIR keeps what torch.compile and Triton make, to be carried to the next call.
 
 Nothing is downloaded: dinofast is installed without its dependencies, or, where pip may not install, built in place; either
 way what runs is this checkout. Exit code: 0 if all is done, 1 if a part failed, 75 if something is left for another call. What
@@ -273,9 +272,10 @@ def main(arguments: Sequence[str] = ()) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))     # of what is aborted
     call = make_call(args)
     own = call.results == ROOT / "benchmarks" / "results"
-    from record import commit, write
+    import torch
+    from record import commit, device_name, write
 
-    code = f"{commit()} on {device_name(call.device)}"
+    code = f"{commit()} on {device_name(torch.device(call.device))}"
     path = call.results / f"ladder-{'cuda' if call.device == 'cuda' else 'cpu'}.json"
     state = json.loads(path.read_text()) if path.is_file() and not args.again else {}
     if state.get("code") != code:
@@ -304,12 +304,6 @@ def main(arguments: Sequence[str] = ()) -> int:
     if any(state["parts"][name]["how"].startswith("FAILED") for name in names):
         return 1
     return MORE if left else 0
-
-
-def device_name(device: str) -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if device == "cuda" else "the CPU"
 
 
 def make_call(args: argparse.Namespace) -> Call:

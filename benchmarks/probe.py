@@ -151,7 +151,7 @@ def attentions(runs: tuple[tuple[int, int], ...], case: Case, device: torch.devi
         return attention.attention(q, k, v, where, impl)
 
     def backward_of(impl: str, out: Tensor) -> tuple[Tensor, ...]:
-        attention.activate(impl)                      # of torch's flash attentions there is one at a time
+        attention.activate(impl)
         return torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
 
     for impl in attention.ATTENTIONS:

@@ -76,7 +76,7 @@ def environment(benchmark: str, device: torch.device, command: str) -> dict[str,
     on_gpu = device.type == "cuda"
     return {
         "benchmark": benchmark, "device_type": device.type,
-        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(), "cuda": torch.version.cuda if on_gpu else None,
         "versions": {"dinofast": dinofast.__version__, "python": platform.python_version(), "torch": torch.__version__,
                      "triton": version("triton")},
@@ -285,6 +285,10 @@ def why_lost(device: torch.device) -> str:
     except RuntimeError as error:
         return reason_of(error)
     return ""
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
 def _processor() -> str:

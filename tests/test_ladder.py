@@ -233,7 +233,7 @@ def ladder(monkeypatch, tmp_path):
     now = [0.0]
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(gpu, "why_no_gpu", lambda: "")
-    monkeypatch.setattr(gpu, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(record, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(record, "commit", lambda: "abc")
     monkeypatch.delenv("OUT", raising=False)
 
