@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -77,7 +77,7 @@ def why_not(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, s
             "cudnn": half or why_no_cudnn(), "sdpa": "", "plain": ""}
 
 
-@lru_cache(maxsize=1)
+@cache
 def fmha() -> ModuleType:
     """xformers' module of `memory_efficient_attention`, or that of its successor mslk, which has it under the same names.
 
@@ -97,7 +97,6 @@ def fmha() -> ModuleType:
 
 def why_no_xformers() -> str:
     """Why neither xformers nor mslk can be used, whatever the device; empty if one can."""
-    fmha.cache_clear()                                       # of what was installed before
     try:
         fmha()
     except ImportError as error:

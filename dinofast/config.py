@@ -10,6 +10,7 @@ import difflib
 import math
 import os
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 VITS = ("vit_tiny", "vit_small", "vit_base", "vit_nano")
@@ -152,7 +153,7 @@ class Config:
             if isinstance(value, list):
                 object.__setattr__(self, f.name, tuple(value))
             elif "aliases" in f.metadata and isinstance(value, str | bool):
-                object.__setattr__(self, f.name, f.metadata["aliases"].get(str(value).lower(), value))
+                object.__setattr__(self, f.name, _meant(f.metadata["aliases"], value))
 
     # ------------------------------------------------------------------------------------------------------------------
     @property
@@ -242,6 +243,11 @@ class Config:
             raise ValueError(f"--{name} {size} is not a multiple of --patch_size {patch}: take {near}, or another patch size.")
 
 
+def _meant(aliases: dict[str, str], value: str | bool) -> str | bool:
+    """The choice that `value` is another word for; itself where it is none."""
+    return aliases.get(str(value).lower(), value)
+
+
 def _show(value: Any) -> str:
     return " ".join(str(v) for v in value) if isinstance(value, tuple) else str(value)
 
@@ -254,7 +260,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if f.metadata.get("choices"):
             extra["choices"] = f.metadata["choices"]
         if aliases := f.metadata.get("aliases"):
-            extra["type"] = lambda word, aliases=aliases: aliases.get(word.lower(), word)
+            extra["type"] = partial(_meant, aliases)
         if isinstance(f.default, bool):
             extra["type"], extra["metavar"] = parse_bool, "BOOL"
         elif isinstance(f.default, tuple):

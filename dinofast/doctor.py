@@ -38,22 +38,26 @@ def report() -> str:
 
 
 def _attention(device: str) -> str:
-    others = ""
-    if device == "cpu" or torch.cuda.is_available():
-        how = torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16, 64
-        chosen, why = choose_attention(None, *how)
-        if device == "cuda":
-            reasons = {name: reason for name, reason in why_not(*how).items() if name != chosen}
-            can = [name for name, reason in reasons.items() if not reason]
-            cannot = {reason: [name for name in reasons if reasons[name] == reason] for reason in reasons.values() if reason}
-            others = "; ".join(["", f"others: {', '.join(can)}", *(f"not {', '.join(names)}: {reason}"
-                                                                   for reason, names in cannot.items())])
-            why = ""
-    else:
+    why = others = ""
+    if device == "cuda" and not torch.cuda.is_available():
         why = why_no_xformers()
         chosen = "varlen" if why else "xformers"
+    else:
+        how = torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16, 64
+        chosen, _ = choose_attention(None, *how)
+        others = _others(chosen, why_not(*how)) if device == "cuda" else ""
     where = "torch's, per crop size" if chosen == "sdpa" else "over all packed crops, in bf16 and fp16; sdpa in fp32"
     return f"{chosen}, {where}{f' ({why})' if why else ''}{others}{_xformers_operators() if device == 'cuda' else ''}"
+
+
+def _others(chosen: str, reasons: dict[str, str]) -> str:
+    """What else can run, and what cannot, each reason once."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if name != chosen:
+            names.setdefault(reason, []).append(name)
+    can = f"; others: {', '.join(names.pop('', []))}"
+    return can + "".join(f"; not {', '.join(those)}: {reason}" for reason, those in names.items())
 
 
 def _xformers_operators() -> str:

@@ -288,9 +288,9 @@ def test_what_a_failed_import_leaves_behind_is_not_taken(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.split(".")[0] in ("xformers", "mslk")]:
         monkeypatch.delitem(sys.modules, name)
-    fmha.cache_clear()
     try:
         for _ in range(2):
+            fmha.cache_clear()
             assert not attention_module.why_no_xformers() and fmha().__name__ == "mslk.attention.fmha"
     finally:
         fmha.cache_clear()
@@ -343,8 +343,10 @@ def test_choice_by_the_width_of_a_head(machine, width, chosen):
 @pytest.mark.parametrize(("asked", "device", "dtype", "capability", "installed", "message"), [
     ("flash", "cuda", torch.bfloat16, (9, 0), True, "attention is 'flash': choose from xformers, varlen, fa3, cudnn, sdpa,"),
     ("", "cpu", torch.float32, None, True, "attention is '': choose from"),
-    ("xformers", "cuda", torch.bfloat16, (9, 0), False, "neither xformers nor mslk is installed: leave --attention out"),
-    ("xformers", "cpu", torch.float32, None, True, "on a GPU, not float32 on cpu: leave --attention out, or give sdpa."),
+    ("xformers", "cuda", torch.bfloat16, (9, 0), False,
+     "--attention xformers was asked for, but neither xformers nor mslk is installed: leave --attention out, or give sdpa."),
+    ("xformers", "cpu", torch.float32, None, True,
+     "but it needs bf16 or fp16 on a GPU, not float32 on cpu: leave --attention out, or give sdpa."),
     ("varlen", "cuda", torch.float32, (9, 0), True, "--attention varlen was asked for, but it needs bf16 or fp16 on a GPU"),
     ("varlen", "cuda", torch.bfloat16, (7, 0), True, "--attention varlen was asked for, but Some GPU is older than the A100"),
     ("fa3", "cuda", torch.bfloat16, (8, 0), True, "--attention fa3 was asked for, but Some GPU is no H100 or H200"),
@@ -362,6 +364,8 @@ def test_choice_refused(machine, asked, device, dtype, capability, installed, me
 def machine(monkeypatch):
     """A function that sets the GPU's capability and whether xformers and mslk are installed, and how they fail if they do."""
     def pretend(capability, installed, fails=None):
+        fmha.cache_clear()                                                    # of what was there before
+
         def import_module(name):
             if fails:
                 raise fails
@@ -372,6 +376,5 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
 
-    fmha.cache_clear()
     yield pretend
     fmha.cache_clear()
