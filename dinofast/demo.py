@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from . import __version__, sample_data
 from .checkpoint import load_backbone
 from .config import Config
-from .evaluate.attention_maps import attention_maps, mass_on_mask, picture
-from .evaluate.images import EvalTransform, LabelledImages, labelled_folder
+from .evaluate.attention_maps import attention_maps, cls_attention, mass_on_mask, patch_features, pca_colors
+from .evaluate.images import EvalTransform, LabelledImages, labelled_folder, to_tensor
 from .evaluate.knn import extract_features, knn_classify
+from .evaluate.pictures import enlarge, overlay, sheet, stretch
 from .model import Model
 from .train import train
 
 SIDE, PATCH, BATCH = 32, 4, 48
+SHOWN, FINE, TILE = 8, 64, 160                 # of the picture: images, pixels that the backbones see, pixels of a cell
 PEAK_LR = 4e-3
 K = 10
 
@@ -50,8 +52,9 @@ def run(output_dir: str | Path | None = None, seed: int = 0, epochs: int = 24, d
 
     untrained = Model.from_config(cfg).teacher.backbone.eval()
     trained = load_backbone(path)
-    score, columns = evaluate(out / "data", untrained, trained)
-    picture(columns).save(out / "attention_maps.png")
+    score = evaluate(out / "data", untrained, trained)
+    best = int(np.argmax(score["trained"]["attention_on_object"]))
+    sheet(columns(seed, untrained, trained, best)).save(out / "attention_maps.png", optimize=True)
     result = score | {
         "date": time.strftime("%Y-%m-%d"), "command": f"dinofast demo --seed {seed}",
         "seed": seed, "epochs": epochs, "steps": epochs * (score["n_train"] // BATCH), "resumed": resumed,
@@ -83,8 +86,8 @@ def settings(out: Path, seed: int, epochs: int, device: str | None) -> Config:
         data_path=str(out / "data" / "train"), output_dir=str(out), saveckp_freq=0, num_workers=2, seed=seed, device=device)
 
 
-def evaluate(data: Path, untrained: nn.Module, trained: nn.Module) -> tuple[dict, list[tuple[str, Tensor]]]:
-    """Scores (shares of 1) of raw pixels, the untrained and the trained backbone, and the columns of the picture."""
+def evaluate(data: Path, untrained: nn.Module, trained: nn.Module) -> dict:
+    """Scores (shares of 1) of raw pixels, the untrained and the trained backbone."""
     transform = EvalTransform(resize=SIDE, crop=SIDE)
     train_set, val_set = (labelled_folder(data / split, transform) for split in ("train", "val"))
     score: dict = {"n_train": len(train_set), "n_val": len(val_set), "k": K}
@@ -96,18 +99,32 @@ def evaluate(data: Path, untrained: nn.Module, trained: nn.Module) -> tuple[dict
     images = torch.cat([batch for batch, _, _ in val_set.batches(250, 0)])
     masks = _masks(data, val_set)
     score["object_area"] = masks.mean().item()
-    maps = {"untrained": attention_maps(untrained, images), "trained": attention_maps(trained, images)}
-    for name, each in maps.items():
-        score[name]["attention_on_object"] = mass_on_mask(each, masks).mean(0).tolist()
+    for name, backbone in (("untrained", untrained), ("trained", trained)):
+        score[name]["attention_on_object"] = mass_on_mask(attention_maps(backbone, images), masks).mean(0).tolist()
+    return score
 
-    rows = [val_set.labels.index(label) for label in range(len(val_set.classes))]           # one image of each class
-    shown = images[rows] * torch.tensor(transform.std).view(3, 1, 1) + torch.tensor(transform.mean).view(3, 1, 1)
-    best = int(np.argmax(score["trained"]["attention_on_object"]))
-    kept = attention_maps(trained, images[rows], keep=0.6)[:, best]
-    columns = [("image", shown), ("untrained, mean", maps["untrained"][rows].mean(1)),
-               ("trained, mean", maps["trained"][rows].mean(1)), (f"trained, head {best + 1}", maps["trained"][rows, best]),
-               ("60 % of that head", shown * (0.25 + 0.75 * kept[:, None]))]
-    return score, columns
+
+def columns(seed: int, untrained: nn.Module, trained: nn.Module, best: int) -> list[tuple[str, Tensor]]:
+    """The columns of the picture: the first unseen image of SHOWN classes, drawn at TILE pixels, and what is made of it.
+
+    The backbones see the same drawings at FINE pixels, twice their training's size, for maps of FINE / PATCH patches a side.
+    best: which head of the trained backbone has a column of its own.
+    """
+    first = (sample_data.VALIDATION_EVERY - 1) * len(sample_data.CLASSES)
+    drawn = [Image.fromarray(sample_data.draw(first + c, seed=seed, pixels=TILE)[0]) for c in range(SHOWN)]
+    shown = torch.stack([to_tensor(image, mean=(0, 0, 0), std=(1, 1, 1)) for image in drawn])
+    images = torch.stack([EvalTransform(resize=FINE, crop=FINE)(image) for image in drawn])
+
+    def heat(maps: Tensor) -> Tensor:
+        return overlay(shown, stretch(enlarge(maps, (TILE, TILE))))
+
+    before, after = cls_attention(untrained, images), cls_attention(trained, images)
+    found = [("image", shown), ("attention, untrained", heat(before.mean(1))), ("attention, trained", heat(after.mean(1))),
+             (f"trained, head {best + 1}", heat(after[:, best]))]
+    for name, backbone in (("untrained", untrained), ("trained", trained)):
+        colors = pca_colors(patch_features(backbone, images, layer=2))
+        found.append((f"PCA of patches, {name}", enlarge(colors, (TILE, TILE))))
+    return found
 
 
 def _within_palette(classes: tuple[str, ...], train_features: Tensor, train_labels: Tensor, test_features: Tensor,

@@ -63,9 +63,13 @@ def paths(root: Path, i: int) -> tuple[Path, Path]:
     return (root / where).with_suffix(".jpg"), (root / "masks" / where).with_suffix(".png")
 
 
-def draw(i: int, size: int = 48, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Image i (size, size, 3) and the mask of its object (size, size), both uint8; its class is `i % 10`."""
+def draw(i: int, size: int = 48, seed: int = 0, pixels: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Image i (size, size, 3) and the mask of its object (size, size), both uint8; its class is `i % 10`.
+
+    pixels: side to draw this same image at instead of `size`, without noise, to show it large and crisp.
+    """
     rng = np.random.default_rng((seed, size, i))
+    noise, size = 0.0 if pixels else 0.02, pixels or size
     label = i % len(CLASSES)
     y, x = np.mgrid[:size, :size].reshape(2, -1) / size + 0.5 / size                        # (P,) each, in sides
 
@@ -87,10 +91,10 @@ def draw(i: int, size: int = 48, seed: int = 0) -> tuple[np.ndarray, np.ndarray]
     ground = _rgb(cell_hues, rng.uniform(0.7, 1.0, CELLS), rng.uniform(0.5, 1.0, CELLS))    # (18, 3)
 
     colour = tones[0] + second[:, None] * (tones[1] - tones[0])
-    pixels = ground[cell]
-    pixels += inside[:, None] * (colour - pixels)
-    pixels += rng.normal(0, 0.02, pixels.shape)
-    image = (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8).reshape(size, size, 3)
+    drawn = ground[cell]
+    drawn += inside[:, None] * (colour - drawn)
+    drawn += rng.normal(0, noise, drawn.shape)
+    image = (np.clip(drawn, 0, 1) * 255 + 0.5).astype(np.uint8).reshape(size, size, 3)
     return image, ((inside >= 0.5) * np.uint8(255)).reshape(size, size)
 
 
