@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import __version__, sample_data
 from .checkpoint import load_backbone
 from .config import Config
-from .evaluate.attention_maps import attention_maps, cls_attention, mass_on_mask, patch_features, pca_colors
+from .evaluate.attention_maps import attention_maps, dense_attention_maps, mass_on_mask, patch_features, pca_colors
 from .evaluate.images import EvalTransform, LabelledImages, labelled_folder, to_tensor
 from .evaluate.knn import extract_features, knn_classify
 from .evaluate.pictures import enlarge, overlay, sheet, stretch
@@ -107,7 +107,8 @@ def evaluate(data: Path, untrained: nn.Module, trained: nn.Module) -> dict:
 def columns(seed: int, untrained: nn.Module, trained: nn.Module, best: int) -> list[tuple[str, Tensor]]:
     """The columns of the picture: the first unseen image of SHOWN classes, drawn at TILE pixels, and what is made of it.
 
-    The backbones see the same drawings at FINE pixels, twice their training's size, for maps of FINE / PATCH patches a side.
+    The backbones see the same drawings at FINE pixels, twice their training's size, for maps of FINE / PATCH patches a side,
+    averaged over all shifts of the patches.
     best: which head of the trained backbone has a column of its own.
     """
     first = (sample_data.VALIDATION_EVERY - 1) * len(sample_data.CLASSES)
@@ -118,13 +119,12 @@ def columns(seed: int, untrained: nn.Module, trained: nn.Module, best: int) -> l
     def heat(maps: Tensor) -> Tensor:
         return overlay(shown, stretch(enlarge(maps, (TILE, TILE))))
 
-    before, after = cls_attention(untrained, images), cls_attention(trained, images)
+    before, after = (dense_attention_maps(backbone, images, PATCH) for backbone in (untrained, trained))
     found = [("image", shown), ("attention, untrained", heat(before.mean(1))), ("attention, trained", heat(after.mean(1))),
              (f"trained, head {best + 1}", heat(after[:, best]))]
-    for name, backbone in (("untrained", untrained), ("trained", trained)):
-        colors = pca_colors(patch_features(backbone, images, layer=2))
-        found.append((f"PCA of patches, {name}", enlarge(colors, (TILE, TILE))))
-    return found
+    features = patch_features(trained, images)
+    within = features - features.mean((1, 2), keepdim=True)         # else what images share hides what differs inside of them
+    return [*found, ("PCA of patches, trained", enlarge(pca_colors(within), (TILE, TILE)))]
 
 
 def _within_palette(classes: tuple[str, ...], train_features: Tensor, train_labels: Tensor, test_features: Tensor,

@@ -11,6 +11,7 @@ from dinofast import vit
 from dinofast.evaluate.attention_maps import (
     attention_maps,
     cls_attention,
+    dense_attention_maps,
     keep_mass,
     mass_on_mask,
     patch_features,
@@ -114,6 +115,31 @@ def test_larger_images_give_finer_maps(side, grid):
     features = patch_features(backbone, images)
     assert features.shape == (2, grid, grid, 64)
     torch.testing.assert_close(features.flatten(1, 2), backbone.get_intermediate_layers(images)[0][:, 1:])
+
+
+class Brightest(nn.Module):
+    """All attention on the brightest patch of 4 pixels."""
+
+    def get_last_selfattention(self, x):
+        brightness = nn.functional.avg_pool2d(x.mean(1, keepdim=True), 4).flatten(1)                            # (B, patches)
+        attention = torch.zeros(len(x), 1, brightness.shape[1] + 1, brightness.shape[1] + 1)
+        attention[:, 0, 0, 1:] = nn.functional.one_hot(brightness.argmax(1), brightness.shape[1])
+        return attention
+
+
+def test_dense_maps_are_finer_than_patches():
+    """One bright pixel at (9, 6): a tent of 7 x 7 pixels around it, highest on it, where patches alone give a square of 4."""
+    images = torch.zeros(1, 3, 16, 16)
+    images[..., 9, 6] = 1
+    dense = dense_attention_maps(Brightest(), images, patch_size=4)
+    assert dense.shape == (1, 1, 16, 16)
+    tent = 1 - (torch.arange(16)[:, None] - torch.tensor([9, 6])).abs() / 4
+    torch.testing.assert_close(dense[0, 0], tent[:, :1].clamp(min=0) * tent[:, 1].clamp(min=0))
+
+
+def test_dense_maps_reach_the_borders():
+    maps = dense_attention_maps(Fixed(torch.full((1, 4), 0.25)), torch.zeros(1, 3, 8, 8), patch_size=4)
+    torch.testing.assert_close(maps, torch.full((1, 1, 8, 8), 0.25))
 
 
 def test_patch_features_need_a_vit():

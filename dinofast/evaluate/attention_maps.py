@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .pictures import enlarge
@@ -44,6 +45,23 @@ def attention_maps(backbone: nn.Module, images: Tensor, keep: float | None = Non
         return enlarge(grid, size)
     patch = images.shape[-1] // grid.shape[-1]
     return grid.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
+
+
+def dense_attention_maps(backbone: nn.Module, images: Tensor, patch_size: int) -> Tensor:
+    """`attention_maps` finer than patches: the mean over all patch_size ** 2 shifts of the patches' borders.
+
+    images: normalized (B, 3, H, W), H and W multiples of patch_size; past their right and lower borders the last pixels are
+    repeated. Each pixel takes the mean of the patches that cover it, one a shift. Returns (B, heads, H, W) fp32.
+    """
+    h, w = images.shape[-2:]
+    wider = F.pad(images, (0, patch_size, 0, patch_size), mode="replicate")
+    total, covered = 0, torch.zeros(h + patch_size, w + patch_size, device=images.device)
+    for y in range(patch_size):
+        for x in range(patch_size):
+            maps = attention_maps(backbone, wider[..., y:y + h, x:x + w])
+            total = total + F.pad(maps, (x, patch_size - x, y, patch_size - y))
+            covered[y:y + h, x:x + w] += 1
+    return (total / covered.clamp(min=1))[..., :h, :w]
 
 
 def keep_mass(attention: Tensor, share: float = 0.6) -> Tensor:
