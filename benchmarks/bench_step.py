@@ -36,8 +36,8 @@ from dinofast.bench_step import Rival, Synthetic, Timed
 from dinofast.config import Config, cores
 from dinofast.data import Loader
 from dinofast.flops import peak_flops
-from dinofast.memory import kept_memory
 from dinofast.official import OfficialStep
+from dinofast.runtime.memory import kept_memory
 
 NAME = "step"
 SAME = 1e-4                          # relative, of losses that must agree: on a CPU to 5e-7, and a step moves them by 1e-2

@@ -27,7 +27,7 @@ from torch import Tensor
 from dinofast import attention
 from dinofast import bench_step as step_clock
 from dinofast.bench_step import Synthetic
-from dinofast.dist import Process
+from dinofast.runtime.distributed import Process
 from dinofast.step import Step
 
 NAME = "probe"

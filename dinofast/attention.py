@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .made_once import made_once
+from .runtime.tensor_cache import made_once
 
 ATTENTIONS = ("xformers", "varlen", "fa3", "cudnn", "sdpa", "plain")
 DEFAULTS = ("xformers", "varlen", "sdpa")                     # the first that runs; the others wait for a measurement

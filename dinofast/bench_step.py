@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .config import Config
 from .data import Loader, dali, make_loader, native
-from .dist import Process, pick_device
 from .flops import image_flops, peak_flops
-from .log import counting
-from .memory import kept_memory
 from .model import Model
 from .official import OfficialStep
+from .runtime.distributed import Process, pick_device
+from .runtime.memory import kept_memory
+from .runtime.progress import counting
 from .schedule import Schedule
 from .step import Step
 from .vit import VisionTransformer

@@ -49,12 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return _say(f"dinofast: {error}", USAGE)
     except (OSError, RuntimeError) as error:
-        from .log import Diverged, WorkerDied
+        from .runtime.progress import Diverged
+        from .train import WorkerDied
 
         if not isinstance(error, Diverged | WorkerDied | OSError):
             raise                                                   # a fault of ours, or of torch: the traceback is worth more
         return _say(f"dinofast: {error}", 1)
-    except KeyboardInterrupt as error:                               # `log.Interrupted`, or one in the middle of things
+    except KeyboardInterrupt as error:                               # `Interrupted`, or one in the middle of things
         return _say(str(error) or "dinofast: ended at once; what was last saved stands.",
                     INTERRUPTED + getattr(error, "signum", signal.SIGINT))
     return 0

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import Layout, attention, attention_weights, layout
 from .linear import Linear, linear
 from .low_precision import operand
-from .made_once import made_once
+from .runtime.tensor_cache import made_once
 from .stochastic_depth import LEAST, Stretches, draw_scales, draw_stretches
 
 _LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)

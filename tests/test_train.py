@@ -14,9 +14,9 @@ from dinofast import checkpoint, ops
 from dinofast import train as train_module
 from dinofast.config import Config
 from dinofast.head import DINOHead
-from dinofast.log import Diverged, Run
 from dinofast.model import Model, MultiCropWrapper
 from dinofast.optim import OPTIMIZERS, AdamWEMA
+from dinofast.runtime.progress import Diverged, Run
 
 
 @pytest.fixture

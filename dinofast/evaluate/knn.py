@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import arguments, load_backbone
 from ..config import cores
-from ..dist import pick_device
+from ..runtime.distributed import pick_device
 from ..vit import VisionTransformer
 from .images import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, LabelledImages, train_and_val
 

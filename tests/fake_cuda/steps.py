@@ -30,8 +30,8 @@ device.enter()
 from dinofast import attention, head, loss, vit  # noqa: E402
 from dinofast import step as step_module  # noqa: E402
 from dinofast.config import Config  # noqa: E402
-from dinofast.dist import Process  # noqa: E402
 from dinofast.model import Model  # noqa: E402
+from dinofast.runtime.distributed import Process  # noqa: E402
 from dinofast.schedule import Schedule  # noqa: E402
 
 CASES: list[dict[str, Any]] = [
