@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinofast.config import Config
-from dinofast.model import Model
+from dinofast.nn.dino import Model
 from dinofast.schedule import Schedule
 
 NOT_SET = "DINO_OFFICIAL does not name a checkout of the official code"

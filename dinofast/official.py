@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config
-from .model import Model
+from .nn.dino import Model
+from .nn.vit import Block, VisionTransformer
 from .optim import param_groups
 from .schedule import Schedule
-from .vit import Block, VisionTransformer
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

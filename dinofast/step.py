@@ -9,17 +9,17 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from .attention import activate, choose_attention
 from .config import Config
-from .linear import choose_library
 from .loss import LossStats
-from .low_precision import Copies, reading
-from .model import Model
+from .nn.attention import activate, choose_attention
+from .nn.dino import Model
+from .nn.onednn_linear import choose_library
+from .nn.vit import VisionTransformer
+from .nn.weight_copies import Copies, reading
 from .optim import OPTIMIZERS, param_groups
 from .runtime import distributed
 from .runtime.cuda_graph import Captured
 from .schedule import Schedule, step_seed
-from .vit import VisionTransformer
 
 _NOT_ONE_GRAPH = "batch statistics over several GPUs (--use_bn_in_head) do not go into a graph"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,7 +14,7 @@ from torch import nn
 from . import checkpoint, ops
 from .config import Config
 from .data import Loader, make_loader
-from .model import Model, backbone_maker
+from .nn.dino import Model, backbone_maker
 from .runtime import distributed
 from .runtime.memory import kept_memory, peak_memory
 from .runtime.metrics import EpochSums

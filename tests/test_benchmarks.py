@@ -93,10 +93,10 @@ def checkout(tmp_path, monkeypatch):
         "class DropPath: ...\nclass Mlp: ...\nclass Attention: ...\nclass Block: ...\nclass PatchEmbed: ...\n"
         "class VisionTransformer: ...\n"
         "def vit_nano(**options):\n"
-        "    from dinofast.vit import vit_nano\n"
+        "    from dinofast.nn.vit import vit_nano\n"
         "    return vit_nano(**options)\n"
         "def DINOHead(width, out_dim):\n"
-        "    from dinofast.head import DINOHead\n"
+        "    from dinofast.nn.head import DINOHead\n"
         "    return DINOHead(width, out_dim)\n")
     monkeypatch.setenv("DINO_OFFICIAL", str(tmp_path))
     yield tmp_path

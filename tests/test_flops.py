@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinofast import bench_step, flops, official
 from dinofast.config import Config
-from dinofast.model import Model, build_backbone
+from dinofast.nn.dino import Model, build_backbone
 
 SMALL = dict(global_crops_size=32, local_crops_size=16, out_dim=50, head_hidden_dim=48, head_bottleneck_dim=24,
              batch_size_per_gpu=2)

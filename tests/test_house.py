@@ -11,16 +11,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dinofast"
 SERVICES = {"config", "schedule", "data", "sample_data"}
 LAYERS = [
-    {"_C"},
-    {"runtime"},
+    {"_C", "runtime"},
     {"reference", "kernels", "testing"},
     {"ops"},
-    {"low_precision"},
-    {"attention", "linear"},
-    {"stochastic_depth"},
-    {"vit", "head", "loss", "optim"},
-    {"model", "flops"},
-    {"checkpoint"},
+    {"loss", "optim"},
+    {"nn"},
+    {"checkpoint", "flops"},
     {"evaluate"},
     {"step", "official"},
     {"train"},
@@ -84,7 +80,7 @@ def test_every_file_has_a_layer():
 
 def test_only_the_named_files_read_the_configuration():
     readers = {room(p) for p in files() if "config" in imports(p)} - {"__init__"}
-    assert readers <= {"model", "data", "schedule", "step", "train", "cli", "demo", "checkpoint", "doctor", "evaluate",
+    assert readers <= {"nn", "data", "schedule", "step", "train", "cli", "demo", "checkpoint", "doctor", "evaluate",
                        "show_crops", "bench_data", "bench_step", "official"}
 
 

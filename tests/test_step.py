@@ -15,10 +15,12 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import GOLDEN, GoldenLoader, golden_model
 
-from dinofast import checkpoint, linear, vit
+from dinofast import checkpoint
 from dinofast import step as step_module
 from dinofast.config import Config
-from dinofast.model import Model
+from dinofast.nn import onednn_linear as linear
+from dinofast.nn import vit
+from dinofast.nn.dino import Model
 from dinofast.official import OfficialStep
 from dinofast.runtime import cuda_graph
 from dinofast.runtime.distributed import Process
