@@ -24,8 +24,8 @@ from record import main, reason_of, version
 from timing import MIB, Rival, Timing, measure, quartiles
 from torch import Tensor
 
-from dinofast import bench_step as step_clock
-from dinofast.bench_step import Synthetic
+from dinofast.bench import step as step_clock
+from dinofast.bench.step import Synthetic
 from dinofast.nn import attention
 from dinofast.nn.packing import layout
 from dinofast.runtime.distributed import Process

@@ -190,7 +190,7 @@ def _bench_data(given: dict[str, Any]) -> None:
         if not 0 < value < float("inf"):
             raise ValueError(f"--{name} is {value:g}: give a number above 0.")
     cfg = from_arguments(given | {"data_path": folder})
-    from .bench_data import measure, report
+    from .bench.data import measure, report
 
     print(report(measure(cfg, seconds), wanted))
 
@@ -200,7 +200,7 @@ def _bench_step(given: dict[str, Any]) -> None:
     if not 0 < seconds < float("inf"):
         raise ValueError(f"--seconds is {seconds:g}: give a number above 0.")
     cfg = from_arguments(given)
-    from .bench_step import measure
+    from .bench.step import measure
 
     print(measure(cfg, folder, seconds, partial(print, flush=True)))
 

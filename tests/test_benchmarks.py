@@ -25,8 +25,8 @@ import record  # noqa: E402
 import report  # noqa: E402
 import timing  # noqa: E402
 
-from dinofast import bench_step as dinofast_bench_step  # noqa: E402
-from dinofast import official  # noqa: E402
+from dinofast.bench import baseline as official  # noqa: E402
+from dinofast.bench import step as dinofast_bench_step  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL_LOSS = bench_dino_loss.Case(4, 3, 50, torch.float32)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinofast import bench_step, flops, official
+from dinofast.bench import baseline as official
+from dinofast.bench import flops
+from dinofast.bench import step as bench_step
 from dinofast.config import Config
 from dinofast.nn.dino import Model, build_backbone
 

@@ -16,11 +16,12 @@ LAYERS = [
     {"ops"},
     {"loss", "optim"},
     {"nn"},
-    {"checkpoint", "flops"},
+    {"checkpoint"},
     {"evaluate"},
-    {"step", "official"},
+    {"step"},
     {"train"},
-    {"demo", "doctor", "show_crops", "bench_data", "bench_step"},
+    {"bench"},
+    {"demo", "doctor", "show_crops"},
     {"cli"},
     {"__main__"},
 ]
@@ -81,7 +82,7 @@ def test_every_file_has_a_layer():
 def test_only_the_named_files_read_the_configuration():
     readers = {room(p) for p in files() if "config" in imports(p)} - {"__init__"}
     assert readers <= {"nn", "data", "schedule", "step", "train", "cli", "demo", "checkpoint", "doctor", "evaluate",
-                       "show_crops", "bench_data", "bench_step", "official"}
+                       "show_crops", "bench"}
 
 
 def test_no_file_outgrows_its_room():

@@ -17,11 +17,11 @@ from trajectory import GOLDEN, GoldenLoader, golden_model
 
 from dinofast import checkpoint
 from dinofast import step as step_module
+from dinofast.bench.baseline import OfficialStep
 from dinofast.config import Config
 from dinofast.nn import onednn_linear as linear
 from dinofast.nn import vit
 from dinofast.nn.dino import Model
-from dinofast.official import OfficialStep
 from dinofast.runtime import cuda_graph
 from dinofast.runtime.distributed import Process
 from dinofast.schedule import Schedule
