@@ -1,7 +1,11 @@
 """The headline: one whole training step, the official loop against ours, on random crops of 2 x 224 and 8 x 96 pixels.
 
     python -m pytest benchmarks/bench_step.py        prints the comparison; --save-results keeps it
-    python benchmarks/bench_step.py --save-results   the same X unless the row says otherwise.
+    python benchmarks/bench_step.py --save-results   the same without pytest
+
+"official" is the official loop rewritten (dinofast/bench/baseline.py), "official checkout" the same of its own classes, from
+where $DINO_OFFICIAL points, "official + SDPA + compile" the official loop with torch's attention kernel and torch.compile. On a
+GPU the official loop runs in fp16 as published, the others in bf16; on a CPU all run in fp32 unless the row says otherwise.
 
 Ours is built and timed first, then each other, and each is kept as soon as it is there; then all take turns, whose times count.
 Three steps of each on one image, in fp32, from the same weights and without stochastic depth, must give the same losses; and
