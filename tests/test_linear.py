@@ -171,7 +171,7 @@ def test_linux_tells_whose_the_cpu_is():
 
 
 def test_what_cannot_be_is_said(monkeypatch):
-    with pytest.raises(ValueError, match="--linear onednn was asked for, but it is for fp32 on a CPU, not bfloat16 on cpu"):
+    with pytest.raises(ValueError, match="`linear` onednn was asked for, but it is for fp32 on a CPU, not bfloat16 on cpu"):
         choose_library("onednn", CPU, torch.bfloat16)
     with pytest.raises(ValueError, match="not float32 on cuda"):
         choose_library("onednn", torch.device("cuda"), torch.float32)

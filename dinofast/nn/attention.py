@@ -34,7 +34,7 @@ def choose_attention(asked: str | None, device: torch.device, dtype: torch.dtype
         raise ValueError(f"attention is '{asked}': choose from {', '.join(ATTENTIONS)}.")
     reasons = why_not(device, dtype, width)
     if asked and reasons[asked]:
-        raise ValueError(f"--attention {asked} was asked for, but {reasons[asked]}: leave --attention out, or give sdpa.")
+        raise ValueError(f"`attention` {asked} was asked for, but {reasons[asked]}: leave `attention` out, or give sdpa.")
     best = asked or next(name for name in DEFAULTS if not reasons[name])
     return best, "" if asked or best == "xformers" or device.type != "cuda" else f"not xformers: {reasons['xformers']}"
 
