@@ -13,8 +13,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
-from dinofast import attention as attention_module
-from dinofast.attention import activate, attention, choose_attention, fmha, layout
+from dinofast.nn import attention as attention_module
+from dinofast.nn.attention import activate, attention, choose_attention, fmha
+from dinofast.nn.packing import layout
 from dinofast.testing import assert_no_worse
 
 CPU, HEADS = torch.device("cpu"), 3
@@ -344,14 +345,14 @@ def test_choice_by_the_width_of_a_head(machine, width, chosen):
     ("flash", "cuda", torch.bfloat16, (9, 0), True, "attention is 'flash': choose from xformers, varlen, fa3, cudnn, sdpa,"),
     ("", "cpu", torch.float32, None, True, "attention is '': choose from"),
     ("xformers", "cuda", torch.bfloat16, (9, 0), False,
-     "--attention xformers was asked for, but neither xformers nor mslk is installed: leave --attention out, or give sdpa."),
+     "`attention` xformers was asked for, but neither xformers nor mslk is installed: leave `attention` out, or give sdpa."),
     ("xformers", "cpu", torch.float32, None, True,
-     "but it needs bf16 or fp16 on a GPU, not float32 on cpu: leave --attention out, or give sdpa."),
-    ("varlen", "cuda", torch.float32, (9, 0), True, "--attention varlen was asked for, but it needs bf16 or fp16 on a GPU"),
-    ("varlen", "cuda", torch.bfloat16, (7, 0), True, "--attention varlen was asked for, but Some GPU is older than the A100"),
-    ("fa3", "cuda", torch.bfloat16, (8, 0), True, "--attention fa3 was asked for, but Some GPU is no H100 or H200"),
+     "but it needs bf16 or fp16 on a GPU, not float32 on cpu: leave `attention` out, or give sdpa."),
+    ("varlen", "cuda", torch.float32, (9, 0), True, "`attention` varlen was asked for, but it needs bf16 or fp16 on a GPU"),
+    ("varlen", "cuda", torch.bfloat16, (7, 0), True, "`attention` varlen was asked for, but Some GPU is older than the A100"),
+    ("fa3", "cuda", torch.bfloat16, (8, 0), True, "`attention` fa3 was asked for, but Some GPU is no H100 or H200"),
     ("fa3", "cuda", torch.bfloat16, (9, 0), False, "but flash_attn_interface is not installed (it is"),
-    ("cudnn", "cuda", torch.float32, (9, 0), True, "--attention cudnn was asked for, but it needs bf16 or fp16 on a GPU"),
+    ("cudnn", "cuda", torch.float32, (9, 0), True, "`attention` cudnn was asked for, but it needs bf16 or fp16 on a GPU"),
 ])
 def test_choice_refused(machine, asked, device, dtype, capability, installed, message):
     machine(capability, installed)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from dinofast import vit
 from dinofast.evaluate.attention_maps import (
     attention_maps,
     cls_attention,
@@ -18,6 +17,7 @@ from dinofast.evaluate.attention_maps import (
     pca_colors,
     principal_components,
 )
+from dinofast.nn import vit
 
 
 class Fixed(nn.Module):

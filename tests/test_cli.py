@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dinofast import attention, cli, doctor, ops
+from dinofast import cli, ops
+from dinofast.commands import doctor
 from dinofast.config import Config
-from dinofast.linear import choose_library
+from dinofast.nn import attention
+from dinofast.nn.onednn_linear import choose_library
 
 OFFICIAL_DEFAULTS = {
     "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True, "momentum_teacher": 0.996,
@@ -134,10 +136,10 @@ def test_data_errors_leave_nothing_behind(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"epochs": "3"}, "--epochs is '3': give a whole number"), ({"lr": "0.1"}, "--lr is '0.1': give a number"),
-    ({"global_crops_scale": 0.4}, "--global_crops_scale is 0.4: give 2 numbers"), ({"out_dim": 64.0}, "--out_dim is 64.0"),
-    ({"norm_last_layer": 1}, "--norm_last_layer is 1: give True or False"),
-    ({"precision": 16}, "--precision is 16: give a word"),
+    ({"epochs": "3"}, "`epochs` is '3': give a whole number"), ({"lr": "0.1"}, "`lr` is '0.1': give a number"),
+    ({"global_crops_scale": 0.4}, "`global_crops_scale` is 0.4: give 2 numbers"), ({"out_dim": 64.0}, "`out_dim` is 64.0"),
+    ({"norm_last_layer": 1}, "`norm_last_layer` is 1: give True or False"),
+    ({"precision": 16}, "`precision` is 16: give a word"),
 ])
 def test_options_of_the_wrong_type(options, words):
     with pytest.raises(ValueError, match=words.replace(".", "[.]")):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinofast import linear as linear_module
-from dinofast.linear import Linear, choose_library, linear
+from dinofast.nn import onednn_linear as linear_module
+from dinofast.nn.onednn_linear import Linear, choose_library, linear
+from dinofast.nn.vit import vit_nano
 from dinofast.testing import assert_no_worse
-from dinofast.vit import vit_nano
 
 CPU = torch.device("cpu")
 
@@ -171,7 +171,7 @@ def test_linux_tells_whose_the_cpu_is():
 
 
 def test_what_cannot_be_is_said(monkeypatch):
-    with pytest.raises(ValueError, match="--linear onednn was asked for, but it is for fp32 on a CPU, not bfloat16 on cpu"):
+    with pytest.raises(ValueError, match="`linear` onednn was asked for, but it is for fp32 on a CPU, not bfloat16 on cpu"):
         choose_library("onednn", CPU, torch.bfloat16)
     with pytest.raises(ValueError, match="not float32 on cuda"):
         choose_library("onednn", torch.device("cuda"), torch.float32)

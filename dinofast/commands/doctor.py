@@ -1,21 +1,33 @@
-"""`dinofast doctor`: what is installed, which path each part takes, and why not a faster one."""
+"""What is installed, which path each part takes, and why not a faster one."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+from dataclasses import dataclass
 
 import torch
 
-from . import __version__, ops
-from .attention import choose_attention, fmha, why_no_xformers, why_not
-from .config import cores
-from .data import choose_backend
-from .linear import choose_library
+from .. import __version__, ops
+from ..config import cores
+from ..data import choose_backend
+from ..nn.attention import choose_attention, fmha, why_no_xformers, why_not
+from ..nn.onednn_linear import choose_library
 
 _PACKAGES = ("numpy", "pillow", "rich", "triton", "xformers", "mslk", "flash_attn_3", "nvidia-dali-cuda130", "torchvision",
              "timm")
+
+
+@dataclass(frozen=True)
+class Options:
+    """None."""
+
+
+def run(options: Options) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(report())
 
 
 def report() -> str:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .low_precision import operand
+from .weight_copies import operand
 
 LIBRARIES = ("blas", "onednn")
 WORTHWHILE = 2**29                            # multiplications: with fewer, oneDNN gained nothing (measured on AMD)
@@ -60,7 +60,7 @@ def choose_library(asked: str | None, device: torch.device, dtype: torch.dtype) 
     if asked is not None and asked not in LIBRARIES:
         raise ValueError(f"linear is '{asked}': choose from {', '.join(LIBRARIES)}.")
     if asked == "onednn" and why_not:
-        raise ValueError(f"--linear onednn was asked for, but {why_not}.")
+        raise ValueError(f"`linear` onednn was asked for, but {why_not}.")
     return asked or ("onednn" if not why_not and _mkl_is_slow() else "blas")
 
 
