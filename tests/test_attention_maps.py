@@ -12,6 +12,7 @@ from dinofast.evaluate.attention_maps import (
     cls_attention,
     dense_attention_maps,
     keep_mass,
+    likeness,
     mass_on_mask,
     patch_features,
     pca_colors,
@@ -181,6 +182,16 @@ def test_components_past_the_rank_are_zero():
     flat = principal_components(torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]))
     torch.testing.assert_close(flat.abs(), torch.tensor([[2**0.5, 0.0], [0.0, 0.0], [2**0.5, 0.0]]))
     assert (principal_components(torch.ones(5, 4)) == 0).all()
+
+
+def test_likeness_to_what_is_attended():
+    """One attended patch of a planted cluster finds the others of it."""
+    features, _ = planted()
+    attention = torch.zeros(1, 10, 10)
+    attention[0, 0, 3] = 0.2
+    like = likeness(features.view(1, 10, 10, 16), attention).flatten()
+    assert like.shape == (100,) and like[3] == like.max() and abs(like[3] - 1) < 1e-5
+    assert like[:30].min() > 0.5 > 0 > like[30:].max()
 
 
 def test_pca_colors():

@@ -39,12 +39,13 @@ def test_enlarge(dtype):
 
 
 def test_overlay():
-    """Red image: gray and dimmed where heat is 0, nearly the map's color where it is 1."""
+    """Red image: dimmed and paler where heat is 0, nearly the map's color where it is 1."""
     image = torch.zeros(1, 3, 1, 2)
     image[:, 0] = 1
     laid = overlay(image, torch.tensor([[[0.0, 1.0]]]), strength=0.75)
-    torch.testing.assert_close(laid[0, :, 0, 0], torch.full((3,), 0.6 * 0.299))
-    expected = 0.25 * 0.6 * 0.299 + 0.75 * torch.tensor([252.0, 255.0, 164.0]) / 255
+    dimmed = 0.3 * (0.299 + torch.tensor([1.0, 0.0, 0.0]))
+    torch.testing.assert_close(laid[0, :, 0, 0], dimmed)
+    expected = 0.25 * dimmed + 0.75 * torch.tensor([252.0, 255.0, 164.0]) / 255
     torch.testing.assert_close(laid[0, :, 0, 1], expected)
 
 

@@ -122,6 +122,19 @@ def pca_colors(features: Tensor, foreground: Tensor | None = None, quantile: flo
     return colors.movedim(-1, 1)
 
 
+def likeness(features: Tensor, attention: Tensor) -> Tensor:
+    """How much each patch resembles those that the image's CLS token looks at, as a cosine.
+
+    features (B, rows, columns, D); attention (B, rows, columns) of any scale, such as the mean of `cls_attention` over heads.
+    The image's mean is taken from the patches and from their mean weighted by attention. Returns (B, rows, columns) fp32 in
+    [-1, 1].
+    """
+    centered = features.float() - features.float().mean((1, 2), keepdim=True)
+    weights = attention / attention.sum((1, 2), keepdim=True)
+    attended = (weights[..., None] * centered).sum((1, 2), keepdim=True)
+    return F.cosine_similarity(centered, attended, dim=-1)
+
+
 def _grid(images: Tensor, n_patches: int) -> tuple[int, int]:
     """Rows and columns of the square patches that the images are made of."""
     h, w = images.shape[-2:]

@@ -23,7 +23,7 @@ def heat_colors(values: Tensor) -> Tensor:
     return colors.movedim(-1, -3)
 
 
-def stretch(maps: Tensor, quantile: float = 0.995) -> Tensor:
+def stretch(maps: Tensor, quantile: float = 0.98) -> Tensor:
     """Each map (..., H, W) from its smallest value to its `quantile`, to [0, 1]; a flat map to 0."""
     flat = maps.float().flatten(-2)
     low = flat.amin(-1, keepdim=True)
@@ -42,15 +42,15 @@ def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return large.view(*maps.shape[:-2], *size).clamp(low, high)
 
 
-def overlay(images: Tensor, heat: Tensor, strength: float = 0.75) -> Tensor:
-    """Heat maps over darkened gray images.
+def overlay(images: Tensor, heat: Tensor, strength: float = 0.85) -> Tensor:
+    """Heat maps over dimmed images.
 
-    images (B, 3, H, W) in [0, 1]; heat (B, H, W) in [0, 1], at the images' size. Where heat is 0 the image shows, gray and
-    dimmed; where it is 1, `strength` of the color is the map's. Returns (B, 3, H, W) fp32.
+    images (B, 3, H, W) in [0, 1]; heat (B, H, W) in [0, 1], at the images' size. Where heat is 0 the image shows, halfway to
+    gray and at 0.6 of its brightness; where it is 1, `strength` of the color is the map's. Returns (B, 3, H, W) fp32.
     """
-    gray = (images * torch.tensor((0.299, 0.587, 0.114)).view(3, 1, 1)).sum(1, keepdim=True)
-    cover = strength * heat[:, None].clamp(0, 1)
-    return torch.lerp(0.6 * gray.expand_as(images), heat_colors(heat), cover)
+    gray = (images * torch.tensor((0.299, 0.587, 0.114), device=images.device).view(3, 1, 1)).sum(1, keepdim=True)
+    dimmed = 0.6 * torch.lerp(gray.expand_as(images), images, 0.5)
+    return torch.lerp(dimmed, heat_colors(heat), strength * heat[:, None].clamp(0, 1))
 
 
 def sheet(columns: Sequence[tuple[str, Tensor]], gap: int = 8, font_size: int = 15) -> Image.Image:
