@@ -65,7 +65,7 @@ class Ended(NamedTuple):
         return self.code is not None and self.code >= 0 and self.code != MORE
 
 
-def why_no_gpu() -> str:
+def gpu_unavailable_reason() -> str:
     """Why this machine or this Python will not do, in a sentence; empty if it will."""
     if not importlib.util.find_spec("torch"):
         return f"torch is not installed in {PYTHON}: make gpu PYTHON=... names one that has a CUDA torch."
@@ -230,7 +230,7 @@ def flagged(path: Path) -> str:
     """How many rows of a result are flagged; empty for none."""
     if not path.is_file():
         return ""
-    from record import flags
+    from dinofast.bench.record import flags
 
     n = sum(len(flags(case)) for case in json.loads(path.read_text()).get("cases", ()))
     return f", {n} flagged in {path.name}" if n else ""
@@ -264,7 +264,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     if unknown := [name for name in args.parts if name not in limits]:
         print(f"there is no part '{unknown[0]}': choose from {', '.join(limits)}.")
         return 1
-    if not args.rehearse and (reason := why_no_gpu()):
+    if not args.rehearse and (reason := gpu_unavailable_reason()):
         print(reason)
         return 1
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:          # as a shell has it for what runs in the background: parts
@@ -273,7 +273,8 @@ def main(arguments: Sequence[str] = ()) -> int:
     call = make_call(args)
     own = call.results == ROOT / "benchmarks" / "results"
     import torch
-    from record import commit, device_name, write
+
+    from dinofast.bench.record import commit, device_name, write
 
     code = f"{commit()} on {device_name(torch.device(call.device))}"
     path = call.results / f"ladder-{'cuda' if call.device == 'cuda' else 'cpu'}.json"

@@ -252,8 +252,3 @@ def nearest(word: str, words: list[str]) -> str:
     """' Did you mean X?' or nothing."""
     close = difflib.get_close_matches(word, words, n=1)
     return f" Did you mean {close[0]}?" if close else ""
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .config import Config
 from .loss import LossStats
-from .nn.attention import activate, choose_attention
+from .nn.attention import activate, select_attention
 from .nn.dino import Model
-from .nn.onednn_linear import choose_library
+from .nn.onednn_linear import select_library
 from .nn.vit import VisionTransformer
 from .nn.weight_copies import Copies, reading
 from .optim import OPTIMIZERS, param_groups
@@ -120,8 +120,8 @@ class Step:
                 raise ValueError(f"`{flag}` {getattr(cfg, flag)} is for our ViTs, not for {cfg.arch}: leave it out.")
             return ""
         device, dtype = self.process.device, _DTYPES[self.precision]
-        self.attention, note = choose_attention(cfg.attention, device, dtype, self._vits()[0].head_width)
-        library = choose_library(cfg.linear, device, dtype)
+        self.attention, note = select_attention(cfg.attention, device, dtype, self._vits()[0].head_width)
+        library = select_library(cfg.linear, device, dtype)
         for vit in self._vits():
             vit.set_execution(self.attention, device.type == "cpu" and not compiled,          # where shapes may change
                               cfg.grad_checkpointing, library, torch.bfloat16 if cfg.residual_precision == "bf16" else None)
@@ -141,7 +141,7 @@ class Step:
             raise ValueError(f"`compile` {asked} is for our ViTs, not for {self.cfg.arch}: leave it out, and compile a "
                              "backbone of your own before you give it.")
         synced = on_gpu and self.process.world > 1 and self.cfg.use_bn_in_head
-        if reason := _NOT_ONE_GRAPH if synced else why_no_compiler(self.process.device):
+        if reason := _NOT_ONE_GRAPH if synced else compiler_unavailable_reason(self.process.device):
             if asked:
                 raise ValueError(f"`compile` {asked} was asked for, but {reason}.")
             self.notes.append(f"not compiled, and slower for it: {reason}")
@@ -166,14 +166,14 @@ class Step:
         return "forward and backward as a CUDA graph"
 
 
-def why_no_compiler(device: torch.device) -> str:
-    """Why `torch.compile` does not work here, found by trying it on next to nothing; empty if it does."""
+def compiler_unavailable_reason(device: torch.device) -> str | None:
+    """Why `torch.compile` does not work here, found by trying it on next to nothing."""
     try:
         torch.compile(lambda x: x.exp() + 1, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as error:                     # whatever a compiler, or its absence, may raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return f"torch.compile does not work here ({first})"
-    return ""
+    return None
 
 
 def _distribute(model: Model, process: distributed.Process) -> nn.Module:

@@ -14,8 +14,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import gpu  # noqa: E402
-import record  # noqa: E402
+import gpu
+
+from dinofast.bench import record
 
 CPU = torch.device("cpu")
 
@@ -232,7 +233,7 @@ def ladder(monkeypatch, tmp_path):
     """A function: `gpu.main` where each part takes half of what it may, or what `takes` says; the limits of the parts."""
     now = [0.0]
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(gpu, "why_no_gpu", lambda: "")
+    monkeypatch.setattr(gpu, "gpu_unavailable_reason", lambda: "")
     monkeypatch.setattr(record, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(record, "commit", lambda: "abc")
     monkeypatch.delenv("OUT", raising=False)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint import arguments, load_backbone
-from ..config import cores
 from ..nn.vit import VisionTransformer
+from ..runtime.backends import cores
 from ..runtime.distributed import pick_device
 from .images import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, LabelledImages, train_and_val
 
