@@ -24,9 +24,9 @@ PALETTES = ("red", "green", "yellow", "blue", "violet")
 PALETTE_HUES = ((0.96, 0.08), (0.30, 0.42), (0.10, 0.22), (0.52, 0.64), (0.74, 0.86))   # the two tones, in turns of the circle
 PALETTE_OF = tuple(c % len(PALETTES) for c in range(len(CLASSES)))
 CELLS = 18
-# Brightness of the cells; an object's light tone has 0.85 to 1. With cells of 0.5 to 1, attention may settle on one hue and find it
-# in the ground: 0.41 of it was on the object (seed 0). 0.45 to 0.8: 0.34 (seed 1). 0.35 to 0.7: at least 0.63 (seeds 0 to 2). With
-# 0.2 to 0.5 it was 0.75 (seed 0), but there an untrained ViT already has a k-NN accuracy of 0.65. CPU, 2026-11-27.
+# Brightness of the cells; an object's light tone has 0.85 to 1. With cells of 0.5 to 1, attention can settle on one hue and
+# find it in the ground: 0.41 of it was on the object (seed 0). 0.45 to 0.8: 0.34 (seed 1). 0.35 to 0.7: 0.75 or
+# more (seeds 0 to 2). 0.2 to 0.5: 0.75 (seed 0), but an untrained ViT already has a k-NN accuracy of 0.65 there.
 GROUND_VALUE = (0.35, 0.7)
 VALIDATION_EVERY = 4        # images 4, 8, 12 ... of a class are for validation: three quarters are left to train
 
