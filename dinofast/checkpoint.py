@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import __version__, vit
+from . import __version__
 from .config import OLD_NAMES, VITS, Config
-from .model import Model, build_backbone
+from .nn import vit
+from .nn.dino import Model, build_backbone
 
 # What official files hold besides tensors and plain containers: the parsed arguments and float64 learning rates.
 _SAFE = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType,

@@ -49,12 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return _say(f"dinofast: {error}", USAGE)
     except (OSError, RuntimeError) as error:
-        from .log import Diverged, WorkerDied
+        from .runtime.progress import Diverged
+        from .train import WorkerDied
 
         if not isinstance(error, Diverged | WorkerDied | OSError):
             raise                                                   # a fault of ours, or of torch: the traceback is worth more
         return _say(f"dinofast: {error}", 1)
-    except KeyboardInterrupt as error:                               # `log.Interrupted`, or one in the middle of things
+    except KeyboardInterrupt as error:                               # `Interrupted`, or one in the middle of things
         return _say(str(error) or "dinofast: ended at once; what was last saved stands.",
                     INTERRUPTED + getattr(error, "signum", signal.SIGINT))
     return 0
@@ -189,7 +190,7 @@ def _bench_data(given: dict[str, Any]) -> None:
         if not 0 < value < float("inf"):
             raise ValueError(f"--{name} is {value:g}: give a number above 0.")
     cfg = from_arguments(given | {"data_path": folder})
-    from .bench_data import measure, report
+    from .bench.data import measure, report
 
     print(report(measure(cfg, seconds), wanted))
 
@@ -199,7 +200,7 @@ def _bench_step(given: dict[str, Any]) -> None:
     if not 0 < seconds < float("inf"):
         raise ValueError(f"--seconds is {seconds:g}: give a number above 0.")
     cfg = from_arguments(given)
-    from .bench_step import measure
+    from .bench.step import measure
 
     print(measure(cfg, folder, seconds, partial(print, flush=True)))
 

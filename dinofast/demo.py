@@ -20,7 +20,7 @@ from .config import Config
 from .evaluate.attention_maps import attention_maps, mass_on_mask, picture
 from .evaluate.images import EvalTransform, LabelledImages, labelled_folder
 from .evaluate.knn import extract_features, knn_classify
-from .model import Model
+from .nn.dino import Model
 from .train import train
 
 SIDE, PATCH, BATCH = 32, 4, 48

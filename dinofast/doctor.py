@@ -9,10 +9,10 @@ import platform
 import torch
 
 from . import __version__, ops
-from .attention import choose_attention, fmha, why_no_xformers, why_not
 from .config import cores
 from .data import choose_backend
-from .linear import choose_library
+from .nn.attention import choose_attention, fmha, why_no_xformers, why_not
+from .nn.onednn_linear import choose_library
 
 _PACKAGES = ("numpy", "pillow", "rich", "triton", "xformers", "mslk", "flash_attn_3", "nvidia-dali-cuda130", "torchvision",
              "timm")

@@ -9,17 +9,17 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from . import dist
-from .attention import activate, choose_attention
 from .config import Config
-from .cuda_graph import Captured
-from .linear import choose_library
 from .loss import LossStats
-from .low_precision import Copies, reading
-from .model import Model
+from .nn.attention import activate, choose_attention
+from .nn.dino import Model
+from .nn.onednn_linear import choose_library
+from .nn.vit import VisionTransformer
+from .nn.weight_copies import Copies, reading
 from .optim import OPTIMIZERS, param_groups
+from .runtime import distributed
+from .runtime.cuda_graph import Captured
 from .schedule import Schedule, step_seed
-from .vit import VisionTransformer
 
 _NOT_ONE_GRAPH = "batch statistics over several GPUs (--use_bn_in_head) do not go into a graph"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,13 +27,13 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 class Step:
     """`step(i, batches)` takes micro-batches from `batches`, does optimiser step i and returns its metrics, (5,) on the device
-    in the order of `log.METRICS`. Nothing in it waits for the device.
+    in the order of `METRICS`. Nothing in it waits for the device.
 
     model, optimizer, scaler (None without fp16): what a checkpoint holds. how: what does the work, in words. notes: what was
     asked for or is usual and is not done, and why. Raises ValueError for options that cannot be met here.
     """
 
-    def __init__(self, cfg: Config, model: Model, process: dist.Process, schedule: Schedule) -> None:
+    def __init__(self, cfg: Config, model: Model, process: distributed.Process, schedule: Schedule) -> None:
         self.model, self.process, device = model.to(process.device), process, process.device
         self.cfg, self.schedule = cfg, schedule
         self.precision = cfg.precision_on(device.type)
@@ -176,7 +176,7 @@ def why_no_compiler(device: torch.device) -> str:
     return ""
 
 
-def _distribute(model: Model, process: dist.Process) -> nn.Module:
+def _distribute(model: Model, process: distributed.Process) -> nn.Module:
     """Gradients averaged over processes; batch statistics too where torch can (on GPUs)."""
     if process.world == 1:
         return model

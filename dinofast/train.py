@@ -11,14 +11,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import checkpoint, dist, ops
+from . import checkpoint, ops
 from .config import Config
 from .data import Loader, make_loader
-from .log import EpochSums, Interrupted, Run, StopSignal, WorkerDied, counting
-from .memory import kept_memory, peak_memory
-from .model import Model, backbone_maker
+from .nn.dino import Model, backbone_maker
+from .runtime import distributed
+from .runtime.memory import kept_memory, peak_memory
+from .runtime.metrics import EpochSums
+from .runtime.progress import Run, counting
+from .runtime.signals import Interrupted, StopSignal
 from .schedule import Schedule
 from .step import Step
+
+
+class WorkerDied(RuntimeError):
+    """A process that loads data was killed from outside."""
 
 
 def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
@@ -26,7 +33,7 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
 
     backbone: makes any module that maps images (B, 3, h, w) to features (B, D); `cfg.arch` is then only a word in the log.
     Raises `ValueError` for options, data or a checkpoint that cannot be right (before anything but the index is written),
-    `log.Interrupted` after SIGINT or SIGTERM with everything saved, `log.Diverged` when the loss stays non-finite.
+    `Interrupted` after SIGINT or SIGTERM with everything saved, `Diverged` when the loss stays non-finite.
     """
     if isinstance(backbone, nn.Module):
         raise ValueError(f"backbone is a {type(backbone).__name__}: give what makes one, a class or a function; it is called "
@@ -35,11 +42,11 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
         name = getattr(backbone, "__name__", "<lambda>")
         cfg = replace(cfg, arch="own backbone" if name == "<lambda>" else name)         # its crops need not be whole patches
     cfg.check()
-    with StopSignal() as stop, dist.session(cfg.device, cfg.dist_url) as process:
+    with StopSignal() as stop, distributed.session(cfg.device, cfg.dist_url) as process:
         return _train(cfg, backbone, process, stop)
 
 
-def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.Process, stop: StopSignal) -> Path:
+def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distributed.Process, stop: StopSignal) -> Path:
     ops.check_required()
     if backbone is None:
         backbone_maker(cfg)                               # an unknown name is told before a million files are looked at
@@ -59,7 +66,7 @@ def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.
             raise
 
 
-def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.Process, stop: StopSignal,
+def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distributed.Process, stop: StopSignal,
          loader: Loader) -> Path:
     output_dir = Path(cfg.output_dir)
     path = output_dir / "checkpoint.pth"
@@ -140,7 +147,7 @@ def _first_step(position: checkpoint.Position, loader: Loader, batch: int) -> tu
     return start + min(inside, loader.steps_per_epoch), notes
 
 
-def _introduce(run: Run, cfg: Config, process: dist.Process, one_step: Step, loader: Loader, start: int, path: Path,
+def _introduce(run: Run, cfg: Config, process: distributed.Process, one_step: Step, loader: Loader, start: int, path: Path,
                notes: list[str]) -> None:
     parameters = sum(p.numel() for p in one_step.model.student.parameters())
     on_gpu = process.device.type == "cuda"

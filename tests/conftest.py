@@ -123,7 +123,7 @@ _calls = {"cpp": 0, "triton": 0, "xformers": 0, "dali": 0}
 
 def pytest_configure(config):
     from dinofast import ops
-    from dinofast.attention import why_no_xformers
+    from dinofast.nn.attention import why_no_xformers
 
     if ops._choice._C is not None:
         for name in [n for n in dir(ops._choice._C) if not n.startswith("_")]:
@@ -137,7 +137,7 @@ def pytest_configure(config):
             for name in names.split():
                 _count(module, name, "triton")
     if torch.cuda.is_available() and not why_no_xformers():
-        from dinofast.attention import fmha
+        from dinofast.nn.attention import fmha
 
         _count(fmha(), "memory_efficient_attention_forward_requires_grad", "xformers")
     from dinofast.data import dali
@@ -176,8 +176,8 @@ def pytest_testnodedown(node):
 
 def pytest_terminal_summary(terminalreporter):
     from dinofast import ops
-    from dinofast.attention import why_no_xformers
     from dinofast.data import dali
+    from dinofast.nn.attention import why_no_xformers
 
     gpu = "no GPU here" if not torch.cuda.is_available() else "a GPU is here"
     interpreted = ops._choice.interpreted()

@@ -13,8 +13,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
-from dinofast import attention as attention_module
-from dinofast.attention import activate, attention, choose_attention, fmha, layout
+from dinofast.nn import attention as attention_module
+from dinofast.nn.attention import activate, attention, choose_attention, fmha
+from dinofast.nn.packing import layout
 from dinofast.testing import assert_no_worse
 
 CPU, HEADS = torch.device("cpu"), 3

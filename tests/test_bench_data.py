@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from test_loader import SMALL, spoil
 
-from dinofast import bench_data, cli
-from dinofast.bench_data import Measured, measure, report, verdict
+from dinofast import cli
+from dinofast.bench import data as bench_data
+from dinofast.bench.data import Measured, measure, report, verdict
 from dinofast.config import Config, cores
 from dinofast.data import dali, native
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dinofast import bench_step, cli
-from dinofast.bench_step import PARTS, Clock, Rival, Synthetic, Timed, in_turns, measure, report, warm_up
+from dinofast import cli
+from dinofast.bench import step as bench_step
+from dinofast.bench.step import PARTS, Clock, Rival, Synthetic, Timed, in_turns, measure, report, warm_up
 from dinofast.config import Config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -25,8 +25,8 @@ import record  # noqa: E402
 import report  # noqa: E402
 import timing  # noqa: E402
 
-from dinofast import bench_step as dinofast_bench_step  # noqa: E402
-from dinofast import official  # noqa: E402
+from dinofast.bench import baseline as official  # noqa: E402
+from dinofast.bench import step as dinofast_bench_step  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL_LOSS = bench_dino_loss.Case(4, 3, 50, torch.float32)
@@ -93,10 +93,10 @@ def checkout(tmp_path, monkeypatch):
         "class DropPath: ...\nclass Mlp: ...\nclass Attention: ...\nclass Block: ...\nclass PatchEmbed: ...\n"
         "class VisionTransformer: ...\n"
         "def vit_nano(**options):\n"
-        "    from dinofast.vit import vit_nano\n"
+        "    from dinofast.nn.vit import vit_nano\n"
         "    return vit_nano(**options)\n"
         "def DINOHead(width, out_dim):\n"
-        "    from dinofast.head import DINOHead\n"
+        "    from dinofast.nn.head import DINOHead\n"
         "    return DINOHead(width, out_dim)\n")
     monkeypatch.setenv("DINO_OFFICIAL", str(tmp_path))
     yield tmp_path

@@ -9,7 +9,7 @@ import torch
 
 from dinofast import SGDEMA, AdamWEMA, DINOHead, checkpoint, load_backbone, param_groups, vit_nano, vit_tiny
 from dinofast.config import Config
-from dinofast.model import Model
+from dinofast.nn.dino import Model
 
 CFG = Config(arch="vit_nano", patch_size=4, out_dim=32, head_hidden_dim=16, head_bottleneck_dim=8, local_crops_number=2,
              global_crops_size=16, local_crops_size=8, norm_last_layer=False)

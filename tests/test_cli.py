@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dinofast import attention, cli, doctor, ops
+from dinofast import cli, doctor, ops
 from dinofast.config import Config
-from dinofast.linear import choose_library
+from dinofast.nn import attention
+from dinofast.nn.onednn_linear import choose_library
 
 OFFICIAL_DEFAULTS = {
     "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True, "momentum_teacher": 0.996,

@@ -19,10 +19,10 @@ import record  # noqa: E402
 import report  # noqa: E402
 import timing  # noqa: E402
 
-from dinofast import bench_step as step_clock  # noqa: E402
-from dinofast.attention import ATTENTIONS  # noqa: E402
-from dinofast.bench_step import Timed  # noqa: E402
+from dinofast.bench import step as step_clock  # noqa: E402
+from dinofast.bench.step import Timed  # noqa: E402
 from dinofast.config import Config  # noqa: E402
+from dinofast.nn.attention import ATTENTIONS  # noqa: E402
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

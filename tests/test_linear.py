@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinofast import linear as linear_module
-from dinofast.linear import Linear, choose_library, linear
+from dinofast.nn import onednn_linear as linear_module
+from dinofast.nn.onednn_linear import Linear, choose_library, linear
+from dinofast.nn.vit import vit_nano
 from dinofast.testing import assert_no_worse
-from dinofast.vit import vit_nano
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,9 @@ import torch
 
 from dinofast import checkpoint
 from dinofast.data import index_cache, shards
-from dinofast.log import METRICS, Diverged, EpochSums, Interrupted, Run, StopSignal, collapse_warning
+from dinofast.runtime.metrics import METRICS, EpochSums, collapse_warning
+from dinofast.runtime.progress import Diverged, Run
+from dinofast.runtime.signals import Interrupted, StopSignal
 
 
 def run(folder, **changes):
@@ -97,7 +99,7 @@ def test_live_bar_on_a_terminal(tmp_path):
     import subprocess
     import sys
 
-    code = ("from pathlib import Path; from dinofast.log import Run; "
+    code = ("from pathlib import Path; from dinofast.runtime.progress import Run; "
             "r = Run(Path('.'), True, steps_per_epoch=4, epochs=3, images_per_step=8, out_dim=64)\n"
             "with r.live(0, [0.0] * 7): r.show(4, [8.0, 0, 0, 0, 0, 4, 4], 0.001, 0.0); r.say('a word [in] between')")
     main, other = pty.openpty()

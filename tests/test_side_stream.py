@@ -10,7 +10,7 @@ import torch
 
 from dinofast.config import Config
 from dinofast.data import dali, make_loader, native
-from dinofast.data.side_stream import UNREAD, SideStream
+from dinofast.runtime.side_stream import UNREAD, SideStream
 
 
 # ---- a device that keeps its own time

@@ -15,12 +15,15 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import GOLDEN, GoldenLoader, golden_model
 
-from dinofast import checkpoint, cuda_graph, linear, vit
+from dinofast import checkpoint
 from dinofast import step as step_module
+from dinofast.bench.baseline import OfficialStep
 from dinofast.config import Config
-from dinofast.dist import Process
-from dinofast.model import Model
-from dinofast.official import OfficialStep
+from dinofast.nn import onednn_linear as linear
+from dinofast.nn import vit
+from dinofast.nn.dino import Model
+from dinofast.runtime import cuda_graph
+from dinofast.runtime.distributed import Process
 from dinofast.schedule import Schedule
 from dinofast.step import Step
 

@@ -13,10 +13,10 @@ from trajectory import GOLDEN, GoldenLoader, golden_backbone
 from dinofast import checkpoint, ops
 from dinofast import train as train_module
 from dinofast.config import Config
-from dinofast.head import DINOHead
-from dinofast.log import Diverged, Run
-from dinofast.model import Model, MultiCropWrapper
+from dinofast.nn.dino import Model, MultiCropWrapper
+from dinofast.nn.head import DINOHead
 from dinofast.optim import OPTIMIZERS, AdamWEMA
+from dinofast.runtime.progress import Diverged, Run
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from dinofast import ops
 from dinofast.config import Config, cores
 from dinofast.data import dali, index, native, pil, plan
 from dinofast.data.native import Refusals, Task
-from dinofast.data.side_stream import SideStream
+from dinofast.runtime.side_stream import SideStream
 
 
 def make_loader(cfg: Config, *, rank: int = 0, world: int = 1, start_step: int = 0, device: str | torch.device = "cpu",

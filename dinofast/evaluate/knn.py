@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..checkpoint import arguments, load_backbone
 from ..config import cores
-from ..dist import pick_device
-from ..vit import VisionTransformer
+from ..nn.vit import VisionTransformer
+from ..runtime.distributed import pick_device
 from .images import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, LabelledImages, train_and_val
 
 CHUNK_ELEMENTS = 2**26      # of the similarity matrix held at a time: 256 MiB in fp32

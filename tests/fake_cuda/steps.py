@@ -27,11 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 device.enter()
 
-from dinofast import attention, head, loss, vit  # noqa: E402
+from dinofast import loss  # noqa: E402
 from dinofast import step as step_module  # noqa: E402
 from dinofast.config import Config  # noqa: E402
-from dinofast.dist import Process  # noqa: E402
-from dinofast.model import Model  # noqa: E402
+from dinofast.nn import attention, head, vit  # noqa: E402
+from dinofast.nn.dino import Model  # noqa: E402
+from dinofast.runtime.distributed import Process  # noqa: E402
 from dinofast.schedule import Schedule  # noqa: E402
 
 CASES: list[dict[str, Any]] = [

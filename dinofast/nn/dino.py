@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..config import VITS, Config, nearest
+from ..loss import DINOLoss
 from . import vit
-from .config import VITS, Config, nearest
 from .head import DINOHead
-from .loss import DINOLoss
+from .packing import Patches
 
 _CLASSIFIERS = ("fc", "head", "heads", "classifier")        # where torchvision keeps the layer that makes class scores
 
@@ -31,8 +32,8 @@ class MultiCropWrapper(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, crops: Tensor | Sequence[Tensor] | vit.Patches, drawn: list | None = None) -> Tensor:
-        if isinstance(crops, vit.Patches):
+    def forward(self, crops: Tensor | Sequence[Tensor] | Patches, drawn: list | None = None) -> Tensor:
+        if isinstance(crops, Patches):
             return self.head(self.backbone(crops, drawn))
         runs: list[list[Tensor]] = []
         for crop in [crops] if isinstance(crops, Tensor) else crops:

@@ -13,17 +13,17 @@ from textwrap import wrap
 import torch
 from torch import Tensor
 
-from .config import Config
-from .data import Loader, dali, make_loader, native
-from .dist import Process, pick_device
+from ..config import Config
+from ..data import Loader, dali, make_loader, native
+from ..nn.dino import Model
+from ..nn.vit import VisionTransformer
+from ..runtime.distributed import Process, pick_device
+from ..runtime.memory import kept_memory
+from ..runtime.progress import counting
+from ..schedule import Schedule
+from ..step import Step
+from .baseline import OfficialStep
 from .flops import image_flops, peak_flops
-from .log import counting
-from .memory import kept_memory
-from .model import Model
-from .official import OfficialStep
-from .schedule import Schedule
-from .step import Step
-from .vit import VisionTransformer
 
 PARTS = {                                      # of a step, in its order, and what is in them
     "data": "the wait for crops; random ones are there from the start",

@@ -19,10 +19,10 @@ from statistics import median
 import numpy as np
 import torch
 
-from .config import Config, cores
-from .data import Loader, dali, make_loader, native, pil
-from .dist import pick_device
-from .log import counting
+from ..config import Config, cores
+from ..data import Loader, dali, make_loader, native, pil
+from ..runtime.distributed import pick_device
+from ..runtime.progress import counting
 
 INTERVALS = 10     # of the measurement, at most
 SAMPLE = 100       # images of which the stages are timed, at most

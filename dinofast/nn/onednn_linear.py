@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .low_precision import operand
+from .weight_copies import operand
 
 LIBRARIES = ("blas", "onednn")
 WORTHWHILE = 2**29                            # multiplications: with fewer, oneDNN gained nothing (measured on AMD)

@@ -11,44 +11,18 @@ import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .made_once import made_once
+from ..runtime.tensor_cache import made_once
+from .packing import Layout, Runs
 
 ATTENTIONS = ("xformers", "varlen", "fa3", "cudnn", "sdpa", "plain")
 DEFAULTS = ("xformers", "varlen", "sdpa")                     # the first that runs; the others wait for a measurement
-Runs = tuple[tuple[int, int], ...]
 _FMHA = {"xformers": "xformers.ops.fmha", "mslk": "mslk.attention.fmha"}          # where each package has it
-
-
-class Layout(NamedTuple):
-    """Where the sequences lie: `runs`, and the same as tensors on the device, for kernels that read it there."""
-
-    runs: Runs
-    starts: Tensor                       # (S + 1,) int32: first token of each sequence, then T
-    first: Tensor                        # (S + 1,) int32: 0, 1, ... S: the same where each sequence is its CLS token alone
-    cls: Tensor                          # (S,) int64: row of each CLS token
-    sequence: Tensor                     # (T,) int64: which sequence a token belongs to
-
-    @property
-    def longest(self) -> int:
-        return max(tokens for _, tokens in self.runs)
-
-
-def layout_anew(runs: Runs, device: torch.device) -> Layout:
-    lengths = torch.tensor([tokens for n, tokens in runs for _ in range(n)], dtype=torch.int64)
-    starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-    sequence = torch.arange(len(lengths)).repeat_interleave(lengths, output_size=sum(n * tokens for n, tokens in runs))
-    first = torch.arange(len(starts), dtype=torch.int32)
-    return Layout(runs, *(x.to(device) for x in (starts.int(), first, starts[:-1].clone(), sequence)))
-
-
-layout = made_once(layout_anew)
 
 
 def choose_attention(asked: str | None, device: torch.device, dtype: torch.dtype, width: int) -> tuple[str, str]:
