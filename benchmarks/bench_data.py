@@ -33,9 +33,10 @@ from timing import quartiles
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dinofast.config import Config, cores
+from dinofast.config import Config
 from dinofast.data import Loader, dali, make_loader, native, pil, plan
 from dinofast.data import tasks as tasks_of
+from dinofast.runtime.backends import cores
 
 NAME = "data"
 ALL_CORES = "dinofast, all cores"

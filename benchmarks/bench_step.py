@@ -34,8 +34,9 @@ from dinofast.bench import step as bench_step
 from dinofast.bench.baseline import OfficialStep
 from dinofast.bench.flops import peak_flops
 from dinofast.bench.step import Rival, Synthetic, Timed
-from dinofast.config import Config, cores
+from dinofast.config import Config
 from dinofast.data import Loader
+from dinofast.runtime.backends import cores
 from dinofast.runtime.memory import kept_memory
 
 NAME = "step"

@@ -19,8 +19,9 @@ import torch
 from record import reason_of, version
 from timing import quartiles
 
-from dinofast.config import Config, cores
+from dinofast.config import Config
 from dinofast.data import Loader, dali, make_loader, native
+from dinofast.runtime.backends import cores
 
 ROUNDS, FIRST, BATCHES = 3, 4, 16                # of each rival; batches before the clock starts; those timed
 RIVALS = {"dinofast, native": {"data_backend": "native"}, "dinofast": {"data_backend": "dali"},

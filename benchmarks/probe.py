@@ -157,7 +157,7 @@ def attentions(runs: tuple[tuple[int, int], ...], case: Case, device: torch.devi
 
     for impl in attention.ATTENTIONS:
         try:
-            attention.choose_attention(impl, device, torch.bfloat16, width)
+            attention.select_attention(impl, device, torch.bfloat16, width)
             out = forward_of(impl)
         except Exception as error:
             refused.append({"rival": impl, "failed": reason_of(error)})

@@ -53,7 +53,7 @@ def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distr
     loader = make_loader(cfg, rank=process.rank, world=process.world, device=process.device,
                          on_progress=counting("files looked at", process.is_main))
     if not process.all_equal(int(loader.fingerprint, 16) >> 66):
-        raise ValueError(f"process {process.rank} finds {loader.n_images} usable images in --data_path {cfg.data_path}, others "
+        raise ValueError(f"process {process.rank} finds {loader.n_images} usable images in `data_path` {cfg.data_path}, others "
                          "find different ones: all processes must see the same files.")
     with closing(loader), checkpoint.claim(Path(cfg.output_dir)) if process.is_main else nullcontext():
         try:
@@ -61,7 +61,7 @@ def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distr
                 return _run(cfg, backbone, process, stop, loader)
         except RuntimeError as error:
             if "DataLoader worker" in str(error):         # torch raises it wherever the main thread happens to be
-                raise WorkerDied("a data worker was killed, often for lack of memory: lower --num_workers or the batch; the "
+                raise WorkerDied("a data worker was killed, often for lack of memory: lower `num_workers` or the batch; the "
                                  f"same command goes on from what was last saved in '{cfg.output_dir}'.") from error
             raise
 
@@ -159,7 +159,7 @@ def _introduce(run: Run, cfg: Config, process: distributed.Process, one_step: St
     run.say(f"loss: {ops.paths()['dino_loss'][process.device.type]}; step: {one_step.how}; crops: {loader.backend}{note}")
     run.tell_refused(loader.refused, Path(cfg.output_dir) / "refused.txt")
     if start >= cfg.epochs * loader.steps_per_epoch:
-        run.say(f"nothing left to do: '{path}' has {start} steps behind it; raise --epochs to go on")
+        run.say(f"nothing left to do: '{path}' has {start} steps behind it; raise `epochs` to go on")
     elif start:
         run.say(f"resumed from '{path}' after step {start} (epoch {start // loader.steps_per_epoch + 1} of {cfg.epochs})")
     for note in [*one_step.notes, *notes]:

@@ -17,8 +17,9 @@ from test_loader import SMALL, spoil
 from dinofast import cli
 from dinofast.bench import data as bench_data
 from dinofast.bench.data import Measured, measure, report, verdict
-from dinofast.config import Config, cores
+from dinofast.config import Config
 from dinofast.data import dali, native
+from dinofast.runtime.backends import cores
 
 FLAGS = [word for name, value in SMALL.items() if name != "num_workers" for word in (f"--{name}", str(value))]
 MEASURED = Measured("photos", 1000, [], 0.5, "native", "", 2, 64, 10, 4520, 10.0, [440.0, 452.0, 470.0], 4.4,

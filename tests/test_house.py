@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dinofast"
-SERVICES = {"config", "schedule", "data", "sample_data"}
+SERVICES = {"config", "schedule", "data"}
 LAYERS = [
     {"_C", "runtime"},
     {"reference", "kernels", "testing"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"step"},
     {"train"},
     {"bench"},
-    {"demo", "doctor", "show_crops"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
@@ -81,8 +81,7 @@ def test_every_file_has_a_layer():
 
 def test_only_the_named_files_read_the_configuration():
     readers = {room(p) for p in files() if "config" in imports(p)} - {"__init__"}
-    assert readers <= {"nn", "data", "schedule", "step", "train", "cli", "demo", "checkpoint", "doctor", "evaluate",
-                       "show_crops", "bench"}
+    assert readers <= {"nn", "data", "schedule", "step", "train", "cli", "checkpoint", "commands", "evaluate", "bench"}
 
 
 def test_no_file_outgrows_its_room():

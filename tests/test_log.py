@@ -75,7 +75,7 @@ LOG_K = math.log(4096)
 ])
 def test_collapse_is_said_in_words(loss, entropy, words):
     said = collapse_warning(loss, entropy, LOG_K)
-    assert (words is None and said is None) or (words in said and "If it stays" in said and "--teacher_temp" in said)
+    assert (words is None and said is None) or (words in said and "If it stays" in said and "`teacher_temp`" in said)
 
 
 def test_collapse_is_shown_at_the_end_of_an_epoch(tmp_path, capsys):

@@ -6,9 +6,9 @@ from PIL import Image
 from test_loader import spoil
 
 from dinofast import cli
+from dinofast.commands.show_crops import CELL, GAP, LINE, LINES, describe, write
 from dinofast.config import Config
 from dinofast.data import index, pil, plan, views
-from dinofast.show_crops import CELL, GAP, LINE, LINES, describe, write
 
 
 def test_the_sheet_holds_the_crops_of_the_run(photographs, tmp_path):

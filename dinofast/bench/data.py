@@ -19,8 +19,9 @@ from statistics import median
 import numpy as np
 import torch
 
-from ..config import Config, cores
+from ..config import Config
 from ..data import Loader, dali, make_loader, native, pil
+from ..runtime.backends import cores
 from ..runtime.distributed import pick_device
 from ..runtime.progress import counting
 

@@ -20,9 +20,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dinofast import ops
-from dinofast.config import Config, cores
+from dinofast.config import Config
 from dinofast.data import dali, index, native, pil, plan
 from dinofast.data.native import Refusals, Task
+from dinofast.runtime.backends import cores
 from dinofast.runtime.side_stream import SideStream
 
 

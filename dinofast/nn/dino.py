@@ -126,7 +126,7 @@ def backbone_maker(cfg: Config) -> Callable[[float], nn.Module]:
         if build is not None:
             return lambda rate, build=build: build()
     hint = f" Other names need torchvision or timm installed; not importable: {'; '.join(missing)}." if missing else ""
-    raise ValueError(f"--arch '{cfg.arch}' is not known: choose from {', '.join(VITS)}.{nearest(cfg.arch, list(VITS))}{hint} "
+    raise ValueError(f"`arch` '{cfg.arch}' is not known: choose from {', '.join(VITS)}.{nearest(cfg.arch, list(VITS))}{hint} "
                      "A model of your own goes through Python, dinofast.train.train(cfg, backbone=...).")
 
 
@@ -141,7 +141,7 @@ def _from_torchvision(library, arch: str) -> Callable[[], nn.Module] | None:
             if isinstance(getattr(model, name, None), nn.Module):
                 setattr(model, name, nn.Identity())
                 return model
-        raise ValueError(f"--arch {arch}: this torchvision model has no classifier that could be taken off; pass it through "
+        raise ValueError(f"`arch` {arch}: this torchvision model has no classifier that could be taken off; pass it through "
                          "the Python API, dinofast.train.train(cfg, backbone=...).")
 
     return build

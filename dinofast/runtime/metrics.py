@@ -36,9 +36,9 @@ def collapse_warning(loss: float, teacher_entropy: float, log_k: float) -> str |
         return None
     if loss > 0.99 * log_k and teacher_entropy > 0.99 * log_k:
         return (f"the loss {loss:.3f} sits at log K = {log_k:.3f}: teacher and student have collapsed to a uniform output. "
-                "If it stays, lower --teacher_temp and --warmup_teacher_temp (0.03), lower --out_dim for small data, "
-                "raise --lr or its batch.")
+                "If it stays, lower `teacher_temp` and `warmup_teacher_temp` (0.03), lower `out_dim` for small data, "
+                "raise `lr` or its batch.")
     if teacher_entropy < 0.01 * log_k:
         return (f"the teacher's entropy {teacher_entropy:.4f} is near 0: it gives one prototype to nearly everything. "
-                "If it stays, raise --teacher_temp, raise --momentum_teacher, or lower --lr.")
+                "If it stays, raise `teacher_temp`, raise `momentum_teacher`, or lower `lr`.")
     return None

@@ -85,7 +85,7 @@ class Run:
         self._bad_in_a_row = self._bad_in_a_row + bad if bad == new_steps else 0
         if self._bad_in_a_row >= GIVE_UP_AFTER:
             raise Diverged(f"the loss or its gradient has not been finite for {self._bad_in_a_row} steps in a row; the weights "
-                           "are those of the last good step. Try --precision fp32, a lower --lr, or a smaller --clip_grad.")
+                           "are those of the last good step. Try `precision` fp32, a lower `lr`, or a smaller `clip_grad`.")
         now = time.perf_counter()
         elapsed = max(now - self._clock, 1e-9)
         if counted > 0:

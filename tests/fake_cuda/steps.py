@@ -126,9 +126,9 @@ def prepare(backend: str | Callable | None) -> None:
         usual = torch.nn.Module.compile
         torch.nn.Module.compile = lambda self, *args, **options: usual(self, *args, **{**options, "backend": backend})
     torch.nn.init.trunc_normal_ = lambda tensor, *args, **options: tensor                 # reads what it draws
-    step_module.why_no_compiler = lambda device: ""
-    attention.why_no_xformers = attention.why_no_cudnn = lambda: ""
-    attention.why_no_fa3 = lambda device: ""
+    step_module.compiler_unavailable_reason = lambda device: None
+    attention.xformers_unavailable_reason = attention.cudnn_unavailable_reason = lambda: None
+    attention.fa3_unavailable_reason = lambda device: None
     step_module.activate = lambda impl: None
 
 
