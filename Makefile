@@ -2,7 +2,7 @@
 # make test   install, build and run the tests
 # make lint   style check
 # make docs   build docs/ and the API reference into build/site
-# make bench  measure, write benchmarks/results and the README's tables: 20 to 25 minutes on 2 cores, most of it the whole step
+# make bench  measure, write benchmarks/results and docs/benchmarks.md: 20 to 25 minutes on 2 cores, most of it the whole step
 # make gpu    for a CUDA torch without a network: install without dependencies, build, probe the device, measure the step and what
 #             may make it faster, GPU tests, data, compute-sanitizer, with $(PYTHON) or .venv, whichever sees a GPU; in calls of
 #             at most 9 minutes, each of which goes on where the one before ended; results go to $OUT or benchmarks/results;

@@ -9,7 +9,7 @@ default_role = "code"                                  # docstrings are written 
 autodoc_member_order, autodoc_typehints = "bysource", "signature"
 python_use_unqualified_type_names = True
 html_theme, html_title, html_show_copyright = "furo", f"dinofast {release}", False
-html_static_path: list[str] = []
+html_static_path, html_css_files = ["_static"], ["site.css"]
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
 
