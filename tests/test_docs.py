@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import test_house
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -173,6 +174,18 @@ def test_places_of_the_kernel_page_exist():
     tests = (ROOT / "tests" / "test_normalize.py").read_text()
     for test in re.findall(r"`(test_\w+)`", text):
         assert f"def {test}(" in tests, test
+
+
+def test_the_map_of_the_code_is_that_of_the_package():
+    page = ROOT / "docs" / "architecture.md"
+    tree, order = (block for block in blocks(page, "text") if "dinofast/" in block or " > " in block)
+    for line in tree.splitlines():
+        folder = ROOT / "dinofast" if line.startswith("  ") else ROOT
+        for path in re.findall(r"^\S+|[\w]+\.py\b|[\w]+/(?=,|$)", line.strip()):
+            assert (folder / path.rstrip(",")).exists(), line
+    layers = [set(layer.split(", ")) for layer in order.strip().split(" > ")]
+    unnamed = {"__main__", "_C", "testing"}
+    assert layers == [layer - unnamed for layer in reversed(test_house.LAYERS) if layer - unnamed]
 
 
 # ---- links
