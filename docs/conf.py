@@ -1,5 +1,7 @@
 """Sphinx: `make docs` builds these pages and the API reference into build/site."""
 
+from dataclasses import fields, is_dataclass
+
 from dinofast import __version__ as release
 
 project, author = "dinofast", "the dinofast authors"
@@ -23,5 +25,20 @@ def show_formulas(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = shown
 
 
+def list_options(app, what, name, obj, options, lines: list[str]) -> None:
+    """Options with default and advice, which their dataclass holds as metadata."""
+    if what == "class" and is_dataclass(obj) and all("help" in field.metadata for field in fields(obj)):
+        for field in fields(obj):
+            lines += [f"``{field.name}`` = {'auto' if field.default is None else field.default}",
+                      f"    {field.metadata['help']}", ""]
+
+
+def short_signature(app, what, name, obj, options, signature: str, result: str) -> tuple[str, str] | None:
+    """Not sixty options in a row."""
+    return ("(**options)", result) if what == "class" and is_dataclass(obj) and len(fields(obj)) > 20 else None
+
+
 def setup(app) -> None:
+    app.connect("autodoc-process-docstring", list_options)
+    app.connect("autodoc-process-signature", short_signature)
     app.connect("autodoc-process-docstring", show_formulas, priority=900)     # after napoleon
