@@ -221,7 +221,7 @@ def losses(rival: Rival, n: int) -> list[float]:
     """Of the next n steps."""
     found = []
     for _ in range(n):
-        found.append(rival.step(rival.done, rival.batches).flatten()[0].item())
+        found.append(rival.step(rival.done, rival.batches)["loss"].item())
         rival.done += 1
     return found
 
