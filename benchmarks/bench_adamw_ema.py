@@ -22,7 +22,8 @@ from record import flag, main, rows_of
 from timing import MIB, Rival, copies, measure
 from torch import nn
 
-from dinofast import AdamWEMA, DINOHead, MultiCropWrapper, official, ops, param_groups, vit_small
+from dinofast import AdamWEMA, DINOHead, MultiCropWrapper, ops, param_groups, vit_small
+from dinofast.bench import baseline as official
 
 NAME = "adamw_ema"
 CLIP, MOMENTUM, LR, WEIGHT_DECAY = 3.0, 0.996, 5e-4, 0.04

@@ -20,7 +20,8 @@ from record import flag, main, rows_of
 from timing import MIB, Rival, copies, measure
 from torch import Tensor
 
-from dinofast import official, ops, reference
+from dinofast import ops, reference
+from dinofast.bench import baseline as official
 from dinofast.testing import loss_inputs
 
 NAME = "dino_loss"

@@ -3,10 +3,9 @@
     python -m pytest benchmarks/bench_step.py        prints the comparison; --save-results keeps it
     python benchmarks/bench_step.py --save-results   the same without pytest
 
-"official" is the official loop rewritten (`dinofast.official`), "official checkout" the same of its own classes from where
-$DINO_OFFICIAL points, "official + SDPA + compile" the official loop with torch's attention kernel and torch.compile, as a
-careful user has it after an afternoon. On a GPU the official loop runs in fp16 as published, the others in bf16; on a CPU all
-run in fp32 unless the row says otherwise.
+"official" is the official loop rewritten (dinofast/bench/baseline.py), "official checkout" the same of its own classes, from
+where $DINO_OFFICIAL points, "official + SDPA + compile" the official loop with torch's attention kernel and torch.compile. On a
+GPU the official loop runs in fp16 as published, the others in bf16; on a CPU all run in fp32 unless the row says otherwise.
 
 Ours is built and timed first, then each other, and each is kept as soon as it is there; then all take turns, whose times count.
 Three steps of each on one image, in fp32, from the same weights and without stochastic depth, must give the same losses; and
@@ -31,13 +30,14 @@ import torch
 from record import main, reason_of
 from timing import extra_mib, quartiles
 
-from dinofast import bench_step
-from dinofast.bench_step import Rival, Synthetic, Timed
-from dinofast.config import Config, cores
+from dinofast.bench import step as bench_step
+from dinofast.bench.baseline import OfficialStep
+from dinofast.bench.flops import peak_flops
+from dinofast.bench.step import Rival, Synthetic, Timed
+from dinofast.config import Config
 from dinofast.data import Loader
-from dinofast.flops import peak_flops
-from dinofast.memory import kept_memory
-from dinofast.official import OfficialStep
+from dinofast.runtime.backends import cores
+from dinofast.runtime.memory import kept_memory
 
 NAME = "step"
 SAME = 1e-4                          # relative, of losses that must agree: on a CPU to 5e-7, and a step moves them by 1e-2

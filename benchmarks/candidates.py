@@ -20,10 +20,10 @@ import torch
 from record import main
 from timing import quartiles
 
-from dinofast import bench_step as step_clock
-from dinofast.bench_step import Rival, Synthetic
+from dinofast.bench import step as step_clock
+from dinofast.bench.step import Rival, Synthetic
 from dinofast.config import Config
-from dinofast.memory import kept_memory
+from dinofast.runtime.memory import kept_memory
 
 NAME = "candidates"
 SECONDS = {"cpu": 10.0, "cuda": 4.0}     # of a case

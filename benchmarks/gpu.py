@@ -65,7 +65,7 @@ class Ended(NamedTuple):
         return self.code is not None and self.code >= 0 and self.code != MORE
 
 
-def why_no_gpu() -> str:
+def gpu_unavailable_reason() -> str:
     """Why this machine or this Python will not do, in a sentence; empty if it will."""
     if not importlib.util.find_spec("torch"):
         return f"torch is not installed in {PYTHON}: make gpu PYTHON=... names one that has a CUDA torch."
@@ -264,7 +264,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     if unknown := [name for name in args.parts if name not in limits]:
         print(f"there is no part '{unknown[0]}': choose from {', '.join(limits)}.")
         return 1
-    if not args.rehearse and (reason := why_no_gpu()):
+    if not args.rehearse and (reason := gpu_unavailable_reason()):
         print(reason)
         return 1
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:          # as a shell has it for what runs in the background: parts

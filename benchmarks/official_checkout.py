@@ -1,7 +1,7 @@
 """The official DINO's own code (facebookresearch/dino) as a rival, from the checkout that $DINO_OFFICIAL names.
 
 One class or function is executed at a time, because importing its scripts would ask for packages that a machine for benchmarks
-need not have. `dinofast.official` is our rewrite of the same.
+need not have. `dinofast.bench.baseline` is our rewrite of the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinofast.config import Config
-from dinofast.model import Model
+from dinofast.nn.dino import Model
 from dinofast.schedule import Schedule
 
 NOT_SET = "DINO_OFFICIAL does not name a checkout of the official code"

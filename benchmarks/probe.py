@@ -24,10 +24,11 @@ from record import main, reason_of, version
 from timing import MIB, Rival, Timing, measure, quartiles
 from torch import Tensor
 
-from dinofast import attention
-from dinofast import bench_step as step_clock
-from dinofast.bench_step import Synthetic
-from dinofast.dist import Process
+from dinofast.bench import step as step_clock
+from dinofast.bench.step import Synthetic
+from dinofast.nn import attention
+from dinofast.nn.packing import layout
+from dinofast.runtime.distributed import Process
 from dinofast.step import Step
 
 NAME = "probe"
@@ -140,7 +141,7 @@ def products(case: Case, device: torch.device, seconds: float) -> dict[str, Any]
 
 def attentions(runs: tuple[tuple[int, int], ...], case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
     """Forward, and backward given the forward's output, of q, k, v (T, H, D / H) in bf16."""
-    where = attention.layout(runs, device)
+    where = layout(runs, device)
     tokens, width = sum(n * each for n, each in runs), case.width // case.heads
     q, k, v, grad = (torch.randn(tokens, case.heads, width, device=device).bfloat16().requires_grad_(i < 3) for i in range(4))
     count = 4.0 * case.width * sum(n * each**2 for n, each in runs)
@@ -156,7 +157,7 @@ def attentions(runs: tuple[tuple[int, int], ...], case: Case, device: torch.devi
 
     for impl in attention.ATTENTIONS:
         try:
-            attention.choose_attention(impl, device, torch.bfloat16, width)
+            attention.select_attention(impl, device, torch.bfloat16, width)
             out = forward_of(impl)
         except Exception as error:
             refused.append({"rival": impl, "failed": reason_of(error)})

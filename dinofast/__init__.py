@@ -10,21 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "DINOLoss": "loss", "DINOHead": "head", "MultiCropWrapper": "model", "Model": "model", "VisionTransformer": "vit",
-    "vit_tiny": "vit", "vit_small": "vit", "vit_base": "vit", "vit_nano": "vit", "AdamWEMA": "optim", "SGDEMA": "optim",
-    "LARSEMA": "optim", "param_groups": "optim", "ema_": "ops", "dino_loss": "ops", "soft_cross_entropy": "ops",
-    "Config": "config", "load_backbone": "checkpoint",
+_MODULES = {
+    "loss": ("DINOLoss",),
+    "optim": ("AdamWEMA", "SGDEMA", "LARSEMA", "param_groups"),
+    "ops": ("dino_loss", "soft_cross_entropy", "ema_"),
+    "nn.vit": ("VisionTransformer", "vit_tiny", "vit_small", "vit_base", "vit_nano"),
+    "nn.head": ("DINOHead",),
+    "nn.dino": ("Model", "MultiCropWrapper"),
+    "config": ("Config",),
+    "checkpoint": ("load_backbone",),
 }
-__all__ = [*_HOME, "__version__"]
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = [*_MODULE_OF, "__version__"]
 
 if TYPE_CHECKING:
     from .checkpoint import load_backbone as load_backbone
     from .config import Config as Config
-    from .head import DINOHead as DINOHead
     from .loss import DINOLoss as DINOLoss
-    from .model import Model as Model
-    from .model import MultiCropWrapper as MultiCropWrapper
+    from .nn.dino import Model as Model
+    from .nn.dino import MultiCropWrapper as MultiCropWrapper
+    from .nn.head import DINOHead as DINOHead
+    from .nn.vit import VisionTransformer as VisionTransformer
+    from .nn.vit import vit_base as vit_base
+    from .nn.vit import vit_nano as vit_nano
+    from .nn.vit import vit_small as vit_small
+    from .nn.vit import vit_tiny as vit_tiny
     from .ops import dino_loss as dino_loss
     from .ops import ema_ as ema_
     from .ops import soft_cross_entropy as soft_cross_entropy
@@ -32,17 +42,12 @@ if TYPE_CHECKING:
     from .optim import SGDEMA as SGDEMA
     from .optim import AdamWEMA as AdamWEMA
     from .optim import param_groups as param_groups
-    from .vit import VisionTransformer as VisionTransformer
-    from .vit import vit_base as vit_base
-    from .vit import vit_nano as vit_nano
-    from .vit import vit_small as vit_small
-    from .vit import vit_tiny as vit_tiny
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'dinofast' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     globals()[name] = value
     return value
 

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import __version__, vit
+from . import __version__
 from .config import OLD_NAMES, VITS, Config
-from .model import Model, build_backbone
+from .nn import vit
+from .nn.dino import Model, build_backbone
 
 # What official files hold besides tensors and plain containers: the parsed arguments and float64 learning rates.
 _SAFE = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType,
@@ -99,12 +100,12 @@ def claim(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")                  # noqa: SIM115
     except OSError as error:
-        raise ValueError(f"--output_dir '{folder}' cannot be written ({error.strerror}): choose another.") from error
+        raise ValueError(f"`output_dir` '{folder}' cannot be written ({error.strerror}): choose another.") from error
     with lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # of this process alone: it ends with it, however it ends
         except (BlockingIOError, PermissionError) as error:
-            raise ValueError(f"another run is writing to --output_dir '{folder}': wait for it, or choose another.") from error
+            raise ValueError(f"another run is writing to `output_dir` '{folder}': wait for it, or choose another.") from error
         except OSError:
             pass                                            # a file system without locks: nothing can be known there
         yield
@@ -125,7 +126,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises `ValueError` for a file that is missing, truncated, or no checkpoint; the file is left as it is.
     """
     if not path.is_file():
-        raise ValueError(f"'{path}' is a folder, not a checkpoint: move it away, or choose another file or --output_dir."
+        raise ValueError(f"'{path}' is a folder, not a checkpoint: move it away, or choose another file or `output_dir`."
                          if path.is_dir() else f"there is no checkpoint at '{path}'.")
     try:
         with torch.serialization.safe_globals(_SAFE):
@@ -138,7 +139,7 @@ def read(path: Path) -> dict[str, Any]:
                   "it holds something other than tensors, numbers and text" if isinstance(error, pickle.UnpicklingError) else
                   "it is truncated, damaged, or something else")
         raise ValueError(f"'{path}' cannot be read as a checkpoint, {reason}: it was left as it is; move it away, or choose "
-                         "another file or --output_dir.") from error
+                         "another file or `output_dir`.") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"'{path}' holds a {type(state).__name__}, not a checkpoint: it was left as it is.")
     return dict(state)
@@ -155,7 +156,7 @@ def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: 
     missing = [key for key in ("student", "teacher", "optimizer", "epoch", "dino_loss") if key not in state]
     if missing:
         raise ValueError(f"'{path}' is no DINO training checkpoint (it lacks {', '.join(missing)}): it was left as it is; "
-                         "choose another --output_dir or move the file away.")
+                         "choose another `output_dir` or move the file away.")
     saved_args = _arguments(state)
     parts = ((model.student, strip_prefix(state["student"], "module."), "student"),
              (model.teacher, strip_prefix(state["teacher"], "module."), "teacher"),
@@ -170,13 +171,13 @@ def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: 
     if scaler is not None and "fp16_scaler" in state:
         scaler.load_state_dict(state["fp16_scaler"])
     now = cfg.to_dict()
-    changed = [f"--{name} was {_told(saved_args[name])} and is now {_told(now[name])}" for name in now
+    changed = [f"`{name}` was {_told(saved_args[name])} and is now {_told(now[name])}" for name in now
                if name in saved_args and name not in _FREE and _plain(saved_args[name]) != _plain(now[name])]
     return position, changed
 
 
 def _told(value: Any) -> Any:
-    return "left open" if value is None else value
+    return "auto" if value is None else value
 
 
 def load_backbone(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,
@@ -205,12 +206,12 @@ def load_backbone(path: str | Path, key: str = "teacher", arch: str | None = Non
         width, _, patch, _ = weights["patch_embed.proj.weight"].shape
         arch = arch or _VIT_OF_WIDTH.get(width, "")
         if arch not in VITS:
-            raise ValueError(f"'{path}' does not tell its architecture (width {width}): name it with --arch.")
+            raise ValueError(f"'{path}' does not tell its architecture (width {width}): name it with `arch`.")
         side = round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch
         backbone = getattr(vit, arch)(patch_size=patch, img_size=(side,))
     else:
         if not arch:
-            raise ValueError(f"'{path}' does not tell its architecture: name it with --arch.")
+            raise ValueError(f"'{path}' does not tell its architecture: name it with `arch`.")
         backbone = build_backbone(Config(arch=arch, patch_size=patch_size or saved.get("patch_size", 16)), 0.0)
     _check_fit(path, backbone, weights, "backbone", saved)
     backbone.load_state_dict(weights)
@@ -248,10 +249,10 @@ def _check_fit(path: Path, module: nn.Module, weights: Mapping[str, Any], what: 
                          "go back to an earlier checkpoint.")
     for name in [*wanted, *given]:
         if wanted.get(name) != given.get(name):
-            origin = "".join(f", saved with --{k} {saved[k]}" for k in ("arch", "patch_size", "out_dim") if k in saved)
+            origin = "".join(f", saved with `{k}` {saved[k]}" for k in ("arch", "patch_size", "out_dim") if k in saved)
             raise ValueError(f"'{path}' does not fit this {what}: '{name}' is {given.get(name, 'absent')} in the file and "
                              f"{wanted.get(name, 'absent')} here{origin}. Use the options it was saved with, or another "
-                             "--output_dir.")
+                             "`output_dir`.")
 
 
 def _position(path: Path, state: Mapping[str, Any]) -> Position:
@@ -263,7 +264,7 @@ def _position(path: Path, state: Mapping[str, Any]) -> Position:
         position.check()
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"'{path}' does not tell where the run stands ({error}): it was left as it is; move it away, or "
-                         "choose another --output_dir.") from error
+                         "choose another `output_dir`.") from error
     return position
 
 
@@ -277,9 +278,9 @@ def _check_optimizer(path: Path, optimizer: torch.optim.Optimizer, saved: Mappin
         lengths = [len(g["params"]) for g in theirs]
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"'{path}' holds no optimiser state that can be understood: it was left as it is; move it away, or "
-                         "choose another --output_dir.") from error
+                         "choose another `output_dir`.") from error
     same_kind = all(("betas" in a, "eta" in a) == ("betas" in b, "eta" in b) for a, b in zip(ours, theirs, strict=False))
     if not same_kind or not fits or [len(g["params"]) for g in ours] != lengths:
-        was = f" (--optimizer {args['optimizer']})" if "optimizer" in args else ""
+        was = f" (`optimizer` {args['optimizer']})" if "optimizer" in args else ""
         raise ValueError(f"'{path}' was saved with another optimiser{was} or other trainable parameters: resume with the "
-                         "options it was saved with, or choose another --output_dir.")
+                         "options it was saved with, or choose another `output_dir`.")

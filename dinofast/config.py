@@ -1,16 +1,14 @@
 """Every option of a pretraining run: one flat, frozen dataclass with the official names and defaults.
 
-The command line is made from it (`add_arguments`), so that a flag, its default and its advice stand in one place.
+The command line is made from it (`dinofast.cli`), so that a flag, its default and its advice stand in one place.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import math
 import os
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import partial
 from typing import Any
 
 VITS = ("vit_tiny", "vit_small", "vit_base", "vit_nano")
@@ -19,16 +17,13 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 CLIP_MODES = ("tensor", "global")
 
 
-def parse_bool(text: str) -> bool:
-    """`true/false/on/off/1/0`, as the official flags take them."""
-    value = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}.get(text.lower())
-    if value is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a truth value: use true or false")
-    return value
+def option(default: Any, advice: str = "", **metadata: Any) -> Any:
+    """A field of a command's options, from which `dinofast.cli` makes a flag.
 
-
-def _option(default: Any, advice: str, **argparse_extra: Any) -> Any:
-    return field(default=default, metadata={"help": advice, **argparse_extra})
+    metadata: `choices`; `aliases`, other words for a choice; `metavar`; `flags`, other names of the flag; `positional`,
+    without a flag; `type`, where the default does not tell; `shown`, the default in words; `hidden`, not in the help.
+    """
+    return field(default=default, metadata={"help": advice, **metadata})
 
 
 @dataclass(frozen=True)
@@ -36,114 +31,114 @@ class Config:
     """Options of `dinofast pretrain`. Names and defaults are those of facebookresearch/dino unless marked [dinofast]."""
 
     # ---- model
-    arch: str = _option("vit_small", "Backbone: vit_tiny, vit_small or vit_base (deit_tiny and deit_small are the same); "
+    arch: str = option("vit_small", "Backbone: vit_tiny, vit_small or vit_base (deit_tiny and deit_small are the same); "
         "any torchvision or timm name where that package is installed; vit_nano is a two-layer ViT for demos. "
         "For quick experiments take vit_tiny or vit_small.")
-    patch_size: int = _option(16, "Side of a square patch in pixels (ViT only). Smaller patches learn better features and cost "
-        "more memory and time. Below 16, fp32 (--precision fp32) is the safe choice.")
-    out_dim: int = _option(65536, "Number of prototypes K, the width of the DINO head's output. Large values suit large data "
+    patch_size: int = option(16, "Side of a square patch in pixels (ViT only). Smaller patches learn better features and cost "
+        "more memory and time. Below 16, fp32 (`precision` fp32) is the safe choice.")
+    out_dim: int = option(65536, "Number of prototypes K, the width of the DINO head's output. Large values suit large data "
         "sets; for fewer than 100,000 images try 1024 to 8192.")
-    norm_last_layer: bool = _option(True, "Keep the last layer's weight norms at 1. Not normalising can give better features "
+    norm_last_layer: bool = option(True, "Keep the last layer's weight norms at 1. Not normalising can give better features "
         "but is less stable; the official runs use false with vit_small and true with vit_base.")
-    momentum_teacher: float = _option(0.996, "First value of the teacher's EMA momentum; it rises to 1 by a cosine. "
+    momentum_teacher: float = option(0.996, "First value of the teacher's EMA momentum; it rises to 1 by a cosine. "
         "Take more for small batches: 0.9995 for a batch of 256.")
-    use_bn_in_head: bool = _option(False, "Batch normalisation in the projection head.")
-    head_layers: int = _option(3, "[dinofast] Layers of the head's MLP.")
-    head_hidden_dim: int = _option(2048, "[dinofast] Hidden width of the head's MLP.")
-    head_bottleneck_dim: int = _option(256, "[dinofast] Width of the L2-normalised bottleneck before the prototypes.")
+    use_bn_in_head: bool = option(False, "Batch normalisation in the projection head.")
+    head_layers: int = option(3, "[dinofast] Layers of the head's MLP.")
+    head_hidden_dim: int = option(2048, "[dinofast] Hidden width of the head's MLP.")
+    head_bottleneck_dim: int = option(256, "[dinofast] Width of the L2-normalised bottleneck before the prototypes.")
 
     # ---- temperatures and centre
-    warmup_teacher_temp: float = _option(0.04, "Teacher temperature at the start. 0.04 works in most cases; lower it if the "
+    warmup_teacher_temp: float = option(0.04, "Teacher temperature at the start. 0.04 works in most cases; lower it if the "
         "loss does not fall.")
-    teacher_temp: float = _option(0.04, "Teacher temperature after its warm-up. Above 0.07 training is usually unstable; start "
+    teacher_temp: float = option(0.04, "Teacher temperature after its warm-up. Above 0.07 training is usually unstable; start "
         "with 0.04 and raise it slightly if needed.")
-    warmup_teacher_temp_epochs: int = _option(0, "Epochs of linear warm-up of the teacher temperature (30 in the boosted "
+    warmup_teacher_temp_epochs: int = option(0, "Epochs of linear warm-up of the teacher temperature (30 in the boosted "
         "recipe).")
-    student_temp: float = _option(0.1, "[dinofast] Student temperature.")
-    center_momentum: float = _option(0.9, "[dinofast] Momentum of the centre.")
+    student_temp: float = option(0.1, "[dinofast] Student temperature.")
+    center_momentum: float = option(0.9, "[dinofast] Momentum of the centre.")
 
     # ---- optimisation
-    use_fp16: bool = _option(True, "Mixed precision. Left alone, training runs in bf16 on a GPU and in fp32 on a CPU; given as "
+    use_fp16: bool = option(True, "Mixed precision. Left alone, training runs in bf16 on a GPU and in fp32 on a CPU; given as "
         "true it means fp16 with a loss scaler as in the official code, given as false it means fp32. "
         "Disable it if the loss is unstable.")
-    precision: str | None = _option(None, "[dinofast] bf16, fp16 or fp32; overrides --use_fp16.", choices=PRECISIONS)
-    weight_decay: float = _option(0.04, "Weight decay at the start. With ViTs a smaller value at the beginning works well.")
-    weight_decay_end: float = _option(0.4, "Weight decay at the end, reached by a cosine. "
+    precision: str | None = option(None, "[dinofast] bf16, fp16 or fp32; overrides `use_fp16`.", choices=PRECISIONS)
+    weight_decay: float = option(0.04, "Weight decay at the start. With ViTs a smaller value at the beginning works well.")
+    weight_decay_end: float = option(0.4, "Weight decay at the end, reached by a cosine. "
         "A larger decay at the end helps ViTs.")
-    clip_grad: float = _option(3.0, "Largest L2 norm of each parameter tensor's gradient; 0 switches clipping off. "
+    clip_grad: float = option(3.0, "Largest L2 norm of each parameter tensor's gradient; 0 switches clipping off. "
         "0.3 to 1.0 can help larger ViTs.")
-    clip_mode: str = _option("tensor", "[dinofast] What --clip_grad limits: tensor, each parameter tensor's gradient by itself "
+    clip_mode: str = option("tensor", "[dinofast] What `clip_grad` limits: tensor, each parameter tensor's gradient by itself "
         "as in the official code; global, the whole gradient, which keeps its direction and needs a larger limit.",
         choices=CLIP_MODES)
-    batch_size_per_gpu: int = _option(64, "Images per process and forward pass.")
-    accumulate: int = _option(1, "[dinofast] Forward passes whose gradients are summed for one optimiser step. "
+    batch_size_per_gpu: int = option(64, "Images per process and forward pass.")
+    accumulate: int = option(1, "[dinofast] Forward passes whose gradients are summed for one optimiser step. "
         "The learning rate is scaled with the whole batch.")
-    epochs: int = _option(100, "Number of epochs.")
-    freeze_last_layer: int = _option(1, "Epochs during which the last layer is held fixed. Raise it if the loss does not fall.")
-    lr: float = _option(0.0005, "Highest learning rate for a batch of 256; scaled linearly with the batch over all processes.")
-    warmup_epochs: int = _option(10, "Epochs of linear learning-rate warm-up.")
-    min_lr: float = _option(1e-6, "Learning rate at the end of the cosine.")
-    optimizer: str = _option("adamw", "adamw for ViTs; sgd or lars for convolutional networks.",
+    epochs: int = option(100, "Number of epochs.")
+    freeze_last_layer: int = option(1, "Epochs during which the last layer is held fixed. Raise it if the loss does not fall.")
+    lr: float = option(0.0005, "Highest learning rate for a batch of 256; scaled linearly with the batch over all processes.")
+    warmup_epochs: int = option(10, "Epochs of linear learning-rate warm-up.")
+    min_lr: float = option(1e-6, "Learning rate at the end of the cosine.")
+    optimizer: str = option("adamw", "adamw for ViTs; sgd or lars for convolutional networks.",
         choices=("adamw", "sgd", "lars"))
-    drop_path_rate: float = _option(0.1, "Stochastic depth rate of the student's last block (ViT only).")
+    drop_path_rate: float = option(0.1, "Stochastic depth rate of the student's last block (ViT only).")
 
     # ---- how the step is computed
-    attention: str | None = _option(None, "[dinofast] Attention of our ViTs: xformers (or mslk, its successor), varlen "
+    attention: str | None = option(None, "[dinofast] Attention of our ViTs: xformers (or mslk, its successor), varlen "
         "(torch's own) or fa3 (FlashAttention-3, for H100 and H200) over all packed crops at once, in bf16 or fp16 on a GPU; "
         "cudnn and sdpa, cuDNN's and torch's kernels for each crop size; plain, the formula. Default: the first of xformers, "
         "varlen, sdpa that runs here.", choices=("xformers", "varlen", "fa3", "cudnn", "sdpa", "plain"),
         aliases={"mslk": "xformers"})
-    linear: str | None = _option(None, "[dinofast] Linear layers of our ViTs, in fp32 on a CPU: blas, torch's own way, or "
+    linear: str | None = option(None, "[dinofast] Linear layers of our ViTs, in fp32 on a CPU: blas, torch's own way, or "
         "onednn, as convolutions of one pixel. Left alone: onednn on AMD's CPUs with AVX-512, where it is faster; blas "
         "elsewhere.", choices=("blas", "onednn"))
-    compile: str | None = _option(None, "[dinofast] on: student and teacher under torch.compile; the first step then takes a "
+    compile: str | None = option(None, "[dinofast] on: student and teacher under torch.compile; the first step then takes a "
         "minute, less when the same was compiled before. max-autotune: the same with matrix products chosen by timing, bias "
         "and GELU inside them; compiling takes many minutes. Default: on for our ViTs on a GPU; on a CPU it gains little.",
         choices=("on", "max-autotune", "off"), aliases={"true": "on", "1": "on", "false": "off", "0": "off"})
-    cuda_graph: bool = _option(False, "[dinofast] Replay forward and backward as one CUDA graph, where launches still show: "
-        "small models or batches. One process, no --accumulate.")
-    grad_checkpointing: bool = _option(False, "[dinofast] Keep only the inputs of each block but the last for backward and "
+    cuda_graph: bool = option(False, "[dinofast] Replay forward and backward as one CUDA graph, where launches still show: "
+        "small models or batches. One process, no `accumulate`.")
+    grad_checkpointing: bool = option(False, "[dinofast] Keep only the inputs of each block but the last for backward and "
         "compute the rest anew: less memory, more time (ViT only).")
-    teacher_precision: str = _option("fp32", "[dinofast] bf16: the teacher's weights and tokens are rounded to bf16; its "
-        "average stays in fp32, with the optimiser. Goes with --precision bf16.", choices=("fp32", "bf16"))
+    teacher_precision: str = option("fp32", "[dinofast] bf16: the teacher's weights and tokens are rounded to bf16; its "
+        "average stays in fp32, with the optimiser. Goes with `precision` bf16.", choices=("fp32", "bf16"))
 
-    residual_precision: str = _option("fp32", "[dinofast] bf16: the sum that each branch of our ViTs adds to is kept in "
-        "bf16, not fp32: fewer bytes to move, less exact. Goes with --precision bf16.", choices=("fp32", "bf16"))
+    residual_precision: str = option("fp32", "[dinofast] bf16: the sum that each branch of our ViTs adds to is kept in "
+        "bf16, not fp32: fewer bytes to move, less exact. Goes with `precision` bf16.", choices=("fp32", "bf16"))
 
     # ---- crops
-    global_crops_scale: tuple[float, float] = _option((0.4, 1.0), "Smallest and largest share of the image's area in a global "
+    global_crops_scale: tuple[float, float] = option((0.4, 1.0), "Smallest and largest share of the image's area in a global "
         "crop. Without local crops take a wider range: 0.14 1.")
-    local_crops_number: int = _option(8, "Local crops per image; 0 switches multi-crop off (then --global_crops_scale 0.14 1).")
-    local_crops_scale: tuple[float, float] = _option((0.05, 0.4), "Smallest and largest share of the image's area in a local "
+    local_crops_number: int = option(8, "Local crops per image; 0 switches multi-crop off (then `global_crops_scale` 0.14 1).")
+    local_crops_scale: tuple[float, float] = option((0.05, 0.4), "Smallest and largest share of the image's area in a local "
         "crop.")
-    global_crops_size: int = _option(224, "[dinofast] Side of a global crop in pixels.")
-    local_crops_size: int = _option(96, "[dinofast] Side of a local crop in pixels.")
-    blur_radius: tuple[float, float] = _option((0.1, 2.0), "[dinofast] Smallest and largest radius of the Gaussian blur in "
+    global_crops_size: int = option(224, "[dinofast] Side of a global crop in pixels.")
+    local_crops_size: int = option(96, "[dinofast] Side of a local crop in pixels.")
+    blur_radius: tuple[float, float] = option((0.1, 2.0), "[dinofast] Smallest and largest radius of the Gaussian blur in "
         "pixels. Scale it down together with the crops.")
-    image_mean: tuple[float, float, float] = _option((0.485, 0.456, 0.406), "[dinofast] Mean of each channel in [0, 1].")
-    image_std: tuple[float, float, float] = _option((0.229, 0.224, 0.225), "[dinofast] Standard deviation of each channel.")
+    image_mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), "[dinofast] Mean of each channel in [0, 1].")
+    image_std: tuple[float, float, float] = option((0.229, 0.224, 0.225), "[dinofast] Standard deviation of each channel.")
 
     # ---- data, files, processes
-    data_path: str = _option("/path/to/imagenet/train/", "Folder of images (a tree, with or without class folders, or flat) "
+    data_path: str = option("/path/to/imagenet/train/", "Folder of images (a tree, with or without class folders, or flat) "
         "or of WebDataset .tar shards, one shard, a pattern such as shards-{000000..000146}.tar, or a text file with one path "
         "a line.")
-    output_dir: str = _option(".", "Folder of the checkpoints and of log.txt. A run found there is resumed.")
-    saveckp_freq: int = _option(20, "Keep a numbered checkpoint every so many epochs; 0 keeps none.")
-    saveckp_steps: int = _option(0, "[dinofast] Also save checkpoint.pth every so many steps; 0 saves at the end of each epoch "
+    output_dir: str = option(".", "Folder of the checkpoints and of log.txt. A run found there is resumed.")
+    saveckp_freq: int = option(20, "Keep a numbered checkpoint every so many epochs; 0 keeps none.")
+    saveckp_steps: int = option(0, "[dinofast] Also save checkpoint.pth every so many steps; 0 saves at the end of each epoch "
         "only.")
-    log_steps: int = _option(10, "[dinofast] Steps between two readings of the loss; the device is waited for only then.")
-    max_refused: float = _option(0.5, "[dinofast] Share of unreadable images at which the run stops.")
-    seed: int = _option(0, "Random seed of the weights, the order of images and the augmentation.")
-    num_workers: int = _option(10, "Threads (dali, native) or processes (pil) that make crops, per training process; at most "
+    log_steps: int = option(10, "[dinofast] Steps between two readings of the loss; the device is waited for only then.")
+    max_refused: float = option(0.5, "[dinofast] Share of unreadable images at which the run stops.")
+    seed: int = option(0, "Random seed of the weights, the order of images and the augmentation.")
+    num_workers: int = option(10, "Threads (dali, native) or processes (pil) that make crops, per training process; at most "
         "one per core is started.")
-    data_backend: str | None = _option(None, "[dinofast] What makes the crops: dali, decoding and cuts by NVIDIA DALI on the "
+    data_backend: str | None = option(None, "[dinofast] What makes the crops: dali, decoding and cuts by NVIDIA DALI on the "
         "GPU; native, C++ in threads; or pil, processes. native and pil make the same bits, dali the same but for rounding. "
         "Left alone: dali on a GPU where it is installed, else native where it was built.", choices=("dali", "native", "pil"))
-    hw_decoder_load: float = _option(0.0, "[dinofast] dali: share of the JPEGs for the GPU's decoding engine (A100, H100), "
+    hw_decoder_load: float = option(0.0, "[dinofast] dali: share of the JPEGs for the GPU's decoding engine (A100, H100), "
         "the rest is decoded by its cores. The two differ slightly: shares between 0 and 1 do not repeat a run exactly.")
-    device: str | None = _option(None, "[dinofast] cuda or cpu. Left alone: a GPU if there is one.", choices=("cuda", "cpu"))
-    dist_url: str = _option("env://", "Where processes meet; torchrun sets it up.")
-    local_rank: int = _option(0, "Ignored; torchrun sets it through the environment.")
+    device: str | None = option(None, "[dinofast] cuda or cpu. Left alone: a GPU if there is one.", choices=("cuda", "cpu"))
+    dist_url: str = option("env://", "Where processes meet; torchrun sets it up.")
+    local_rank: int = option(0, "Ignored; torchrun sets it through the environment.")
 
     def __post_init__(self) -> None:
         for name in ("data_path", "output_dir"):                # a Path would make a checkpoint that nothing reads
@@ -153,7 +148,7 @@ class Config:
             if isinstance(value, list):
                 object.__setattr__(self, f.name, tuple(value))
             elif "aliases" in f.metadata and isinstance(value, str | bool):
-                object.__setattr__(self, f.name, _meant(f.metadata["aliases"], value))
+                object.__setattr__(self, f.name, meant(f.metadata["aliases"], value))
 
     # ------------------------------------------------------------------------------------------------------------------
     @property
@@ -180,12 +175,12 @@ class Config:
         """Raise `ValueError` (one sentence: the value and the way out) for the first option that cannot be right."""
         for f in fields(self):
             value = getattr(self, f.name)
-            self._check_type(f.name, value, f.default)
+            self._check_type(f.name, value, f.default, f.metadata.get("type", str))
             numbers = value if isinstance(value, tuple) else (value,)
             if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
-                raise ValueError(f"--{f.name} is {value}: give a finite number.")
+                raise ValueError(f"`{f.name}` is {value}: give a finite number.")
             if f.metadata.get("choices") and value is not None and value not in f.metadata["choices"]:
-                raise ValueError(f"--{f.name} is '{value}': choose from {', '.join(f.metadata['choices'])}.")
+                raise ValueError(f"`{f.name}` is '{value}': choose from {', '.join(f.metadata['choices'])}.")
         for name in ("patch_size", "out_dim", "batch_size_per_gpu", "accumulate", "epochs", "head_layers", "head_hidden_dim",
                      "head_bottleneck_dim", "global_crops_size", "local_crops_size", "log_steps"):
             self._need(name, getattr(self, name) >= 1, "must be at least 1")
@@ -209,85 +204,51 @@ class Config:
         self._need("image_std", all(s > 0 for s in self.image_std), "must be three numbers above 0")
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
             if getattr(self, name) > self.epochs:
-                raise ValueError(f"--{name} is {getattr(self, name)} but --epochs is only {self.epochs}: the warm-up cannot be "
-                                 f"longer than the training; lower --{name} or raise --epochs.")
+                raise ValueError(f"`{name}` is {getattr(self, name)} but `epochs` is only {self.epochs}: the warm-up cannot be "
+                                 f"longer than the training; lower `{name}` or raise `epochs`.")
         if self.vit is not None:
             self._check_patches("global_crops_size", needed=True)
             self._check_patches("local_crops_size", needed=self.local_crops_number > 0)
         return self
 
-    def _check_type(self, name: str, value: Any, default: Any) -> None:
+    def _check_type(self, name: str, value: Any, default: Any, no_default: type = str) -> None:
         if isinstance(default, tuple):
             if not isinstance(value, tuple) or len(value) != len(default):
-                raise ValueError(f"--{name} is {value!r}: give {len(default)} numbers.")
+                raise ValueError(f"`{name}` is {value!r}: give {len(default)} numbers.")
             for v in value:
                 self._check_type(name, v, 0.0)
-        elif default is None:
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f"--{name} is {value!r}: give a word.")
+        elif default is None or default is MISSING:
+            wanted = (int, float) if no_default is float else no_default
+            if value is not default and not isinstance(value, wanted):
+                raise ValueError(f"`{name}` is {value!r}: give a {'word' if no_default is str else 'number'}.")
         else:
             wanted = (int, float) if isinstance(default, float) else type(default)
             if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool)):
                 kind = {bool: "True or False", int: "a whole number", float: "a number", str: "a word"}[type(default)]
-                raise ValueError(f"--{name} is {value!r}: give {kind}.")
+                raise ValueError(f"`{name}` is {value!r}: give {kind}.")
 
     def _need(self, name: str, good: bool, rule: str) -> None:
         if not good:
-            raise ValueError(f"--{name} is {_show(getattr(self, name))}: it {rule}.")
+            raise ValueError(f"`{name}` is {in_words(getattr(self, name))}: it {rule}.")
 
     def _check_patches(self, name: str, needed: bool) -> None:
         size, patch = getattr(self, name), self.patch_size
         if needed and size % patch:
             below, above = size // patch * patch, (size // patch + 1) * patch
             near = f"{below} or {above}" if below else f"{above}"
-            raise ValueError(f"--{name} {size} is not a multiple of --patch_size {patch}: take {near}, or another patch size.")
+            raise ValueError(f"`{name}` {size} is not a multiple of `patch_size` {patch}: take {near}, or another patch size.")
 
 
-def _meant(aliases: dict[str, str], value: str | bool) -> str | bool:
+def meant(aliases: dict[str, str], value: str | bool) -> str | bool:
     """The choice that `value` is another word for; itself where it is none."""
     return aliases.get(str(value).lower(), value)
 
 
-def _show(value: Any) -> str:
+def in_words(value: Any) -> str:
     return " ".join(str(v) for v in value) if isinstance(value, tuple) else str(value)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag per option, with underscores or dashes. Options that are not given are absent from the result."""
-    for f in fields(Config):
-        assert f.default is not MISSING
-        extra: dict[str, Any] = {}
-        if f.metadata.get("choices"):
-            extra["choices"] = f.metadata["choices"]
-        if aliases := f.metadata.get("aliases"):
-            extra["type"] = partial(_meant, aliases)
-        if isinstance(f.default, bool):
-            extra["type"], extra["metavar"] = parse_bool, "BOOL"
-        elif isinstance(f.default, tuple):
-            extra["type"], extra["nargs"], extra["metavar"] = float, len(f.default), "X"
-        elif f.default is not None:
-            extra["type"] = type(f.default)
-            extra["metavar"] = {int: "N", float: "X", str: "NAME"}[type(f.default)] if "choices" not in extra else None
-        default = "left open" if f.default is None else _show(f.default)
-        names = dict.fromkeys((f"--{f.name}", "--" + f.name.replace("_", "-")))
-        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"), **extra)
-
-
-def from_arguments(given: dict[str, Any]) -> Config:
-    """A checked `Config` from the options that were given on the command line."""
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    if "use_fp16" in given and "precision" not in given:
-        given["precision"] = "fp16" if given["use_fp16"] else "fp32"
-    return Config(**given).check()
 
 
 def nearest(word: str, words: list[str]) -> str:
     """' Did you mean X?' or nothing."""
     close = difflib.get_close_matches(word, words, n=1)
     return f" Did you mean {close[0]}?" if close else ""
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,38 +9,38 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from . import dist
-from .attention import activate, choose_attention
 from .config import Config
-from .cuda_graph import Captured
-from .linear import choose_library
 from .loss import LossStats
-from .low_precision import Copies, reading
-from .model import Model
+from .nn.attention import activate, select_attention
+from .nn.dino import Model
+from .nn.onednn_linear import select_library
+from .nn.vit import VisionTransformer
+from .nn.weight_copies import Copies, reading
 from .optim import OPTIMIZERS, param_groups
+from .runtime import distributed
+from .runtime.cuda_graph import Captured
 from .schedule import Schedule, step_seed
-from .vit import VisionTransformer
 
-_NOT_ONE_GRAPH = "batch statistics over several GPUs (--use_bn_in_head) do not go into a graph"
+_NOT_ONE_GRAPH = "batch statistics over several GPUs (`use_bn_in_head`) do not go into a graph"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Step:
     """`step(i, batches)` takes micro-batches from `batches`, does optimiser step i and returns its metrics, (5,) on the device
-    in the order of `log.METRICS`. Nothing in it waits for the device.
+    in the order of `METRICS`. Nothing in it waits for the device.
 
     model, optimizer, scaler (None without fp16): what a checkpoint holds. how: what does the work, in words. notes: what was
     asked for or is usual and is not done, and why. Raises ValueError for options that cannot be met here.
     """
 
-    def __init__(self, cfg: Config, model: Model, process: dist.Process, schedule: Schedule) -> None:
+    def __init__(self, cfg: Config, model: Model, process: distributed.Process, schedule: Schedule) -> None:
         self.model, self.process, device = model.to(process.device), process, process.device
         self.cfg, self.schedule = cfg, schedule
         self.precision = cfg.precision_on(device.type)
         self.notes: list[str] = []
         for name in ("teacher_precision", "residual_precision"):
             if getattr(cfg, name) == "bf16" != self.precision:      # autocast to fp16 refuses to join bf16 tensors with others
-                raise ValueError(f"--{name} bf16 goes with --precision bf16, and this run computes in {self.precision}: give "
+                raise ValueError(f"`{name}` bf16 goes with `precision` bf16, and this run computes in {self.precision}: give "
                                  "that too, or leave it out.")
         if cfg.teacher_precision == "bf16":
             model.teacher.to(torch.bfloat16)                  # the optimiser averages in float32 and rounds into it
@@ -117,11 +117,11 @@ class Step:
             asked = {"attention": cfg.attention, "linear": cfg.linear, "grad_checkpointing": cfg.grad_checkpointing,
                      "residual_precision": cfg.residual_precision == "bf16"}
             for flag in (flag for flag, given in asked.items() if given):
-                raise ValueError(f"--{flag} {getattr(cfg, flag)} is for our ViTs, not for {cfg.arch}: leave it out.")
+                raise ValueError(f"`{flag}` {getattr(cfg, flag)} is for our ViTs, not for {cfg.arch}: leave it out.")
             return ""
         device, dtype = self.process.device, _DTYPES[self.precision]
-        self.attention, note = choose_attention(cfg.attention, device, dtype, self._vits()[0].head_width)
-        library = choose_library(cfg.linear, device, dtype)
+        self.attention, note = select_attention(cfg.attention, device, dtype, self._vits()[0].head_width)
+        library = select_library(cfg.linear, device, dtype)
         for vit in self._vits():
             vit.set_execution(self.attention, device.type == "cpu" and not compiled,          # where shapes may change
                               cfg.grad_checkpointing, library, torch.bfloat16 if cfg.residual_precision == "bf16" else None)
@@ -138,12 +138,12 @@ class Step:
         if asked == "off" or (asked is None and not (on_gpu and self._vits())):
             return "not compiled"
         if not self._vits():
-            raise ValueError(f"--compile {asked} is for our ViTs, not for {self.cfg.arch}: leave it out, and compile a "
+            raise ValueError(f"`compile` {asked} is for our ViTs, not for {self.cfg.arch}: leave it out, and compile a "
                              "backbone of your own before you give it.")
         synced = on_gpu and self.process.world > 1 and self.cfg.use_bn_in_head
-        if reason := _NOT_ONE_GRAPH if synced else why_no_compiler(self.process.device):
+        if reason := _NOT_ONE_GRAPH if synced else compiler_unavailable_reason(self.process.device):
             if asked:
-                raise ValueError(f"--compile {asked} was asked for, but {reason}.")
+                raise ValueError(f"`compile` {asked} was asked for, but {reason}.")
             self.notes.append(f"not compiled, and slower for it: {reason}")
             return "not compiled"
         for network in (self.model.student, self.model.teacher):
@@ -157,26 +157,26 @@ class Step:
         if not self.cfg.cuda_graph:
             return ""
         reasons = {"there is no GPU": self.process.device.type != "cuda", "there are several processes": self.process.world > 1,
-                   f"--accumulate is {self.cfg.accumulate}": self.cfg.accumulate > 1}
+                   f"`accumulate` is {self.cfg.accumulate}": self.cfg.accumulate > 1}
         for reason, holds in reasons.items():
             if holds:
-                self.notes.append(f"--cuda_graph: without it, as {reason}")
+                self.notes.append(f"`cuda_graph`: without it, as {reason}")
                 return ""
         self.graph = Captured(self._whole, [p for p in self.model.student.parameters() if p.requires_grad])
         return "forward and backward as a CUDA graph"
 
 
-def why_no_compiler(device: torch.device) -> str:
-    """Why `torch.compile` does not work here, found by trying it on next to nothing; empty if it does."""
+def compiler_unavailable_reason(device: torch.device) -> str | None:
+    """Why `torch.compile` does not work here, found by trying it on next to nothing."""
     try:
         torch.compile(lambda x: x.exp() + 1, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as error:                     # whatever a compiler, or its absence, may raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return f"torch.compile does not work here ({first})"
-    return ""
+    return None
 
 
-def _distribute(model: Model, process: dist.Process) -> nn.Module:
+def _distribute(model: Model, process: distributed.Process) -> nn.Module:
     """Gradients averaged over processes; batch statistics too where torch can (on GPUs)."""
     if process.world == 1:
         return model

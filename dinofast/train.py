@@ -11,14 +11,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import checkpoint, dist, ops
+from . import checkpoint, ops
 from .config import Config
 from .data import Loader, make_loader
-from .log import EpochSums, Interrupted, Run, StopSignal, WorkerDied, counting
-from .memory import kept_memory, peak_memory
-from .model import Model, backbone_maker
+from .nn.dino import Model, backbone_maker
+from .runtime import distributed
+from .runtime.memory import kept_memory, peak_memory
+from .runtime.metrics import EpochSums
+from .runtime.progress import Run, counting
+from .runtime.signals import Interrupted, StopSignal
 from .schedule import Schedule
 from .step import Step
+
+
+class WorkerDied(RuntimeError):
+    """A process that loads data was killed from outside."""
 
 
 def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
@@ -26,7 +33,7 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
 
     backbone: makes any module that maps images (B, 3, h, w) to features (B, D); `cfg.arch` is then only a word in the log.
     Raises `ValueError` for options, data or a checkpoint that cannot be right (before anything is written),
-    `log.Interrupted` after SIGINT or SIGTERM with everything saved, `log.Diverged` when the loss stays non-finite.
+    `Interrupted` after SIGINT or SIGTERM with everything saved, `Diverged` when the loss stays non-finite.
     """
     if isinstance(backbone, nn.Module):
         raise ValueError(f"backbone is a {type(backbone).__name__}: give what makes one, a class or a function; it is called "
@@ -35,18 +42,18 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
         name = getattr(backbone, "__name__", "<lambda>")
         cfg = replace(cfg, arch="own backbone" if name == "<lambda>" else name)         # its crops need not be whole patches
     cfg.check()
-    with StopSignal() as stop, dist.session(cfg.device, cfg.dist_url) as process:
+    with StopSignal() as stop, distributed.session(cfg.device, cfg.dist_url) as process:
         return _train(cfg, backbone, process, stop)
 
 
-def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.Process, stop: StopSignal) -> Path:
+def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distributed.Process, stop: StopSignal) -> Path:
     ops.check_required()
     if backbone is None:
         backbone_maker(cfg)                               # an unknown name is told before a million files are listed
     loader = make_loader(cfg, rank=process.rank, world=process.world, device=process.device,
                          on_progress=counting("scanning files", process.is_main))
     if not process.all_equal(int(loader.fingerprint, 16) >> 66):
-        raise ValueError(f"process {process.rank} finds {loader.n_images} images in --data_path {cfg.data_path}, others "
+        raise ValueError(f"process {process.rank} finds {loader.n_images} images in `data_path` {cfg.data_path}, others "
                          "find different ones: all processes must see the same files.")
     with closing(loader), checkpoint.claim(Path(cfg.output_dir)) if process.is_main else nullcontext():
         try:
@@ -54,12 +61,12 @@ def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.
                 return _run(cfg, backbone, process, stop, loader)
         except RuntimeError as error:
             if "DataLoader worker" in str(error):         # torch raises it wherever the main thread happens to be
-                raise WorkerDied("a data worker was killed, often for lack of memory: lower --num_workers or the batch; the "
+                raise WorkerDied("a data worker was killed, often for lack of memory: lower `num_workers` or the batch; the "
                                  f"same command goes on from what was last saved in '{cfg.output_dir}'.") from error
             raise
 
 
-def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: dist.Process, stop: StopSignal,
+def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distributed.Process, stop: StopSignal,
          loader: Loader) -> Path:
     output_dir = Path(cfg.output_dir)
     path = output_dir / "checkpoint.pth"
@@ -140,7 +147,7 @@ def _first_step(position: checkpoint.Position, loader: Loader, batch: int) -> tu
     return start + min(inside, loader.steps_per_epoch), notes
 
 
-def _introduce(run: Run, cfg: Config, process: dist.Process, one_step: Step, loader: Loader, start: int, path: Path,
+def _introduce(run: Run, cfg: Config, process: distributed.Process, one_step: Step, loader: Loader, start: int, path: Path,
                notes: list[str]) -> None:
     parameters = sum(p.numel() for p in one_step.model.student.parameters())
     on_gpu = process.device.type == "cuda"
@@ -152,7 +159,7 @@ def _introduce(run: Run, cfg: Config, process: dist.Process, one_step: Step, loa
     run.say(f"loss: {ops.paths()['dino_loss'][process.device.type]}; step: {one_step.how}; crops: {loader.backend}{note}")
     run.tell_refused(loader.bad_files, Path(cfg.output_dir) / "bad_files.txt")
     if start >= cfg.epochs * loader.steps_per_epoch:
-        run.say(f"nothing left to do: '{path}' has {start} steps behind it; raise --epochs to go on")
+        run.say(f"nothing left to do: '{path}' has {start} steps behind it; raise `epochs` to go on")
     elif start:
         run.say(f"resumed from '{path}' after step {start} (epoch {start // loader.steps_per_epoch + 1} of {cfg.epochs})")
     for note in [*one_step.notes, *notes]:

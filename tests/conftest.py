@@ -123,7 +123,7 @@ _calls = {"cpp": 0, "triton": 0, "xformers": 0, "dali": 0}
 
 def pytest_configure(config):
     from dinofast import ops
-    from dinofast.attention import why_no_xformers
+    from dinofast.nn.attention import xformers_unavailable_reason
 
     if ops._choice._C is not None:
         for name in [n for n in dir(ops._choice._C) if not n.startswith("_")]:
@@ -136,8 +136,8 @@ def pytest_configure(config):
                               (colour, "colour"), (normalize, "normalize")):
             for name in names.split():
                 _count(module, name, "triton")
-    if torch.cuda.is_available() and not why_no_xformers():
-        from dinofast.attention import fmha
+    if torch.cuda.is_available() and not xformers_unavailable_reason():
+        from dinofast.nn.attention import fmha
 
         _count(fmha(), "memory_efficient_attention_forward_requires_grad", "xformers")
     from dinofast.data import backend_dali
@@ -158,7 +158,7 @@ def _count(module, name, kind):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """Of `make test`: two, but not on a GPU, of which some tests need most of the memory and others all of the time."""
-    from dinofast.config import cores
+    from dinofast.runtime.backends import cores
 
     return 0 if torch.cuda.is_available() else min(2, cores())
 
@@ -176,8 +176,8 @@ def pytest_testnodedown(node):
 
 def pytest_terminal_summary(terminalreporter):
     from dinofast import ops
-    from dinofast.attention import why_no_xformers
     from dinofast.data import backend_dali
+    from dinofast.nn.attention import xformers_unavailable_reason
 
     gpu = "no GPU here" if not torch.cuda.is_available() else "a GPU is here"
     interpreted = ops._choice.interpreted()
@@ -188,10 +188,10 @@ def pytest_terminal_summary(terminalreporter):
         "triton interpreted": done["triton"] if interpreted else f"not exercised: TRITON_INTERPRET is not 1 ({gpu})",
         "triton compiled": f"not exercised: TRITON_INTERPRET is 1 ({gpu})" if interpreted else done["triton"],
         "cuda": f"not exercised: no CUDA kernel in this version ({gpu})",
-        "xformers": done["xformers"] if torch.cuda.is_available() and not why_no_xformers() else
-        f"not exercised: {why_no_xformers() or 'it has nothing for a CPU'} ({gpu})",
+        "xformers": done["xformers"] if torch.cuda.is_available() and not xformers_unavailable_reason() else
+        f"not exercised: {xformers_unavailable_reason() or 'it has nothing for a CPU'} ({gpu})",
         "dali": f"{done['dali']}, on its {'GPU' if torch.cuda.is_available() else 'CPU'} operators" if _calls["dali"]
-        else f"NOT exercised: {backend_dali.missing() or 'no test of it was chosen'}",
+        else f"NOT exercised: {backend_dali.unavailable_reason() or 'no test of it was chosen'}",
     }
     terminalreporter.section("paths")
     for name, what in lines.items():

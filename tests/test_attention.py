@@ -13,8 +13,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
-from dinofast import attention as attention_module
-from dinofast.attention import activate, attention, choose_attention, fmha, layout
+from dinofast.nn import attention as attention_module
+from dinofast.nn.attention import activate, attention, fmha, select_attention
+from dinofast.nn.packing import layout
 from dinofast.testing import assert_no_worse
 
 CPU, HEADS = torch.device("cpu"), 3
@@ -70,7 +71,7 @@ def run(function, runs, cls_only, dtype, device=CPU, width=16):
 def need(name):
     """Skips a GPU test of what is not installed, with the reason; activates what is."""
     try:
-        choose_attention(name, torch.device("cuda", 0), torch.bfloat16, 64)
+        select_attention(name, torch.device("cuda", 0), torch.bfloat16, 64)
     except ValueError as error:
         pytest.skip(str(error))
     activate(name)
@@ -240,28 +241,28 @@ def test_xformers_compiles_into_one_graph(xformers, cls_only):
 
 # ---- which one serves
 @pytest.mark.parametrize(("asked", "device", "dtype", "capability", "installed", "chosen"), [
-    (None, "cuda", torch.bfloat16, (8, 0), True, ("xformers", "")),
-    (None, "cuda", torch.float16, (9, 0), True, ("xformers", "")),
+    (None, "cuda", torch.bfloat16, (8, 0), True, ("xformers", None)),
+    (None, "cuda", torch.float16, (9, 0), True, ("xformers", None)),
     (None, "cuda", torch.bfloat16, (9, 0), False, ("varlen", "not xformers: neither xformers nor mslk is installed")),
     (None, "cuda", torch.float32, (9, 0), True, ("sdpa", "not xformers: it needs bf16 or fp16 on a GPU, not float32 on cuda")),
-    (None, "cpu", torch.bfloat16, None, True, ("sdpa", "")),
+    (None, "cpu", torch.bfloat16, None, True, ("sdpa", None)),
     (None, "cuda", torch.float16, (7, 5), True,
      ("sdpa", "not xformers: Some GPU is older than the A100, for which its kernels are made")),
-    ("xformers", "cuda", torch.bfloat16, (8, 0), True, ("xformers", "")),
-    ("varlen", "cuda", torch.bfloat16, (8, 6), True, ("varlen", "")),
-    ("sdpa", "cuda", torch.bfloat16, (9, 0), True, ("sdpa", "")),
-    ("plain", "cpu", torch.float64, None, False, ("plain", "")),
-    ("fa3", "cuda", torch.bfloat16, (9, 0), True, ("fa3", "")),
-    ("cudnn", "cuda", torch.bfloat16, (8, 0), False, ("cudnn", "")),
+    ("xformers", "cuda", torch.bfloat16, (8, 0), True, ("xformers", None)),
+    ("varlen", "cuda", torch.bfloat16, (8, 6), True, ("varlen", None)),
+    ("sdpa", "cuda", torch.bfloat16, (9, 0), True, ("sdpa", None)),
+    ("plain", "cpu", torch.float64, None, False, ("plain", None)),
+    ("fa3", "cuda", torch.bfloat16, (9, 0), True, ("fa3", None)),
+    ("cudnn", "cuda", torch.bfloat16, (8, 0), False, ("cudnn", None)),
 ])
 def test_choice(machine, asked, device, dtype, capability, installed, chosen):
     machine(capability, installed)
-    assert choose_attention(asked, torch.device(device), dtype, 64) == chosen
+    assert select_attention(asked, torch.device(device), dtype, 64) == chosen
 
 
 def test_an_xformers_that_does_not_import_is_not_chosen(machine):
     machine((9, 0), True, ImportError("it was built for another torch\nand so on"))
-    assert choose_attention(None, torch.device("cuda"), torch.bfloat16, 64) == (
+    assert select_attention(None, torch.device("cuda"), torch.bfloat16, 64) == (
         "varlen", "not xformers: xformers does not import (it was built for another torch), and mslk does not import "
         "(it was built for another torch)")
 
@@ -276,7 +277,7 @@ def test_a_good_mslk_stands_in_for_an_xformers_that_does_not_import(machine, mon
         return good
 
     monkeypatch.setattr(attention_module.importlib, "import_module", import_module)
-    assert choose_attention(None, torch.device("cuda"), torch.bfloat16, 64) == ("xformers", "") and fmha() is good
+    assert select_attention(None, torch.device("cuda"), torch.bfloat16, 64) == ("xformers", None) and fmha() is good
 
 
 def test_what_a_failed_import_leaves_behind_is_not_taken(tmp_path, monkeypatch):
@@ -291,7 +292,7 @@ def test_what_a_failed_import_leaves_behind_is_not_taken(tmp_path, monkeypatch):
     try:
         for _ in range(2):
             fmha.cache_clear()
-            assert not attention_module.why_no_xformers() and fmha().__name__ == "mslk.attention.fmha"
+            assert not attention_module.xformers_unavailable_reason() and fmha().__name__ == "mslk.attention.fmha"
     finally:
         fmha.cache_clear()
         for name in [name for name in sys.modules if name.split(".")[0] in ("xformers", "mslk")]:
@@ -302,10 +303,10 @@ def test_an_old_torch_cannot_take_fa3_and_one_without_cudnn_has_none(machine, mo
     machine((9, 0), True)
     monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA4"], raising=False)
     with pytest.raises(ValueError, match="fa3 was asked for, but torch .* cannot take FlashAttention-3"):
-        choose_attention("fa3", torch.device("cuda"), torch.bfloat16, 64)
+        select_attention("fa3", torch.device("cuda"), torch.bfloat16, 64)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     with pytest.raises(ValueError, match="cudnn was asked for, but this torch is without cuDNN"):
-        choose_attention("cudnn", torch.device("cuda"), torch.bfloat16, 64)
+        select_attention("cudnn", torch.device("cuda"), torch.bfloat16, 64)
 
 
 def test_flash_attention_3_is_there_for_those_that_ask_for_it_alone(monkeypatch):
@@ -336,27 +337,27 @@ def test_cudnn_is_sdpa_by_its_own_kernel_and_leaves_single_queries_to_torch(monk
 @pytest.mark.parametrize("width, chosen", [(64, "xformers"), (256, "xformers"), (50, "sdpa"), (264, "sdpa")])
 def test_choice_by_the_width_of_a_head(machine, width, chosen):
     machine((9, 0), True)
-    impl, note = choose_attention(None, torch.device("cuda"), torch.bfloat16, width)
+    impl, note = select_attention(None, torch.device("cuda"), torch.bfloat16, width)
     assert impl == chosen and (not note or f"up to 256 in steps of 8, not {width}" in note)
 
 
 @pytest.mark.parametrize(("asked", "device", "dtype", "capability", "installed", "message"), [
-    ("flash", "cuda", torch.bfloat16, (9, 0), True, "attention is 'flash': choose from xformers, varlen, fa3, cudnn, sdpa,"),
-    ("", "cpu", torch.float32, None, True, "attention is '': choose from"),
+    ("flash", "cuda", torch.bfloat16, (9, 0), True, "`attention` is 'flash': choose from xformers, varlen, fa3, cudnn, sdpa,"),
+    ("", "cpu", torch.float32, None, True, "`attention` is '': choose from"),
     ("xformers", "cuda", torch.bfloat16, (9, 0), False,
-     "--attention xformers was asked for, but neither xformers nor mslk is installed: leave --attention out, or give sdpa."),
+     "`attention` xformers was asked for, but neither xformers nor mslk is installed: leave `attention` out, or give sdpa."),
     ("xformers", "cpu", torch.float32, None, True,
-     "but it needs bf16 or fp16 on a GPU, not float32 on cpu: leave --attention out, or give sdpa."),
-    ("varlen", "cuda", torch.float32, (9, 0), True, "--attention varlen was asked for, but it needs bf16 or fp16 on a GPU"),
-    ("varlen", "cuda", torch.bfloat16, (7, 0), True, "--attention varlen was asked for, but Some GPU is older than the A100"),
-    ("fa3", "cuda", torch.bfloat16, (8, 0), True, "--attention fa3 was asked for, but Some GPU is no H100 or H200"),
+     "but it needs bf16 or fp16 on a GPU, not float32 on cpu: leave `attention` out, or give sdpa."),
+    ("varlen", "cuda", torch.float32, (9, 0), True, "`attention` varlen was asked for, but it needs bf16 or fp16 on a GPU"),
+    ("varlen", "cuda", torch.bfloat16, (7, 0), True, "`attention` varlen was asked for, but Some GPU is older than the A100"),
+    ("fa3", "cuda", torch.bfloat16, (8, 0), True, "`attention` fa3 was asked for, but Some GPU is no H100 or H200"),
     ("fa3", "cuda", torch.bfloat16, (9, 0), False, "but flash_attn_interface is not installed (it is"),
-    ("cudnn", "cuda", torch.float32, (9, 0), True, "--attention cudnn was asked for, but it needs bf16 or fp16 on a GPU"),
+    ("cudnn", "cuda", torch.float32, (9, 0), True, "`attention` cudnn was asked for, but it needs bf16 or fp16 on a GPU"),
 ])
 def test_choice_refused(machine, asked, device, dtype, capability, installed, message):
     machine(capability, installed)
     with pytest.raises(ValueError) as error:
-        choose_attention(asked, torch.device(device), dtype, 64)
+        select_attention(asked, torch.device(device), dtype, 64)
     assert message in str(error.value)
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 from test_loader import SMALL, spoil
 
-from dinofast import bench_data, cli
-from dinofast.bench_data import Measured, measure, report, verdict
-from dinofast.config import Config, cores
+from dinofast import cli
+from dinofast.bench import data as bench_data
+from dinofast.bench.data import Measured, measure, report, verdict
+from dinofast.config import Config
 from dinofast.data import backend_dali, backend_native
+from dinofast.runtime.backends import cores
 
 FLAGS = [word for name, value in SMALL.items() if name != "num_workers" for word in (f"--{name}", str(value))]
 MEASURED = Measured("photos", 1000, [], 0.5, "native", "", 2, 64, 10, 4520, 10.0, [440.0, 452.0, 470.0], 4.4,
@@ -26,7 +28,7 @@ MEASURED = Measured("photos", 1000, [], 0.5, "native", "", 2, 64, 10, 4520, 10.0
 
 @pytest.fixture(params=["pil", "native", "dali"])
 def backend(request):
-    if reason := {"native": backend_native.missing(), "dali": backend_dali.missing()}.get(request.param):
+    if reason := {"native": backend_native.unavailable_reason(), "dali": backend_dali.unavailable_reason()}.get(request.param):
         pytest.skip(reason)
     return request.param
 

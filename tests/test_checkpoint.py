@@ -9,7 +9,7 @@ import torch
 
 from dinofast import SGDEMA, AdamWEMA, DINOHead, checkpoint, load_backbone, param_groups, vit_nano, vit_tiny
 from dinofast.config import Config
-from dinofast.model import Model
+from dinofast.nn.dino import Model
 
 CFG = Config(arch="vit_nano", patch_size=4, out_dim=32, head_hidden_dim=16, head_bottleneck_dim=8, local_crops_number=2,
              global_crops_size=16, local_crops_size=8, norm_last_layer=False)
@@ -57,8 +57,8 @@ def test_restore_is_exact(tmp_path):
     model2, optimizer2 = parts(other)
     position, changed = checkpoint.restore(path, model2, optimizer2, None, other)
     assert position == POSITION
-    assert sorted(changed) == ["--lr was 0.0005 and is now 0.1", "--precision was left open and is now bf16",
-                               "--seed was 0 and is now 5"]
+    assert sorted(changed) == ["`lr` was 0.0005 and is now 0.1", "`precision` was auto and is now bf16",
+                               "`seed` was 0 and is now 5"]
     torch.testing.assert_close(model2.state_dict(), model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(optimizer2.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
 
@@ -119,7 +119,7 @@ def test_nothing_is_half_loaded(tmp_path):
     model, optimizer = parts(wider)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"does not fit this student: 'head.last_layer.weight_g' is \(32, 1\) in the file and "
-                                         r"\(33, 1\) here, saved with --arch vit_nano"):
+                                         r"\(33, 1\) here, saved with `arch` vit_nano"):
         checkpoint.restore(path, model, optimizer, None, wider)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
@@ -194,7 +194,7 @@ def test_another_optimizer_is_named_before_anything_is_loaded(tmp_path):
     model, _ = parts(Config(**{**CFG.to_dict(), "seed": 3}))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     sgd = SGDEMA(param_groups(model.student), student=model.student, teacher=model.teacher)
-    with pytest.raises(ValueError, match="another optimiser .--optimizer adamw."):
+    with pytest.raises(ValueError, match="another optimiser .`optimizer` adamw."):
         checkpoint.restore(path, model, sgd, None, CFG)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dinofast import attention, cli, doctor, ops
+from dinofast import cli, ops
+from dinofast.commands import doctor
 from dinofast.config import Config
-from dinofast.linear import choose_library
+from dinofast.nn import attention
+from dinofast.nn.onednn_linear import select_library
 
 OFFICIAL_DEFAULTS = {
     "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True, "momentum_teacher": 0.996,
@@ -130,14 +132,14 @@ def test_data_errors_leave_nothing_behind(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     folders = ["--data_path", str(tmp_path / "empty"), "--output_dir", str(tmp_path / "out")]
     assert cli.main(["pretrain", *folders]) == 2
-    assert "holds no images" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "has no images" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"epochs": "3"}, "--epochs is '3': give a whole number"), ({"lr": "0.1"}, "--lr is '0.1': give a number"),
-    ({"global_crops_scale": 0.4}, "--global_crops_scale is 0.4: give 2 numbers"), ({"out_dim": 64.0}, "--out_dim is 64.0"),
-    ({"norm_last_layer": 1}, "--norm_last_layer is 1: give True or False"),
-    ({"precision": 16}, "--precision is 16: give a word"),
+    ({"epochs": "3"}, "`epochs` is '3': give a whole number"), ({"lr": "0.1"}, "`lr` is '0.1': give a number"),
+    ({"global_crops_scale": 0.4}, "`global_crops_scale` is 0.4: give 2 numbers"), ({"out_dim": 64.0}, "`out_dim` is 64.0"),
+    ({"norm_last_layer": 1}, "`norm_last_layer` is 1: give True or False"),
+    ({"precision": 16}, "`precision` is 16: give a word"),
 ])
 def test_options_of_the_wrong_type(options, words):
     with pytest.raises(ValueError, match=words.replace(".", "[.]")):
@@ -188,7 +190,7 @@ def test_doctor_says_what_and_why(capsys):
     assert "torch" in text and "GPU" in text
     for name, paths in ops.paths().items():
         assert f"{name:22} {paths['cpu']}" in text
-    library = choose_library(None, torch.device("cpu"), torch.float32)
+    library = select_library(None, torch.device("cpu"), torch.float32)
     assert (f"{'linear layers':22} the ViTs' large ones in fp32 by oneDNN" in text) == (library == "onednn")
     assert f"{'linear layers':22} torch's BLAS\n" in text                              # on cuda
 
@@ -200,7 +202,7 @@ def test_doctor_says_which_other_attention_a_gpu_has(monkeypatch):
     monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA3"], raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     for module in (attention, doctor):
-        monkeypatch.setattr(module, "why_no_xformers", lambda: "xformers is not installed")
+        monkeypatch.setattr(module, "xformers_unavailable_reason", lambda: "xformers is not installed")
     assert doctor._attention("cuda").startswith("varlen, over all packed crops") and doctor._attention("cuda").endswith(
         "; others: cudnn, sdpa, plain; not xformers: xformers is not installed; not fa3: Some GPU is no H100 or H200, for "
         "which its kernels are made")
@@ -215,8 +217,8 @@ def test_doctor_says_which_of_xformers_kernels_there_are(monkeypatch, there, wor
     def operator(name):
         return SimpleNamespace(FwOp=SimpleNamespace(NAME=there.get(name, "unused"), is_available=lambda: name in there))
 
-    monkeypatch.setattr(doctor, "why_no_xformers", lambda: "")
+    monkeypatch.setattr(doctor, "xformers_unavailable_reason", lambda: None)
     monkeypatch.setattr(doctor, "fmha", lambda: SimpleNamespace(flash3=operator("flash3"), flash=operator("flash")))
     assert words in doctor._xformers_operators()
-    monkeypatch.setattr(doctor, "why_no_xformers", lambda: "xformers is not installed")
+    monkeypatch.setattr(doctor, "xformers_unavailable_reason", lambda: "xformers is not installed")
     assert doctor._xformers_operators() == ""

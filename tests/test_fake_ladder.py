@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import record  # noqa: E402
 
-from dinofast.attention import ATTENTIONS  # noqa: E402
+from dinofast.nn.attention import ATTENTIONS  # noqa: E402
 
 
 @pytest.fixture(scope="module")

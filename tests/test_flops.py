@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinofast import bench_step, flops, official
+from dinofast.bench import baseline as official
+from dinofast.bench import flops
+from dinofast.bench import step as bench_step
 from dinofast.config import Config
-from dinofast.model import Model, build_backbone
+from dinofast.nn.dino import Model, build_backbone
 
 SMALL = dict(global_crops_size=32, local_crops_size=16, out_dim=50, head_hidden_dim=48, head_bottleneck_dim=24,
              batch_size_per_gpu=2)

@@ -33,7 +33,7 @@ from dinofast.data.dataset import ImageDataset, scan
 from dinofast.data.decode import ImageReader, UnreadableImage, decode, read_file
 from dinofast.data.loader import views
 
-pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "here")
+pytestmark = pytest.mark.skipif(bool(native.unavailable_reason()), reason=native.unavailable_reason() or "here")
 N_FILES, N_PLANS = int(os.environ.get("DINOFAST_FUZZ", 3000)), 1500
 SLOWEST_S, HUNG_S = 10, 600  # a file, which takes a millisecond; all of them
 KINDS = views(Config(global_crops_size=40, local_crops_size=17, local_crops_number=2))
@@ -227,8 +227,8 @@ def test_each_mutation_is_refused_and_gets_through_at_times(outcomes: dict[str, 
 @pytest.mark.parametrize("backend", ["native", "dali"])
 def test_a_run_over_all_of_them_refuses_the_same_files(folder: Path, outcomes: dict[str, Made], tmp_path: Path,
                                                        backend: str) -> None:
-    if backend == "dali" and backend_dali.missing():
-        pytest.skip(backend_dali.missing())
+    if backend == "dali" and backend_dali.unavailable_reason():
+        pytest.skip(backend_dali.unavailable_reason())
     cfg = Config(data_path=str(folder), output_dir=str(tmp_path), data_backend=backend, num_workers=2, batch_size_per_gpu=1,
                  global_crops_size=40, local_crops_size=17, local_crops_number=2, max_refused=1.0)
     with hang_ends_the_tests(), closing(make_loader(cfg)) as loader:

@@ -9,21 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dinofast"
-SERVICES = {"config", "schedule", "dist", "log", "memory", "data", "sample_data"}
+SERVICES = {"config", "schedule", "data"}
 LAYERS = [
-    {"_C"},
+    {"_C", "runtime"},
     {"reference", "kernels", "testing"},
     {"ops"},
-    {"made_once", "low_precision"},
-    {"attention", "linear"},
-    {"stochastic_depth"},
-    {"vit", "head", "loss", "optim"},
-    {"model", "cuda_graph", "flops"},
+    {"loss", "optim"},
+    {"nn"},
     {"checkpoint"},
     {"evaluate"},
-    {"step", "official"},
+    {"step"},
     {"train"},
-    {"demo", "doctor", "show_crops", "bench_data", "bench_step"},
+    {"bench"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
@@ -69,7 +67,7 @@ def test_imports_only_point_down(path):
         return
     for other in imports(path) - {me} - FREE:
         if me in SERVICES:
-            assert other in FREE | {"_C", "ops"}, f"{me} is a service and imports {other}"
+            assert other in FREE | {"_C", "ops", "runtime"}, f"{me} is a service and imports {other}"
         elif other in SERVICES:
             assert level(me) >= level("checkpoint"), f"{me} imports the service {other}"
         else:
@@ -83,8 +81,7 @@ def test_every_file_has_a_layer():
 
 def test_only_the_named_files_read_the_configuration():
     readers = {room(p) for p in files() if "config" in imports(p)} - {"__init__"}
-    assert readers <= {"model", "data", "schedule", "step", "train", "cli", "demo", "checkpoint", "doctor", "evaluate",
-                       "show_crops", "bench_data", "bench_step", "official"}
+    assert readers <= {"nn", "data", "schedule", "step", "train", "cli", "checkpoint", "commands", "evaluate", "bench"}
 
 
 def test_no_file_outgrows_its_room():

@@ -134,7 +134,7 @@ def test_official_folders(tmp_path, capsys, mean_pixel):
     assert "Shorter side 16, centre crop 14." in said                          # as the checkpoint was trained
     assert "Left out: k = 100, 200, more than the 21 training images" in said
     assert "broken.jpg" in said and "notes.txt" not in said
-    with pytest.raises(ValueError, match="--nb_knn is 50 but there are only 21 training images"):
+    with pytest.raises(ValueError, match="`nb_knn` is 50 but there are only 21 training images"):
         knn(data_path=tmp_path, nb_knn=[50], **mean_pixel)
 
 

@@ -232,7 +232,7 @@ def ladder(monkeypatch, tmp_path):
     """A function: `gpu.main` where each part takes half of what it may, or what `takes` says; the limits of the parts."""
     now = [0.0]
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(gpu, "why_no_gpu", lambda: "")
+    monkeypatch.setattr(gpu, "gpu_unavailable_reason", lambda: "")
     monkeypatch.setattr(record, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(record, "commit", lambda: "abc")
     monkeypatch.delenv("OUT", raising=False)

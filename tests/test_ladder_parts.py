@@ -19,10 +19,10 @@ import record  # noqa: E402
 import report  # noqa: E402
 import timing  # noqa: E402
 
-from dinofast import bench_step as step_clock  # noqa: E402
-from dinofast.attention import ATTENTIONS  # noqa: E402
-from dinofast.bench_step import Timed  # noqa: E402
+from dinofast.bench import step as step_clock  # noqa: E402
+from dinofast.bench.step import Timed  # noqa: E402
 from dinofast.config import Config  # noqa: E402
+from dinofast.nn.attention import ATTENTIONS  # noqa: E402
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -224,8 +224,8 @@ def test_what_the_best_has_is_no_candidate(steps):
 
 @pytest.mark.parametrize("option, message", [
     (("planted_option", "bf16"), "Config has no option 'planted_option' in this version"),
-    (("cuda_graph", "no truth value"), "--cuda_graph is 'no truth value': give True or False."),
-    (("teacher_precision", "bf16"), "--teacher_precision bf16 goes with --precision bf16")])
+    (("cuda_graph", "no truth value"), "`cuda_graph` is 'no truth value': give True or False."),
+    (("teacher_precision", "bf16"), "`teacher_precision` bf16 goes with `precision` bf16")])
 def test_an_option_that_is_unknown_or_refused_is_a_row_with_the_reason(option, message):
     case = candidates.Case(bench_step.rehearsal()[0], (option,))
     with pytest.raises(ValueError, match=message):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinofast import linear as linear_module
-from dinofast.linear import Linear, choose_library, linear
+from dinofast.nn import onednn_linear as linear_module
+from dinofast.nn.onednn_linear import Linear, linear, select_library
+from dinofast.nn.vit import vit_nano
 from dinofast.testing import assert_no_worse
-from dinofast.vit import vit_nano
 
 CPU = torch.device("cpu")
 
@@ -151,15 +151,15 @@ def test_choice(monkeypatch, cpu, vectors, chosen):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     linear_module._mkl_is_slow.cache_clear()
     try:
-        assert choose_library(None, CPU, torch.float32) == chosen
-        assert choose_library(None, CPU, torch.bfloat16) == choose_library(None, torch.device("cuda"), torch.float32) == "blas"
-        assert choose_library("onednn", CPU, torch.float32) == "onednn"
-        assert choose_library("blas", CPU, torch.float32) == "blas"
+        assert select_library(None, CPU, torch.float32) == chosen
+        assert select_library(None, CPU, torch.bfloat16) == select_library(None, torch.device("cuda"), torch.float32) == "blas"
+        assert select_library("onednn", CPU, torch.float32) == "onednn"
+        assert select_library("blas", CPU, torch.float32) == "blas"
         with torch.backends.mkldnn.flags(enabled=False):
-            assert choose_library(None, CPU, torch.float32) == "blas"
+            assert select_library(None, CPU, torch.float32) == "blas"
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
         linear_module._mkl_is_slow.cache_clear()
-        assert choose_library(None, CPU, torch.float32) == "blas"                              # its BLAS is not MKL
+        assert select_library(None, CPU, torch.float32) == "blas"                              # its BLAS is not MKL
     finally:
         linear_module._mkl_is_slow.cache_clear()
 
@@ -171,12 +171,12 @@ def test_linux_tells_whose_the_cpu_is():
 
 
 def test_what_cannot_be_is_said(monkeypatch):
-    with pytest.raises(ValueError, match="--linear onednn was asked for, but it is for fp32 on a CPU, not bfloat16 on cpu"):
-        choose_library("onednn", CPU, torch.bfloat16)
+    with pytest.raises(ValueError, match="`linear` onednn was asked for, but it is for fp32 on a CPU, not bfloat16 on cpu"):
+        select_library("onednn", CPU, torch.bfloat16)
     with pytest.raises(ValueError, match="not float32 on cuda"):
-        choose_library("onednn", torch.device("cuda"), torch.float32)
-    with pytest.raises(ValueError, match="linear is 'mkl': choose from blas, onednn"):
-        choose_library("mkl", CPU, torch.float32)
+        select_library("onednn", torch.device("cuda"), torch.float32)
+    with pytest.raises(ValueError, match="`linear` is 'mkl': choose from blas, onednn"):
+        select_library("mkl", CPU, torch.float32)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ValueError, match="this torch is without it"):
-        choose_library("onednn", CPU, torch.float32)
+        select_library("onednn", CPU, torch.float32)

@@ -43,7 +43,7 @@ def photographs(tmp_path_factory):
 @pytest.fixture(params=["pil", "native", "dali"])
 def config(request, photographs, tmp_path):
     """A small run on N photographs with each backend; its output folder is of this test alone."""
-    if reason := {"native": backend_native.missing(), "dali": backend_dali.missing()}.get(request.param):
+    if reason := {"native": backend_native.unavailable_reason(), "dali": backend_dali.unavailable_reason()}.get(request.param):
         pytest.skip(reason)
     options = {**SMALL, "data_path": str(photographs), "output_dir": str(tmp_path / "run"), "data_backend": request.param}
     return lambda **changes: Config(**{**options, **changes})
@@ -266,7 +266,7 @@ def test_backends_replace_alike(spoilt):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_images_stop_the_run(spoilt, workers):
     loader = make_loader(spoilt(num_workers=workers, max_refused=0.2))
-    with pytest.raises(ValueError, match="3 of 12 images are bad and --max_refused is 0.2: .*png"):
+    with pytest.raises(ValueError, match="3 of 12 images are bad and `max_refused` is 0.2: .*png"):
         for _ in range(4):
             next(loader)
     loader.close()
@@ -287,7 +287,7 @@ def test_the_share_is_of_the_images_drawn_so_far(config, tmp_path):
                 next(loader)
                 done += 1
         except ValueError as error:
-            assert raises and done < 8 and "images are bad and --max_refused is 0.1: " in str(error)
+            assert raises and done < 8 and "images are bad and `max_refused` is 0.1: " in str(error)
         else:
             assert not raises
         loader.close()
@@ -499,8 +499,8 @@ def test_a_damaged_shard_is_listed_and_the_rest_of_it_trained_on(config, sharded
 
 
 def test_fewer_images_than_a_step_takes(config):
-    with pytest.raises(ValueError, match=r"has 19 images but one step takes 24 \(--batch_size_per_gpu 4 x 3 processes x "
-                                         r"--accumulate 2\): lower --batch_size_per_gpu"):
+    with pytest.raises(ValueError, match=r"has 19 images but one step takes 24 \(`batch_size_per_gpu` 4 x 3 processes x "
+                                         r"`accumulate` 2\): lower `batch_size_per_gpu`"):
         make_loader(config(accumulate=2), world=3)
 
 

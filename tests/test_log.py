@@ -8,7 +8,9 @@ import torch
 
 from dinofast import checkpoint
 from dinofast.data import shards
-from dinofast.log import METRICS, Diverged, EpochSums, Interrupted, Run, StopSignal, collapse_warning
+from dinofast.runtime.metrics import METRICS, EpochSums, collapse_warning
+from dinofast.runtime.progress import Diverged, Run
+from dinofast.runtime.signals import Interrupted, StopSignal
 
 
 def run(folder, **changes):
@@ -72,7 +74,7 @@ LOG_K = math.log(4096)
 ])
 def test_collapse_is_said_in_words(loss, entropy, words):
     said = collapse_warning(loss, entropy, LOG_K)
-    assert (words is None and said is None) or (words in said and "If it stays" in said and "--teacher_temp" in said)
+    assert (words is None and said is None) or (words in said and "If it stays" in said and "`teacher_temp`" in said)
 
 
 def test_collapse_is_shown_at_the_end_of_an_epoch(tmp_path, capsys):
@@ -96,7 +98,7 @@ def test_live_bar_on_a_terminal(tmp_path):
     import subprocess
     import sys
 
-    code = ("from pathlib import Path; from dinofast.log import Run; "
+    code = ("from pathlib import Path; from dinofast.runtime.progress import Run; "
             "r = Run(Path('.'), True, steps_per_epoch=4, epochs=3, images_per_step=8, out_dim=64)\n"
             "with r.live(0, [0.0] * 7): r.show(4, [8.0, 0, 0, 0, 0, 4, 4], 0.001, 0.0); r.say('a word [in] between')")
     main, other = pty.openpty()

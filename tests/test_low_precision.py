@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinofast.linear import Linear
-from dinofast.low_precision import Copies, operand, reading
+from dinofast.nn.onednn_linear import Linear
+from dinofast.nn.vit import vit_nano
+from dinofast.nn.weight_copies import Copies, operand, reading
 from dinofast.optim import OPTIMIZERS, param_groups
-from dinofast.vit import vit_nano
 
 BF16 = torch.bfloat16
 

@@ -8,8 +8,8 @@ import weakref
 import pytest
 import torch
 
-from dinofast import made_once as module
-from dinofast.made_once import holding, made_once
+from dinofast.runtime import tensor_cache as module
+from dinofast.runtime.tensor_cache import holding, made_once
 
 
 @pytest.fixture

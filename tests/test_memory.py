@@ -4,12 +4,12 @@ import sys
 import pytest
 import torch
 
-from dinofast import memory
+from dinofast.runtime import memory
 
 FAULTS = """
 import resource, sys, torch
 from contextlib import nullcontext
-from dinofast.memory import kept_memory
+from dinofast.runtime.memory import kept_memory
 
 def now():
     with open("/proc/self/statm") as file:

@@ -15,7 +15,7 @@ from dinofast.data import backend_pil as pil
 from dinofast.data.augmentation import VIEW, draw
 from dinofast.data.loader import views
 
-pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "here")
+pytestmark = pytest.mark.skipif(bool(native.unavailable_reason()), reason=native.unavailable_reason() or "here")
 old_pillow = pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13,
                                 reason=f"Pillow before 13 resizes some boxes in another order, and this is {PIL.__version__}")
 

@@ -72,7 +72,7 @@ def test_no_thread_outlives_the_process_group(tmp_path, ends, failed):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(f'''
         import atexit, os, torch
-        from dinofast import dist
+        from dinofast.runtime import distributed
 
         def gloo():
             names = [open(f"/proc/self/task/{{thread}}/comm").read() for thread in os.listdir("/proc/self/task")]
@@ -81,7 +81,7 @@ def test_no_thread_outlives_the_process_group(tmp_path, ends, failed):
         atexit.register(lambda: print("left:", gloo()))         # the first to come is the last to go
 
         def train():
-            with dist.session("cpu", "file://{tmp_path}/meet"):
+            with distributed.session("cpu", "file://{tmp_path}/meet"):
                 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
                 model(torch.ones(1, 4)).sum().backward()
                 cycle = [model]

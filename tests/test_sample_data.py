@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinofast import demo, sample_data
+from dinofast.commands import demo, sample_data
 from dinofast.evaluate.knn import knn_classify
 
 
@@ -113,7 +113,7 @@ def test_pixels_and_colours_do_not_give_the_class_away():
 
 def test_the_demo_from_end_to_end(tmp_path, capsys):
     """Two steps on 160 images: nothing is learnt, everything is written, and a second call goes on from what is there."""
-    result = demo.run(tmp_path, epochs=1, device="cpu", n_images=160)
+    result = demo.demo(tmp_path, epochs=1, device="cpu", n_images=160)
     assert json.loads(json.dumps(result)) == json.loads((tmp_path / "result.json").read_text())
     assert (result["n_train"], result["n_val"], result["steps"], result["resumed"]) == (120, 40, 2, False)
     for name in ("raw_pixels", "untrained", "trained"):
@@ -124,7 +124,7 @@ def test_the_demo_from_end_to_end(tmp_path, capsys):
         assert image.size == (5 * 166 + 6, 10 * 166 + 6 + 22)
     said = capsys.readouterr().out
     assert "chance" in said and "raw pixels" in said and "Colour is a designed cue" in said
-    again = demo.run(tmp_path, epochs=1, device="cpu", n_images=160)
+    again = demo.demo(tmp_path, epochs=1, device="cpu", n_images=160)
     assert again["resumed"] and again["trained"] == result["trained"] and again["untrained"] == result["untrained"]
     with pytest.raises(ValueError, match="seed=1"):
-        demo.run(tmp_path, seed=1, epochs=1, device="cpu", n_images=160)
+        demo.demo(tmp_path, seed=1, epochs=1, device="cpu", n_images=160)

@@ -303,7 +303,7 @@ def test_patterns(pattern, names):
     ("{0..999999999999}", "more than 1,000,000 files"), ("{0..999}{0..9999}", "more than 1,000,000 files"),
 ])
 def test_patterns_that_cannot_be(pattern, words, tmp_path):
-    with pytest.raises(ValueError, match="--data_path .*" + words.replace("{", r"\{").replace("}", r"\}")):
+    with pytest.raises(ValueError, match="`data_path` .*" + words.replace("{", r"\{").replace("}", r"\}")):
         scan(str(tmp_path / pattern))
 
 

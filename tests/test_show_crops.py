@@ -6,6 +6,7 @@ from PIL import Image
 from test_loader import spoil
 
 from dinofast import cli
+from dinofast.commands.show_crops import CELL, GAP, LINE, LINES, describe, write
 from dinofast.config import Config
 from dinofast.data import dataset
 from dinofast.data.augmentation import VIEW, draw
@@ -13,7 +14,6 @@ from dinofast.data.backend_pil import render
 from dinofast.data.decode import decode
 from dinofast.data.loader import views
 from dinofast.data.sampler import epoch_order
-from dinofast.show_crops import CELL, GAP, LINE, LINES, describe, write
 
 
 def test_the_sheet_holds_the_crops_of_the_run(photographs, tmp_path):

@@ -15,12 +15,15 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import GOLDEN, GoldenLoader, golden_model
 
-from dinofast import checkpoint, cuda_graph, linear, vit
+from dinofast import checkpoint
 from dinofast import step as step_module
+from dinofast.bench.baseline import OfficialStep
 from dinofast.config import Config
-from dinofast.dist import Process
-from dinofast.model import Model
-from dinofast.official import OfficialStep
+from dinofast.nn import onednn_linear as linear
+from dinofast.nn import vit
+from dinofast.nn.dino import Model
+from dinofast.runtime import cuda_graph
+from dinofast.runtime.distributed import Process
 from dinofast.schedule import Schedule
 from dinofast.step import Step
 
@@ -283,16 +286,16 @@ def test_what_a_run_announces_of_its_step():
 
 def test_what_cannot_be_done_is_announced_or_refused(monkeypatch):
     step, _ = small(cuda_graph=True)
-    assert step.graph is None and step.notes == ["--cuda_graph: without it, as there is no GPU"]
-    monkeypatch.setattr(step_module, "why_no_compiler", lambda device: "there is no compiler")
-    with pytest.raises(ValueError, match="--compile on was asked for, but there is no compiler."):
+    assert step.graph is None and step.notes == ["`cuda_graph`: without it, as there is no GPU"]
+    monkeypatch.setattr(step_module, "compiler_unavailable_reason", lambda device: "there is no compiler")
+    with pytest.raises(ValueError, match="`compile` on was asked for, but there is no compiler."):
         small(compile="on")
-    with pytest.raises(ValueError, match="--linear onednn was asked for, but it is for fp32 on a CPU, not bfloat16 on cpu"):
+    with pytest.raises(ValueError, match="`linear` onednn was asked for, but it is for fp32 on a CPU, not bfloat16 on cpu"):
         small(linear="onednn", precision="bf16")
-    with pytest.raises(ValueError, match="--attention varlen was asked for, but it needs bf16 or fp16 on a GPU"):
+    with pytest.raises(ValueError, match="`attention` varlen was asked for, but it needs bf16 or fp16 on a GPU"):
         small(attention="varlen")
     for precision, flag in itertools.product(("fp32", "fp16"), ("teacher_precision", "residual_precision")):
-        with pytest.raises(ValueError, match=f"--{flag} bf16 goes with --precision bf16, and this run computes in {precision}"):
+        with pytest.raises(ValueError, match=f"`{flag}` bf16 goes with `precision` bf16, and this run computes in {precision}"):
             small(precision=precision, **{flag: "bf16"})
     other = Config(**{**SMALL.to_dict(), "arch": "own"})
 
@@ -304,31 +307,31 @@ def test_what_cannot_be_done_is_announced_or_refused(monkeypatch):
     assert foreign().how == "not compiled"
     for flag, value in {"attention": "plain", "linear": "blas", "compile": "on", "grad_checkpointing": True,
                         "residual_precision": "bf16"}.items():
-        with pytest.raises(ValueError, match=f"--{flag} .*for our ViTs, not for own"):
+        with pytest.raises(ValueError, match=f"`{flag}` .*for our ViTs, not for own"):
             foreign(**{"precision": "bf16", flag: value})
 
 
 def test_batch_statistics_over_several_gpus_are_not_compiled(monkeypatch):
     """torch's SyncBatchNorm breaks a graph, and ours are whole ones."""
-    monkeypatch.setattr(step_module, "why_no_compiler", lambda device: "")
+    monkeypatch.setattr(step_module, "compiler_unavailable_reason", lambda device: None)
     step, _ = small(use_bn_in_head=True)
     assert step._compile() == "not compiled" and not step.notes
     step.process = Process(0, 2, torch.device("cuda", 0))                       # nothing is put there
     assert step._compile() == "not compiled"
     assert step.notes == [f"not compiled, and slower for it: {step_module._NOT_ONE_GRAPH}"]
     step.cfg = Config(**{**step.cfg.to_dict(), "compile": "on"})
-    with pytest.raises(ValueError, match="--compile on was asked for, but batch statistics over several GPUs"):
+    with pytest.raises(ValueError, match="`compile` on was asked for, but batch statistics over several GPUs"):
         step._compile()
 
 
 def test_a_compiler_that_fails_is_found_out_before_the_first_step(monkeypatch):
-    assert step_module.why_no_compiler(CPU.device) == ""
+    assert step_module.compiler_unavailable_reason(CPU.device) is None
 
     def broken(*args, **arguments):
         raise RuntimeError("no g++\nand more")
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert step_module.why_no_compiler(CPU.device) == "torch.compile does not work here (no g++)"
+    assert step_module.compiler_unavailable_reason(CPU.device) == "torch.compile does not work here (no g++)"
 
 
 def test_a_bf16_teacher_follows_its_average_in_float32():

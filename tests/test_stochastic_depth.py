@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinofast import VisionTransformer, stochastic_depth
-from dinofast import vit as vit_module
-from dinofast.attention import layout
-from dinofast.stochastic_depth import draw_scales, draw_stretches
+from dinofast import VisionTransformer
+from dinofast.nn import drop_path as stochastic_depth
+from dinofast.nn import vit as vit_module
+from dinofast.nn.drop_path import draw_scales, draw_stretches
+from dinofast.nn.packing import layout
 
 CPU, MODES = torch.device("cpu"), ("mask", "leave_out")
 RATES = (0.0, 0.1, 0.25, 0.6)

@@ -13,10 +13,10 @@ from trajectory import GOLDEN, GoldenLoader, golden_backbone
 from dinofast import checkpoint, ops
 from dinofast import train as train_module
 from dinofast.config import Config
-from dinofast.head import DINOHead
-from dinofast.log import Diverged, Run
-from dinofast.model import Model, MultiCropWrapper
+from dinofast.nn.dino import Model, MultiCropWrapper
+from dinofast.nn.head import DINOHead
 from dinofast.optim import OPTIMIZERS, AdamWEMA
+from dinofast.runtime.progress import Diverged, Run
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_poisoned_batch_is_skipped_and_counted(monkeypatch, tmp_path):
 
 def test_training_that_stays_broken_ends_with_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(train_module, "make_loader", lambda cfg, **_: GoldenLoader(poison=range(2, 1000)))
-    with pytest.raises(Diverged, match="not been finite for 20 steps in a row.*--precision fp32"):
+    with pytest.raises(Diverged, match="not been finite for 20 steps in a row.*`precision` fp32"):
         train_module.train(options(tmp_path, epochs=40), backbone=golden_backbone)
     state = checkpoint.read(tmp_path / "checkpoint.pth")
     assert all(torch.isfinite(v).all() for v in state["student"].values())

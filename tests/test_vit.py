@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinofast import VisionTransformer, vit_base, vit_small, vit_tiny
-from dinofast.attention import layout
-from dinofast.stochastic_depth import draw_scales, draw_stretches
-from dinofast.vit import resampling
+from dinofast.nn.drop_path import draw_scales, draw_stretches
+from dinofast.nn.packing import layout, resampling
 
 TINY = dict(patch_size=8, embed_dim=48, depth=3, num_heads=3)
 

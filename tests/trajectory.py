@@ -5,7 +5,7 @@ import torch
 
 from dinofast import VisionTransformer
 from dinofast.config import Config
-from dinofast.model import Model
+from dinofast.nn.dino import Model
 
 GOLDEN = Config(arch="vit_tiny", patch_size=8, out_dim=160, head_hidden_dim=64, head_bottleneck_dim=24, norm_last_layer=False,
                 local_crops_number=4, global_crops_size=32, local_crops_size=16, batch_size_per_gpu=4, epochs=4,

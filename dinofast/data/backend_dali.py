@@ -6,9 +6,9 @@
 DALI's own color operators are not used: they are another augmentation. Its cut differs from Pillow's by rounding (0.2 levels
 of 255 on average), and so does decoding on a GPU.
 
-What is a plain JPEG goes to DALI as it is; everything else is decoded by PIL and goes there as PNM, which loses nothing. So
-all backends find the same files bad and replace them alike. Where DALI fails all the same, the batch's images are tried one by one, what
-it cannot decode is left to PIL from then on, and the same batch is made again by a new graph.
+What is a plain JPEG goes to DALI as it is; everything else is decoded by PIL and goes there as PNM, which loses nothing. So all
+backends find the same files bad and replace them alike. Where DALI fails all the same, the batch's images are tried one by one,
+what it cannot decode is left to PIL from then on, and the same batch is made again by a new graph.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ FRAMES, PROGRESSIVE = (0xC0, 0xC1, 0xC2), 0xC2  # markers of a JPEG: baseline, e
 TABLES, SCAN, END, ADOBE = (0xC4, 0xDB, 0xDD, 0xFE), 0xDA, 0xD9, 0xEE  # of Huffman codes, quanta, restarts, and comments
 
 
-def missing() -> str:
-    """Why this backend cannot be used here; empty if it can."""
+def unavailable_reason() -> str | None:
+    """Why this backend cannot be used here; None if it can."""
     try:
         found = importlib.util.find_spec("nvidia.dali")
     except ModuleNotFoundError:  # no package of that maker at all
         found = None
-    return "" if found else "NVIDIA DALI is not installed (pip install nvidia-dali-cuda130)"
+    return None if found else "NVIDIA DALI is not installed (pip install nvidia-dali-cuda130)"
 
 
 @cache

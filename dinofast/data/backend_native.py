@@ -31,9 +31,9 @@ AHEAD = 3  # micro-batches in the making
 _KINDS = {torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2}
 
 
-def missing() -> str:
-    """Why this backend cannot be used here; empty if it can."""
-    return "" if _C is not None else "the C++ core was not built (install again on a machine with a C++17 compiler)"
+def unavailable_reason() -> str | None:
+    """Why this backend cannot be used here; None if it can."""
+    return None if _C is not None else "the C++ core was not built (install again on a machine with a C++17 compiler)"
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -65,9 +65,9 @@ class Batches:
 
     `next` gives the crops, one tensor (V_r B, 3, S_r, S_r) per resolution, crop-major; the bad files met; and how many images
     were replaced. No crops if no image decodes any more. indices: (epoch, indices (B,)), endless. draw(epoch, indices): what is
-    drawn for them. decode(index, bad_files): the RGB image at the index or the next that decodes, and its index; no image if none does.
-    resolutions: number of crops and side, (V_r, S_r). norm_lut, dtype: see `render`; without a table the crops are uint8.
-    pinned: in memory from which a GPU copies without waiting. threads: 0 works in `next` itself.
+    drawn for them. decode(index, bad_files): the RGB image at the index or the next that decodes, and its index; no image if
+    none does. resolutions: number of crops and side, (V_r, S_r). norm_lut, dtype: see `render`; without a table the crops are
+    uint8. pinned: in memory from which a GPU copies without waiting. threads: 0 works in `next` itself.
     """
 
     def __init__(self, indices: Iterator[BatchIndices], draw: Callable[[int, np.ndarray], Draw],

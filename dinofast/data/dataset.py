@@ -47,6 +47,10 @@ class ImageDataset:
         path, member = self._place(i)
         return os.fsdecode(path + b"/" + self.members.names[i] if member else path)
 
+    def is_file(self, i: int) -> bool:
+        """Whether the image is a file of its own and not a member of a shard."""
+        return not self._place(i)[1]
+
     def read(self, i: int) -> bytes:
         """The whole encoded image. Raises `UnreadableImage`. Threads and forked workers may read at the same time."""
         path, member = self._place(i)
@@ -87,7 +91,7 @@ def scan(source: str, on_progress: Progress | None = None) -> ImageDataset:
         root, bad_files = os.fsencode(os.path.join(source, "")), []
         names = PackedStrings.of(_counted(_walk(root, bad_files), on_progress))
         if not len(names) and not bad_files:
-            raise ValueError(f"--data_path {source} has no images: none of its files or those below it ends in "
+            raise ValueError(f"`data_path` {source} has no images: none of its files or those below it ends in "
                              f"{' '.join((*shards.EXTENSIONS, '.tar'))}. Give a folder that has some.")
     else:
         root, bad_files = os.fsencode(os.path.dirname(source.partition("{")[0] if _is_pattern(source) else source)), []
@@ -99,7 +103,7 @@ def scan(source: str, on_progress: Progress | None = None) -> ImageDataset:
         digest.update(part)
     dataset = ImageDataset(root, names, members, digest.hexdigest(), bad_files)
     if not len(dataset):
-        raise ValueError(f"--data_path {source} has no readable images: {examples(bad_files)}.")
+        raise ValueError(f"`data_path` {source} has no readable images: {examples(bad_files)}.")
     return dataset
 
 
@@ -118,24 +122,24 @@ def _named(source: str, root: bytes) -> Iterable[bytes]:
         paths = shards.expand(source)
         if missing := [path for path in paths if not os.path.exists(path)]:
             more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
-            raise ValueError(f"--data_path {source} stands for {len(paths):,} files, of which {len(missing):,} are missing: "
+            raise ValueError(f"`data_path` {source} stands for {len(paths):,} files, of which {len(missing):,} are missing: "
                              f"{', '.join(missing[:3])}{more}; put them there, or name those that are.")
         return map(os.fsencode, paths)
     if os.path.exists(source) and not os.path.isfile(source):
-        raise ValueError(f"--data_path {source} is neither a folder nor a file: {WAYS}")
+        raise ValueError(f"`data_path` {source} is neither a folder nor a file: {WAYS}")
     try:
         with open(source, "rb") as file:
             if shards.is_shard(os.fsencode(source)):
                 return [os.fsencode(source)]
             text = file.read(4096)
             if b"\0" in text:  # before an archive of any size is read
-                raise ValueError(f"--data_path {source} is neither a folder nor a text file nor a .tar: {WAYS}")
+                raise ValueError(f"`data_path` {source} is neither a folder nor a text file nor a .tar: {WAYS}")
             text += file.read()
     except OSError as error:
-        raise ValueError(f"--data_path {source} cannot be read ({error.strerror}): {WAYS}") from error
+        raise ValueError(f"`data_path` {source} cannot be read ({error.strerror}): {WAYS}") from error
     lines = [line for line in map(bytes.strip, text.removeprefix(b"\xef\xbb\xbf").split(b"\n")) if line]
     if not lines:
-        raise ValueError(f"--data_path {source} lists no images: write one path a line into it.")
+        raise ValueError(f"`data_path` {source} lists no images: write one path a line into it.")
     return (os.path.join(root, line) for line in lines)
 
 

@@ -14,14 +14,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from dinofast import ops
-from dinofast.config import Config, cores
+from dinofast.config import Config
 from dinofast.data import backend_dali, backend_native, dataset, shared
 from dinofast.data.augmentation import Augmentation, View
 from dinofast.data.backend_pil import CropDataset
 from dinofast.data.bad_files import BadFileList
 from dinofast.data.decode import BadFiles, ImageReader
 from dinofast.data.sampler import batch_indices
-from dinofast.data.side_stream import SideStream
+from dinofast.runtime.backends import Selection, cores, select
+from dinofast.runtime.side_stream import SideStream
 
 ENOUGH_DRAWN = 100  # images, before the share of bad ones can end a run
 
@@ -69,9 +70,9 @@ class Loader:
         self.steps_per_epoch = self.n_images // global_batch
         if not self.steps_per_epoch:
             raise ValueError(
-                f"--data_path {cfg.data_path} has {self.n_images:,} images but one step takes {global_batch:,} "
-                f"(--batch_size_per_gpu {cfg.batch_size_per_gpu} x {world} processes x --accumulate {cfg.accumulate}): "
-                "lower --batch_size_per_gpu.")
+                f"`data_path` {cfg.data_path} has {self.n_images:,} images but one step takes {global_batch:,} "
+                f"(`batch_size_per_gpu` {cfg.batch_size_per_gpu} x {world} processes x `accumulate` {cfg.accumulate}): "
+                "lower `batch_size_per_gpu`.")
         self._n_drawn = self._n_replaced = 0
         self._bad_file_list, self._rank = BadFileList(os.path.join(cfg.output_dir, "bad_files.txt")), rank
         self._device, self._step, self._batches = device, start_step, None
@@ -181,19 +182,16 @@ class Loader:
     def _check_share(self, n_bad: int, n_drawn: int) -> None:
         """Raise `ValueError` if more than the allowed share of the images drawn is bad."""
         if n_drawn >= min(ENOUGH_DRAWN, self.n_images) and n_bad > self._max_bad * n_drawn:
-            raise ValueError(f"{n_bad:,} of {n_drawn:,} images are bad and --max_refused is {self._max_bad:g}: "
+            raise ValueError(f"{n_bad:,} of {n_drawn:,} images are bad and `max_refused` is {self._max_bad:g}: "
                              f"{dataset.examples(self.bad_files)}. Mend or remove these files; `dinofast check-data` "
                              "finds them all.")
 
 
-def choose_backend(asked: str | None, device_type: str) -> tuple[str, str]:
+def choose_backend(asked: str | None, device_type: str) -> Selection:
     """Which backend executes the plan, and why not a faster one. Raises `ValueError` if what was asked for cannot run here."""
-    reasons = {"dali": backend_dali.missing(), "native": backend_native.missing(), "pil": ""}
-    if asked and reasons[asked]:
-        raise ValueError(f"--data_backend {asked} was asked for, but {reasons[asked]}.")
+    reasons = {"dali": backend_dali.unavailable_reason(), "native": backend_native.unavailable_reason(), "pil": None}
     by_speed = ["dali", "native", "pil"] if device_type == "cuda" else ["native", "pil"]  # on a CPU DALI is for tests
-    best = asked or next(backend for backend in by_speed if not reasons[backend])
-    return best, "" if asked else "; ".join(reasons[backend] for backend in by_speed[: by_speed.index(best)])
+    return select("data_backend", asked, reasons, by_speed)
 
 
 def views(cfg: Config) -> tuple[View, ...]:

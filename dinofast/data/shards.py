@@ -1,8 +1,8 @@
 """WebDataset shards: the images in a tar archive, and the patterns that name many archives.
 
 Their headers are read when a run starts, for the offsets of the members; an image is then read from its place in the archive,
-by one `os.pread`. That wants a file system with random access, local or over the network. In return there is no shuffle buffer and
-no sharing out of shards: the order of an epoch, resuming and replacing are those of single files.
+by one `os.pread`. That wants a file system with random access, local or over the network. In return there is no shuffle buffer
+and no sharing out of shards: the order of an epoch, resuming and replacing are those of single files.
 """
 
 from __future__ import annotations
@@ -150,11 +150,11 @@ def expand(pattern: str) -> list[str]:
     for i, piece in enumerate(pieces):
         choices.append(_alternatives(piece, pattern) if i % 2 else [piece])
         if not i % 2 and ("{" in piece or "}" in piece):
-            raise ValueError(f"--data_path {pattern} has braces that are nested or not closed: write each pattern by itself, "
+            raise ValueError(f"`data_path` {pattern} has braces that are nested or not closed: write each pattern by itself, "
                              "as in shards-{000000..000146}.tar.")
         n *= len(choices[-1])
         if n > MOST:
-            raise ValueError(f"--data_path {pattern} stands for more than {MOST:,} files: write fewer.")
+            raise ValueError(f"`data_path` {pattern} stands for more than {MOST:,} files: write fewer.")
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
@@ -163,7 +163,7 @@ def _alternatives(inside: str, pattern: str) -> range | list[str]:
         return inside.split(",")
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside, re.ASCII)
     if not numbers or int(numbers[1]) > int(numbers[2]):
-        raise ValueError(f"--data_path {pattern} holds {{{inside}}}, neither a range such as {{000000..000146}} nor a list "
+        raise ValueError(f"`data_path` {pattern} holds {{{inside}}}, neither a range such as {{000000..000146}} nor a list "
                          "such as {a,b}: write one of them.")
     first, last = int(numbers[1]), int(numbers[2])
     last = min(last, first + MOST)  # one more than is allowed is enough to know

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint import arguments, load_backbone
-from ..config import cores
-from ..dist import pick_device
-from ..vit import VisionTransformer
+from ..nn.vit import VisionTransformer
+from ..runtime.backends import cores
+from ..runtime.distributed import pick_device
 from .images import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, LabelledImages, train_and_val
 
 CHUNK_ELEMENTS = 2**26      # of the similarity matrix held at a time: 256 MiB in fp32
@@ -93,14 +93,14 @@ def knn(pretrained_weights: str | Path, data_path: str | Path, *, checkpoint_key
     """
     where = pick_device(device)
     if min(nb_knn) < 1:
-        raise ValueError(f"--nb_knn is {min(nb_knn)}: a number of neighbours is at least 1.")
+        raise ValueError(f"`nb_knn` is {min(nb_knn)}: a number of neighbours is at least 1.")
     if not 0 < temperature < math.inf:
-        raise ValueError(f"--temperature is {temperature}: it must be a number above 0.")
-    for name, value in (("--resize", resize), ("--crop", crop), ("--batch_size_per_gpu", batch_size_per_gpu)):
+        raise ValueError(f"`temperature` is {temperature}: it must be a number above 0.")
+    for name, value in (("`resize`", resize), ("`crop`", crop), ("`batch_size_per_gpu`", batch_size_per_gpu)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1.")
     if num_workers < 0:
-        raise ValueError(f"--num_workers is {num_workers}: it must not be negative.")
+        raise ValueError(f"`num_workers` is {num_workers}: it must not be negative.")
     trained_with = arguments(pretrained_weights)
     crop = crop or trained_with.get("global_crops_size", 224)
     transform = EvalTransform(resize or round(crop * 256 / 224), crop, tuple(trained_with.get("image_mean", IMAGENET_MEAN)),
@@ -110,12 +110,12 @@ def knn(pretrained_weights: str | Path, data_path: str | Path, *, checkpoint_key
     backbone = load_backbone(pretrained_weights, checkpoint_key, arch, patch_size)
     patch = backbone.patch_embed.patch_size if isinstance(backbone, VisionTransformer) else 1      # timm's is a pair
     if crop % patch:
-        raise ValueError(f"--crop {crop} is not a multiple of the patch size {patch}: take {max(crop // patch, 1) * patch}.")
+        raise ValueError(f"`crop` {crop} is not a multiple of the patch size {patch}: take {max(crop // patch, 1) * patch}.")
     (train_features, train_labels), (test_features, test_labels) = (
         extract_features(backbone, images, where, batch_size_per_gpu, min(num_workers, cores())) for images in (train, val))
     fitting = [k for k in nb_knn if k <= len(train_labels)]
     if not fitting:
-        raise ValueError(f"--nb_knn is {' '.join(map(str, nb_knn))} but there are only {len(train_labels)} training images: "
+        raise ValueError(f"`nb_knn` is {' '.join(map(str, nb_knn))} but there are only {len(train_labels)} training images: "
                          "give a smaller number.")
     if left_out := [k for k in nb_knn if k not in fitting]:
         print(f"Left out: k = {', '.join(map(str, left_out))}, more than the {len(train_labels)} training images.")

@@ -26,8 +26,8 @@ import torch  # noqa: E402
 from device import DEVICE  # noqa: E402
 from torch._subclasses import fake_tensor  # noqa: E402
 
-from dinofast import bench_step as step_clock  # noqa: E402
-from dinofast.model import Model  # noqa: E402
+from dinofast.bench import step as step_clock  # noqa: E402
+from dinofast.nn.dino import Model  # noqa: E402
 
 GIB = 2**30
 

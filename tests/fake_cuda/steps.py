@@ -27,11 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 device.enter()
 
-from dinofast import attention, head, loss, vit  # noqa: E402
+from dinofast import loss  # noqa: E402
 from dinofast import step as step_module  # noqa: E402
 from dinofast.config import Config  # noqa: E402
-from dinofast.dist import Process  # noqa: E402
-from dinofast.model import Model  # noqa: E402
+from dinofast.nn import attention, head, vit  # noqa: E402
+from dinofast.nn.dino import Model  # noqa: E402
+from dinofast.runtime.distributed import Process  # noqa: E402
 from dinofast.schedule import Schedule  # noqa: E402
 
 CASES: list[dict[str, Any]] = [
@@ -125,9 +126,9 @@ def prepare(backend: str | Callable | None) -> None:
         usual = torch.nn.Module.compile
         torch.nn.Module.compile = lambda self, *args, **options: usual(self, *args, **{**options, "backend": backend})
     torch.nn.init.trunc_normal_ = lambda tensor, *args, **options: tensor                 # reads what it draws
-    step_module.why_no_compiler = lambda device: ""
-    attention.why_no_xformers = attention.why_no_cudnn = lambda: ""
-    attention.why_no_fa3 = lambda device: ""
+    step_module.compiler_unavailable_reason = lambda device: None
+    attention.xformers_unavailable_reason = attention.cudnn_unavailable_reason = lambda: None
+    attention.fa3_unavailable_reason = lambda device: None
     step_module.activate = lambda impl: None
 
 

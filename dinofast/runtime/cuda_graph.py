@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .loss import LossStats
-from .made_once import holding
+from .tensor_cache import holding
 
 WARM_UP = 3                              # steps done eagerly first: they compile, allocate and start libraries
 
@@ -21,12 +21,12 @@ class Captured:
     for the device. What it returns is overwritten by the next call.
     """
 
-    def __init__(self, whole: Callable[[list[Tensor], Tensor], LossStats], parameters: Sequence[Tensor]) -> None:
+    def __init__(self, whole: Callable[[list[Tensor], Tensor], Any], parameters: Sequence[Tensor]) -> None:
         self._whole, self._parameters, self._done = whole, parameters, 0
         self._stream: torch.cuda.Stream | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, crops: list[Tensor], teacher_temp: Tensor) -> LossStats:
+    def __call__(self, crops: list[Tensor], teacher_temp: Tensor) -> Any:
         if self._graph is None and self._done < WARM_UP:
             self._done += 1
             return self._eagerly(crops, teacher_temp)
@@ -39,7 +39,7 @@ class Captured:
             p.grad = grad                                     # the optimiser lets go of them after each step
         return self._stats
 
-    def _eagerly(self, crops: list[Tensor], teacher_temp: Tensor) -> LossStats:
+    def _eagerly(self, crops: list[Tensor], teacher_temp: Tensor) -> Any:
         if self._stream is None:
             self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())

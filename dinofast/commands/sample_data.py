@@ -1,4 +1,4 @@
-"""A small data set of drawn objects, written as ordinary JPEGs, so that the demo and the tests need no download.
+"""Write a small labeled data set of drawn objects: ordinary JPEGs in class folders, so that nothing need be downloaded.
 
 A class is a texture and a silhouette. Its object lies at a random place on a ground of coloured cells, in two tones of a
 palette that it shares with one other class: colour alone names the class in at most half of the cases.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy import abs, cos, hypot, maximum, minimum, pi, sin
 from PIL import Image
+
+from ..config import option
 
 TEXTURES = ("stripes", "checks", "dots", "rings", "spokes", "blobs", "waves", "grid", "bricks", "scales")
 SILHOUETTES = ("slab", "square", "peanut", "disc", "star", "blob", "triangle", "diamond", "cross", "half_disc")
@@ -22,6 +25,20 @@ PALETTE_HUES = ((0.96, 0.08), (0.30, 0.42), (0.10, 0.22), (0.52, 0.64), (0.74, 0
 PALETTE_OF = tuple(c % len(PALETTES) for c in range(len(CLASSES)))
 CELLS = 18
 VALIDATION_EVERY = 4        # images 4, 8, 12 ... of a class are for validation: three quarters are left to train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    folder: str = option(MISSING, "made if it is not there", metavar="DIR", positional=True)
+    n_images: int = option(4000, "of ten classes, three quarters to train")
+    size: int = option(48, "side in pixels")
+    seed: int = option(0)
+
+
+def run(options: Options) -> None:
+    write(**asdict(options))
+    print(f"{options.n_images} images in '{options.folder}': train/ and val/ with class folders, masks/ of the objects; "
+          f"pretrain --data_path {Path(options.folder) / 'train'}, then knn --data_path {options.folder}")
 
 
 def write(folder: str | Path, n_images: int = 4000, size: int = 48, seed: int = 0,
@@ -167,7 +184,7 @@ def _save(pixels: np.ndarray, path: Path, kind: str, **options: int) -> None:
 def _readme(n_images: int, size: int, seed: int) -> str:
     pairs = "\n".join(f"  {name}: {', '.join(c for c, p in zip(CLASSES, PALETTE_OF, strict=True) if p == i)}"
                       for i, name in enumerate(PALETTES))
-    return f"""Drawn objects on coloured cells, written by dinofast.sample_data.write.
+    return f"""Drawn objects on coloured cells, written by dinofast.commands.sample_data.write.
 n_images={n_images} size={size} seed={seed}
 
 train/ and val/ hold one folder for each class, masks/ holds where the object is (255) under the same names.

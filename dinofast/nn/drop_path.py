@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import Layout, layout_anew
-from .made_once import made_once
+from ..runtime.tensor_cache import made_once
+from .packing import Layout, layout_anew
 
 LEAST = 2**20                            # tokens of a sequence, times its width squared: with fewer, leaving it out costs more
 ROUND = 64                               # tokens

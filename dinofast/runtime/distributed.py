@@ -51,7 +51,7 @@ class Process:
 def pick_device(name: str | None) -> torch.device:
     """The device that "cuda", "cpu" or None (a GPU where there is one) means. Raises `ValueError` when cuda is absent."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu, or see what `dinofast doctor` says.")
+        raise ValueError("`device` cuda: torch sees no GPU here; use `device` cpu, or see what `dinofast doctor` says.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

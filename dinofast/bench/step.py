@@ -13,17 +13,17 @@ from textwrap import wrap
 import torch
 from torch import Tensor
 
-from .config import Config
-from .data import Loader, backend_dali, backend_native, make_loader
-from .dist import Process, pick_device
+from ..config import Config
+from ..data import Loader, backend_dali, backend_native, make_loader
+from ..nn.dino import Model
+from ..nn.vit import VisionTransformer
+from ..runtime.distributed import Process, pick_device
+from ..runtime.memory import kept_memory
+from ..runtime.progress import counting
+from ..schedule import Schedule
+from ..step import Step
+from .baseline import OfficialStep
 from .flops import image_flops, peak_flops
-from .log import counting
-from .memory import kept_memory
-from .model import Model
-from .official import OfficialStep
-from .schedule import Schedule
-from .step import Step
-from .vit import VisionTransformer
 
 PARTS = {                                      # of a step, in its order, and what is in them
     "data": "the wait for crops; random ones are there from the start",
@@ -131,7 +131,7 @@ def wait(device: torch.device) -> None:
 
 def new_model(cfg: Config) -> Model:
     if cfg.vit is None:
-        raise ValueError(f"--arch {cfg.arch}: the operations of our ViTs alone are counted; take vit_tiny, vit_small, vit_base "
+        raise ValueError(f"`arch` {cfg.arch}: the operations of our ViTs alone are counted; take vit_tiny, vit_small, vit_base "
                          "or vit_nano.")
     return Model.from_config(cfg)
 
@@ -171,12 +171,12 @@ def measure(cfg: Config, folder: str | None, seconds: float, say: Callable[[str]
     """Time ours on random crops, on those of `folder` if one is given, and the official loop, in turns; returns the report.
 
     say: called with a line now and then, the first ones on what is timed. The official loop runs as published: fp16 on a GPU
-    unless --precision is fp32, fp32 on a CPU. Raises ValueError for what that loop has not got, for a backbone that is not one
+    unless `precision` is fp32, fp32 on a CPU. Raises ValueError for what that loop has not got, for a backbone that is not one
     of our ViTs, and for a folder that will not do.
     """
     for name, value, only in (("accumulate", cfg.accumulate, 1), ("optimizer", cfg.optimizer, "adamw")):
         if value != only:
-            raise ValueError(f"--{name} is {value}: the official loop that is timed beside has {only} alone; leave it out.")
+            raise ValueError(f"`{name}` is {value}: the official loop that is timed beside has {only} alone; leave it out.")
     device, cfg = pick_device(cfg.device), replace(cfg, freeze_last_layer=0)
     schedule, official_cfg = schedule_of(cfg, device), replace(cfg, precision=official_precision(cfg, device))
     theirs, their_model = Clock(device), new_model(cfg)

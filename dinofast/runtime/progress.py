@@ -1,4 +1,4 @@
-"""What a person sees of a run and what is written of it: progress, log.txt, warnings in words, signals."""
+"""What a person sees of a run and what is written of it: progress, log.txt, warnings in words."""
 
 from __future__ import annotations
 
@@ -6,89 +6,20 @@ import itertools
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
-import torch
-from torch import Tensor
+from .metrics import METRICS, N_SUMS, collapse_warning
 
-METRICS = ("loss", "teacher_entropy", "kl", "center_norm", "grad_norm")
 PLAIN_LINE_S = 10.0                   # without a terminal, one line at most so often
-N_SUMS = len(METRICS) + 2              # and the number of good steps, and of all steps
 GIVE_UP_AFTER = 20                    # steps in a row without a finite loss or gradient
 
 
 class Diverged(RuntimeError):
     """Training cannot go on: the loss or the gradient has not been finite for many steps in a row."""
-
-
-class WorkerDied(RuntimeError):
-    """A process that loads data was killed from outside."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop; everything is saved. No `Exception`, which some on the way take for a damaged file."""
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.signum = signum
-
-
-class StopSignal:
-    """SIGINT and SIGTERM ask for an orderly end instead of ending the process; a second SIGINT ends it at once."""
-
-    def __init__(self) -> None:
-        self.signum = 0
-        self.training = False                   # before the first step nothing is there to finish: a signal ends it at once
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> StopSignal:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[signum] = signal.signal(signum, self._caught)
-            except ValueError:                                 # not in the main thread: signals are the caller's affair there
-                break
-        return self
-
-    def _caught(self, signum: int, frame: FrameType | None) -> None:
-        if not self.training:
-            raise Interrupted(signum, "stopped before the first step; nothing has changed.")
-        if self.signum and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signum = signum
-        if os.environ.get("RANK", "0") == "0":
-            again = "; Ctrl-C again ends at once" if signum == signal.SIGINT else ""
-            os.write(2, f"\nstopping: this step is finished and saved first{again}\n".encode())
-
-    def __exit__(self, *exc: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)                     # type: ignore[arg-type]
-
-
-class EpochSums:
-    """Running sums of the metrics over an epoch, on the device: adding to them never waits."""
-
-    def __init__(self, device: torch.device, saved: list[float]) -> None:
-        values = saved if len(saved) == N_SUMS else [0.0] * N_SUMS
-        self._sums = torch.tensor(values, dtype=torch.float64, device=device)
-
-    def add(self, metrics: Tensor) -> None:
-        """metrics (5,), in the order of METRICS; of a step with a value that is not finite only the step is counted."""
-        good = torch.isfinite(metrics).all()
-        self._sums[:-1] += torch.where(good, torch.cat((metrics.double(), good.double()[None])), 0.0)
-        self._sums[-1] += 1
-
-    def read(self) -> list[float]:
-        """The sums of the metrics, the number of good steps, the number of steps; waits for the device."""
-        return self._sums.tolist()
-
-    def clear(self) -> None:
-        self._sums.zero_()
 
 
 class Run:
@@ -154,7 +85,7 @@ class Run:
         self._bad_in_a_row = self._bad_in_a_row + bad if bad == new_steps else 0
         if self._bad_in_a_row >= GIVE_UP_AFTER:
             raise Diverged(f"the loss or its gradient has not been finite for {self._bad_in_a_row} steps in a row; the weights "
-                           "are those of the last good step. Try --precision fp32, a lower --lr, or a smaller --clip_grad.")
+                           "are those of the last good step. Try `precision` fp32, a lower `lr`, or a smaller `clip_grad`.")
         now = time.perf_counter()
         elapsed = max(now - self._clock, 1e-9)
         if counted > 0:
@@ -217,20 +148,6 @@ def counting(what: str, is_main: bool) -> Callable[[int, int], None]:
             spoken = time.perf_counter()
 
     return tell
-
-
-def collapse_warning(loss: float, teacher_entropy: float, log_k: float) -> str | None:
-    """A sentence when the teacher says nothing (every prototype alike) or always the same (one prototype for all images)."""
-    if log_k == 0:
-        return None
-    if loss > 0.99 * log_k and teacher_entropy > 0.99 * log_k:
-        return (f"the loss {loss:.3f} sits at log K = {log_k:.3f}: teacher and student have collapsed to a uniform output. "
-                "If it stays, lower --teacher_temp and --warmup_teacher_temp (0.03), lower --out_dim for small data, "
-                "raise --lr or its batch.")
-    if teacher_entropy < 0.01 * log_k:
-        return (f"the teacher's entropy {teacher_entropy:.4f} is near 0: it gives one prototype to nearly everything. "
-                "If it stays, raise --teacher_temp, raise --momentum_teacher, or lower --lr.")
-    return None
 
 
 def _epoch_of(line: str) -> float:

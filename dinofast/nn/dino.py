@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..config import VITS, Config, nearest
+from ..loss import DINOLoss
 from . import vit
-from .config import VITS, Config, nearest
 from .head import DINOHead
-from .loss import DINOLoss
+from .packing import Patches
 
 _CLASSIFIERS = ("fc", "head", "heads", "classifier")        # where torchvision keeps the layer that makes class scores
 
@@ -31,8 +32,8 @@ class MultiCropWrapper(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, crops: Tensor | Sequence[Tensor] | vit.Patches, drawn: list | None = None) -> Tensor:
-        if isinstance(crops, vit.Patches):
+    def forward(self, crops: Tensor | Sequence[Tensor] | Patches, drawn: list | None = None) -> Tensor:
+        if isinstance(crops, Patches):
             return self.head(self.backbone(crops, drawn))
         runs: list[list[Tensor]] = []
         for crop in [crops] if isinstance(crops, Tensor) else crops:
@@ -125,7 +126,7 @@ def backbone_maker(cfg: Config) -> Callable[[float], nn.Module]:
         if build is not None:
             return lambda rate, build=build: build()
     hint = f" Other names need torchvision or timm installed; not importable: {'; '.join(missing)}." if missing else ""
-    raise ValueError(f"--arch '{cfg.arch}' is not known: choose from {', '.join(VITS)}.{nearest(cfg.arch, list(VITS))}{hint} "
+    raise ValueError(f"`arch` '{cfg.arch}' is not known: choose from {', '.join(VITS)}.{nearest(cfg.arch, list(VITS))}{hint} "
                      "A model of your own goes through Python, dinofast.train.train(cfg, backbone=...).")
 
 
@@ -140,7 +141,7 @@ def _from_torchvision(library, arch: str) -> Callable[[], nn.Module] | None:
             if isinstance(getattr(model, name, None), nn.Module):
                 setattr(model, name, nn.Identity())
                 return model
-        raise ValueError(f"--arch {arch}: this torchvision model has no classifier that could be taken off; pass it through "
+        raise ValueError(f"`arch` {arch}: this torchvision model has no classifier that could be taken off; pass it through "
                          "the Python API, dinofast.train.train(cfg, backbone=...).")
 
     return build

@@ -11,70 +11,41 @@ import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .made_once import made_once
+from ..runtime.backends import Selection, select
+from ..runtime.tensor_cache import made_once
+from .packing import Layout, Runs
 
 ATTENTIONS = ("xformers", "varlen", "fa3", "cudnn", "sdpa", "plain")
 DEFAULTS = ("xformers", "varlen", "sdpa")                     # the first that runs; the others wait for a measurement
-Runs = tuple[tuple[int, int], ...]
 _FMHA = {"xformers": "xformers.ops.fmha", "mslk": "mslk.attention.fmha"}          # where each package has it
 
 
-class Layout(NamedTuple):
-    """Where the sequences lie: `runs`, and the same as tensors on the device, for kernels that read it there."""
-
-    runs: Runs
-    starts: Tensor                       # (S + 1,) int32: first token of each sequence, then T
-    first: Tensor                        # (S + 1,) int32: 0, 1, ... S: the same where each sequence is its CLS token alone
-    cls: Tensor                          # (S,) int64: row of each CLS token
-    sequence: Tensor                     # (T,) int64: which sequence a token belongs to
-
-    @property
-    def longest(self) -> int:
-        return max(tokens for _, tokens in self.runs)
-
-
-def layout_anew(runs: Runs, device: torch.device) -> Layout:
-    lengths = torch.tensor([tokens for n, tokens in runs for _ in range(n)], dtype=torch.int64)
-    starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-    sequence = torch.arange(len(lengths)).repeat_interleave(lengths, output_size=sum(n * tokens for n, tokens in runs))
-    first = torch.arange(len(starts), dtype=torch.int32)
-    return Layout(runs, *(x.to(device) for x in (starts.int(), first, starts[:-1].clone(), sequence)))
-
-
-layout = made_once(layout_anew)
-
-
-def choose_attention(asked: str | None, device: torch.device, dtype: torch.dtype, width: int) -> tuple[str, str]:
-    """Which implementation serves heads of this width in `dtype` on this device, and why not the first of `DEFAULTS`.
+def select_attention(requested: str | None, device: torch.device, dtype: torch.dtype, width: int) -> Selection:
+    """Which implementation serves heads of this width in `dtype` on this device, and on a GPU why not xformers.
 
     Raises ValueError if the one that was asked for cannot run here.
     """
-    if asked is not None and asked not in ATTENTIONS:
-        raise ValueError(f"attention is '{asked}': choose from {', '.join(ATTENTIONS)}.")
-    reasons = why_not(device, dtype, width)
-    if asked and reasons[asked]:
-        raise ValueError(f"--attention {asked} was asked for, but {reasons[asked]}: leave --attention out, or give sdpa.")
-    best = asked or next(name for name in DEFAULTS if not reasons[name])
-    return best, "" if asked or best == "xformers" or device.type != "cuda" else f"not xformers: {reasons['xformers']}"
+    chosen = select("attention", requested, unavailable_reasons(device, dtype, width), DEFAULTS,
+                    way_out=": leave `attention` out, or give sdpa")
+    return Selection(chosen.name, chosen.reason and chosen.reason.split("; ")[0] if device.type == "cuda" else None)
 
 
-def why_not(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, str]:
-    """Of each of `ATTENTIONS` why heads of this width in `dtype` cannot have it on this device; empty if they can."""
-    half = "" if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else (
+def unavailable_reasons(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, str | None]:
+    """Of each of `ATTENTIONS` why heads of this width in `dtype` cannot have it on this device."""
+    half = None if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else (
         f"it needs bf16 or fp16 on a GPU, not {str(dtype).removeprefix('torch.')} on {device.type}")
     if not half and torch.cuda.get_device_capability(device) < (8, 0):
         half = f"{torch.cuda.get_device_name(device)} is older than the A100, for which its kernels are made"
     if not half and (width % 8 or width > 256):
         half = f"its kernels take heads of up to 256 in steps of 8, not {width}"
-    return {"xformers": half or why_no_xformers(), "varlen": half, "fa3": half or why_no_fa3(device),
-            "cudnn": half or why_no_cudnn(), "sdpa": "", "plain": ""}
+    return {"xformers": half or xformers_unavailable_reason(), "varlen": half, "fa3": half or fa3_unavailable_reason(device),
+            "cudnn": half or cudnn_unavailable_reason(), "sdpa": None, "plain": None}
 
 
 @cache
@@ -95,28 +66,28 @@ def fmha() -> ModuleType:
     raise ImportError(", and ".join(wrong) or "neither xformers nor mslk is installed")
 
 
-def why_no_xformers() -> str:
-    """Why neither xformers nor mslk can be used, whatever the device; empty if one can."""
+def xformers_unavailable_reason() -> str | None:
+    """Why neither xformers nor mslk can be used, whatever the device."""
     try:
         fmha()
     except ImportError as error:
         return str(error)
-    return ""
+    return None
 
 
-def why_no_fa3(device: torch.device) -> str:
-    """Why FlashAttention-3 cannot be used through torch; empty if it can."""
+def fa3_unavailable_reason(device: torch.device) -> str | None:
+    """Why FlashAttention-3 cannot be used through torch."""
     if "FA3" not in getattr(torch.nn.attention, "list_flash_attention_impls", list)():
         return f"torch {torch.__version__} cannot take FlashAttention-3"
     if torch.cuda.get_device_capability(device)[0] != 9:
         return f"{torch.cuda.get_device_name(device)} is no H100 or H200, for which its kernels are made"
     if not importlib.util.find_spec("flash_attn_interface"):
         return "flash_attn_interface is not installed (it is built from the source of flash-attention)"
-    return ""
+    return None
 
 
-def why_no_cudnn() -> str:
-    return "" if torch.backends.cudnn.is_available() else "this torch is without cuDNN"
+def cudnn_unavailable_reason() -> str | None:
+    return None if torch.backends.cudnn.is_available() else "this torch is without cuDNN"
 
 
 def activate(impl: str) -> None:

@@ -1,21 +1,33 @@
-"""`dinofast doctor`: what is installed, which path each part takes, and why not a faster one."""
+"""What is installed, which path each part takes, and why not a faster one."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+from dataclasses import dataclass
 
 import torch
 
-from . import __version__, ops
-from .attention import choose_attention, fmha, why_no_xformers, why_not
-from .config import cores
-from .data import choose_backend
-from .linear import choose_library
+from .. import __version__, ops
+from ..data import choose_backend
+from ..nn.attention import fmha, select_attention, unavailable_reasons, xformers_unavailable_reason
+from ..nn.onednn_linear import select_library
+from ..runtime.backends import cores
 
 _PACKAGES = ("numpy", "pillow", "rich", "triton", "xformers", "mslk", "flash_attn_3", "nvidia-dali-cuda130", "torchvision",
              "timm")
+
+
+@dataclass(frozen=True)
+class Options:
+    """None."""
+
+
+def run(options: Options) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(report())
 
 
 def report() -> str:
@@ -40,29 +52,29 @@ def report() -> str:
 def _attention(device: str) -> str:
     why = others = ""
     if device == "cuda" and not torch.cuda.is_available():
-        why = why_no_xformers()
+        why = xformers_unavailable_reason()
         chosen = "varlen" if why else "xformers"
     else:
         how = torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16, 64
-        chosen, _ = choose_attention(None, *how)
-        others = _others(chosen, why_not(*how)) if device == "cuda" else ""
+        chosen, _ = select_attention(None, *how)
+        others = _others(chosen, unavailable_reasons(*how)) if device == "cuda" else ""
     where = "torch's, per crop size" if chosen == "sdpa" else "over all packed crops, in bf16 and fp16; sdpa in fp32"
     return f"{chosen}, {where}{f' ({why})' if why else ''}{others}{_xformers_operators() if device == 'cuda' else ''}"
 
 
-def _others(chosen: str, reasons: dict[str, str]) -> str:
+def _others(chosen: str, reasons: dict[str, str | None]) -> str:
     """What else can run, and what cannot, each reason once."""
-    names: dict[str, list[str]] = {}
+    names: dict[str | None, list[str]] = {}
     for name, reason in reasons.items():
         if name != chosen:
             names.setdefault(reason, []).append(name)
-    can = f"; others: {', '.join(names.pop('', []))}"
+    can = f"; others: {', '.join(names.pop(None, []))}"
     return can + "".join(f"; not {', '.join(those)}: {reason}" for reason, those in names.items())
 
 
 def _xformers_operators() -> str:
     """Which of its flash operators there are, and what its warnings mean."""
-    if why_no_xformers():
+    if xformers_unavailable_reason():
         return ""
     operators = [module.FwOp for module in (fmha().flash3, fmha().flash) if module.FwOp.is_available()]
     names = ", ".join(f"{op.NAME}{' (torch has it)' if op.NAME.endswith('-pt') else ''}" for op in operators)
@@ -71,7 +83,7 @@ def _xformers_operators() -> str:
 
 
 def _linear(device: str) -> str:
-    onednn = choose_library(None, torch.device(device), torch.float32) == "onednn"
+    onednn = select_library(None, torch.device(device), torch.float32) == "onednn"
     return "the ViTs' large ones in fp32 by oneDNN, others by torch's BLAS" if onednn else "torch's BLAS"
 
 

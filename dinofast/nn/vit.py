@@ -8,57 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Layout, attention, attention_weights, layout
-from .linear import Linear, linear
-from .low_precision import operand
-from .made_once import made_once
-from .stochastic_depth import LEAST, Stretches, draw_scales, draw_stretches
+from .attention import attention, attention_weights
+from .drop_path import LEAST, Stretches, draw_scales, draw_stretches
+from .onednn_linear import Linear, linear
+from .packing import Layout, Patches, cut_patches
+from .weight_copies import operand
 
 _LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
-
-
-class Patches(NamedTuple):
-    """Crops cut into patches, once for student and teacher, with all that is known before a weight is looked at."""
-
-    pixels: Tensor                                    # (P, C p p), P the sum of n rows cols
-    grids: tuple[tuple[int, int, int], ...]           # of each size: n crops of rows x cols patches
-    where: Layout                                     # of the tokens: CLS and patches of each crop
-    resampling: tuple[Tensor | None, ...]             # of the learned positions for each size, None where they fit
-
-    def first(self, k: int = 1) -> Patches:
-        """Those of the first k sizes, without a copy."""
-        n_patches = sum(n * rows * cols for n, rows, cols in self.grids[:k])
-        return Patches(self.pixels[:n_patches], self.grids[:k], layout(self.where.runs[:k], self.pixels.device),
-                       self.resampling[:k])
-
-
-def cut_patches(crops: Tensor | Sequence[Tensor], patch_size: int, grid: int) -> Patches:
-    """crops: (n, C, h, w), or one tensor per size; grid: rows and columns of the learned positions.
-
-    Pixels of a patch are in the order of a convolution's weight, and what does not fill a patch is left out, as it would.
-    """
-    p, parts, grids, matrices = patch_size, [], [], []
-    for x in [crops] if isinstance(crops, Tensor) else crops:
-        h, w = x.shape[2:]
-        rows, cols = h // p, w // p
-        if not rows or not cols:
-            raise ValueError(f"images of {h} x {w} pixels hold no patch of {p} x {p}: give larger images or "
-                             "a smaller patch_size.")
-        x = x[:, :, : rows * p, : cols * p].unflatten(3, (cols, p)).unflatten(2, (rows, p))        # (n, C, rows, p, cols, p)
-        parts.append(x.permute(0, 2, 4, 1, 3, 5).reshape(-1, x.shape[1] * p * p))
-        grids.append((x.shape[0], rows, cols))
-        fits = h == w and rows == grid                                         # officially, others are resampled even so
-        matrices.append(None if fits else resampling(grid, rows, cols, x.device))
-    pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
-    where = layout(tuple((n, 1 + rows * cols) for n, rows, cols in grids), pixels.device)
-    return Patches(pixels, tuple(grids), where, tuple(matrices))
 
 
 class Mlp(nn.Module):
@@ -251,18 +213,6 @@ class VisionTransformer(nn.Module):
             if len(self.blocks) - i <= n:
                 layers.append(self.norm(tokens).unflatten(0, where.runs[0]))
         return layers
-
-
-@made_once
-def resampling(grid: int, rows: int, cols: int, device: torch.device) -> Tensor:
-    """The matrix (rows cols, grid grid) that resamples a square grid of positions bicubically, which is linear.
-
-    The official scale factor carries + 0.1 against rounding, which shifts the sampling points; kept, or results would differ.
-    """
-    unit = torch.eye(grid * grid, dtype=torch.float64).view(grid * grid, 1, grid, grid)
-    resampled = F.interpolate(unit, scale_factor=((rows + 0.1) / grid, (cols + 0.1) / grid), mode="bicubic")
-    assert resampled.shape[-2:] == (rows, cols)
-    return resampled.flatten(1).t().contiguous().to(device, torch.float32)
 
 
 def init_linear_(layer: nn.Linear, std: float = 0.02) -> None:

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config
-from .model import Model
-from .optim import param_groups
-from .schedule import Schedule
-from .vit import Block, VisionTransformer
+from ..config import Config
+from ..nn.dino import Model
+from ..nn.vit import Block, VisionTransformer
+from ..optim import param_groups
+from ..schedule import Schedule
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .low_precision import operand
+from ..runtime.backends import select
+from .weight_copies import operand
 
 LIBRARIES = ("blas", "onednn")
 WORTHWHILE = 2**29                            # multiplications: with fewer, oneDNN gained nothing (measured on AMD)
@@ -48,20 +49,21 @@ def _is_transformed() -> bool:
             or torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0)
 
 
-def choose_library(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
+def select_library(requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """What multiplies on this device: oneDNN for fp32 on CPUs where that is known to be faster, AMD's with AVX-512.
 
     Raises ValueError if the one that was asked for cannot.
     """
-    why_not = "" if device.type == "cpu" and dtype == torch.float32 else (
-        f"it is for fp32 on a CPU, not {str(dtype).removeprefix('torch.')} on {device.type}")
-    if not why_not and not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
-        why_not = "this torch is without it"
-    if asked is not None and asked not in LIBRARIES:
-        raise ValueError(f"linear is '{asked}': choose from {', '.join(LIBRARIES)}.")
-    if asked == "onednn" and why_not:
-        raise ValueError(f"--linear onednn was asked for, but {why_not}.")
-    return asked or ("onednn" if not why_not and _mkl_is_slow() else "blas")
+    reason = onednn_unavailable_reason(device, dtype)
+    defaults = ("onednn", "blas") if reason is None and _mkl_is_slow() else ("blas",)
+    return select("linear", requested, {"blas": None, "onednn": reason}, defaults).name
+
+
+def onednn_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"it is for fp32 on a CPU, not {str(dtype).removeprefix('torch.')} on {device.type}"
+    there = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+    return None if there else "this torch is without it"
 
 
 @lru_cache(maxsize=1)

@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from .linear import LIBRARIES, linear
-from .vit import VisionTransformer
+from ..nn.onednn_linear import LIBRARIES, linear
+from ..nn.vit import VisionTransformer
 
 # Dense bf16 and fp16 products with fp32 sums, FLOP/s, from NVIDIA's data sheets, by the first that is part of a device's name
 _DATA_SHEETS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}

@@ -1,23 +1,43 @@
-"""`dinofast show-crops`: a contact sheet of what the network sees, with what was drawn for each view."""
+"""Draw the first images of an epoch and their crops into a PNG, with what was drawn for each. Takes the flags of pretrain."""
 
 from __future__ import annotations
 
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .config import Config
-from .data import dataset
-from .data.augmentation import Augmentation
-from .data.backend_pil import render
-from .data.decode import UnreadableImage, decode
-from .data.loader import views
-from .data.sampler import epoch_order
+from ..config import Config, option
+from ..data import dataset
+from ..data.augmentation import Augmentation
+from ..data.backend_pil import render
+from ..data.decode import UnreadableImage, decode
+from ..data.loader import views
+from ..data.sampler import epoch_order
 
 CELL, GAP, LINES = 160, 8, 6  # pixels of a picture's place, between places, and lines of text below it
 LINE = 12
 NAMES = ("brightness", "contrast", "saturation", "hue")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Config):
+    data_path: str = option(MISSING, "images, as for pretrain", metavar="DIR", positional=True)
+    sheet: str = option("crops.png", "the picture", flags=("-o",), metavar="FILE")
+    n_images: int = option(4, "images, a row each")
+    epoch: int = option(0, "counted from 0")
+
+    def check(self) -> Options:
+        for name, least in (("n_images", 1), ("epoch", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}: give {least} or more.")
+        return super().check()
+
+
+def run(options: Options) -> None:
+    shown = write(options, Path(options.sheet), options.n_images, options.epoch)
+    print(f"{shown} image(s) and their {options.n_crops} crops each in '{options.sheet}'")
 
 
 def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:

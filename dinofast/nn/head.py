@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import Linear
+from .onednn_linear import Linear
 
 
 class Prototypes(nn.Module):

@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +15,34 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from . import __version__, sample_data
-from .checkpoint import load_backbone
-from .config import Config
-from .evaluate.attention_maps import attention_maps, mass_on_mask, picture
-from .evaluate.images import EvalTransform, LabelledImages, labelled_folder
-from .evaluate.knn import extract_features, knn_classify
-from .model import Model
-from .train import train
+from .. import __version__
+from ..checkpoint import load_backbone
+from ..config import Config, option
+from ..evaluate.attention_maps import attention_maps, mass_on_mask, picture
+from ..evaluate.images import EvalTransform, LabelledImages, labelled_folder
+from ..evaluate.knn import extract_features, knn_classify
+from ..nn.dino import Model
+from ..train import train
+from . import sample_data
 
 SIDE, PATCH, BATCH = 32, 4, 48
 PEAK_LR = 4e-3
 K = 10
 
 
-def run(output_dir: str | Path | None = None, seed: int = 0, epochs: int = 24, device: str | None = None,
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    output_dir: str | None = option(None, "left out, runs/demo, or runs/demo-seedN for another seed than 0", metavar="DIR",
+        shown="runs/demo")
+    seed: int = option(0)
+    device: str | None = option(None, choices=("cuda", "cpu"), shown="a GPU if there is one")
+
+
+def run(options: Options) -> None:
+    demo(**asdict(options))
+
+
+def demo(output_dir: str | Path | None = None, seed: int = 0, epochs: int = 24, device: str | None = None,
         n_images: int = 4000) -> dict:
     """Run the demo, print its table, and write `attention_maps.png` and `result.json` into `output_dir`; returns the result.
 

@@ -19,11 +19,12 @@ from statistics import median
 import numpy as np
 import torch
 
-from .config import Config, cores
-from .data import Loader, backend_dali, backend_native, backend_pil, make_loader
-from .data.decode import UnreadableImage, decode
-from .dist import pick_device
-from .log import counting
+from ..config import Config
+from ..data import Loader, backend_dali, backend_native, backend_pil, make_loader
+from ..data.decode import UnreadableImage, decode
+from ..runtime.backends import cores
+from ..runtime.distributed import pick_device
+from ..runtime.progress import counting
 
 INTERVALS = 10     # of the measurement, at most
 SAMPLE = 100       # images of which the stages are timed, at most

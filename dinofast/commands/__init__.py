@@ -1,0 +1,1 @@
+"""A file a command: its options as a dataclass, and `run(options)`."""

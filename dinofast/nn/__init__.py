@@ -1,0 +1,1 @@
+"""The networks: ViT, head, and student and teacher behind one forward."""

@@ -1,0 +1,91 @@
+"""Crops of several sizes as one packed sequence of tokens: how they are cut into patches, and where each sequence lies.
+
+A run is (sequences, tokens of each): the crops of one resolution. Axes: S sequences (one a crop), T tokens of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..runtime.tensor_cache import made_once
+
+Runs = tuple[tuple[int, int], ...]
+
+
+class Layout(NamedTuple):
+    """Where the sequences lie: `runs`, and the same as tensors on the device, for kernels that read it there."""
+
+    runs: Runs
+    starts: Tensor                       # (S + 1,) int32: first token of each sequence, then T
+    first: Tensor                        # (S + 1,) int32: 0, 1, ... S: the same where each sequence is its CLS token alone
+    cls: Tensor                          # (S,) int64: row of each CLS token
+    sequence: Tensor                     # (T,) int64: which sequence a token belongs to
+
+    @property
+    def longest(self) -> int:
+        return max(tokens for _, tokens in self.runs)
+
+
+def layout_anew(runs: Runs, device: torch.device) -> Layout:
+    lengths = torch.tensor([tokens for n, tokens in runs for _ in range(n)], dtype=torch.int64)
+    starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    sequence = torch.arange(len(lengths)).repeat_interleave(lengths, output_size=sum(n * tokens for n, tokens in runs))
+    first = torch.arange(len(starts), dtype=torch.int32)
+    return Layout(runs, *(x.to(device) for x in (starts.int(), first, starts[:-1].clone(), sequence)))
+
+
+layout = made_once(layout_anew)
+
+
+class Patches(NamedTuple):
+    """Crops cut into patches, once for student and teacher, with all that is known before a weight is looked at."""
+
+    pixels: Tensor                                    # (P, C p p), P the sum of n rows cols
+    grids: tuple[tuple[int, int, int], ...]           # of each size: n crops of rows x cols patches
+    where: Layout                                     # of the tokens: CLS and patches of each crop
+    resampling: tuple[Tensor | None, ...]             # of the learned positions for each size, None where they fit
+
+    def first(self, k: int = 1) -> Patches:
+        """Those of the first k sizes, without a copy."""
+        n_patches = sum(n * rows * cols for n, rows, cols in self.grids[:k])
+        return Patches(self.pixels[:n_patches], self.grids[:k], layout(self.where.runs[:k], self.pixels.device),
+                       self.resampling[:k])
+
+
+def cut_patches(crops: Tensor | Sequence[Tensor], patch_size: int, grid: int) -> Patches:
+    """crops: (n, C, h, w), or one tensor per size; grid: rows and columns of the learned positions.
+
+    Pixels of a patch are in the order of a convolution's weight, and what does not fill a patch is left out, as it would.
+    """
+    p, parts, grids, matrices = patch_size, [], [], []
+    for x in [crops] if isinstance(crops, Tensor) else crops:
+        h, w = x.shape[2:]
+        rows, cols = h // p, w // p
+        if not rows or not cols:
+            raise ValueError(f"images of {h} x {w} pixels hold no patch of {p} x {p}: give larger images or "
+                             "a smaller patch_size.")
+        x = x[:, :, : rows * p, : cols * p].unflatten(3, (cols, p)).unflatten(2, (rows, p))        # (n, C, rows, p, cols, p)
+        parts.append(x.permute(0, 2, 4, 1, 3, 5).reshape(-1, x.shape[1] * p * p))
+        grids.append((x.shape[0], rows, cols))
+        fits = h == w and rows == grid                                         # officially, others are resampled even so
+        matrices.append(None if fits else resampling(grid, rows, cols, x.device))
+    pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
+    where = layout(tuple((n, 1 + rows * cols) for n, rows, cols in grids), pixels.device)
+    return Patches(pixels, tuple(grids), where, tuple(matrices))
+
+
+@made_once
+def resampling(grid: int, rows: int, cols: int, device: torch.device) -> Tensor:
+    """The matrix (rows cols, grid grid) that resamples a square grid of positions bicubically, which is linear.
+
+    The official scale factor carries + 0.1 against rounding, which shifts the sampling points; kept, or results would differ.
+    """
+    unit = torch.eye(grid * grid, dtype=torch.float64).view(grid * grid, 1, grid, grid)
+    resampled = F.interpolate(unit, scale_factor=((rows + 0.1) / grid, (cols + 0.1) / grid), mode="bicubic")
+    assert resampled.shape[-2:] == (rows, cols)
+    return resampled.flatten(1).t().contiguous().to(device, torch.float32)
