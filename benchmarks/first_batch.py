@@ -20,10 +20,10 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-import record
 import torch
 from PIL import Image
 
+from dinofast.bench import record
 from dinofast.config import Config
 from dinofast.data import make_loader
 

@@ -36,7 +36,8 @@ def test_what_is_bad_is_told_and_listed(folder, tmp_path, capsys, workers, monke
     assert cli.main(["check-data", str(data), "--delete-list", str(listing), "--num_workers", str(workers)]) == 1
     said = capsys.readouterr().out
     n_bad = len(bad) + 3
-    assert f"{n_good + n_bad} of {n_good + n_bad} images, " in said and f"{n_bad} of {n_good + n_bad} images do not decode:" in said
+    n = n_good + n_bad
+    assert f"{n} of {n} images, " in said and f"{n_bad} of {n} images do not decode:" in said
     for path, reason in [*bad.items(), (f"{data}/shard.tar/b.png", "text"), (f"{data}/pipe.jpg", "not a regular file")]:
         assert path in said and reason in said
     deletable = {path for path in bad if not path.endswith("link.jpg")}        # which cannot be read
@@ -79,8 +80,8 @@ def test_reasons_are_counted():
 def test_ctrl_c_ends_it(tmp_path):
     photograph(tmp_path / "one.png", (3000, 3000))
     (tmp_path / "list.txt").write_text("one.png\n" * 5000)
-    process = subprocess.Popen([sys.executable, "-m", "dinofast", "check-data", str(tmp_path / "list.txt"), "--num_workers", "2"],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    command = [sys.executable, "-m", "dinofast", "check-data", str(tmp_path / "list.txt"), "--num_workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
     children, deadline = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 30
     while len(children.read_text().split()) < 2 and time.monotonic() < deadline:
