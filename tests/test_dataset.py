@@ -93,6 +93,14 @@ def test_folders_of_any_depth_are_searched_in_sorted_order(tmp_path):
     assert not why_bad(scan(str(tmp_path)))
 
 
+def test_more_folders_than_are_listed_at_a_time(tmp_path):
+    names = [f"{i}/{j}/x.png" for i in range(3) for j in range(3 * dataset.THREADS)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    assert find(str(tmp_path)) == sorted(str(tmp_path / name) for name in names)
+
+
 def test_no_file_is_opened_to_list_it(tmp_path, monkeypatch):
     for i in range(20):
         photograph(tmp_path / f"{i % 3}" / f"{i}.png")
@@ -198,7 +206,8 @@ def test_pipes_devices_and_links_to_themselves_are_bad_and_not_waited_for(tmp_pa
     photograph(tmp_path / "a.png")
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "self.png").symlink_to(tmp_path / "self.png"), (tmp_path / "zero.jpg").symlink_to("/dev/zero")
-    (tmp_path / "folder.png").symlink_to(tmp_path)
+    (tmp_path / "folder.png").symlink_to(tmp_path), os.mkfifo(tmp_path / "pipe.tar")
+    assert scan(str(tmp_path)).bad_files == [(f"{tmp_path}/pipe.tar", "not a regular file")]
     assert why_bad(scan(str(tmp_path))) == {f"{tmp_path}/{name}": reason for name, reason in (
         ("pipe.jpg", "not a regular file"), ("self.png", "cannot be read: Too many levels of symbolic links"),
         ("zero.jpg", "not a regular file"), ("folder.png", "not a regular file"))}

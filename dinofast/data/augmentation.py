@@ -18,7 +18,7 @@ import numpy as np
 
 from dinofast.data.philox import philox
 
-# One view of one sample, aligned as a C struct. Factors and `order` number the colour operations 0 brightness, 1 contrast,
+# One view of one sample, aligned as a C struct. Factors and `order` number the color operations 0 brightness, 1 contrast,
 # 2 saturation, 3 hue; `order` lists them as they are applied. A blur radius of 0 means no blur.
 VIEW = np.dtype([
     ("box", np.int32, 4),  # y, x, height, width in the image, pixels

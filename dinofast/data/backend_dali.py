@@ -263,7 +263,7 @@ def _pnm(image: Image.Image) -> np.ndarray:
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a whole and well-formed JPEG of 8 bits, grey or YCbCr, which every decoder takes to mean the same;
+    """Height and width of a whole and well-formed JPEG of 8 bits, gray or YCbCr, which every decoder takes to mean the same;
     None if it is anything else, and so better left to PIL."""
     levels = np.frombuffer(data, np.uint8)
     follows = levels[1:][levels[:-1] == 0xFF]                                 # what comes after each 0xFF

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from dinofast.data import shards
-from dinofast.data.decode import BadFiles, UnreadableImage, check_length, read_file, unreadable
+from dinofast.data.decode import BadFiles, UnreadableImage, check_length, opened, read_file
 from dinofast.data.packed import PackedStrings
 
 WAYS = "give a folder of images or of .tar shards, a shard, a pattern such as shards-{000000..000146}.tar, or a text file " \
@@ -58,8 +60,8 @@ class ImageDataset:
             return read_file(path)
         start, length = self.members.spans[i].tolist()
         check_length(length)
-        with unreadable(), open(path, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), length, start)
+        with opened(path) as (fd, _):
+            data = os.pread(fd, length, start)
         if len(data) < length:
             raise UnreadableImage(shards.PAST_END)
         return data
@@ -145,32 +147,41 @@ def _named(source: str, root: bytes) -> Iterable[bytes]:
 
 def _members(root: bytes, files: PackedStrings, bad_files: BadFiles, on_progress: Progress | None) -> Members:
     """Where the images lie, of files some of which are shards; reads the headers of those."""
-    file, names, spans, total, stopped = [], bytearray(), [], len(files), threading.Event()
+    at, stopped = [i for i, name in enumerate(files) if shards.is_shard(name)], threading.Event()
+    file, names, spans, done = [], bytearray(), [], 0
+
+    def add_files(stop: int) -> None:
+        """Those from `done` on, none of which is a shard."""
+        file.append(np.arange(done, stop, dtype=np.int32))
+        names.extend(b"\0" * (stop - done))
+        spans.append(np.full((stop - done, 2), -1))
+
     with ThreadPoolExecutor(THREADS) as pool:
-        tables = pool.map(partial(_table, root, stopped), files)
+        tables = pool.map(partial(_table, root, stopped), map(files.__getitem__, at))
         try:
-            for i, (count, own_names, own_spans, bad) in enumerate(tables):
-                file.append(np.full(count, i, np.int32))
+            for i, (own_names, own_spans, bad) in zip(at, tables, strict=True):
+                add_files(i)
+                file.append(np.full(len(own_spans), i, np.int32))
                 names += own_names
                 spans.append(own_spans)
                 bad_files += bad
+                done = i + 1
                 if on_progress:
-                    on_progress(i + 1, total)
+                    on_progress(done, len(files))
         except BaseException:
             stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
+    add_files(len(files))
     return Members(np.concatenate(file), PackedStrings(bytes(names)), np.concatenate(spans))
 
 
-def _table(root: bytes, stopped: threading.Event, name: bytes) -> tuple[int, bytes, np.ndarray, BadFiles]:
-    """Number, names and spans of the images in a file, and what of it is bad; incomplete once `stopped` is set."""
-    if not shards.is_shard(name):
-        return 1, b"\0", WHOLE, []
+def _table(root: bytes, stopped: threading.Event, name: bytes) -> tuple[bytes, np.ndarray, BadFiles]:
+    """Names and spans of the images in a shard, and what of it is bad; incomplete once `stopped` is set."""
     path, names, spans, bad = os.path.join(root, name), [], [], []
     shown = os.fsdecode(path)
     try:
-        with unreadable(), open(path, "rb", buffering=0) as file:
+        with opened(path) as (fd, _), open(fd, "rb", buffering=0, closefd=False) as file:
             for member, start, length, reason in shards.images(file):
                 if stopped.is_set():
                     break
@@ -181,10 +192,7 @@ def _table(root: bytes, stopped: threading.Event, name: bytes) -> tuple[int, byt
                     spans.append((start, length))
     except UnreadableImage as reason:
         bad.append((shown, str(reason)))
-    return len(names), b"".join(name + b"\0" for name in names), np.array(spans, np.int64).reshape(-1, 2), bad
-
-
-WHOLE = np.full((1, 2), -1)  # the span of an image that is a file of its own
+    return b"".join(name + b"\0" for name in names), np.array(spans, np.int64).reshape(-1, 2), bad
 
 
 # ---- folders
@@ -212,10 +220,12 @@ def _below(pool: ThreadPoolExecutor, listing: Future, root: bytes, folder: bytes
         return
     if here in above:
         return
-    listings = {name: pool.submit(_list, root + folder + name) for name in names if name.endswith(b"/")}
+    upcoming = (pool.submit(_list, root + folder + name) for name in names if name.endswith(b"/"))
+    listings = deque(itertools.islice(upcoming, 2 * THREADS))
     for name in names:
-        if name in listings:
-            yield from _below(pool, listings.pop(name), root, folder + name, (*above, here), bad_files)
+        if name.endswith(b"/"):
+            listings.extend(itertools.islice(upcoming, 1))
+            yield from _below(pool, listings.popleft(), root, folder + name, (*above, here), bad_files)
         else:
             yield folder + name
 

@@ -56,18 +56,25 @@ def _line(error: Exception) -> str:
     return " ".join((str(error) or type(error).__name__).split())
 
 
-def read_file(path: str | bytes | os.PathLike[str]) -> bytes:
-    """The bytes of a whole file. Raises `UnreadableImage`, for what is not a regular file too: a pipe is not waited for."""
+@contextmanager
+def opened(path: str | bytes | os.PathLike[str]) -> Iterator[tuple[int, int]]:
+    """Descriptor and length in bytes of a regular file. Raises `UnreadableImage`; a pipe is not waited for."""
     with unreadable():
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise UnreadableImage("not a regular file")
-            check_length(status.st_size)
-            return os.pread(fd, status.st_size, 0)
+            yield fd, status.st_size
         finally:
             os.close(fd)
+
+
+def read_file(path: str | bytes | os.PathLike[str]) -> bytes:
+    """The bytes of a whole file. Raises `UnreadableImage`."""
+    with opened(path) as (fd, length):
+        check_length(length)
+        return os.pread(fd, length, 0)
 
 
 def check_length(length: int) -> None:

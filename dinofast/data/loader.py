@@ -87,7 +87,7 @@ class Loader:
                                 accumulate=cfg.accumulate, rank=rank, world=world)
 
     def seek(self, step: int) -> None:
-        """Go on from this optimiser step of the run. Costs nothing before the first batch, which starts the workers."""
+        """Go on from this optimizer step of the run. Costs nothing before the first batch, which starts the workers."""
         if self._batches is not None:
             self.close()
         self._step, self._batches = step, None
