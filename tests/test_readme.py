@@ -17,8 +17,15 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import report
 
 
-def test_tables_are_rendered_from_the_results():
-    assert report.render(TEXT) == TEXT, "run python benchmarks/report.py"
+def test_tables_and_chart_are_rendered_from_the_results():
+    pages = {page: (ROOT / page).read_text() for page in report.PAGES}
+    assert report.render(pages) == pages, "run python benchmarks/report.py"
+    assert report.bars() == (report.RESULTS / "images_per_s.svg").read_text(), "run python benchmarks/report.py"
+
+
+def test_each_table_stands_once():
+    with pytest.raises(ValueError, match="README.md and docs/benchmarks.md have 0 places for the table 'demo'"):
+        report.render(dict.fromkeys(report.PAGES, ""))
 
 
 def test_pictures_exist():
