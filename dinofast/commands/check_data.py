@@ -20,6 +20,8 @@ from dataclasses import MISSING, dataclass
 
 from ..config import option
 
+# By processes: 285 images/s and 1.5 ms of CPU an image; by threads, which share the GIL, 235 and 1.85 (2 cores, photographs of
+# 93 KB, 2026-11-27).
 CHUNK = 64  # images that a worker takes at a time
 SPEAK_S = {True: 0.5, False: 10.0}  # between lines of progress, on a terminal and elsewhere
 SHOWN = 10  # bad files of each reason
