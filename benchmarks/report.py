@@ -20,6 +20,27 @@ PAGES = ("README.md", "docs/benchmarks.md")
 PARTS = ("data", "teacher", "student", "loss", "backward", "optimiser")                  # of a step
 
 
+HEADLINE = (("step", "training step, ViT-S/16, batch of 8, fp32", "official", "dinofast"),
+            ("step", "the same, ours compiled and in bf16", "official", "dinofast, compiled, bf16"),
+            ("dino_loss", "loss, forward and backward", "official", "dinofast"),
+            ("adamw_ema", "clip, AdamW and EMA", "official", "dinofast"),
+            ("data", "decoding and crops, one thread", "official", "dinofast"))
+
+
+def headline() -> str:
+    """Five rows for the front page: official code and dinofast, from the first case of each result on a CPU."""
+    rows, machines = [], set()
+    for benchmark, what, official, ours in HEADLINE:
+        result = load(benchmark, "cpu")
+        row = {row["rival"]: row for row in max(result["cases"], key=lambda case: len(case["rows"]))["rows"]}
+        theirs, mine = row[official], row[ours]
+        said = [f"{rate(each['images_per_s'])} images/s" if "images_per_s" in each else f"{digits(each['median_ms'])} ms"
+                for each in (theirs, mine)]
+        rows.append((what, *said, f"**{theirs['median_ms'] / mine['median_ms']:.1f} x**"))
+        machines.add(f"{result['device']}, {result['threads']} threads, {result['date']}")
+    return f"{table(('', 'official code', 'dinofast', ''), rows)}\n\n{'; '.join(sorted(machines))}."
+
+
 def demo() -> str:
     """k-NN accuracy and attention of `make demo` for every seed in results/demo-seed*.json."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("demo-seed*.json"))]
@@ -280,7 +301,7 @@ def digits(ms: float) -> str:
     return f"{ms:,.{max(0, 2 - math.floor(math.log10(ms)))}f}"
 
 
-TABLES = {"demo": demo, "first_batch": first_batch, "gpu": gpu, "step-cpu": functools.partial(step, "cpu"),
+TABLES = {"headline": headline, "demo": demo, "first_batch": first_batch, "gpu": gpu, "step-cpu": functools.partial(step, "cpu"),
           "data-cpu": functools.partial(data, "cpu"), "dino_loss-cpu": functools.partial(speed, "dino_loss", "cpu"),
           "adamw_ema-cpu": functools.partial(speed, "adamw_ema", "cpu")}
 
