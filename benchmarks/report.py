@@ -301,8 +301,9 @@ def digits(ms: float) -> str:
     return f"{ms:,.{max(0, 2 - math.floor(math.log10(ms)))}f}"
 
 
-TABLES = {"headline": headline, "demo": demo, "first_batch": first_batch, "gpu": gpu, "step-cpu": functools.partial(step, "cpu"),
-          "data-cpu": functools.partial(data, "cpu"), "dino_loss-cpu": functools.partial(speed, "dino_loss", "cpu"),
+TABLES = {"headline": headline, "demo": demo, "first_batch": first_batch, "gpu": gpu,
+          "step-cpu": functools.partial(step, "cpu"), "data-cpu": functools.partial(data, "cpu"),
+          "dino_loss-cpu": functools.partial(speed, "dino_loss", "cpu"),
           "adamw_ema-cpu": functools.partial(speed, "adamw_ema", "cpu")}
 
 
