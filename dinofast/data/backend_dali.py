@@ -59,11 +59,11 @@ def _collect_before_forks() -> None:
 
 class Encoded(NamedTuple):
     """An image in a format that DALI decodes: its bytes, uint8 (n,), or None if no image decodes any more; height and width in
-    pixels; its index."""
+    pixels; the index whose image it is."""
 
     data: np.ndarray | None
     size: tuple[int, int]
-    index: int
+    used: int
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Batches:
         self._running = None                                                   # whatever happens, it is not given twice
         cut = None if batch.views is None else self._outputs(batch)
         self._running = self._start_next()
-        n_replaced = sum(image.index != index for image, index in zip(batch.images, batch.indices, strict=True))
+        n_replaced = sum(image.used != index for image, index in zip(batch.images, batch.indices, strict=True))
         return self._colored(cut, batch.views) if cut else [], batch.bad_files, n_replaced
 
     def close(self) -> None:
@@ -168,8 +168,8 @@ class Batches:
             work = [self._pool.submit(self._encoded, index) for index in indices.tolist()]
             self._reading.append(Batch(epoch, indices.tolist(), self._draw(epoch, indices), work, [], []))
         batch = self._reading.popleft()
-        for work in batch.work:
-            image, bad_files = work.result()
+        for future in batch.work:
+            image, bad_files = future.result()
             batch.images.append(image)
             batch.bad_files += bad_files
         self._run(batch)
@@ -182,8 +182,8 @@ class Batches:
             return
         plans = []
         for b, (index, image) in enumerate(zip(batch.indices, batch.images, strict=True)):
-            replaced = image.index != index
-            draw, b = (self._draw(batch.epoch, np.array([image.index])), 0) if replaced else (batch.draw, b)
+            replaced = image.used != index
+            draw, b = (self._draw(batch.epoch, np.array([image.used])), 0) if replaced else (batch.draw, b)
             plans.append(draw.plan(b, *image.size))
         batch.views = np.stack(plans)
         self._graph.feed_input("encoded", [image.data for image in batch.images])
@@ -203,8 +203,8 @@ class Batches:
             if not failing:
                 raise
         for b in failing:                                                      # PIL's turn: it decodes or replaces them
-            self._by_pil.add(batch.images[b].index)
-            batch.images[b], bad_files = self._encoded(batch.images[b].index)
+            self._by_pil.add(batch.images[b].used)
+            batch.images[b], bad_files = self._encoded(batch.images[b].used)
             batch.bad_files += bad_files
         self._graph = self._new_graph()                                        # the old one may have lost its way
         self._run(batch)

@@ -35,7 +35,8 @@ class CropDataset(Dataset):
         draw = self._augmentation.draw(epoch, indices)
         crops = [np.empty((n, len(indices), side, side, 3), np.uint8) for n, side in self._augmentation.resolutions]
         out = [view for c in crops for view in c]  # V arrays (B, S, S, 3)
-        bad_files, n_replaced = [], 0
+        bad_files: BadFiles = []
+        n_replaced = 0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
             for b, index in enumerate(indices.tolist()):

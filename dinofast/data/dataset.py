@@ -89,14 +89,15 @@ def scan(source: str, on_progress: Progress | None = None) -> ImageDataset:
 
     Raises `ValueError` if there is no such source, nothing in it, or nothing but bad files.
     """
+    bad_files: BadFiles = []
     if os.path.isdir(source):
-        root, bad_files = os.fsencode(os.path.join(source, "")), []
+        root = os.fsencode(os.path.join(source, ""))
         names = PackedStrings.of(_counted(_walk(root, bad_files), on_progress))
         if not len(names) and not bad_files:
             raise ValueError(f"`data_path` {source} has no images: none of its files or those below it ends in "
                              f"{' '.join((*shards.EXTENSIONS, '.tar'))}. Give a folder that has some.")
     else:
-        root, bad_files = os.fsencode(os.path.dirname(source.partition("{")[0] if _is_pattern(source) else source)), []
+        root = os.fsencode(os.path.dirname(source.partition("{")[0] if _is_pattern(source) else source))
         root = os.path.join(root, b"") if root else b""
         names = PackedStrings.of(path.removeprefix(root) for path in _named(source, root))
     members = _members(root, names, bad_files, on_progress) if any(map(shards.is_shard, names)) else None
