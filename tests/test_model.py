@@ -67,8 +67,7 @@ def test_teacher_sees_global_crops_and_student_all(local_size, leave_out):
     together = dict(seen)
     backbone = model.student.backbone
     torch.manual_seed(5)
-    drawn = backbone.draw(backbone.cut([views, locals_]).where)
-    student = model.student.head(backbone([views, locals_], drawn))
+    student = model.student.head(backbone(backbone.pack([views, locals_])))
     torch.testing.assert_close(together["student"], student)
     assert not torch.allclose(student, model.student.head(backbone.eval()([views, locals_])))
     torch.testing.assert_close(together["teacher"], model.teacher(views))
@@ -79,13 +78,13 @@ def test_teacher_sees_global_crops_and_student_all(local_size, leave_out):
 def test_wrapper_makes_one_packed_pass_of_a_vit_and_keeps_the_order():
     student = Model.from_config(TINY).student.double().eval()
     calls = []
-    hook = student.backbone.register_forward_pre_hook(lambda module, args: calls.append([tuple(x.shape) for x in args[0]]))
+    hook = student.backbone.register_forward_pre_hook(lambda module, args: calls.append(args[0].grids))
     images = [torch.randn(2, 3, s, s, dtype=torch.float64) for s in (8, 8, 16, 16, 8)]
     out = student(images)
-    assert calls == [[(4, 3, 8, 8), (4, 3, 16, 16), (2, 3, 8, 8)]]
+    assert calls == [((4, 2, 2), (4, 4, 4), (2, 2, 2))]
     hook.remove()
     torch.testing.assert_close(out, torch.cat([student(x) for x in images]))
-    torch.testing.assert_close(student(student.backbone.cut(images)), out)
+    torch.testing.assert_close(student(student.backbone.pack(images)), out)
 
 
 def test_last_layer_parameters_follow_norm_last_layer():

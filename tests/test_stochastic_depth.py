@@ -54,15 +54,15 @@ def test_scales_have_mean_1_and_both_branches_and_all_blocks_are_independent():
 def test_mask_multiplies_branches_by_what_was_drawn():
     """Every block and branch by hand, with the branches themselves taken from the block."""
     model = build("mask")
-    patches = model.cut(crops())
-    drawn, where = model.draw(patches.where), patches.where
+    patches = model.patchify(crops())
+    drawn, where = model.draw(patches.layout), patches.layout
     assert drawn[0] is None and all((scale == 0).any() and (scale > 0).any() for scale in drawn[1:])
     x = model.embed(patches)
     for block, scale in zip(model.blocks, [torch.ones(2, 28), *drawn[1:]], strict=True):
         attend, mlp = scale[:, where.sequence, None]
         x = x + block.attn(block.norm1(x), where) * attend
         x = x + block.mlp(block.norm2(x)) * mlp
-    torch.testing.assert_close(model(patches, drawn), model.norm(x[where.cls]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model(patches._replace(drop_path=drawn)), model.norm(x[where.cls]), rtol=1e-6, atol=1e-6)
 
 
 # ---- leave_out: the official draw, computed for those that stay
@@ -148,7 +148,7 @@ def test_same_seed_same_draws_and_evaluation_draws_nothing(mode):
     assert torch.equal(outputs[0], outputs[1]) and not torch.allclose(outputs[0], outputs[2])
     state = torch.get_rng_state()
     evaluated = model.eval()(batch)
-    assert torch.equal(torch.get_rng_state(), state) and model.draw(model.cut(batch).where) == [None] * 3
+    assert torch.equal(torch.get_rng_state(), state) and model.draw(model.patchify(batch).layout) == (None,) * 3
     model.train().drop_path_rates = [0.0] * 3
     assert torch.equal(model(batch), evaluated) and torch.equal(torch.get_rng_state(), state)
 
@@ -156,9 +156,10 @@ def test_same_seed_same_draws_and_evaluation_draws_nothing(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_every_parameter_learns_and_another_draw_gives_another_output(mode):
     model, batch = build(mode), crops()
-    patches = model.cut(batch)
-    drawn = [model.draw(patches.where) for _ in range(2)]
-    out = model(patches, drawn[0])
-    assert torch.equal(out, model(patches, drawn[0])) and not torch.allclose(out, model(patches, drawn[1]))
+    patches = model.patchify(batch)
+    drawn = [model.draw(patches.layout) for _ in range(2)]
+    first, second = (patches._replace(drop_path=one) for one in drawn)
+    out = model(first)
+    assert torch.equal(out, model(first)) and not torch.allclose(out, model(second))
     out[:, 0].sum().backward()
     assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())

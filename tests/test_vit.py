@@ -134,7 +134,7 @@ def test_sides_that_are_no_multiple_of_the_patch_give_what_a_convolution_gives(s
 def test_only_square_images_of_the_native_grid_take_the_learned_positions_as_they_are():
     """As the official code decides. Values alone: for equal grids torch's backward of `interpolate` ignores the scale."""
     model, crops = build(), images((1, 32, 32), (1, 39, 39), (1, 39, 32), (1, 32, 33), (1, 16, 64))
-    assert [matrix is None for matrix in model.cut(crops).resampling] == [True, True, False, False, False]
+    assert [matrix is None for matrix in model.patchify(crops).resampling] == [True, True, False, False, False]
     torch.testing.assert_close(model(crops), torch.cat([plainly(model, x)[:, 0] for x in crops]), rtol=1e-7, atol=1e-7)
 
 
@@ -158,11 +158,11 @@ def test_cls_only_last_block_is_the_cls_rows_of_the_whole(drawn):
 
 def test_first_patches():
     model, crops = build(), images(*SIZES)
-    cut = model.cut(crops)
+    packed = model.patchify(crops)
     for k in range(1, 4):
-        first, alone = cut.first(k), model.cut(crops[:k])
-        assert torch.equal(first.pixels, alone.pixels) and first.pixels.data_ptr() == cut.pixels.data_ptr()
-        assert first.grids == alone.grids and first.where is alone.where and len(first.resampling) == k
+        first, alone = packed.first(k), model.patchify(crops[:k])
+        assert torch.equal(first.pixels, alone.pixels) and first.pixels.data_ptr() == packed.pixels.data_ptr()
+        assert first.grids == alone.grids and first.layout is alone.layout and len(first.resampling) == k
         assert torch.equal(model(first), model(crops[:k]))
 
 

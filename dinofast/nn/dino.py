@@ -15,7 +15,7 @@ from ..config import VITS, Config, nearest
 from ..loss import DINOLoss
 from . import vit
 from .head import DINOHead
-from .packing import Patches
+from .packing import GroupedCrops, PackedCrops, group_by_size
 
 _CLASSIFIERS = ("fc", "head", "heads", "classifier")        # where torchvision keeps the layer that makes class scores
 
@@ -24,8 +24,8 @@ class MultiCropWrapper(nn.Module):
     """A backbone and a head over crops of several sizes: one pass of the head; of the backbone one packed pass of our ViTs, of
     others a pass per run of equal sizes.
 
-    forward: a tensor (n, 3, h, w), a list of them, or a ViT's `Patches` and what it has drawn for them -> logits (sum of n, K),
-    rows in the order of the list. A backbone that returns a tuple is taken by its first element.
+    forward: a tensor (n, 3, h, w), a list of them, or what `pack` has made of them -> logits (sum of n, K), rows in the order
+    of the list. A backbone that returns a tuple is taken by its first element.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
@@ -33,20 +33,13 @@ class MultiCropWrapper(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, crops: Tensor | Sequence[Tensor] | Patches, drawn: list | None = None) -> Tensor:
-        if isinstance(crops, Patches):
-            return self.head(self.backbone(crops, drawn))
-        runs: list[list[Tensor]] = []
-        for crop in [crops] if isinstance(crops, Tensor) else crops:
-            if runs and runs[-1][0].shape[-2:] == crop.shape[-2:]:
-                runs[-1].append(crop)
-            else:
-                runs.append([crop])
-        images = [run[0] if len(run) == 1 else torch.cat(run) for run in runs]
-        if isinstance(self.backbone, vit.VisionTransformer):
-            return self.head(self.backbone(images))
-        features = [f[0] if isinstance(f, tuple) else f for f in map(self.backbone, images)]
-        return self.head(features[0] if len(features) == 1 else torch.cat(features))
+    def pack(self, crops: Sequence[Tensor]) -> PackedCrops | GroupedCrops:
+        """Crops, a tensor (n, 3, h, w) per size, as this backbone takes them: its own `pack` where it has one."""
+        return self.backbone.pack(crops) if hasattr(self.backbone, "pack") else GroupedCrops(tuple(crops))
+
+    def forward(self, crops: Tensor | Sequence[Tensor] | PackedCrops | GroupedCrops) -> Tensor:
+        packed = crops if isinstance(crops, PackedCrops | GroupedCrops) else self.pack(group_by_size(crops))
+        return self.head(packed.through(self.backbone))
 
 
 @dataclass
@@ -79,14 +72,11 @@ class Model(nn.Module):
 
     def forward(self, crops: Sequence[Tensor], teacher_temp: float | Tensor) -> Losses:
         """crops: one tensor per size, crop-major: (2 B, 3, G, G) global, then (n B, 3, L, L) local."""
-        backbone, drawn, views = self.student.backbone, None, crops[0]
-        if isinstance(backbone, vit.VisionTransformer):                          # cut into patches once for both
-            crops = backbone.cut(crops)
-            drawn, views = backbone.draw(crops.where), crops.first()
+        packed = self.student.pack(crops)                                        # once for both
         with torch.no_grad():
-            teacher_output = self.teacher(views)
+            teacher_output = self.teacher(packed.first())
         self.mark("teacher")
-        student_output = self.student(crops) if drawn is None else self.student(crops, drawn)
+        student_output = self.student(packed)
         self.mark("student")
         loss = self.dino_loss.accumulate(student_output, teacher_output, teacher_temp)
         self.mark("loss")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..runtime.tensor_cache import made_once
 
@@ -42,22 +42,53 @@ def layout_anew(runs: Runs, device: torch.device) -> Layout:
 layout = made_once(layout_anew)
 
 
-class Patches(NamedTuple):
-    """Crops cut into patches, once for student and teacher, with all that is known before a weight is looked at."""
+class PackedCrops(NamedTuple):
+    """Crops as our ViTs take them: cut into patches once for student and teacher, with all that is known before a weight is
+    looked at."""
 
     pixels: Tensor                                    # (P, C p p), P the sum of n rows cols
     grids: tuple[tuple[int, int, int], ...]           # of each size: n crops of rows x cols patches
-    where: Layout                                     # of the tokens: CLS and patches of each crop
+    layout: Layout                                    # of the tokens: CLS and patches of each crop
     resampling: tuple[Tensor | None, ...]             # of the learned positions for each size, None where they fit
+    drop_path: tuple | None = None                    # what stochastic depth has drawn, block by block; None: not yet
 
-    def first(self, k: int = 1) -> Patches:
-        """Those of the first k sizes, without a copy."""
+    def first(self, k: int = 1) -> PackedCrops:
+        """Those of the first k sizes, without a copy; nothing is drawn for them yet."""
         n_patches = sum(n * rows * cols for n, rows, cols in self.grids[:k])
-        return Patches(self.pixels[:n_patches], self.grids[:k], layout(self.where.runs[:k], self.pixels.device),
-                       self.resampling[:k])
+        return PackedCrops(self.pixels[:n_patches], self.grids[:k], layout(self.layout.runs[:k], self.pixels.device),
+                           self.resampling[:k])
+
+    def through(self, backbone: nn.Module) -> Tensor:
+        """Features (all crops, D)."""
+        return backbone(self)
 
 
-def cut_patches(crops: Tensor | Sequence[Tensor], patch_size: int, grid: int) -> Patches:
+def group_by_size(crops: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Tensors (n, C, h, w) of one size that stand next to each other as one, in the same order of rows."""
+    groups: list[list[Tensor]] = []
+    for crop in [crops] if isinstance(crops, Tensor) else crops:
+        if groups and groups[-1][0].shape[-2:] == crop.shape[-2:]:
+            groups[-1].append(crop)
+        else:
+            groups.append([crop])
+    return tuple(group[0] if len(group) == 1 else torch.cat(group) for group in groups)
+
+
+class GroupedCrops(NamedTuple):
+    """Crops as any other backbone takes them: a pass for each tensor (n, C, h, w)."""
+
+    images: tuple[Tensor, ...]
+
+    def first(self, k: int = 1) -> GroupedCrops:
+        return GroupedCrops(self.images[:k])
+
+    def through(self, backbone: nn.Module) -> Tensor:
+        """Features (all crops, D); of a backbone that returns a tuple its first element."""
+        features = [f[0] if isinstance(f, tuple) else f for f in map(backbone, self.images)]
+        return features[0] if len(features) == 1 else torch.cat(features)
+
+
+def patchify(crops: Tensor | Sequence[Tensor], patch_size: int, grid: int) -> PackedCrops:
     """crops: (n, C, h, w), or one tensor per size; grid: rows and columns of the learned positions.
 
     Pixels of a patch are in the order of a convolution's weight, and what does not fill a patch is left out, as it would.
@@ -76,7 +107,7 @@ def cut_patches(crops: Tensor | Sequence[Tensor], patch_size: int, grid: int) ->
         matrices.append(None if fits else resampling(grid, rows, cols, x.device))
     pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
     where = layout(tuple((n, 1 + rows * cols) for n, rows, cols in grids), pixels.device)
-    return Patches(pixels, tuple(grids), where, tuple(matrices))
+    return PackedCrops(pixels, tuple(grids), where, tuple(matrices))
 
 
 @made_once

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import attention, attention_weights
 from .drop_path import LEAST, Stretches, draw_scales, draw_stretches
 from .onednn_linear import Linear, linear
-from .packing import Layout, Patches, cut_patches
+from .packing import Layout, PackedCrops, patchify
 from .weight_copies import operand
 
 _LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -142,7 +142,7 @@ class VisionTransformer(nn.Module):
         with torch.autocast("cpu" if table.is_meta else table.device.type, enabled=False):
             return torch.cat((table[:1], matrix.to(table.dtype) @ table[1:]))
 
-    def embed(self, patches: Patches) -> Tensor:
+    def embed(self, patches: PackedCrops) -> Tensor:
         """Packed tokens with positions, (T, D)."""
         parts = self.patch_embed(patches.pixels).split([n * rows * cols for n, rows, cols in patches.grids])
         tokens = []
@@ -152,11 +152,11 @@ class VisionTransformer(nn.Module):
             tokens.append(torch.cat((cls, part.view(n, rows * cols, -1) + positions[1:]), dim=1).flatten(0, 1))
         return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
-    def forward(self, x: Tensor | Sequence[Tensor] | Patches, drawn: list | None = None) -> Tensor:
-        """drawn: what `draw` has given; drawn here if it is None."""
-        patches = x if isinstance(x, Patches) else self.cut(x)
-        where, drawn = patches.where, drawn or self.draw(patches.where)
-        x = self.embed(patches)
+    def forward(self, x: Tensor | Sequence[Tensor] | PackedCrops) -> Tensor:
+        packed = x if isinstance(x, PackedCrops) else self.pack(x)
+        where = packed.layout
+        drawn = self.draw(where) if packed.drop_path is None else packed.drop_path
+        x = self.embed(packed)
         if self.residual_dtype and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.residual_dtype)
         for block, branches in zip(self.blocks[:-1], drawn[:-1], strict=True):
@@ -182,21 +182,26 @@ class VisionTransformer(nn.Module):
                 module.library = library
         self.leave_out, self.grad_checkpointing, self.residual_dtype = leave_out, grad_checkpointing, residual_dtype
 
-    def cut(self, crops: Tensor | Sequence[Tensor]) -> Patches:
-        return cut_patches(crops, self.patch_embed.patch_size, self.grid)
+    def patchify(self, crops: Tensor | Sequence[Tensor]) -> PackedCrops:
+        return patchify(crops, self.patch_embed.patch_size, self.grid)
 
-    def draw(self, where: Layout) -> list:
+    def pack(self, crops: Tensor | Sequence[Tensor]) -> PackedCrops:
+        """What `forward` takes, of a student and, `first` of it, of its teacher: crops (n, C, h, w), or one tensor per size."""
+        packed = self.patchify(crops)
+        return packed._replace(drop_path=self.draw(packed.layout))
+
+    def draw(self, where: Layout) -> tuple:
         """What stochastic depth leaves out, block by block."""
         if not self.training or self.drop_path_rates[-1] == 0:
-            return [None] * len(self.blocks)
+            return (None,) * len(self.blocks)
         large = min(tokens for _, tokens in where.runs) * self.embed_dim**2 >= LEAST
         free = where.cls.device.type == "cpu" and not torch.compiler.is_compiling()        # shapes may change, reading is free
-        return (draw_stretches if self.leave_out and large and free else draw_scales)(self.drop_path_rates, where)
+        return tuple((draw_stretches if self.leave_out and large and free else draw_scales)(self.drop_path_rates, where))
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block to images (B, 3, h, w): (B, H, N, N); row 0 is what CLS looks at."""
-        patches = self.cut(x)
-        tokens, where = self.embed(patches), patches.where
+        packed = self.patchify(x)
+        tokens, where = self.embed(packed), packed.layout
         for block in self.blocks[:-1]:
             tokens = block(tokens, where)
         last = self.blocks[-1]
@@ -205,8 +210,8 @@ class VisionTransformer(nn.Module):
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """Normalised outputs (B, N, D) of the last n blocks."""
-        patches = self.cut(x)
-        tokens, where = self.embed(patches), patches.where
+        packed = self.patchify(x)
+        tokens, where = self.embed(packed), packed.layout
         layers = []
         for i, block in enumerate(self.blocks):
             tokens = block(tokens, where)
