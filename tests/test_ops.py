@@ -80,7 +80,7 @@ def test_imports_without_the_core() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_modes_see_the_operation_that_is_otherwise_called_directly() -> None:
+def test_modes_see_the_operation() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Names(TorchDispatchMode):

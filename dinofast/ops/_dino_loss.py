@@ -90,25 +90,17 @@ def _dino_loss_fake(student: Tensor, teacher: Tensor, center: Tensor | None, stu
     return numbers(), numbers(), numbers(0 if center is None else student.shape[2]), saved
 
 
-def _is_watched(student: Tensor, teacher: Tensor, center: Tensor | None, _: float, teacher_temp: Tensor, *rest: Any) -> bool:
-    return is_watched(student, teacher, center, teacher_temp)
-
-
 def _below_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.dinofast.dino_loss.default(*args)
 
 
+def _above_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with_grad = args[7]
+    return (_DinoLoss.apply if with_grad else _below_autograd)(*args)
+
+
 class _DinoLoss(torch.autograd.Function):
-    """Through the dispatcher."""
-
-    compute = staticmethod(_below_autograd)
-
-    @classmethod
-    def of(cls, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with_grad = args[7]
-        return (cls.apply if with_grad else cls.compute)(*args)
-
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         return _keep(ctx, _below_autograd(*args), args)
@@ -116,16 +108,6 @@ class _DinoLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         return _gradient(ctx, upstream), *(None,) * 8
-
-
-class _DinoLossDirect(_DinoLoss):
-    """Without the dispatcher, which takes longer than the rest of the call."""
-
-    compute = staticmethod(_dino_loss_kernel)
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        return _keep(ctx, _dino_loss_kernel(*args), args)
 
 
 def _keep(ctx: Any, output: tuple[Tensor, ...], args: tuple) -> tuple[Tensor, ...]:
@@ -165,15 +147,15 @@ for _device in ("CPU", "CUDA"):
 torch.library.register_fake("dinofast::dino_loss", _dino_loss_fake, lib=library)
 torch.library.register_fake("dinofast::dino_loss_backward", lambda upstream, student, *_: student.new_empty(student.shape),
                             lib=library)
-library.impl("dino_loss", _DinoLoss.of, "Autograd")
+library.impl("dino_loss", _above_autograd, "Autograd")
 
 
 def _call(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operation; without the dispatcher where nobody would notice."""
+    """The operation, unless a derivative is asked for that it has not got."""
     student = args[0]
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None:
         raise NotImplementedError("dino_loss has no forward-mode derivative: use impl='reference'.")
-    return torch.ops.dinofast.dino_loss(*args) if _is_watched(*args) else _DinoLossDirect.of(*args)
+    return torch.ops.dinofast.dino_loss(*args)
 
 
 def _check_logits(student: Tensor, student_temp: float, **others: Tensor) -> None:
