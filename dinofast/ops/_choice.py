@@ -94,16 +94,6 @@ def is_known(number: float | Tensor) -> bool:
         type(number) is Tensor and number.device.type == "cpu" and not torch.compiler.is_compiling())
 
 
-def is_watched(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through torch's dispatcher: somebody traces or transforms, a mode looks on, or a tensor is not
-    plain memory: of a subclass, negated or zero by a bit."""
-    return (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-            or torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
-            or torch._C._are_functorch_transforms_active() or torch.autograd._profiler_enabled()
-            or any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg() or x._is_zerotensor()
-                   for x in tensors if x is not None))
-
-
 def on_device(device: torch.device, number: Tensor) -> Tensor:
     """A tensor of one number on the device; one on the host is sent without waiting."""
     return number if number.device == device else torch.full((), number.item(), dtype=number.dtype, device=device)
