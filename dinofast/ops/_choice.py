@@ -26,6 +26,7 @@ KERNELS = {  # operation -> device type -> the implementation that is faster tha
     "colour": {"cpu": "cpp", "cuda": "triton"},
     "normalize": {"cuda": "triton"},
 }
+NO_REFERENCE = ("colour",)  # whose specification is Pillow; the pil backend computes with that itself
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLS = (None, "reference", "cpp", "triton")
 
@@ -34,11 +35,10 @@ library = torch.library.Library("dinofast", "DEF")
 
 def paths() -> dict[str, dict[str, str]]:
     """Operation -> device type ("cpu", "cuda") -> the implementation it takes there and why not a faster one."""
-    def path(kernel: str | None) -> str:
-        if kernel is None:
-            return "reference (plain torch): no kernel for this device"
-        return f"reference (plain torch): {missing(kernel)}" if missing(kernel) else kernel
-    return {op: {device: path(kernels.get(device)) for device in ("cpu", "cuda")} for op, kernels in KERNELS.items()}
+    def path(op: str, kernel: str | None) -> str:
+        reason = missing(kernel) if kernel else "no kernel for this device"
+        return f"{'none' if op in NO_REFERENCE else 'reference (plain torch)'}: {reason}" if reason else kernel
+    return {op: {device: path(op, kernels.get(device)) for device in ("cpu", "cuda")} for op, kernels in KERNELS.items()}
 
 
 def check_required() -> None:
@@ -64,6 +64,8 @@ def choose(op: str, impl: str | None, *tensors: Tensor) -> str:
     device = tensors[0].device.type
     kernel = KERNELS[op].get(device)
     takes_dtypes = all(t.dtype in KERNEL_DTYPES for t in tensors)
+    if op in NO_REFERENCE and (impl := impl or kernel) in (None, "reference"):
+        raise ValueError(f"dinofast.{op} has no plain torch version: give CPU or CUDA tensors, and leave impl out.")
     if impl is None:
         if kernel is None or not takes_dtypes:
             return "reference"
