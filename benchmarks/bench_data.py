@@ -28,11 +28,11 @@ import official_checkout
 import photographs
 import torch
 from PIL import Image, ImageFilter, ImageOps
-from record import main, version
-from timing import quartiles
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dinofast.bench.record import main, version
+from dinofast.bench.timing import quartiles
 from dinofast.config import Config
 from dinofast.data import Loader, dali, make_loader, native, pil, plan
 from dinofast.data import tasks as tasks_of
@@ -280,8 +280,8 @@ def growing(case: Case | data_on_gpu.Case, device: torch.device) -> Iterator[dic
     return data_on_gpu.growing(case, device) if isinstance(case, data_on_gpu.Case) else iter([measure_case(case, device)])
 
 
-def test_data(timed: Callable[[], None]) -> None:
-    timed()
+def test_data(measure: Callable[[], dict[str, Any]]) -> None:
+    assert measure()["rows"]
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 import official_checkout
 import photographs
 import torch
-from record import main, reason_of
-from timing import extra_mib, quartiles
 
 from dinofast.bench import step as bench_step
 from dinofast.bench.baseline import OfficialStep
 from dinofast.bench.flops import peak_flops
+from dinofast.bench.record import main
 from dinofast.bench.step import Rival, Synthetic, Timed
+from dinofast.bench.timing import add_ratios, extra_mib, quartiles, reason_of, row_of
 from dinofast.config import Config
 from dinofast.data import Loader
 from dinofast.runtime.backends import cores
@@ -114,19 +114,13 @@ def growing(case: Case, device: torch.device, seconds: float | None = None) -> I
     rows: dict[str, dict[str, Any]] = {}
 
     def grown(**also: Any) -> dict[str, Any]:
-        official = rows.get("official", {}).get("median_ms")
-        for row in rows.values():
-            if "median_ms" in row:
-                row["times_faster_than_official"] = official and official / row["median_ms"]
-        made.update(rows=[rows[name] for name in case.rivals if name in rows], **also)
+        made.update(rows=add_ratios([rows[name] for name in case.rivals if name in rows]), **also)
         return made
 
-    def row_of(t: Timed, extra: float | None) -> dict[str, Any]:
-        low, median, high = quartiles(t.step_ms)
-        rate = case.images / median * 1e3
-        return {"rival": t.name, "median_ms": median, "quartiles_ms": [low, high], "images_per_s": rate,
-                "mfu": None if t.name in OTHER_PRECISION else rate * flops / peak, "parts_ms": t.parts_ms, "extra_mib": extra,
-                "elapsed_ms": t.step_ms}
+    def timed_row(t: Timed, extra: float | None) -> dict[str, Any]:
+        rate = case.images / quartiles(t.step_ms)[1] * 1e3
+        return row_of(t.name, t.step_ms, images_per_s=rate, mfu=None if t.name in OTHER_PRECISION else rate * flops / peak,
+                      parts_ms=t.parts_ms, extra_mib=extra)
 
     with kept_memory(device), ExitStack() as stack:
         rivals: dict[str, Rival] = {}
@@ -141,7 +135,7 @@ def growing(case: Case, device: torch.device, seconds: float | None = None) -> I
                 near[name] = losses(rival, 2)[-1]
             bench_step.warm_up(rival, device)
             alone, = bench_step.in_turns([rival], device, 0.0, fewest=1)
-            rows[name] = row_of(alone, None if alone.peak_gib is None else alone.peak_gib * 1024)
+            rows[name] = timed_row(alone, None if alone.peak_gib is None else alone.peak_gib * 1024)
             rivals[name] = rival
 
         for name in sorted(case.rivals, key=lambda name: name != "dinofast"):
@@ -163,7 +157,7 @@ def growing(case: Case, device: torch.device, seconds: float | None = None) -> I
             return
         timed = bench_step.in_turns(list(rivals.values()), device, seconds or SECONDS[device.type] * len(rivals))
         for t in timed:
-            rows[t.name] |= row_of(t, memory_mib(rivals[t.name], t, device))
+            rows[t.name] |= timed_row(t, memory_mib(rivals[t.name], t, device))
         yield grown(rounds=len(timed[0].step_ms))
     rivals.clear()
     free_memory(device)
@@ -266,8 +260,8 @@ def compare(found: dict[str, list[float]], tolerance: float) -> dict[str, dict[s
     return said
 
 
-def test_step(timed: Callable[[], None]) -> None:
-    timed()
+def test_step(measure: Callable[[], dict[str, Any]]) -> None:
+    assert measure()["rows"]
 
 
 if __name__ == "__main__":

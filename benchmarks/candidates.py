@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import bench_step
 import torch
-from record import main
-from timing import quartiles
 
 from dinofast.bench import step as step_clock
+from dinofast.bench.record import main
 from dinofast.bench.step import Rival, Synthetic
+from dinofast.bench.timing import row_of
 from dinofast.config import Config
 from dinofast.runtime.memory import kept_memory
 
@@ -116,10 +116,10 @@ def growing(case: Case, device: torch.device, seconds: float | None = None) -> I
         timed = step_clock.in_turns([before.rival, challenger.rival], device, seconds or SECONDS[device.type])
     rows = []
     for t, measured in zip(timed, (before, challenger), strict=True):
-        low, median, high = quartiles(t.step_ms)
-        rows.append({"rival": t.name, "median_ms": median, "quartiles_ms": [low, high], "elapsed_ms": t.step_ms,
-                     "images_per_s": measured.rival.step.cfg.batch_size_per_gpu / median * 1e3, "parts_ms": t.parts_ms,
-                     "extra_mib": t.peak_gib and t.peak_gib * 1024, "how": measured.rival.step.how})
+        row = row_of(t.name, t.step_ms, parts_ms=t.parts_ms, extra_mib=t.peak_gib and t.peak_gib * 1024,
+                     how=measured.rival.step.how)
+        row["images_per_s"] = measured.rival.step.cfg.batch_size_per_gpu / row["median_ms"] * 1e3
+        rows.append(row)
     rows[1] |= compared(str(case), before, challenger)
     gain = rows[1]["images_per_s"] / rows[0]["images_per_s"]
     kept = bool(case.options) and rows[1]["same_losses"] and gain >= GAIN

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import photographs
 import torch
-from record import reason_of, version
-from timing import quartiles
 
+from dinofast.bench.record import reason_of, version
+from dinofast.bench.timing import quartiles
 from dinofast.config import Config
 from dinofast.data import Loader, dali, make_loader, native
 from dinofast.runtime.backends import cores

@@ -230,7 +230,7 @@ def flagged(path: Path) -> str:
     """How many rows of a result are flagged; empty for none."""
     if not path.is_file():
         return ""
-    from record import flags
+    from dinofast.bench.record import flags
 
     n = sum(len(flags(case)) for case in json.loads(path.read_text()).get("cases", ()))
     return f", {n} flagged in {path.name}" if n else ""
@@ -273,7 +273,8 @@ def main(arguments: Sequence[str] = ()) -> int:
     call = make_call(args)
     own = call.results == ROOT / "benchmarks" / "results"
     import torch
-    from record import commit, device_name, write
+
+    from dinofast.bench.record import commit, device_name, write
 
     code = f"{commit()} on {device_name(torch.device(call.device))}"
     path = call.results / f"ladder-{'cuda' if call.device == 'cuda' else 'cpu'}.json"

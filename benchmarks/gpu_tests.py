@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from record import MORE, MOST_BEGUN, SAME_RUN, environment, write
+
+from dinofast.bench.record import MORE, MOST_BEGUN, SAME_RUN, environment, write
 
 ROOT = Path(__file__).parent.parent
 LATER = {"attention": 1, "vit": 2, "step": 2, "train": 2, "fake": 2, "bench": 3, "side_stream": 4, "loader": 4, "dali": 4}

@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import record
 import torch
 from PIL import Image
 
+from dinofast.bench import record
 from dinofast.data import index
 
 LINKS = 60_000  # of one file; ext4 allows 65,000

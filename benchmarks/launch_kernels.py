@@ -10,9 +10,9 @@ import argparse
 
 import numpy as np
 import torch
-from record import choose_device
 
 from dinofast import ops
+from dinofast.bench.record import choose_device
 from dinofast.config import Config
 from dinofast.data import plan, views
 from dinofast.testing import loss_inputs

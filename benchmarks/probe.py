@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import bench_step
 import torch
-from record import main, reason_of, version
-from timing import MIB, Rival, Timing, measure, quartiles
 from torch import Tensor
 
 from dinofast.bench import step as step_clock
+from dinofast.bench.record import main, rows_of, version
 from dinofast.bench.step import Synthetic
+from dinofast.bench.timing import MIB, Rival, measure, reason_of, row_of
 from dinofast.nn import attention
 from dinofast.nn.packing import layout
 from dinofast.runtime.distributed import Process
@@ -80,19 +80,6 @@ def part(what: str) -> Callable:
     return named
 
 
-def rows_of(timings: Iterable[Timing], flops: dict[str, float]) -> list[dict[str, Any]]:
-    rows = []
-    for t in timings:
-        if t.failed:
-            rows.append({"rival": t.rival.name, "failed": t.failed})
-            continue
-        low, median, high = quartiles(t.elapsed_ms)
-        moved, count = t.rival.moved_bytes, flops.get(t.rival.name)
-        rows.append({"rival": t.rival.name, "median_ms": median, "quartiles_ms": [low, high], "elapsed_ms": t.elapsed_ms,
-                     "gbps": moved / median / 1e6 if moved else None, "tflops": count / median / 1e9 if count else None})
-    return rows
-
-
 @part("device")
 def facts(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
     found: dict[str, Any] = {name: version(name) for name in
@@ -117,26 +104,22 @@ def ceilings(case: Case, device: torch.device, seconds: float) -> dict[str, Any]
 
     def copy() -> None:
         target.copy_(source)
-    rivals = [Rival(f"copy of {size:,} MiB", copy, 2 * source.nbytes), Rival(name, lambda: (a @ b,))]
-    return {"rows": rows_of(measure(rivals, device, seconds), {name: 2.0 * n**3}), "left_out": []}
+    rivals = [Rival(f"copy of {size:,} MiB", copy, 2 * source.nbytes), Rival(name, lambda: (a @ b,), flops=2.0 * n**3)]
+    return {"rows": rows_of(measure(rivals, device, seconds)), "left_out": []}
 
 
 @part("products")
 def products(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
     """y = x w^T of x (T, in) and w (out, in); the gradients g w of x and g^T x of w, g (T, out)."""
     tokens, d = sum(n * each for n, each in case.runs().values()), case.width
-    rivals, flops = [], {}
-
-    def add(name: str, call: Callable[[], tuple[Tensor]], count: float) -> None:
-        rivals.append(Rival(name, call))
-        flops[name] = count
+    rivals = []
     for name, wide, out in (("qkv", d, 3 * d), ("proj", d, d), ("fc1", d, 4 * d), ("fc2", 4 * d, d)):
         x, w, g = (torch.randn(shape, device=device).bfloat16() for shape in ((tokens, wide), (out, wide), (tokens, out)))
         count = 2.0 * tokens * wide * out
-        add(f"{name}, forward", lambda x=x, w=w: (x @ w.T,), count)
-        add(f"{name}, of the input", lambda g=g, w=w: (g @ w,), count)
-        add(f"{name}, of the weight", lambda g=g, x=x: (g.T @ x,), count)
-    return {"tokens": tokens, "rows": rows_of(measure(rivals, device, seconds * len(rivals)), flops), "left_out": []}
+        rivals += [Rival(f"{name}, forward", lambda x=x, w=w: (x @ w.T,), flops=count),
+                   Rival(f"{name}, of the input", lambda g=g, w=w: (g @ w,), flops=count),
+                   Rival(f"{name}, of the weight", lambda g=g, x=x: (g.T @ x,), flops=count)]
+    return {"tokens": tokens, "rows": rows_of(measure(rivals, device, seconds * len(rivals))), "left_out": []}
 
 
 def attentions(runs: tuple[tuple[int, int], ...], case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
@@ -145,7 +128,7 @@ def attentions(runs: tuple[tuple[int, int], ...], case: Case, device: torch.devi
     tokens, width = sum(n * each for n, each in runs), case.width // case.heads
     q, k, v, grad = (torch.randn(tokens, case.heads, width, device=device).bfloat16().requires_grad_(i < 3) for i in range(4))
     count = 4.0 * case.width * sum(n * each**2 for n, each in runs)
-    rivals, flops, refused = [], {}, []
+    rivals, refused = [], []
 
     def forward_of(impl: str) -> Tensor:
         attention.activate(impl)                      # of torch's flash attentions there is one at a time
@@ -162,11 +145,9 @@ def attentions(runs: tuple[tuple[int, int], ...], case: Case, device: torch.devi
         except Exception as error:
             refused.append({"rival": impl, "failed": reason_of(error)})
             continue
-        forward, backward = f"{impl}, forward", f"{impl}, backward"
-        rivals += [Rival(forward, lambda impl=impl: (forward_of(impl).detach(),)),
-                   Rival(backward, lambda impl=impl, out=out: backward_of(impl, out))]
-        flops |= {forward: count, backward: 2.5 * count}
-    return {"tokens": tokens, "rows": rows_of(measure(rivals, device, seconds * len(rivals)), flops) + refused, "left_out": []}
+        rivals += [Rival(f"{impl}, forward", lambda impl=impl: (forward_of(impl).detach(),), flops=count),
+                   Rival(f"{impl}, backward", lambda impl=impl, out=out: backward_of(impl, out), flops=2.5 * count)]
+    return {"tokens": tokens, "rows": rows_of(measure(rivals, device, seconds * len(rivals))) + refused, "left_out": []}
 
 
 @part("attention of large crops")
@@ -205,9 +186,8 @@ def profile(case: Case, device: torch.device, compiled: str) -> dict[str, Any]:
     activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
         rival.turn(device, PROFILED)
-    low, median, high = quartiles(timed.step_ms)
-    whole = {"rival": "without the profiler", "median_ms": median, "quartiles_ms": [low, high], "elapsed_ms": timed.step_ms,
-             "images_per_s": case.step.images / median * 1e3}
+    whole = row_of("without the profiler", timed.step_ms)
+    whole["images_per_s"] = case.step.images / whole["median_ms"] * 1e3
     what = {} if device.type == "cuda" else {"stand_in": "operators of a CPU, not kernels of a GPU"}
     table = kernel_table(spans(profiler.events(), device), PROFILED)
     return {"how": step.how, "rows": [whole], **table, **what, "left_out": []}

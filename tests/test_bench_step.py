@@ -118,7 +118,7 @@ def test_what_cannot_be_is_said(flags, message, photographs, tmp_path, monkeypat
 def test_what_is_not_done_is_said():
     lines = []
     measure(Config(**TINY, cuda_graph=True), None, 0.01, lines.append)
-    assert lines[2] == "note: --cuda_graph: without it, as there is no GPU"
+    assert lines[2] == "note: `cuda_graph`: without it, as there is no GPU"
 
 
 @pytest.mark.parametrize("precision, official", [(None, "fp16"), ("bf16", "fp16"), ("fp16", "fp16"), ("fp32", "fp32")])

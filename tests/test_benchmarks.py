@@ -12,21 +12,20 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import bench_adamw_ema  # noqa: E402
-import bench_data  # noqa: E402
-import bench_dino_loss  # noqa: E402
-import bench_step  # noqa: E402
-import data_on_gpu  # noqa: E402
-import index_pass  # noqa: E402
-import launch_kernels  # noqa: E402
-import official_checkout  # noqa: E402
-import photographs  # noqa: E402
-import record  # noqa: E402
-import report  # noqa: E402
-import timing  # noqa: E402
+import bench_adamw_ema
+import bench_data
+import bench_dino_loss
+import bench_step
+import data_on_gpu
+import index_pass
+import launch_kernels
+import official_checkout
+import photographs
+import report
 
-from dinofast.bench import baseline as official  # noqa: E402
-from dinofast.bench import step as dinofast_bench_step  # noqa: E402
+from dinofast.bench import baseline as official
+from dinofast.bench import record, timing
+from dinofast.bench import step as dinofast_bench_step
 
 CPU = torch.device("cpu")
 SMALL_LOSS = bench_dino_loss.Case(4, 3, 50, torch.float32)
@@ -407,23 +406,28 @@ def test_digits(ms, shown):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("pytest_benchmark"), reason="needs pytest-benchmark")
-def test_pytest_is_handed_the_measured_times(tmp_path):
-    """A whole session over one small case: pytest-benchmark's medians are those of the result file."""
-    for name in ("conftest.py", "record.py", "timing.py", "official_checkout.py", "bench_adamw_ema.py"):
+@pytest.mark.parametrize("broken", [False, True])
+def test_pytest_runs_and_reports_the_cases(tmp_path, broken):
+    """A whole session over one small case: pytest-benchmark records its rows; a candidate that differs fails the test."""
+    for name in ("conftest.py", "official_checkout.py", "bench_adamw_ema.py"):
         (tmp_path / name).write_text((ROOT / "benchmarks" / name).read_text())
     with (tmp_path / "bench_adamw_ema.py").open("a") as f:
         f.write("\n\ndef cases(device):\n    return [Case('step', 2)]\n")
+        if broken:
+            f.write("\n\nMOMENTUM = 0.5\nofficial.average = lambda student, teacher, momentum: None\n")
     environment = {k: v for k, v in os.environ.items() if k != "DINO_OFFICIAL" and not k.startswith("PYTEST_XDIST")}
     environment |= {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run((sys.executable, "-m", "pytest", "-q", "-rs", "-o", "python_files=bench_*.py", ".", "--device", "cpu",
+    done = subprocess.run((sys.executable, "-m", "pytest", "-q", "-o", "python_files=bench_*.py", ".", "--device", "cpu",
                            "--save-results", "results", "--benchmark-json", "record.json", "-p", "no:cacheprovider"),
                           cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "4 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
-    assert official_checkout.NOT_SET in done.stdout and "official / it" in done.stdout
     rows = json.loads((tmp_path / "results" / "adamw_ema-cpu.json").read_text())["cases"][0]["rows"]
-    records = json.loads((tmp_path / "record.json").read_text())["benchmarks"]
-    theirs = {each["params"]["rival"]: each["stats"]["median"] for each in records}
-    assert theirs == pytest.approx({row["rival"]: row["median_ms"] / 1e3 for row in rows[:-1]})
+    assert official_checkout.NOT_SET in done.stdout and "official / it" in done.stdout
+    if broken:
+        assert done.returncode == 1 and "from the official one" in done.stdout and "FLAGGED" in done.stdout, done.stdout
+        return
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+    one, = json.loads((tmp_path / "record.json").read_text())["benchmarks"]
+    assert one["extra_info"]["rows"] == rows and one["stats"]["rounds"] == 1
 
 
 @pytest.mark.parametrize("module, small", [(bench_dino_loss, SMALL_LOSS), (bench_adamw_ema, SMALL_STEP)], ids=lambda x: str(x))

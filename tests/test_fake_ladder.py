@@ -8,9 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import record  # noqa: E402
-
-from dinofast.nn.attention import ATTENTIONS  # noqa: E402
+from dinofast.bench import record
+from dinofast.nn.attention import ATTENTIONS
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import gpu  # noqa: E402
-import record  # noqa: E402
+import gpu
+
+from dinofast.bench import record
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import report  # noqa: E402
+import report
 
 
 def test_tables_are_rendered_from_the_results():

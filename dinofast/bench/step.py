@@ -24,6 +24,7 @@ from ..schedule import Schedule
 from ..step import Step
 from .baseline import OfficialStep
 from .flops import image_flops, peak_flops
+from .timing import Turns
 
 PARTS = {                                      # of a step, in its order, and what is in them
     "data": "the wait for crops; random ones are there from the start",
@@ -152,15 +153,18 @@ def warm_up(rival: Rival, device: torch.device) -> None:
 def in_turns(rivals: Sequence[Rival], device: torch.device, seconds: float, fewest: int = FEWEST) -> list[Timed]:
     """Let rivals that are warm take turns until `seconds` are over; at least `fewest` turns each."""
     peaks: dict[str, float | None] = {}
-    turns: dict[str, list[tuple[float, dict[str, float]]]] = {rival.name: [] for rival in rivals}
-    start = time.perf_counter()
-    while len(turns[rivals[0].name]) < fewest or time.perf_counter() - start < seconds:
-        for rival in rivals:
-            if has_peak := device.type == "cuda" and not getattr(rival.step, "graph", None):
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
-            turns[rival.name].append(rival.turn(device, TURN[device.type]))
-            peaks[rival.name] = (torch.cuda.max_memory_allocated(device) - before) / 2**30 if has_peak else None
+
+    def turn(rival: Rival) -> tuple[float, dict[str, float]]:
+        if has_peak := device.type == "cuda" and not getattr(rival.step, "graph", None):
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        measured = rival.turn(device, TURN[device.type])
+        peaks[rival.name] = (torch.cuda.max_memory_allocated(device) - before) / 2**30 if has_peak else None
+        return measured
+
+    together = Turns({rival.name: lambda rival=rival: turn(rival) for rival in rivals}, catch=())
+    together.run(seconds, fewest)
+    turns = together.results
     return [Timed(rival.name, [ms for ms, _ in turns[rival.name]],
                   {part: median(parts.get(part, 0.0) for _, parts in turns[rival.name])
                    for part in PARTS if any(part in parts for _, parts in turns[rival.name])}, peaks[rival.name])

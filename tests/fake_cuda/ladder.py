@@ -14,20 +14,19 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent / "benchmarks"))
 
-import steps  # noqa: E402
+import steps
 
 # isort: split
-import bench_step  # noqa: E402
-import candidates  # noqa: E402
-import probe  # noqa: E402
-import record  # noqa: E402
-import timing  # noqa: E402
-import torch  # noqa: E402
-from device import DEVICE  # noqa: E402
-from torch._subclasses import fake_tensor  # noqa: E402
+import bench_step
+import candidates
+import probe
+import torch
+from device import DEVICE
+from torch._subclasses import fake_tensor
 
-from dinofast.bench import step as step_clock  # noqa: E402
-from dinofast.nn.dino import Model  # noqa: E402
+from dinofast.bench import record, timing
+from dinofast.bench import step as step_clock
+from dinofast.nn.dino import Model
 
 GIB = 2**30
 

@@ -19,21 +19,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-import device  # noqa: E402
-import torch  # noqa: E402
-from device import DEVICE  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+import device
+import torch
+from device import DEVICE
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 device.enter()
 
-from dinofast import loss  # noqa: E402
-from dinofast import step as step_module  # noqa: E402
-from dinofast.config import Config  # noqa: E402
-from dinofast.nn import attention, head, vit  # noqa: E402
-from dinofast.nn.dino import Model  # noqa: E402
-from dinofast.runtime.distributed import Process  # noqa: E402
-from dinofast.schedule import Schedule  # noqa: E402
+from dinofast import loss
+from dinofast import step as step_module
+from dinofast.config import Config
+from dinofast.nn import attention, head, vit
+from dinofast.nn.dino import Model
+from dinofast.runtime.distributed import Process
+from dinofast.schedule import Schedule
 
 CASES: list[dict[str, Any]] = [
     {}, {"attention": "xformers"}, {"attention": "varlen"}, {"attention": "fa3"}, {"attention": "cudnn"}, {"attention": "sdpa"},

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Timing, quartiles
 
-import dinofast
+from .. import __version__
+from .timing import Timing, add_ratios, quartiles, reason_of, row_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MORE = 75                            # exit code: some cases are left, for another process
 MOST_BEGUN = 2                       # a case that ended its process so often is not begun again
@@ -43,16 +43,14 @@ def rows_of(timings: Sequence[Timing]) -> list[dict[str, Any]]:
         if timing.failed:
             rows.append({"rival": timing.rival.name, "failed": timing.failed})
             continue
-        low, median, high = quartiles(timing.elapsed_ms)
-        moved = timing.rival.moved_bytes
-        rows.append({"rival": timing.rival.name, "median_ms": median, "quartiles_ms": [low, high], "moved_bytes": moved,
-                     "gbps": moved / median / 1e6 if moved else None, "extra_mib": timing.extra_mib,
-                     "launch_ms": timing.launch_ms, "elapsed_ms": timing.elapsed_ms})
+        median, moved, flops = quartiles(timing.elapsed_ms)[1], timing.rival.moved_bytes, timing.rival.flops
+        rows.append(row_of(timing.rival.name, timing.elapsed_ms, moved_bytes=moved,
+                           gbps=moved / median / 1e6 if moved else None, extra_mib=timing.extra_mib,
+                           launch_ms=timing.launch_ms, **({"tflops": flops / median / 1e9} if flops else {})))
+    add_ratios(rows)
     timed = [row for row in rows if "failed" not in row]
-    official = next((row for row in timed if row["rival"] == "official"), None)
     copies = [row for row in timed if row["rival"].startswith("copy")]
     for row in timed:
-        row["times_faster_than_official"] = official["median_ms"] / row["median_ms"] if official else None
         row["times_the_copy"] = row["median_ms"] / copies[0]["median_ms"] if copies else None
         row["share_of_copy_bandwidth"] = row["gbps"] / copies[-1]["gbps"] if row["gbps"] and copies else None
     return rows
@@ -65,12 +63,6 @@ def flag(rows: Sequence[dict[str, Any]], differing: dict[str, str]) -> None:
             row["differs"] = differing[row["rival"]]
 
 
-def reason_of(error: BaseException) -> str:
-    """One line: the type and the first line of what an exception says."""
-    said = str(error).strip()
-    return f"{type(error).__name__}: {said.splitlines()[0][:200]}" if said else type(error).__name__
-
-
 def environment(benchmark: str, device: torch.device, command: str) -> dict[str, Any]:
     """What was measured, where, with which versions, and by which command."""
     on_gpu = device.type == "cuda"
@@ -78,7 +70,7 @@ def environment(benchmark: str, device: torch.device, command: str) -> dict[str,
         "benchmark": benchmark, "device_type": device.type,
         "device": device_name(device),
         "threads": torch.get_num_threads(), "cuda": torch.version.cuda if on_gpu else None,
-        "versions": {"dinofast": dinofast.__version__, "python": platform.python_version(), "torch": torch.__version__,
+        "versions": {"dinofast": __version__, "python": platform.python_version(), "torch": torch.__version__,
                      "triton": version("triton")},
         "commit": commit(), "date": time.strftime("%Y-%m-%d"),
         "command": f"{'DINO_OFFICIAL=DIR ' if os.environ.get('DINO_OFFICIAL') else ''}{command}"}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,18 +16,76 @@ from torch import Tensor
 GIB, MIB = 2**30, 2**20
 ROUNDS = {"cpu": (5, 31), "cuda": (20, 200)}     # fewest and most
 LEAD_MS = 20.0                                   # longest head start of the host
+T = TypeVar("T")
+
+
+class Turns(Generic[T]):
+    """The loop of every benchmark here: all candidates have a turn, then all have the next, so that what disturbs the machine
+    disturbs them alike.
+
+    turns: by name what does one turn of a candidate and returns what was measured in it. results: what each turn gave.
+    failed: the reason, by name, of those that raised; they have no more turns. catch: () lets their exceptions through.
+    """
+
+    def __init__(self, turns: Mapping[str, Callable[[], T]], catch: type | tuple[type, ...] = Exception) -> None:
+        self.turns, self._catch = turns, catch
+        self.results: dict[str, list[T]] = {name: [] for name in turns}
+        self.failed: dict[str, str] = {}
+        self.rounds = 0
+
+    def attempt(self, name: str, work: Callable[[], Any]) -> None:
+        """`work` of this candidate; if it raises, the others go on."""
+        try:
+            work()
+        except self._catch as error:
+            self.failed[name] = reason_of(error)
+
+    def round(self) -> None:
+        for name, turn in self.turns.items():
+            if name not in self.failed:
+                self.attempt(name, lambda name=name, turn=turn: self.results[name].append(turn()))
+        self.rounds += 1
+
+    def run(self, seconds: float, fewest: int, most: float = float("inf")) -> None:
+        """Rounds until `seconds` are over, within these limits."""
+        start = time.perf_counter()
+        while self.rounds < fewest or (self.rounds < most and time.perf_counter() - start < seconds):
+            self.round()
+
+
+def reason_of(error: BaseException) -> str:
+    """One line: the type and the first line of what an exception says."""
+    said = str(error).strip()
+    return f"{type(error).__name__}: {said.splitlines()[0][:200]}" if said else type(error).__name__
+
+
+def row_of(name: str, elapsed_ms: Sequence[float], **more: Any) -> dict[str, Any]:
+    """What a result file holds of a candidate: median and quartiles of its turns, and what else is known of it."""
+    low, median, high = quartiles(elapsed_ms)
+    return {"rival": name, "median_ms": median, "quartiles_ms": [low, high], **more, "elapsed_ms": list(elapsed_ms)}
+
+
+def add_ratios(rows: Sequence[dict[str, Any]], baseline: str = "official") -> Sequence[dict[str, Any]]:
+    """How many times faster than the official row each of the others is; None if that was not timed."""
+    official_ms = next((row["median_ms"] for row in rows if row["rival"] == baseline and "median_ms" in row), None)
+    for row in rows:
+        if "median_ms" in row:
+            row["times_faster_than_official"] = official_ms and official_ms / row["median_ms"]
+    return rows
 
 
 @dataclass(frozen=True)
 class Rival:
     """`call` does the work once and returns the tensors that it has made, if any.
 
-    moved_bytes: what its scheme reads and writes in one call, counted; None where nobody has counted.
+    moved_bytes: what its scheme reads and writes in one call, counted; None where nobody has counted. flops: of one call, where
+    they are the measure.
     """
 
     name: str
     call: Callable[[], Sequence[Tensor] | None]
     moved_bytes: int | None = None
+    flops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,14 +110,8 @@ def measure(rivals: Sequence[Rival], device: torch.device, seconds: float) -> li
     rounds, and the reason in `failed`.
     """
     clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
-    extra_mib, launch_ms, failed = {}, {}, {}
-    elapsed_ms: dict[str, list[float]] = {rival.name: [] for rival in rivals}
-
-    def attempt(rival: Rival, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:               # of one rival: the others go on
-            failed[rival.name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+    extra_mib, launch_ms = {}, {}
+    turns = Turns({rival.name: lambda rival=rival: clock.once(rival.call, launch_ms[rival.name]) for rival in rivals})
 
     def prepare(rival: Rival) -> None:
         rival.call()                                                            # compiles, allocates, starts threads
@@ -66,15 +119,10 @@ def measure(rivals: Sequence[Rival], device: torch.device, seconds: float) -> li
         launch_ms[rival.name] = clock.prepare(rival.call)
 
     for rival in rivals:
-        attempt(rival, lambda rival=rival: prepare(rival))
-    fewest, most = ROUNDS[device.type]
-    start, rounds = time.perf_counter(), 0
-    while rounds < fewest or (rounds < most and time.perf_counter() - start < seconds):
-        for rival in (rival for rival in rivals if rival.name not in failed):
-            attempt(rival, lambda rival=rival: elapsed_ms[rival.name].append(clock.once(rival.call, launch_ms[rival.name])))
-        rounds += 1
-    return [Timing(rival, elapsed_ms[rival.name], extra_mib.get(rival.name), launch_ms.get(rival.name),
-                   failed.get(rival.name, "")) for rival in rivals]
+        turns.attempt(rival.name, lambda rival=rival: prepare(rival))
+    turns.run(seconds, *ROUNDS[device.type])
+    return [Timing(rival, turns.results[rival.name], extra_mib.get(rival.name), launch_ms.get(rival.name),
+                   turns.failed.get(rival.name, "")) for rival in rivals]
 
 
 def extra_mib(call: Callable[[], Sequence[Tensor] | None], device: torch.device) -> float | None:
