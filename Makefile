@@ -1,7 +1,8 @@
 # make demo   install, build and pretrain a small ViT on an embedded data set; prints what it learnt
 # make test   install, build and run the tests
 # make lint   style check
-# make bench  measure, write benchmarks/results and the README's tables: 20 to 25 minutes on 2 cores, most of it the whole step
+# make docs   build docs/ and the API reference into build/site
+# make bench  measure, write benchmarks/results and docs/benchmarks.md: 20 to 25 minutes on 2 cores, most of it the whole step
 # make gpu    for a CUDA torch without a network: install without dependencies, build, probe the device, measure the step and what
 #             may make it faster, GPU tests, data, compute-sanitizer, with $(PYTHON) or .venv, whichever sees a GPU; in calls of
 #             at most 9 minutes, each of which goes on where the one before ended; results go to $OUT or benchmarks/results;
@@ -17,7 +18,7 @@ HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.'
 SITE := $(shell $(PYTHON) $(HAS_TORCH) && echo --system-site-packages)
 CODE := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test lint bench gpu install clean
+.PHONY: demo test lint docs bench gpu install clean
 
 demo: install
 	$(RUN) -m dinofast demo
@@ -27,6 +28,11 @@ test: $(VENV)/test-tools
 
 lint: $(VENV)/test-tools
 	$(RUN) -m ruff check .
+
+docs: $(VENV)/installed
+	$(PIP) --config-settings editable_mode=compat --editable ".[docs]"
+	$(RUN) -m sphinx -q -b html docs build/site
+	@echo "built: build/site/index.html"
 
 bench: $(VENV)/test-tools
 	$(RUN) -m pytest benchmarks/ --save-results

@@ -6,7 +6,7 @@ import sys
 from glob import glob
 
 import pybind11
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 
 # errno and trapping maths keep loops with a condition from being vectorised; nothing here relaxes the arithmetic itself.
 flags = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
@@ -24,4 +24,4 @@ core = Extension(
     optional=True,  # without a compiler the package installs all the same, and `dinofast doctor` says what is missing
 )
 
-setup(packages=find_packages(include=["dinofast", "dinofast.*"]), ext_modules=[core])
+setup(ext_modules=[core])

@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
 
 def cases(device: torch.device) -> list[Case]:
-    """The first is the one that README shows in full; the last shows the price of the calls."""
+    """The first is the one that docs/benchmarks.md shows in full; the last shows the price of the calls."""
     return [Case("step"), Case("average"), Case("step", 2)]
 
 

@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 def cases(device: torch.device) -> list[Case]:
-    """The first is the one that README shows in full."""
+    """The first is the one that docs/benchmarks.md shows in full."""
     if device.type == "cuda":
         return [Case(10, images, 65536, dtype) for dtype in (torch.bfloat16, torch.float32) for images in (64, 32, 128)]
     return [Case(10, images, prototypes, dtype) for images, prototypes in ((32, 65536), (8, 65536), (32, 4096))

@@ -77,8 +77,8 @@ OTHER_PRECISION = ("dinofast, compiled, bf16",)      # than the one that the pea
 
 
 def cases(device: torch.device) -> list[Case]:
-    """In the order of measuring. On a GPU, where compiling takes most of the time, ours goes first at every batch size. README
-    shows the first of those with most rivals in full."""
+    """In the order of measuring. On a GPU, where compiling takes most of the time, ours goes first at every batch size. The
+    page shows the first of those with most rivals in full."""
     if device.type == "cpu":
         few = ("official", "dinofast")
         return [Case("vit_small", 16, 8, ON_CPU), Case("vit_small", 16, 2, few), Case("vit_small", 8, 1, few),
@@ -221,7 +221,7 @@ def losses(rival: Rival, n: int) -> list[float]:
     """Of the next n steps."""
     found = []
     for _ in range(n):
-        found.append(rival.step(rival.done, rival.batches).flatten()[0].item())
+        found.append(rival.step(rival.done, rival.batches)["loss"].item())
         rival.done += 1
     return found
 

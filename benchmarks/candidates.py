@@ -171,7 +171,7 @@ def build(case: Case, device: torch.device, options: Options) -> Best:
     rival = Rival(str(case), step, crops, clock)
     metrics = step(0, crops)
     rival.done = 1
-    first = metrics[0].item(), metrics[4].item()
+    first = metrics["loss"].item(), metrics["grad_norm"].item()
     step_clock.warm_up(rival, device)
     return Best(options, rival, first)
 

@@ -58,4 +58,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section(f"{name} on {ledger.result['device']}, {ledger.result['threads']} threads, in turns")
         terminalreporter.write_line("\n\n".join(map(record.text, ledger.cases)))
     if folder := config.option.save_results:
-        terminalreporter.write_line(f"results saved in {folder}; python benchmarks/report.py puts them into README.md")
+        terminalreporter.write_line(f"results saved in {folder}; python benchmarks/report.py puts them into docs/benchmarks.md")

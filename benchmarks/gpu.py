@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --rehearse    every part at tiny sizes on the CPU, nothing saved into results
 
 The parts stand in order of worth, and each begins whatever became of those before. A call ends within nine minutes. Every step
-of a part is saved at once, in --results (else $OUT, else benchmarks/results and README.md), and the next call goes on from
+of a part is saved at once, in --results (else $OUT, else benchmarks/results and docs), and the next call goes on from
 there if commit and device are the same: what is done is not repeated, unless --again is given. Where $OUT is emptied between
 calls, --results names a folder that is kept. A part that runs over is interrupted, so that its traceback is in its log, and
 ended if that does not help. --cache DIR keeps what torch.compile and Triton make, to be carried to the next call.

@@ -91,7 +91,7 @@ class Step:
         self.clip = take("utils.py", "clip_gradients")
         self.scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
 
-    def __call__(self, step: int, batches: Iterator[list[Tensor]]) -> Tensor:
+    def __call__(self, step: int, batches: Iterator[list[Tensor]]) -> dict[str, Tensor]:
         for i, group in enumerate(self.optimizer.param_groups):
             group["lr"] = self.schedule.lr[step]
             if i == 0:
@@ -119,4 +119,4 @@ class Step:
                 t.data.mul_(momentum).add_((1 - momentum) * s.detach().data)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return loss.detach()
+        return {"loss": loss.detach()}

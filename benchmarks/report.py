@@ -1,6 +1,6 @@
-"""Renders the tables of README.md from the committed results: `python benchmarks/report.py` rewrites them in place.
+"""Renders tables and the chart from the committed results: `python benchmarks/report.py` rewrites them in place.
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; a test checks that README and results agree.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->` in one of `PAGES`; a test checks that pages and results agree.
 """
 
 from __future__ import annotations
@@ -11,10 +11,34 @@ import math
 import re
 from pathlib import Path
 
+import chart
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NO_GPU = "GPU: nothing has been measured on one yet, and no number is claimed; `make gpu` measures all of the above there."
+PAGES = ("README.md", "docs/benchmarks.md")
 PARTS = ("data", "teacher", "student", "loss", "backward", "optimiser")                  # of a step
+
+
+HEADLINE = (("step", "training step, ViT-S/16, batch of 8, fp32", "official", "dinofast"),
+            ("step", "the same, ours compiled and in bf16", "official", "dinofast, compiled, bf16"),
+            ("dino_loss", "loss, forward and backward", "official", "dinofast"),
+            ("adamw_ema", "clip, AdamW and EMA", "official", "dinofast"),
+            ("data", "decoding and crops, one thread", "official", "dinofast"))
+
+
+def headline() -> str:
+    """Five rows for the front page: official code and dinofast, from the first case of each result on a CPU."""
+    rows, machines = [], set()
+    for benchmark, what, official, ours in HEADLINE:
+        result = load(benchmark, "cpu")
+        row = {row["rival"]: row for row in max(result["cases"], key=lambda case: len(case["rows"]))["rows"]}
+        theirs, mine = row[official], row[ours]
+        said = [f"{rate(each['images_per_s'])} images/s" if "images_per_s" in each else f"{digits(each['median_ms'])} ms"
+                for each in (theirs, mine)]
+        rows.append((what, *said, f"**{theirs['median_ms'] / mine['median_ms']:.1f} x**"))
+        machines.add(f"{result['device']}, {result['threads']} threads, {result['date']}")
+    return f"{table(('', 'official code', 'dinofast', ''), rows)}\n\n{'; '.join(sorted(machines))}."
 
 
 def demo() -> str:
@@ -50,6 +74,18 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line[c] for c in kept) + " |" for line in lines)
 
 
+def once(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Without the first cell where it is that of the row above."""
+    firsts = [None, *(row[0] for row in rows)]
+    return [("" if row[0] == above else row[0], *row[1:]) for row, above in zip(rows, firsts, strict=False)]
+
+
+def different(case: str, first: str) -> str:
+    """What sets a case apart from the first one; the whole of it where nothing does."""
+    parts = [part for part in case.split(", ") if part not in first.split(", ")]
+    return ", ".join(parts) or case
+
+
 def load(benchmark: str, device_type: str) -> dict | None:
     """results/BENCHMARK-DEVICE.json with the rows that have times; None if there is no file, or nothing in it."""
     path = RESULTS / f"{benchmark}-{device_type}.json"
@@ -77,7 +113,7 @@ def speed(benchmark: str, device_type: str) -> str:
     first, *others = result["cases"]
     parts = [f"`{benchmark}` ({first['implementation']}), {first['case']}:", full_table(first)]
     if others:
-        parts += ["In other cases:", brief_table(others)]
+        parts += ["Other cases, by what differs:", brief_table(others, first["case"])]
     return "\n\n".join([*parts, provenance(result)])
 
 
@@ -98,15 +134,15 @@ def data(device_type: str) -> str:
     if not result:
         return "`data`: no measurement has been committed yet."
     case, = result["cases"]
-    head = ("", "images/s", "ms an image: median [quartiles]", "CPU ms an image", "official / this", "crops",
-            "device memory")
+    head = ("", "images/s", "ms an image: median [quartiles]", "CPU ms an image", "official / this",
+            "crops", "device memory")
     rows = []
     for row in case["rows"]:
         low, high = row["quartiles_ms"]
         faster, gib = row["times_faster_than_official"], row.get("device_gib")
         cells = (row["rival"], f"{row['images_per_s']:,.0f}", f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
                  digits(row["cpu_ms"]), "" if faster is None else f"{faster:.1f}",
-                 "" if faster is None else "the official ones, bit for bit" if row["same_crops"] else "its own, as many",
+                 "" if faster is None else "official, bit for bit" if row["same_crops"] else "its own, as many",
                  "" if gib is None else f"{gib:.1f} GiB")
         rows.append(tuple(f"**{cell}**" if cell and row["rival"] == "dinofast" else cell for cell in cells))
     return "\n\n".join([f"`data` ({case['implementation']}), {case['case']}:", table(head, rows), provenance(result)])
@@ -118,21 +154,26 @@ def step(device_type: str) -> str:
     if not result:
         return "The step: no measurement has been committed yet."
     first, *others = sorted(result["cases"], key=lambda case: -len(case["rows"]))
-    head = ("", "images/s", "ms a step: median [quartiles]", "images/s, this / official", "MFU",
-            *(f"{part}, ms" for part in PARTS), "memory of a step")
-    rows = []
+    rows, parts = [], []
     for row in first["rows"]:
         low, high = row["quartiles_ms"]
         cells = (row["rival"], rate(row["images_per_s"]), f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
-                 faster(row), share(row["mfu"]),
-                 *(f"{row['parts_ms'][part]:,.1f}" if part in row["parts_ms"] else "" for part in PARTS), gib(row))
-        rows.append(tuple(f"**{cell}**" if cell and row["rival"] == "dinofast" else cell for cell in cells))
+                 faster(row), share(row["mfu"]), gib(row))
+        spent = (row["rival"], *(f"{row['parts_ms'][part]:,.1f}" if part in row["parts_ms"] else "" for part in PARTS))
+        bold = row["rival"] == "dinofast"
+        rows.append(tuple(f"**{cell}**" if cell and bold else cell for cell in cells))
+        parts += [tuple(f"**{cell}**" if cell and bold else cell for cell in spent)] if any(spent[1:]) else []
     title = f"The whole step, {first['case']}; {first['gflop_an_image']:,.1f} GFLOP an image, MFU of {first['peak']}:"
-    brief = [(case["case"], row["rival"], rate(row["images_per_s"]), share(row["mfu"]), faster(row), gib(row))
-             for case in others for row in case["rows"]]
-    more = ["In other cases:", table(("", "", "images/s", "MFU", "images/s, this / official", "memory of a step"),
-                                     brief)] if brief else []
-    return "\n\n".join([title, table(head, rows), *more, provenance(result)])
+    blocks = [title, table(("", "images/s", "ms a step: median [quartiles]", "this / official", "MFU", "memory"), rows)]
+    if parts:
+        names = (part.replace("optimiser", "optimizer") for part in PARTS)
+        blocks += ["Milliseconds of each part:", table(("", *names), parts)]
+    brief = [(different(case["case"], first["case"]), row["rival"], rate(row["images_per_s"]), faster(row), share(row["mfu"]),
+              gib(row)) for case in others for row in case["rows"]]
+    if brief:
+        blocks += ["Other cases, by what differs:",
+                   table(("case", "", "images/s", "this / official", "MFU", "memory"), once(brief))]
+    return "\n\n".join([*blocks, provenance(result)])
 
 
 def probe(device_type: str) -> str:
@@ -144,7 +185,8 @@ def probe(device_type: str) -> str:
              "" if row.get("tflops") is None else digits(row["tflops"])) for case in result["cases"] for row in case["rows"]]
     kernels = [f"{case['case']}: {case['n_kernels']:,.0f} kernels, {case['kernels_us'] / 1e3:,.1f} ms; none runs for "
                f"{case['gaps_us'] / 1e3:,.1f} ms." for case in result["cases"] if "kernels" in case]
-    return "\n\n".join(["What the device does:", table(("", "", "ms", "GB/s", "TFLOP/s"), rows), *kernels, provenance(result)])
+    head = ("", "", "ms", "GB/s", "TFLOP/s")
+    return "\n\n".join(["What the device does:", table(head, once(rows)), *kernels, provenance(result)])
 
 
 def candidates(device_type: str) -> str:
@@ -205,8 +247,8 @@ def index() -> str:
 
 def full_table(case: dict) -> str:
     """Every rival of one case."""
-    head = ("", "ms: median [quartiles]", "official / this", "this / copy", "GB/s of counted bytes (of the copy's)",
-            "extra memory", "ms on the host")
+    head = ("", "ms: median [quartiles]", "official / this", "this / copy", "GB/s (of the copy's)", "extra memory",
+            "ms on the host")
     rows = []
     for row in case["rows"]:
         low, high = row["quartiles_ms"]
@@ -217,17 +259,17 @@ def full_table(case: dict) -> str:
     return table(head, rows)
 
 
-def brief_table(cases: list[dict]) -> str:
+def brief_table(cases: list[dict], first: str) -> str:
     """dinofast in every case."""
-    head = ("", "dinofast, ms", "official / dinofast", "compiled reference / dinofast", "dinofast / copy",
-            "GB/s of counted bytes (of the copy's)")
+    head = ("case", "dinofast, ms", "official / dinofast", "compiled reference / dinofast", "dinofast / copy",
+            "GB/s (of the copy's)")
     rows = []
     for case in cases:
         row = {row["rival"]: row for row in case["rows"]}
         if "dinofast" not in row:
             continue
         ours, compiled = row["dinofast"], row.get("reference, compiled")
-        rows.append((case["case"], digits(ours["median_ms"]), ratio(ours["times_faster_than_official"], 1),
+        rows.append((different(case["case"], first), digits(ours["median_ms"]), ratio(ours["times_faster_than_official"], 1),
                      f"{compiled['median_ms'] / ours['median_ms']:.1f}" if compiled else "",
                      ratio(ours["times_the_copy"], 2) if ours["gbps"] else "", bandwidth(ours)))
     return table(head, rows)
@@ -260,24 +302,34 @@ def digits(ms: float) -> str:
     return f"{ms:,.{max(0, 2 - math.floor(math.log10(ms)))}f}"
 
 
-TABLES = {"demo": demo, "index": index, "gpu": gpu, "step-cpu": functools.partial(step, "cpu"),
+TABLES = {"headline": headline, "demo": demo, "index": index, "gpu": gpu, "step-cpu": functools.partial(step, "cpu"),
           "data-cpu": functools.partial(data, "cpu"), "dino_loss-cpu": functools.partial(speed, "dino_loss", "cpu"),
           "adamw_ema-cpu": functools.partial(speed, "adamw_ema", "cpu")}
 
 
-def render(text: str) -> str:
-    """The text with every marked table made anew."""
+def bars() -> str:
+    """The chart of images/s, of a GPU as soon as a step was measured there."""
+    result = load("step", "cuda") or load("step", "cpu")
+    return chart.images_per_s(result, max(result["cases"], key=lambda case: len(case["rows"])))
+
+
+def render(pages: dict[str, str]) -> dict[str, str]:
+    """The texts of PAGES with every marked table made anew. Each table stands in one of them, once."""
+    pages = dict(pages)
     for name, make in TABLES.items():
-        place = f"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text, n = re.subn(place, lambda m, make=make: m[1] + make() + "\n" + m[2], text, flags=re.S)
-        if n != 1:
-            raise ValueError(f"README.md has {n} places for the table '{name}': expected one.")
-    return text
+        place, found = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", flags=re.S), 0
+        for page, text in pages.items():
+            pages[page], n = place.subn(lambda m, make=make: m[1] + make() + "\n" + m[2], text)
+            found += n
+        if found != 1:
+            raise ValueError(f"{' and '.join(pages)} have {found} places for the table '{name}': expected one.")
+    return pages
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    for page, text in render({page: (ROOT / page).read_text() for page in PAGES}).items():
+        (ROOT / page).write_text(text)
+    (RESULTS / "images_per_s.svg").write_text(bars())
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Position:
     epoch: int = 0
     images_in_epoch: int = 0
     n_images: int = 0
-    sums: list[float] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
     fingerprint: str = ""                                   # of the images, empty when unknown
     global_batch: int = 0
 

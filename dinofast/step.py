@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .config import Config
-from .loss import LossStats
 from .nn.attention import activate, select_attention
 from .nn.dino import Model
 from .nn.onednn_linear import select_library
@@ -26,8 +25,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Step:
-    """`step(i, batches)` takes micro-batches from `batches`, does optimiser step i and returns its metrics, (5,) on the device
-    in the order of `METRICS`. Nothing in it waits for the device.
+    """`step(i, batches)` takes micro-batches from `batches`, does optimiser step i and returns its metrics by name, each () on
+    the device. Nothing in it waits for the device.
 
     model, optimizer, scaler (None without fp16): what a checkpoint holds. how: what does the work, in words. notes: what was
     asked for or is usual and is not done, and why. Raises ValueError for options that cannot be met here.
@@ -60,7 +59,7 @@ class Step:
         if self._vits():
             activate(self.attention)
 
-    def __call__(self, step: int, batches: Iterator[list[Tensor]]) -> Tensor:
+    def __call__(self, step: int, batches: Iterator[list[Tensor]]) -> dict[str, Tensor]:
         values, epoch = self.schedule.at(step), step // self.schedule.steps_per_epoch
         for group, decay in zip(self.optimizer.param_groups, (values.weight_decay, 0.0), strict=True):
             group["lr"], group["weight_decay"] = values.lr, decay
@@ -69,7 +68,7 @@ class Step:
         if epoch < self.cfg.freeze_last_layer:
             for p in self.model.last_layer_parameters():
                 p.grad = None
-        bad = ~torch.isfinite(stats.loss)
+        bad = ~torch.isfinite(stats["loss"])
         if self.scaler:
             self.scaler.step(self.optimizer, momentum=values.momentum, skip=bad)
             self.scaler.update()
@@ -77,11 +76,10 @@ class Step:
             self.optimizer.step(momentum=values.momentum, skip=bad)           # clip, update, teacher average
         self.optimizer.zero_grad(set_to_none=True)
         self.model.mark("optimiser")
-        return torch.stack((stats.loss, stats.teacher_entropy, stats.kl, self.model.dino_loss.center.norm(),
-                            self.optimizer.grad_norm.float()))
+        return stats | {"grad_norm": self.optimizer.grad_norm.float()}
 
-    def gradients(self, step: int, batches: Iterator[list[Tensor]], teacher_temp: Tensor) -> LossStats:
-        """Gradients of all micro-batches in `grad`; the centre has moved."""
+    def gradients(self, step: int, batches: Iterator[list[Tensor]], teacher_temp: Tensor) -> dict[str, Tensor]:
+        """Gradients of all micro-batches in `grad`; what `Model.end_step` says of them."""
         cfg, process = self.cfg, self.process
         for micro in range(cfg.accumulate):
             crops = next(batches)                                             # on the device already
@@ -92,19 +90,19 @@ class Step:
             last = micro == cfg.accumulate - 1
             with nullcontext() if last or process.world == 1 else self.parallel.no_sync():
                 self.forward_backward(crops, teacher_temp)
-        return self.model.dino_loss.step()                                    # all-reduce; the centre moves
+        return self.model.end_step()                                          # all-reduce; the centre moves
 
     def forward_backward(self, crops: list[Tensor], teacher_temp: Tensor) -> None:
         with reading():                                                       # in backward too, for checkpointed blocks
             with torch.autocast(self.process.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32",
                                 cache_enabled=self.graph is None):
-                loss = self.parallel(crops, teacher_temp) / self.cfg.accumulate
+                loss = self.parallel(crops, teacher_temp).total / self.cfg.accumulate
             (self.scaler.scale(loss) if self.scaler else loss).backward()
         self.model.mark("backward")
 
-    def _whole(self, crops: list[Tensor], teacher_temp: Tensor) -> LossStats:
+    def _whole(self, crops: list[Tensor], teacher_temp: Tensor) -> dict[str, Tensor]:
         self.forward_backward(crops, teacher_temp)
-        return self.model.dino_loss.step()
+        return self.model.end_step()
 
     # ---- what does the work
     def _vits(self) -> list[VisionTransformer]:

@@ -82,7 +82,7 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distrib
     process.barrier()                                     # nobody writes here before everybody has read
     start, inexact = _first_step(position, loader, batch)
     loader.seek(start)
-    sums = EpochSums(process.device, position.sums if start % per_epoch and not inexact else [])
+    sums = EpochSums(process.device, position.sums if start % per_epoch and not inexact else None)
     run = Run(output_dir, process.is_main, steps_per_epoch=per_epoch, epochs=cfg.epochs, images_per_step=batch,
               out_dim=cfg.out_dim)
     run.drop_after(start // per_epoch)
@@ -91,7 +91,7 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distrib
     def save(step: int, keep: bool = False) -> None:
         if process.is_main:
             epoch, inside = divmod(step, per_epoch)
-            where = checkpoint.Position(step, epoch, inside * batch, loader.n_images, sums.read() if inside else [],
+            where = checkpoint.Position(step, epoch, inside * batch, loader.n_images, sums.read() if inside else {},
                                         loader.fingerprint, batch)
             numbered = output_dir / f"checkpoint{epoch - 1:04}.pth"
             checkpoint.save(numbered if keep else path, *state, cfg, where)

@@ -14,7 +14,7 @@ from dinofast.nn.dino import Model
 CFG = Config(arch="vit_nano", patch_size=4, out_dim=32, head_hidden_dim=16, head_bottleneck_dim=8, local_crops_number=2,
              global_crops_size=16, local_crops_size=8, norm_last_layer=False)
 
-POSITION = checkpoint.Position(7, 1, 12, 40, [1.5] * 7, "f" * 32, 4)
+POSITION = checkpoint.Position(7, 1, 12, 40, {"loss": 1.5, "good_steps": 3.0, "steps": 3.0}, "f" * 32, 4)
 
 
 def parts(cfg=CFG):
@@ -25,7 +25,7 @@ def parts(cfg=CFG):
 
 def saved(folder, cfg=CFG):
     model, optimizer = parts(cfg)
-    model([torch.randn(4, 3, 16, 16), torch.randn(4, 3, 8, 8)], 0.04).backward()
+    model([torch.randn(4, 3, 16, 16), torch.randn(4, 3, 8, 8)], 0.04).total.backward()
     optimizer.step(momentum=0.9)
     model.dino_loss.step()
     path = folder / "checkpoint.pth"

@@ -1,4 +1,4 @@
-"""The blocks of README.md that put our loss into other projects, run on stand-ins that compute as those do, eagerly."""
+"""The blocks of docs/migrating.md that put our loss into other projects, run on stand-ins that compute as those do, eagerly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "migrating.md").read_text()
 B, K = 3, 1030
 
 
@@ -68,13 +68,13 @@ class ViewsTeacherFirst(Centred):
 
 @pytest.fixture
 def patched(monkeypatch: pytest.MonkeyPatch):
-    """A function: the stand-in's class after the README's block for the project has been run."""
+    """A function: the stand-in's class after the block of the page for the project has been run."""
     def run(project: str, standin: type) -> type:
-        block = next(b for b in re.findall(r"```python\n(.*?)```", README, flags=re.S) if f"from {project}.loss import" in b)
+        block = next(b for b in re.findall(r"```python\n(.*?)```", PAGE, flags=re.S) if f"from {project}.loss import" in b)
         ours = type("DINOLoss", (standin,), {})
         for name, module in ((project, types.ModuleType(project)), (f"{project}.loss", types.SimpleNamespace(DINOLoss=ours))):
             monkeypatch.setitem(sys.modules, name, module)
-        exec(block, {})                                       # noqa: S102 - our own README
+        exec(block, {})                                       # noqa: S102 - our own page
         assert ours.forward is not standin.forward
         return ours
     return run

@@ -9,9 +9,16 @@ import torch
 
 from dinofast import checkpoint
 from dinofast.data import index_cache, shards
-from dinofast.runtime.metrics import METRICS, EpochSums, collapse_warning
+from dinofast.runtime.metrics import EpochSums, collapse_warning
 from dinofast.runtime.progress import Diverged, Run
 from dinofast.runtime.signals import Interrupted, StopSignal
+
+METRICS = ("loss", "teacher_entropy", "kl", "center_norm", "grad_norm")
+
+
+def sums_of(*values):
+    """Of the metrics, the good steps and all steps."""
+    return dict(zip((*METRICS, "good_steps", "steps"), map(float, values), strict=True))
 
 
 def run(folder, **changes):
@@ -19,16 +26,22 @@ def run(folder, **changes):
 
 
 def test_sums_leave_out_what_is_not_finite_and_go_on_after_a_save():
-    sums = EpochSums(torch.device("cpu"), [])
-    sums.add(torch.tensor([1.0, 2, 3, 4, 5]))
-    sums.add(torch.tensor([1.0, 2, math.nan, 4, 5]))
+    def add(to, *values):
+        to.add({name: torch.tensor(float(value)) for name, value in zip(METRICS, values, strict=True)})
+
+    sums = EpochSums(torch.device("cpu"))
+    add(sums, 1, 2, 3, 4, 5)
+    add(sums, 1, 2, math.nan, 4, 5)
     resumed = EpochSums(torch.device("cpu"), sums.read())
-    resumed.add(torch.tensor([2.0, 2, 3, 4, 5]))
-    assert resumed.read() == [3, 4, 6, 8, 10, 2, 3]
+    assert resumed.read() == sums.read() == sums_of(1, 2, 3, 4, 5, 1, 2)
+    add(resumed, 2, 2, 3, 4, 5)
+    assert resumed.read() == sums_of(3, 4, 6, 8, 10, 2, 3)
+    resumed.clear()
+    assert resumed.read() == sums_of(*[0] * 7) and EpochSums(torch.device("cpu")).read() == {"good_steps": 0, "steps": 0}
 
 
 def test_epoch_line(tmp_path, capsys):
-    run(tmp_path).end_epoch(1, [8.0, 4.0, 4.0, 2.0, 6.0, 4, 4], 0.1, 0.2)
+    run(tmp_path).end_epoch(1, sums_of(8.0, 4.0, 4.0, 2.0, 6.0, 4, 4), 0.1, 0.2)
     line = json.loads((tmp_path / "log.txt").read_text())
     assert line == {"train_loss": 2.0, "train_lr": 0.1, "train_wd": 0.2, "epoch": 1, "train_teacher_entropy": 1.0,
                     "train_kl": 1.0, "train_center_norm": 0.5, "train_grad_norm": 1.5, "skipped_steps": 0}
@@ -36,7 +49,7 @@ def test_epoch_line(tmp_path, capsys):
 
 
 def test_epoch_without_a_single_good_step(tmp_path):
-    run(tmp_path).end_epoch(0, [0.0] * 6 + [4], 0.1, 0.2)
+    run(tmp_path).end_epoch(0, sums_of(*[0] * 6, 4), 0.1, 0.2)
     line = json.loads((tmp_path / "log.txt").read_text())
     assert line["train_loss"] is None and line["skipped_steps"] == 4
 
@@ -80,14 +93,14 @@ def test_collapse_is_said_in_words(loss, entropy, words):
 
 def test_collapse_is_shown_at_the_end_of_an_epoch(tmp_path, capsys):
     uniform = math.log(64)
-    run(tmp_path).end_epoch(0, [4 * uniform, 4 * uniform, 0.0, 0.0, 0.0, 4, 4], 0.1, 0.2)
+    run(tmp_path).end_epoch(0, sums_of(4 * uniform, 4 * uniform, 0, 0, 0, 4, 4), 0.1, 0.2)
     assert "warning, epoch 1: the loss 4.159 sits at log K" in capsys.readouterr().out
 
 
 def test_plain_lines_say_what_a_person_wants_to_know(tmp_path, capsys):
     r = run(tmp_path)
-    with r.live(0, [0.0] * 7):
-        r.show(12, [24.0, 0, 0, 0, 0, 12, 12], 0.001, 0.0)
+    with r.live(0, {}):
+        r.show(12, sums_of(24, 0, 0, 0, 0, 12, 12), 0.001, 0.0)
     line = capsys.readouterr().out
     assert "epoch 3/3  step 12  loss 2.0000  lr 1.00e-03" in line and "images/s  data wait 0%  ETA 0:00:00" in line
 
@@ -101,7 +114,8 @@ def test_live_bar_on_a_terminal(tmp_path):
 
     code = ("from pathlib import Path; from dinofast.runtime.progress import Run; "
             "r = Run(Path('.'), True, steps_per_epoch=4, epochs=3, images_per_step=8, out_dim=64)\n"
-            "with r.live(0, [0.0] * 7): r.show(4, [8.0, 0, 0, 0, 0, 4, 4], 0.001, 0.0); r.say('a word [in] between')")
+            "with r.live(0, {}):\n  r.show(4, {'loss': 8.0, 'good_steps': 4, 'steps': 4}, 0.001, 0.0)\n"
+            "  r.say('a word [in] between')")
     main, other = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", code], stdout=other, stderr=other, cwd=tmp_path,
                                env={**os.environ, "COLUMNS": "150", "TERM": "xterm"})
@@ -121,12 +135,12 @@ def test_live_bar_on_a_terminal(tmp_path):
 
 def test_gives_up_after_many_bad_steps(tmp_path):
     r = run(tmp_path, steps_per_epoch=100)
-    with r.live(0, [0.0] * 7):
-        r.show(10, [0.0] * 6 + [10], 0.001, 0.0)
-        r.show(15, [5.0, 0, 0, 0, 0, 1, 15], 0.001, 0.0)          # one good step in between
-        r.show(25, [5.0, 0, 0, 0, 0, 1, 25], 0.001, 0.0)
+    with r.live(0, {}):
+        r.show(10, sums_of(*[0] * 6, 10), 0.001, 0.0)
+        r.show(15, sums_of(5.0, 0, 0, 0, 0, 1, 15), 0.001, 0.0)          # one good step in between
+        r.show(25, sums_of(5.0, 0, 0, 0, 0, 1, 25), 0.001, 0.0)
         with pytest.raises(Diverged, match="20 steps in a row"):
-            r.show(35, [5.0, 0, 0, 0, 0, 1, 35], 0.001, 0.0)
+            r.show(35, sums_of(5.0, 0, 0, 0, 0, 1, 35), 0.001, 0.0)
 
 
 def test_signals_are_noted_and_handed_back():
@@ -155,7 +169,3 @@ def test_an_interrupt_is_no_damaged_file(monkeypatch, tmp_path):
         with monkeypatch.context() as patched, pytest.raises(Interrupted, match="stopped"):
             patched.setattr(module, name, interrupt)
             read()
-
-
-def test_metrics_and_sums_agree():
-    assert len(EpochSums(torch.device("cpu"), []).read()) == len(METRICS) + 2

@@ -45,7 +45,7 @@ def test_teacher_is_a_frozen_copy_of_the_student():
     model = Model.from_config(TINY)
     for (name, s), t in zip(model.student.named_parameters(), model.teacher.parameters(), strict=True):
         assert torch.equal(s, t) and not t.requires_grad, name
-    model(crops(), 0.04).backward()
+    model(crops(), 0.04).total.backward()
     assert all(t.grad is None for t in model.teacher.parameters())
     assert all(s.grad is not None for s in model.student.parameters() if s.requires_grad)
 
@@ -63,7 +63,7 @@ def test_teacher_sees_global_crops_and_student_all(local_size, leave_out):
     for name in ("student", "teacher"):
         getattr(model, name).register_forward_hook(lambda module, args, out, name=name: seen.update({name: out}))
     torch.manual_seed(5)
-    loss = model([views, locals_], 0.04)
+    loss = model([views, locals_], 0.04).total
     together = dict(seen)
     backbone = model.student.backbone
     torch.manual_seed(5)
@@ -105,7 +105,7 @@ def test_any_module_is_a_backbone():
     model = Model.from_config(TINY, backbone=Convolutional)
     assert model.student.head.mlp[0].in_features == 7
     assert model.student.backbone.layers[1].num_batches_tracked == 0          # the trial image left no trace
-    assert torch.isfinite(model(crops(), 0.04))
+    assert torch.isfinite(model(crops(), 0.04).total)
 
 
 def test_features_must_be_rows():

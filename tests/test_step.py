@@ -72,7 +72,7 @@ class OnDevice(GoldenLoader):
 
 def assert_official(step, model, device="cpu", tolerance=1e-5, center=None):
     loader, data = OnDevice(device), golden.load("train.npz")
-    losses = [step(i, loader).flatten()[0].item() for i in range(8)]
+    losses = [step(i, loader)["loss"].item() for i in range(8)]
     assert losses == pytest.approx([data[f"step{i}.loss"].item() for i in range(8)], rel=tolerance)
     for name in ("student", "teacher"):
         state = getattr(model, name).state_dict()
@@ -113,7 +113,7 @@ def test_what_stochastic_depth_drops_is_computed_only_where_shapes_must_stay(mon
     for leave_out in (True, False):
         step, batches = small()
         step.model.student.backbone.leave_out = leave_out
-        trained.append(([step(i, batches)[0].item() for i in range(3)], step.model.student.state_dict()))
+        trained.append(([step(i, batches)["loss"].item() for i in range(3)], step.model.student.state_dict()))
     (losses, weights), (masked, masked_weights) = trained
     assert losses == pytest.approx(masked, rel=1e-5) and len(set(losses)) == 3
     for name, value in weights.items():
@@ -182,10 +182,10 @@ def test_copies_of_weights_are_what_autocast_would_cast(changes, precision):
             step.copies._places.clear()
             step.copies.of.clear()
         assert len(step.copies.of) == (2 * (2 * (4 * 2 + 1) + 2 * 3) if with_copies else 0)       # two blocks, patches, head
-        losses = [step(i, batches)[0] for i in range(2)]
+        losses = [step(i, batches)["loss"] for i in range(2)]
         for network in networks:
             network.load_state_dict({name: value * 1.01 for name, value in network.state_dict().items()})
-        losses += [step(i, batches)[0] for i in range(2, 4)]
+        losses += [step(i, batches)["loss"] for i in range(2, 4)]
         assert all(torch.equal(p.to(copy.dtype), copy) for p, copy in step.copies.of.items())
         found.append((torch.stack(losses), [p for network in networks for p in network.parameters()]))
     (losses, parameters), (cast_losses, cast_parameters) = found
@@ -239,7 +239,7 @@ def test_compiled_steps_draw_what_eager_ones_draw():
     runs = []
     for compile in ("off", "on"):
         step, batches = small(compile=compile)
-        runs.append(torch.stack([step(i, batches) for i in range(4)]))
+        runs.append([step(i, batches) for i in range(4)])
     torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
 
 
@@ -250,7 +250,7 @@ def test_models_that_are_gone_leave_room_for_new_graphs():
         step(0, batches)
         del step
     step, batches = small(compile="on", local_crops_number=1)
-    assert torch.isfinite(step(0, batches)).all()
+    assert all(torch.isfinite(x) for x in step(0, batches).values())
 
 
 RESTART = """
@@ -258,7 +258,7 @@ import json, sys
 import test_step
 from torch._dynamo.utils import counters
 step, batches = test_step.small(compile="on")
-print(json.dumps([step(0, batches).tolist(), dict(counters["inductor"]), dict(counters["aot_autograd"])]))
+print(json.dumps([[x.item() for x in step(0, batches).values()], dict(counters["inductor"]), dict(counters["aot_autograd"])]))
 """
 
 
@@ -397,8 +397,8 @@ class Replayed:
         for p in self.parameters:
             p.grad = None
         new = self.whole()
-        for old, now in zip((stats.loss, stats.teacher_entropy, *grads),
-                            (new.loss, new.teacher_entropy, *(p.grad for p in self.parameters)), strict=True):
+        for old, now in zip((*stats.values(), *grads),
+                            (*new.values(), *(p.grad for p in self.parameters)), strict=True):
             old.copy_(now)
 
 
@@ -467,7 +467,7 @@ def test_a_replayed_step_is_an_eager_step(gpu, precision):
     runs = []
     for graph in (False, True):
         step, batches = small(GPU, cuda_graph=graph, compile="off", precision=precision)
-        runs.append(torch.stack([step(i, batches) for i in range(8)]))
+        runs.append([step(i, batches) for i in range(8)])
         assert step.graph is None or step.graph._graph is not None
     torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-3)
 

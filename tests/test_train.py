@@ -41,7 +41,7 @@ def official(monkeypatch):
 
     def show(self, step, sums, lr, wait_s):
         total = sum(seen.losses[-((step - 1) % 2):]) if (step - 1) % 2 else 0.0
-        seen.losses.append(sums[0] - total)
+        seen.losses.append(sums["loss"] - total)
 
     monkeypatch.setattr(Model, "from_config", classmethod(from_config))
     monkeypatch.setattr(train_module, "make_loader", lambda cfg, **_: seen.loader)

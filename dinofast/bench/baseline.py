@@ -97,7 +97,7 @@ class OfficialStep:
         torch.backends.cudnn.benchmark = True                     # as its main_dino.py sets it; of ours nothing is cuDNN's
         self.teacher_temps = schedule.teacher_temp.tolist()              # on the host, as officially: no wait in the step
 
-    def __call__(self, step: int, batches: Iterator[list[Tensor]]) -> Tensor:
+    def __call__(self, step: int, batches: Iterator[list[Tensor]]) -> dict[str, Tensor]:
         cfg, schedule = self.cfg, self.schedule
         for i, group in enumerate(self.optimizer.param_groups):
             group["lr"] = schedule.lr[step]
@@ -139,7 +139,7 @@ class OfficialStep:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.mark("optimiser")
-        return loss.detach()
+        return {"loss": loss.detach()}
 
 
 def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float,

@@ -77,13 +77,13 @@ def environment(benchmark: str, device: torch.device, command: str) -> dict[str,
 
 
 def commit() -> str:
-    """Of the checkout, "-dirty" if a tracked file other than results and README differs. Where git fails, $DINOFAST_COMMIT, or
-    a hash of the code, so that results of other code are never gone on from."""
+    """Of the checkout, "-dirty" if a tracked file other than results and rendered pages differs. Where git fails,
+    $DINOFAST_COMMIT, or a hash of the code, so that results of other code are never gone on from."""
     try:
         git = ("git", "-C", str(ROOT))
         head = subprocess.run((*git, "rev-parse", "HEAD"), capture_output=True, text=True, check=True).stdout.strip()
         status = subprocess.run((*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results",
-                                 ":!README.md"), capture_output=True, text=True, check=True).stdout
+                                 ":!README.md", ":!docs/benchmarks.md"), capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("DINOFAST_COMMIT") or f"code-{_hash_of_code()}"
     return head + ("-dirty" if status.strip() else "")

@@ -6,6 +6,7 @@ import copy
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,20 @@ class MultiCropWrapper(nn.Module):
         return self.head(features[0] if len(features) == 1 else torch.cat(features))
 
 
+@dataclass
+class Losses:
+    """Of a forward pass, each (), with gradient. `total` is what is trained on."""
+
+    dino: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.dino
+
+
 class Model(nn.Module):
-    """The whole of DINO: `model(crops, teacher_temp)` gives the loss (arXiv 2104.14294, figure 2 and algorithm 1).
+    """The whole of DINO: `model(crops, teacher_temp)` gives the losses (arXiv 2104.14294, figure 2 and algorithm 1), and after
+    all micro-batches of a step `end_step()` moves the centre.
 
     student, teacher: `MultiCropWrapper`s of equal shape; the teacher starts as a copy of the student and takes no gradient.
     mark: called with the name of each part of a step when it has ended, for those who time it.
@@ -64,8 +77,8 @@ class Model(nn.Module):
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
 
-    def forward(self, crops: Sequence[Tensor], teacher_temp: float | Tensor) -> Tensor:
-        """crops: one tensor per size, crop-major: (2 B, 3, G, G) global, then (n B, 3, L, L) local. Returns the loss ()."""
+    def forward(self, crops: Sequence[Tensor], teacher_temp: float | Tensor) -> Losses:
+        """crops: one tensor per size, crop-major: (2 B, 3, G, G) global, then (n B, 3, L, L) local."""
         backbone, drawn, views = self.student.backbone, None, crops[0]
         if isinstance(backbone, vit.VisionTransformer):                          # cut into patches once for both
             crops = backbone.cut(crops)
@@ -77,7 +90,13 @@ class Model(nn.Module):
         self.mark("student")
         loss = self.dino_loss.accumulate(student_output, teacher_output, teacher_temp)
         self.mark("loss")
-        return loss
+        return Losses(dino=loss)
+
+    def end_step(self) -> dict[str, Tensor]:
+        """What there is to say of a step, by name: means over micro-batches and ranks, each (), on the device, no gradient."""
+        stats = self.dino_loss.step()
+        return {"loss": stats.loss, "teacher_entropy": stats.teacher_entropy, "kl": stats.kl,
+                "center_norm": self.dino_loss.center.norm()}
 
     def last_layer_parameters(self) -> list[nn.Parameter]:
         """The student's parameters that `freeze_last_layer` holds fixed."""

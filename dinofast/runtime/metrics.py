@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-METRICS = ("loss", "teacher_entropy", "kl", "center_norm", "grad_norm")
-N_SUMS = len(METRICS) + 2              # and the number of good steps, and of all steps
+COUNTS = ("good_steps", "steps")
 
 
 class EpochSums:
-    """Running sums of the metrics over an epoch, on the device: adding to them never waits."""
+    """Running sums of the metrics over an epoch, on the device: adding to them never waits. saved: what `read` gave."""
 
-    def __init__(self, device: torch.device, saved: list[float]) -> None:
-        values = saved if len(saved) == N_SUMS else [0.0] * N_SUMS
-        self._sums = torch.tensor(values, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, saved: Mapping[str, float] | None = None) -> None:
+        self._device, self._values = device, dict(saved or {})
+        self._names: tuple[str, ...] = ()
+        self._sums: Tensor | None = None
 
-    def add(self, metrics: Tensor) -> None:
-        """metrics (5,), in the order of METRICS; of a step with a value that is not finite only the step is counted."""
-        good = torch.isfinite(metrics).all()
-        self._sums[:-1] += torch.where(good, torch.cat((metrics.double(), good.double()[None])), 0.0)
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """metrics: by name, each () on the device; of a step with one that is not finite only the step is counted."""
+        if self._sums is None:
+            self._names = (*metrics, *COUNTS)
+            values = [self._values.get(name, 0.0) for name in self._names]
+            self._sums = torch.tensor(values, dtype=torch.float64, device=self._device)
+        now = torch.stack([value.double() for value in metrics.values()])
+        good = torch.isfinite(now).all()
+        self._sums[:-1] += torch.where(good, torch.cat((now, good.double()[None])), 0.0)
         self._sums[-1] += 1
 
-    def read(self) -> list[float]:
-        """The sums of the metrics, the number of good steps, the number of steps; waits for the device."""
-        return self._sums.tolist()
+    def read(self) -> dict[str, float]:
+        """The sum of each metric, and COUNTS; waits for the device."""
+        if self._sums is not None:
+            self._values = dict(zip(self._names, self._sums.tolist(), strict=True))
+        return dict.fromkeys(COUNTS, 0.0) | self._values
 
     def clear(self) -> None:
-        self._sums.zero_()
+        self._values = {}
+        if self._sums is not None:
+            self._sums.zero_()
 
 
 def collapse_warning(loss: float, teacher_entropy: float, log_k: float) -> str | None:

@@ -8,11 +8,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .metrics import METRICS, N_SUMS, collapse_warning
+from .metrics import COUNTS, collapse_warning
 
 PLAIN_LINE_S = 10.0                   # without a terminal, one line at most so often
 GIVE_UP_AFTER = 20                    # steps in a row without a finite loss or gradient
@@ -31,7 +31,7 @@ class Run:
         self.is_main = is_main
         self.steps_per_epoch, self.epochs, self.images_per_step = steps_per_epoch, epochs, images_per_step
         self.log_k = math.log(out_dim)
-        self._last = [0.0] * N_SUMS
+        self._last: dict[str, float] = {}
         self._clock = self._wait_s = self._spoken = 0.0
         self._first_step = self._last_step = 0
         self._bad_in_a_row = self._told_refused = 0
@@ -48,10 +48,10 @@ class Run:
             _print(text)
 
     @contextmanager
-    def live(self, step: int, sums: list[float]) -> Iterator[None]:
+    def live(self, step: int, sums: Mapping[str, float]) -> Iterator[None]:
         """The progress bar around the loop, which begins at `step` with the given sums of its epoch."""
         self._first_step = self._last_step = step
-        self._last = list(sums)
+        self._last = dict(sums)
         self._start = self._clock = time.perf_counter()
         if self.is_main and sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -77,11 +77,12 @@ class Run:
             path, reason = refused[-1]
             self.say(f"{new} unreadable image(s) left out, listed in '{where}'; the last: {path} ({reason})")
 
-    def show(self, step: int, sums: list[float], lr: float, wait_s: float) -> None:
+    def show(self, step: int, sums: Mapping[str, float], lr: float, wait_s: float) -> None:
         """Called at logging points with what was just read from the device; `step` steps are done. Raises `Diverged`."""
         new_steps = step - self._last_step
-        counted = sums[-2] - self._last[-2]
-        bad = round(sums[-1] - self._last[-1] - counted)
+        new = {name: value - self._last.get(name, 0.0) for name, value in sums.items()}
+        counted = new["good_steps"]
+        bad = round(new["steps"] - counted)
         self._bad_in_a_row = self._bad_in_a_row + bad if bad == new_steps else 0
         if self._bad_in_a_row >= GIVE_UP_AFTER:
             raise Diverged(f"the loss or its gradient has not been finite for {self._bad_in_a_row} steps in a row; the weights "
@@ -89,7 +90,7 @@ class Run:
         now = time.perf_counter()
         elapsed = max(now - self._clock, 1e-9)
         if counted > 0:
-            loss = (sums[0] - self._last[0]) / counted
+            loss = new["loss"] / counted
             rate = new_steps * self.images_per_step / elapsed
             waiting = min(max((wait_s - self._wait_s) / elapsed, 0.0), 1.0)
             numbers = f"loss {loss:.4f}  lr {lr:.2e}  {rate:,.1f} images/s  data wait {waiting:.0%}"
@@ -105,7 +106,7 @@ class Run:
             left_s = (now - self._start) / max(step - self._first_step, 1) * (self.epochs * self.steps_per_epoch - step)
             _print(f"epoch {epoch + 1}/{self.epochs}  step {step}  {numbers}  ETA {_duration(left_s)}")
             self._spoken = now
-        self._last, self._clock, self._wait_s, self._last_step = list(sums), now, wait_s, step
+        self._last, self._clock, self._wait_s, self._last_step = dict(sums), now, wait_s, step
 
     # ---- log.txt
     def drop_after(self, epoch: int) -> None:
@@ -121,18 +122,18 @@ class Run:
         temporary.write_text("".join(line + "\n" for line in kept))
         os.replace(temporary, self.path)
 
-    def end_epoch(self, epoch: int, sums: list[float], lr: float, weight_decay: float) -> None:
+    def end_epoch(self, epoch: int, sums: Mapping[str, float], lr: float, weight_decay: float) -> None:
         """Append the epoch's line (means over its steps) and say in words when training looks collapsed."""
-        self._last = [0.0] * len(self._last)
+        self._last = {}
         if not self.is_main:
             return
-        count, steps = sums[-2:]
-        means = {name: value / count if count else None for name, value in zip(METRICS, sums, strict=False)}
-        line = {"train_loss": means["loss"], "train_lr": lr, "train_wd": weight_decay, "epoch": epoch,
-                **{f"train_{name}": means[name] for name in METRICS[1:]}, "skipped_steps": round(steps - count)}
+        count, steps = (sums[name] for name in COUNTS)
+        means = {name: value / count if count else None for name, value in sums.items() if name not in COUNTS}
+        line = {"train_loss": means.pop("loss", None), "train_lr": lr, "train_wd": weight_decay, "epoch": epoch,
+                **{f"train_{name}": value for name, value in means.items()}, "skipped_steps": round(steps - count)}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        warning = collapse_warning(means["loss"], means["teacher_entropy"], self.log_k) if count else None
+        warning = collapse_warning(line["train_loss"], means["teacher_entropy"], self.log_k) if count else None
         if warning:
             self.say(f"warning, epoch {epoch + 1}: {warning}")
 
