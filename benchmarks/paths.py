@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import record
 import torch
-from timing import quartiles
 
 from dinofast import ops
+from dinofast.bench import record
 from dinofast.bench.step import Synthetic, schedule_of
+from dinofast.bench.timing import row_of
 from dinofast.config import Config
 from dinofast.nn.dino import Model
 from dinofast.nn.vit import VisionTransformer
@@ -148,7 +148,7 @@ def chunks(rounds: int, images: int = 32) -> Times:
 
 
 CASES: dict[str, tuple[str, int, Callable[[int], Times]]] = {       # name: what, rounds, how
-    "drop_path": ("step of ViT-S/16, 8 images: branches left out | multiplied by 0", 7, drop_path),
+    "drop_path": ("step of ViT-S/16, 8 images: branches left out | multiplied by 0", 11, drop_path),
     "memory": ("step of three blocks of ViT-S/16, 16 images: freed memory kept | given back", 5, memory),
     "gradient": ("loss, B = 32: a gradient in memory of an earlier one | in fresh memory", 21, gradient),
     "chunks": ("loss as DINOv2 calls it, B = 32: chunks viewed | stacked", 21, chunks),
@@ -170,13 +170,11 @@ def main() -> None:
     result = record.environment("paths", CPU, command) | {"clock": "processor time", "cases": []}
     for name in args.cases or CASES:
         what, rounds, run = CASES[name]
-        rows = []
-        for way, times in zip(("with", "without"), run(rounds), strict=True):
-            low, median, high = quartiles(times)
-            rows.append({"rival": way, "median_ms": median, "quartiles_ms": [low, high]})
-        gain = rows[1]["median_ms"] / rows[0]["median_ms"]
-        result["cases"].append({"case": what, "rounds": rounds, "rows": rows, "times_longer_without": gain})
-        print(f"{what}: {gain:.3f} times as long without, {rows}", flush=True)
+        rows = [row_of(way, times) for way, times in zip(("with", "without"), run(rounds), strict=True)]
+        medians_ms = [row["median_ms"] for row in rows]
+        result["cases"].append({"case": what, "rounds": rounds, "rows": rows,
+                                "times_longer_without": medians_ms[1] / medians_ms[0]})
+        print(f"{what}: {medians_ms[0]:,.1f} | {medians_ms[1]:,.1f} ms of processor time", flush=True)
         if args.save_results:
             record.save(result, args.save_results)
 

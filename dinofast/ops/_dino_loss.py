@@ -32,7 +32,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory of an earlier result where it is large: fresh memory costs as much as the kernel (csrc/cpu/recycled.h)."""
+    """Memory of an earlier result where it is large: fresh memory costs more than the kernel (csrc/cpu/recycled.h)."""
     n_bytes = torch.Size(shape).numel() * dtype.itemsize
     if n_bytes < _LARGE:
         return torch.empty(shape, dtype=dtype)
@@ -280,7 +280,11 @@ def _lie_side_by_side(pieces: Sequence[Tensor]) -> bool:
 
 
 class _Join(torch.autograd.Function):
-    """The stack of pieces that lie side by side, without a copy; each gets its own gradient, whatever it is then used for."""
+    """The stack of pieces that lie side by side, without a copy; each gets its own gradient, whatever it is then used for.
+
+    Copied, the loss as DINOv2 calls it takes 1.28 times as long with 32 images, 1.23 times with 8 (benchmarks/paths.py, one
+    thread of an AMD EPYC, 2026-11-27).
+    """
 
     @staticmethod
     def forward(ctx: Any, *pieces: Tensor) -> Tensor:
