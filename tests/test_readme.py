@@ -11,7 +11,7 @@ import dinofast
 from dinofast import cli
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
+TEXT = (ROOT / "README.md").read_text().replace("\\\n", "")                   # a command may go on in the next line
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import report
