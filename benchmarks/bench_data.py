@@ -34,8 +34,11 @@ from torch.utils.data import DataLoader, Dataset
 from dinofast.bench.record import main, version
 from dinofast.bench.timing import quartiles
 from dinofast.config import Config
-from dinofast.data import Loader, dali, make_loader, native, pil, plan
-from dinofast.data import tasks as tasks_of
+from dinofast.data import Loader, augmentation, backend_dali, backend_native, make_loader
+from dinofast.data.augmentation import Draw
+from dinofast.data.backend_pil import render
+from dinofast.data.decode import decode
+from dinofast.data.sampler import batch_indices
 from dinofast.runtime.backends import cores
 
 NAME = "data"
@@ -92,7 +95,7 @@ def measure_case(case: Case | data_on_gpu.Case, device: torch.device) -> dict[st
     finally:
         torch.set_num_threads(threads)
     return {"case": str(case), "photographs": case.photographs, "batch": case.batch, "dtype": "float32",
-            "implementation": "pil" if native.missing() else "native", "rounds": len(times[0][0]),
+            "implementation": "pil" if backend_native.unavailable_reason() else "native", "rounds": len(times[0][0]),
             "versions": {name: version(name) for name in ("pillow", "torchvision", "nvidia-dali-cuda130")},
             "rows": rows_of(turns, times), "left_out": left_out}
 
@@ -147,14 +150,15 @@ def make_turns(case: Case, folder: Path) -> tuple[list[Turn], list[str]]:
                  global_crops_size=case.sides[0], local_crops_size=case.sides[1], num_workers=0)
     loader = loader_of(cfg, "pil")
     turns, left_out = [Turn("official", rewritten(cfg, loader).__next__)], []
-    for name, make, reason in (("official checkout", checkout, no_checkout()), ("DALI", dali_pipeline, dali.missing())):
+    no_dali, no_native = backend_dali.unavailable_reason(), backend_native.unavailable_reason()
+    for name, make, reason in (("official checkout", checkout, no_checkout()), ("DALI", dali_pipeline, no_dali)):
         if reason:
             left_out.append(f"{name}: {reason}")
         else:
             turns.append(Turn(name, make(cfg, loader).__next__, same=False))
     turns.append(Turn("dinofast, pil", loader.__next__))
-    if native.missing():
-        return turns, [*left_out, *(f"{name}: {native.missing()}" for name in ("dinofast", ALL_CORES))]
+    if no_native:
+        return turns, [*left_out, *(f"{name}: {no_native}" for name in ("dinofast", ALL_CORES))]
     turns.append(Turn("dinofast", loader_of(cfg, "native").__next__))
     return [*turns, all_cores(cfg)], left_out
 
@@ -178,24 +182,28 @@ class Rewritten(Dataset):
     """The official semantics: crops drawn by our plan, so that results can be compared, and made one by one by PIL."""
 
     def __init__(self, cfg: Config, loader: Loader) -> None:
-        self.read = loader.crops.index.read
+        self.read = loader.reader.dataset.read
         self.mean, self.std = (torch.tensor(c).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std))
 
-    def __getitem__(self, sample_and_views: tuple[int, np.ndarray]) -> list[Tensor]:
-        sample, views = sample_and_views
-        image = pil.decode(self.read(sample))
-        crops = (torch.from_numpy(pil.render(image, view).transpose(2, 0, 1).copy()) for view in views)     # ToTensor
+    def __getitem__(self, drawn: tuple[int, Draw, int]) -> list[Tensor]:
+        index, draw, b = drawn
+        image = decode(self.read(index))
+        views = draw.plan(b, image.height, image.width)
+        crops = (torch.from_numpy(render(image, view).transpose(2, 0, 1).copy()) for view in views)         # ToTensor
         return [crop.float().div(255).sub(self.mean).div(self.std) for crop in crops]                       # and Normalize
 
 
 def rewritten(cfg: Config, loader: Loader) -> Iterator[list[Tensor]]:
-    drawn = (zip(samples.tolist(), loader.crops.draw(epoch, samples), strict=True) for epoch, samples in tasks(cfg, loader))
-    return iter(DataLoader(Rewritten(cfg, loader), batch_sampler=map(list, drawn)))
+    def drawn() -> Iterator[list[tuple[int, Draw, int]]]:
+        for epoch, indices in batches_of(cfg, loader):
+            draw = loader.augmentation.draw(epoch, indices)
+            yield [(index, draw, b) for b, index in enumerate(indices.tolist())]
+    return iter(DataLoader(Rewritten(cfg, loader), batch_sampler=drawn()))
 
 
-def tasks(cfg: Config, loader: Loader) -> Iterator[tuple[int, np.ndarray]]:
-    """Epoch and samples of each batch, those of dinofast's loaders."""
-    return tasks_of(cfg, 0, 1, 0, loader.n_images, loader.steps_per_epoch)
+def batches_of(cfg: Config, loader: Loader) -> Iterator[tuple[int, np.ndarray]]:
+    """Epoch and indices of each batch, those of dinofast's loaders."""
+    return batch_indices(cfg.seed, loader.n_images, loader.steps_per_epoch, batch_size=cfg.batch_size_per_gpu)
 
 
 def no_checkout() -> str:
@@ -210,7 +218,7 @@ class Checkout(Dataset):
     def __init__(self, cfg: Config, loader: Loader) -> None:
         from torchvision import transforms
 
-        self.path = loader.crops.index.path
+        self.path = loader.reader.dataset.path
         taken = {name: official_checkout.take("utils.py", name, random=random, ImageFilter=ImageFilter, ImageOps=ImageOps)
                  for name in ("GaussianBlur", "Solarization")}
         augmentation = official_checkout.take("main_dino.py", "DataAugmentationDINO", transforms=transforms, Image=Image,
@@ -223,7 +231,7 @@ class Checkout(Dataset):
 
 
 def checkout(cfg: Config, loader: Loader) -> Iterator[list[Tensor]]:
-    return iter(DataLoader(Checkout(cfg, loader), batch_sampler=(samples.tolist() for _, samples in tasks(cfg, loader))))
+    return iter(DataLoader(Checkout(cfg, loader), batch_sampler=(samples.tolist() for _, samples in batches_of(cfg, loader))))
 
 
 # ----------------------------------------------------------------------------------------------------------------------- DALI
@@ -233,8 +241,8 @@ def dali_pipeline(cfg: Config, loader: Loader) -> Iterator[list[Tensor]]:
     from nvidia.dali import fn, pipeline_def, types
 
     mean, std = ([255 * level for level in levels] for levels in (cfg.image_mean, cfg.image_std))
-    order = np.concatenate([samples for _, samples in itertools.islice(tasks(cfg, loader), loader.steps_per_epoch)])
-    paths = [loader.crops.index.path(sample) for sample in order.tolist()]
+    order = np.concatenate([samples for _, samples in itertools.islice(batches_of(cfg, loader), loader.steps_per_epoch)])
+    paths = [loader.reader.dataset.path(sample) for sample in order.tolist()]
 
     def maybe(p: float) -> Any:
         return fn.random.coin_flip(probability=p, dtype=types.BOOL)
@@ -248,20 +256,21 @@ def dali_pipeline(cfg: Config, loader: Loader) -> Iterator[list[Tensor]]:
         encoded, _ = fn.readers.file(files=paths)
         image = fn.decoders.image(encoded, output_type=types.RGB)
         crops = []
-        for view in loader.crops.views:
+        for view in loader.augmentation.views:
             crop = fn.random_resized_crop(image, size=(view.size, view.size), random_area=view.scale, antialias=True,
                                           interp_type=types.INTERP_CUBIC)
-            if maybe(plan.JITTER_P):
-                brightness, contrast, saturation, hue = map(between, plan.FACTORS_LOW.tolist(), plan.FACTORS_HIGH.tolist())
+            if maybe(augmentation.JITTER_P):
+                low, high = augmentation.FACTORS_LOW.tolist(), augmentation.FACTORS_HIGH.tolist()
+                brightness, contrast, saturation, hue = map(between, low, high)
                 crop = fn.color_twist(crop, brightness=brightness, contrast=contrast, saturation=saturation, hue=360 * hue)
-            if maybe(plan.GREY_P):
+            if maybe(augmentation.GREY_P):
                 crop = fn.saturation(crop, saturation=0.0)
             if maybe(view.blur_p):
                 crop = fn.gaussian_blur(crop, sigma=between(*view.blur_radius))
             if maybe(view.solarise_p):
                 dark = fn.cast(crop < 128, dtype=types.UINT8)
                 crop = fn.cast(crop * dark + (255 - crop) * (1 - dark), dtype=types.UINT8)
-            mirror = fn.random.coin_flip(probability=plan.FLIP_P)
+            mirror = fn.random.coin_flip(probability=augmentation.FLIP_P)
             crops.append(fn.crop_mirror_normalize(crop, mirror=mirror, mean=mean, std=std))
         return tuple(crops)
 

@@ -20,7 +20,7 @@ import torch
 from dinofast.bench.record import reason_of, version
 from dinofast.bench.timing import quartiles
 from dinofast.config import Config
-from dinofast.data import Loader, dali, make_loader, native
+from dinofast.data import Loader, backend_dali, backend_native, make_loader
 from dinofast.runtime.backends import cores
 
 ROUNDS, FIRST, BATCHES = 3, 4, 16                # of each rival; batches before the clock starts; those timed
@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 def growing(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     """The case after each round: every rival has one more turn. One that fails has no more."""
-    absent = {"native": native.missing(), "dali": dali.missing()}
+    absent = {"native": backend_native.unavailable_reason(), "dali": backend_dali.unavailable_reason()}
     left_out = [f"{name}: {absent[options['data_backend']]}" for name, options in RIVALS.items()
                 if absent[options["data_backend"]]]
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name, options in RIVALS.items()

@@ -14,7 +14,8 @@ import torch
 from dinofast import ops
 from dinofast.bench.record import choose_device
 from dinofast.config import Config
-from dinofast.data import plan, views
+from dinofast.data import augmentation
+from dinofast.data.loader import views
 from dinofast.testing import loss_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,7 +74,7 @@ def colour(device: torch.device) -> int:
     table = torch.rand(3, 256).to(device)
     for dtype, side in ((torch.float32, 1), (torch.float32, 7), (torch.bfloat16, 97)):
         crops = [torch.randint(0, 256, (3, side, side, 3), dtype=torch.uint8).to(device) for _ in range(2)]
-        drawn = plan.draw(0, 0, np.arange(3), np.full((3, 2), 300), views(Config()))[:, :2].T.copy()
+        drawn = augmentation.draw(0, 0, np.arange(3), views(Config())).views[:, :2].T.copy()
         assert ops.colour(crops, drawn, table, dtype).isfinite().all()
         drawn["blur_radius"] = 0
         assert ops.colour(crops, drawn, table, dtype).isfinite().all()

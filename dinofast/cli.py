@@ -22,6 +22,7 @@ COMMANDS = {
     "pretrain": "train a backbone on a folder of images without labels",
     "knn": "k-NN accuracy of a checkpoint on labeled folders",
     "show-crops": "a picture of what the network sees",
+    "check-data": "which images of a folder do not decode",
     "bench-data": "whether the data keeps up with a GPU",
     "bench-step": "images/s of a training step here, and the official loop beside it",
     "sample-data": "write a small labeled data set to try things on",

@@ -32,7 +32,7 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
     """Pretrain as `cfg` says, resuming what `cfg.output_dir` holds; returns the path of the last checkpoint.
 
     backbone: makes any module that maps images (B, 3, h, w) to features (B, D); `cfg.arch` is then only a word in the log.
-    Raises `ValueError` for options, data or a checkpoint that cannot be right (before anything but the index is written),
+    Raises `ValueError` for options, data or a checkpoint that cannot be right (before anything is written),
     `Interrupted` after SIGINT or SIGTERM with everything saved, `Diverged` when the loss stays non-finite.
     """
     if isinstance(backbone, nn.Module):
@@ -49,11 +49,11 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
 def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distributed.Process, stop: StopSignal) -> Path:
     ops.check_required()
     if backbone is None:
-        backbone_maker(cfg)                               # an unknown name is told before a million files are looked at
+        backbone_maker(cfg)                               # an unknown name is told before a million files are listed
     loader = make_loader(cfg, rank=process.rank, world=process.world, device=process.device,
-                         on_progress=counting("files looked at", process.is_main))
+                         on_progress=counting("scanning files", process.is_main))
     if not process.all_equal(int(loader.fingerprint, 16) >> 66):
-        raise ValueError(f"process {process.rank} finds {loader.n_images} usable images in `data_path` {cfg.data_path}, others "
+        raise ValueError(f"process {process.rank} finds {loader.n_images} images in `data_path` {cfg.data_path}, others "
                          "find different ones: all processes must see the same files.")
     with closing(loader), checkpoint.claim(Path(cfg.output_dir)) if process.is_main else nullcontext():
         try:
@@ -114,7 +114,7 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distrib
                     told_peak = True
                     run.say(f"peak memory so far: {peak_memory(process.device)}")
                 run.show(done, now, schedule.lr[step], loader.wait_s)
-                run.tell_refused(loader.refused, output_dir / "refused.txt")
+                run.tell_refused(loader.bad_files, output_dir / "bad_files.txt")
                 if ends_epoch:
                     this = slice(epoch * per_epoch, done)
                     run.end_epoch(epoch, now, schedule.lr[this].mean(), schedule.weight_decay[this].mean())
@@ -157,7 +157,7 @@ def _introduce(run: Run, cfg: Config, process: distributed.Process, one_step: St
             "process(es)")
     note = f" ({loader.backend_note})" if loader.backend_note else ""
     run.say(f"loss: {ops.paths()['dino_loss'][process.device.type]}; step: {one_step.how}; crops: {loader.backend}{note}")
-    run.tell_refused(loader.refused, Path(cfg.output_dir) / "refused.txt")
+    run.tell_refused(loader.bad_files, Path(cfg.output_dir) / "bad_files.txt")
     if start >= cfg.epochs * loader.steps_per_epoch:
         run.say(f"nothing left to do: '{path}' has {start} steps behind it; raise `epochs` to go on")
     elif start:

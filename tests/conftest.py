@@ -140,9 +140,9 @@ def pytest_configure(config):
         from dinofast.nn.attention import fmha
 
         _count(fmha(), "memory_efficient_attention_forward_requires_grad", "xformers")
-    from dinofast.data import dali
+    from dinofast.data import backend_dali
 
-    _count(dali.Batches, "_run", "dali")
+    _count(backend_dali.Batches, "_run", "dali")
 
 
 def _count(module, name, kind):
@@ -176,7 +176,7 @@ def pytest_testnodedown(node):
 
 def pytest_terminal_summary(terminalreporter):
     from dinofast import ops
-    from dinofast.data import dali
+    from dinofast.data import backend_dali
     from dinofast.nn.attention import xformers_unavailable_reason
 
     gpu = "no GPU here" if not torch.cuda.is_available() else "a GPU is here"
@@ -191,7 +191,7 @@ def pytest_terminal_summary(terminalreporter):
         "xformers": done["xformers"] if torch.cuda.is_available() and not xformers_unavailable_reason() else
         f"not exercised: {xformers_unavailable_reason() or 'it has nothing for a CPU'} ({gpu})",
         "dali": f"{done['dali']}, on its {'GPU' if torch.cuda.is_available() else 'CPU'} operators" if _calls["dali"]
-        else f"NOT exercised: {dali.missing() or 'no test of it was chosen'}",
+        else f"NOT exercised: {backend_dali.unavailable_reason() or 'no test of it was chosen'}",
     }
     terminalreporter.section("paths")
     for name, what in lines.items():

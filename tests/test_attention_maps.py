@@ -1,4 +1,4 @@
-"""Attention maps on attention made by hand: what is kept, where it lies, and how much of it is on the object."""
+"""Attention maps on attention made by hand: what is kept, where, how much of it is on the object; planted components."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from dinofast.evaluate.attention_maps import attention_maps, keep_mass, mass_on_mask, picture
+from dinofast.evaluate.attention_maps import (
+    attention_maps,
+    cls_attention,
+    dense_attention_maps,
+    keep_mass,
+    likeness,
+    mass_on_mask,
+    patch_features,
+    pca_colors,
+    principal_components,
+)
+from dinofast.nn import vit
 
 
 class Fixed(nn.Module):
@@ -81,14 +92,115 @@ def test_sizes_that_are_not_whole_patches():
         attention_maps(Fixed(torch.ones(1, 4)), torch.zeros(1, 3, 10, 8))
 
 
-def test_picture():
-    image = torch.zeros(2, 3, 4, 4)
-    image[1, 0] = 1.0                                                                    # second row red
-    heat = torch.zeros(2, 4, 4)
-    heat[:, 2:] = torch.tensor([0.001, 7.0])[:, None, None]                              # each map to its own largest value
-    sheet = np.asarray(picture([("image", image), ("map", heat)], scale=5, gap=6))
-    assert sheet.shape == (2 * 26 + 6 + 22, 2 * 26 + 6, 3)
-    first, second = sheet[28:48], sheet[54:74]
-    assert (first[:, 6:26] == 0).all() and (second[:, 6:26] == (255, 0, 0)).all()
-    assert (first[:, 32:52] == second[:, 32:52]).all()
-    assert first[:10, 32:52].sum() < first[10:, 32:52].sum() / 50
+def test_one_hot_patch_lights_its_place_when_upsampled():
+    """Patch (1, 2) of 2 x 4: brightest at its middle, falling to both sides, nothing in the far corner."""
+    row = torch.zeros(1, 8)
+    row[0, 6] = 0.5
+    maps = attention_maps(Fixed(row), torch.zeros(1, 3, 8, 16), size=(40, 80))
+    assert maps.shape == (1, 1, 40, 80) and maps.dtype == torch.float32
+    y, x = divmod(int(maps[0, 0].argmax()), 80)
+    assert 20 <= y < 40 and 40 <= x < 60
+    assert maps.max() <= 0.5 and maps.min() >= 0                        # bicubic alone would go past both
+    center_of_mass = (maps[0, 0].sum(0) * (torch.arange(80) + 0.5)).sum() / maps.sum()
+    assert abs(center_of_mass - 50) < 0.5
+    assert maps[0, 0, :10, :20].max() < 0.02 * maps.max()                 # the tail of the bicubic kernel
+
+
+@pytest.mark.parametrize(("side", "grid"), [(32, 8), (64, 16), (96, 24)])
+def test_larger_images_give_finer_maps(side, grid):
+    backbone = vit.vit_nano().eval()
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    attention = cls_attention(backbone, images)
+    assert attention.shape == (2, 2, grid, grid) and (attention.sum((-2, -1)) < 1).all()
+    torch.testing.assert_close(attention_maps(backbone, images)[..., ::4, ::4], attention)
+    features = patch_features(backbone, images)
+    assert features.shape == (2, grid, grid, 64)
+    torch.testing.assert_close(features.flatten(1, 2), backbone.get_intermediate_layers(images)[0][:, 1:])
+
+
+class Brightest(nn.Module):
+    """All attention on the brightest patch of 4 pixels."""
+
+    def get_last_selfattention(self, x):
+        brightness = nn.functional.avg_pool2d(x.mean(1, keepdim=True), 4).flatten(1)                            # (B, patches)
+        attention = torch.zeros(len(x), 1, brightness.shape[1] + 1, brightness.shape[1] + 1)
+        attention[:, 0, 0, 1:] = nn.functional.one_hot(brightness.argmax(1), brightness.shape[1])
+        return attention
+
+
+def test_dense_maps_are_finer_than_patches():
+    """One bright pixel at (9, 6): a tent of 7 x 7 pixels around it, highest on it, where patches alone give a square of 4."""
+    images = torch.zeros(1, 3, 16, 16)
+    images[..., 9, 6] = 1
+    dense = dense_attention_maps(Brightest(), images, patch_size=4)
+    assert dense.shape == (1, 1, 16, 16)
+    tent = 1 - (torch.arange(16)[:, None] - torch.tensor([9, 6])).abs() / 4
+    torch.testing.assert_close(dense[0, 0], tent[:, :1].clamp(min=0) * tent[:, 1].clamp(min=0))
+
+
+def test_dense_maps_reach_the_borders():
+    maps = dense_attention_maps(Fixed(torch.full((1, 4), 0.25)), torch.zeros(1, 3, 8, 8), patch_size=4)
+    torch.testing.assert_close(maps, torch.full((1, 1, 8, 8), 0.25))
+
+
+def test_patch_features_need_a_vit():
+    with pytest.raises(ValueError, match="A Flatten has no patch features"):
+        patch_features(nn.Flatten(), torch.zeros(1, 3, 8, 8))
+
+
+def planted(shift: float = 4.0):
+    """Two clusters of 30 and 70 rows in 16 dimensions, `shift` apart."""
+    generator = torch.Generator().manual_seed(1)
+    features = 0.3 * torch.randn(100, 16, generator=generator)
+    direction = torch.nn.functional.normalize(torch.randn(16, generator=generator), dim=0)
+    return features + shift * direction * (torch.arange(100) < 30)[:, None], direction
+
+
+def test_the_first_component_separates_planted_clusters():
+    features, direction = planted()
+    components = principal_components(features)
+    assert components.shape == (100, 3) and components.dtype == torch.float32
+    first = components[:, 0]
+    assert (first[:30].min() > first[30:].max()) or (first[:30].max() < first[30:].min())
+    assert abs(abs(first[:30].mean() - first[30:].mean()) - 4.0) < 0.3
+    torch.testing.assert_close(components.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    covariance = components.t() @ components
+    torch.testing.assert_close(covariance, covariance.diag().diag(), atol=1e-3, rtol=0)
+    assert covariance[0, 0] > covariance[1, 1] > covariance[2, 2]
+
+
+def test_signs_of_components_are_fixed():
+    """Whatever the order of the rows: the direction's largest entry is positive."""
+    features, direction = planted()
+    first = principal_components(features)[:, 0]
+    torch.testing.assert_close(principal_components(features.flip(0))[:, 0].flip(0), first, atol=1e-5, rtol=0)
+    side = direction[direction.abs().argmax()].sign()
+    assert (side * (first[:30].mean() - first[30:].mean())) > 0
+
+
+def test_components_past_the_rank_are_zero():
+    flat = principal_components(torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]))
+    torch.testing.assert_close(flat.abs(), torch.tensor([[2**0.5, 0.0], [0.0, 0.0], [2**0.5, 0.0]]))
+    assert (principal_components(torch.ones(5, 4)) == 0).all()
+
+
+def test_likeness_to_what_is_attended():
+    """One attended patch of a planted cluster finds the others of it."""
+    features, _ = planted()
+    attention = torch.zeros(1, 10, 10)
+    attention[0, 0, 3] = 0.2
+    like = likeness(features.view(1, 10, 10, 16), attention).flatten()
+    assert like.shape == (100,) and like[3] == like.max() and abs(like[3] - 1) < 1e-5
+    assert like[:30].min() > 0.5 > 0 > like[30:].max()
+
+
+def test_pca_colors():
+    features, _ = planted()
+    grid = features.view(1, 10, 10, 16)
+    colors = pca_colors(grid)
+    assert colors.shape == (1, 3, 10, 10) and colors.min() == 0 and colors.max() == 1
+    red = colors[0, 0].flatten()
+    assert (red[:30].mean() - red[30:].mean()).abs() > 0.7
+    foreground = (torch.arange(100) < 30).view(1, 10, 10)
+    kept = pca_colors(grid, foreground)
+    assert (kept.movedim(1, -1)[~foreground] == 0).all() and kept.movedim(1, -1)[foreground].mean() > 0.2

@@ -18,7 +18,7 @@ from dinofast import cli
 from dinofast.bench import data as bench_data
 from dinofast.bench.data import Measured, measure, report, verdict
 from dinofast.config import Config
-from dinofast.data import dali, native
+from dinofast.data import backend_dali, backend_native
 from dinofast.runtime.backends import cores
 
 FLAGS = [word for name, value in SMALL.items() if name != "num_workers" for word in (f"--{name}", str(value))]
@@ -28,7 +28,7 @@ MEASURED = Measured("photos", 1000, [], 0.5, "native", "", 2, 64, 10, 4520, 10.0
 
 @pytest.fixture(params=["pil", "native", "dali"])
 def backend(request):
-    if reason := {"native": native.missing(), "dali": dali.missing()}.get(request.param):
+    if reason := {"native": backend_native.unavailable_reason(), "dali": backend_dali.unavailable_reason()}.get(request.param):
         pytest.skip(reason)
     return request.param
 
@@ -42,7 +42,7 @@ def test_what_is_measured(backend, workers, photographs, tmp_path, monkeypatch):
     start = time.perf_counter()
     m = measure(Config(**SMALL | {"num_workers": workers}, data_path=str(photographs), data_backend=backend), 0.3)
     took = time.perf_counter() - start
-    assert (m.n_images, m.refused, m.backend, m.n_workers) == (48, [], backend, min(workers, cores()))
+    assert (m.n_images, m.bad_files, m.backend, m.n_workers) == (48, [], backend, min(workers, cores()))
     assert m.n_counted == sum(given[1:]) * SMALL["batch_size_per_gpu"] and 0.3 <= m.seconds < took
     assert 2 <= len(m.rates) <= 10 and min(m.rates) <= m.n_counted / m.seconds <= max(m.rates)
     stages = ["read", "decode and cut", "colour"] if backend == "dali" else ["read", "decode", "crops"]
@@ -59,7 +59,7 @@ def test_the_command(backend, photographs, tmp_path, capsys):
             str(tmp_path / "out")]
     assert cli.main([*line, "--images_per_second", "1e9"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"source: '{photographs}', 48 usable images, looked at in ")
+    assert said[0].startswith(f"source: '{photographs}', 48 images, listed in ")
     assert said[1].startswith(f"crops: {backend}, ")
     for at, pattern in ((2, r"speed: [\d,]+ images/s, median of \d+ interval"),
                         (3, r"CPU time .*read [\d.]+ ms, decode( and cut)? [\d.]+ ms, (crops|colour) [\d.]+ ms"),
@@ -82,20 +82,20 @@ def test_the_verdict():
 
 
 def test_images_that_do_not_decode_are_named_and_left_out(backend, tmp_path):
-    from test_index import photograph
+    from test_dataset import photograph
 
     for i in range(6):
         photograph(tmp_path / "data" / f"{i}.png", seed=i)
     for i in (0, 5):
         spoil(tmp_path / "data" / f"{i}.png")
     m = measure(Config(**SMALL, data_path=str(tmp_path / "data"), data_backend=backend), 0.1)
-    assert {Path(path).name for path, _ in m.refused} == {"0.png", "5.png"} and sum(m.stages_ms.values()) > 0
-    assert "2 unreadable image(s) left out" in report(m, None)
+    assert {Path(path).name for path, _ in m.bad_files} == {"0.png", "5.png"} and sum(m.stages_ms.values()) > 0
+    assert "2 bad file(s) left out" in report(m, None)
 
 
 @pytest.mark.parametrize(("more", "message"), [
     (["--seconds", "0"], "--seconds is 0"), (["--seconds", "nan"], "--seconds is nan"),
-    (["--images_per_second", "-3"], "--images_per_second is -3"), (["--batch_size_per_gpu", "49"], "has 48 usable images but"),
+    (["--images_per_second", "-3"], "--images_per_second is -3"), (["--batch_size_per_gpu", "49"], "has 48 images but"),
     (["--num_workers", "-1"], "--num_workers is -1"), (["--second", "3"], "Did you mean --seconds?"),
 ])
 def test_what_cannot_be_is_said(photographs, more, message, capsys):

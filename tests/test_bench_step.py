@@ -105,7 +105,7 @@ def test_the_report_of_a_cuda_graph():
     (["--patch_size", "5"], "--global_crops_size 16 is not a multiple of --patch_size 5"),
     (["--second", "3"], "Did you mean --seconds?"), (["no such folder"], "no such folder cannot be read"),
     (["--teacher_precision", "bf16"], "--teacher_precision bf16 goes with"),
-    (["FOLDER", "--batch_size_per_gpu", "49"], "has 48 usable images but one step takes 49"),
+    (["FOLDER", "--batch_size_per_gpu", "49"], "has 48 images but one step takes 49"),
 ])
 def test_what_cannot_be_is_said(flags, message, photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -17,7 +17,7 @@ import bench_data
 import bench_dino_loss
 import bench_step
 import data_on_gpu
-import index_pass
+import first_batch
 import launch_kernels
 import official_checkout
 import photographs
@@ -155,11 +155,11 @@ def test_a_rival_that_fails_is_flagged_and_the_others_go_on():
 
 def test_rivals_of_the_data_path_agree(monkeypatch, tmp_path):
     monkeypatch.delenv("DINO_OFFICIAL", raising=False)
-    monkeypatch.setattr(bench_data.dali, "missing", lambda: "not here")
+    monkeypatch.setattr(bench_data.backend_dali, "unavailable_reason", lambda: "not here")
     result = record.environment("data", CPU, "a command") | {"cases": [bench_data.measure_case(SMALL_DATA, CPU)]}
     case = result["cases"][0]
     made = {row["rival"]: row for row in case["rows"]}
-    native = [] if bench_data.native.missing() else ["dinofast", bench_data.ALL_CORES]
+    native = [] if bench_data.backend_native.unavailable_reason() else ["dinofast", bench_data.ALL_CORES]
     assert list(made) == ["official", "dinofast, pil", *native]
     assert case["left_out"][:2] == [f"official checkout: {official_checkout.NOT_SET}", "DALI: not here"] and case["rounds"] == 2
     for row in made.values():
@@ -454,8 +454,15 @@ def test_kernels_are_launched():
     assert launch_kernels.dino_loss(CPU) > 10 and launch_kernels.lists(CPU) > 10
 
 
-def test_the_index_pass_is_measured():
-    told = index_pass.measure(1003)                                               # two folders
-    assert told["files"] == 1003 and told["first_us_a_file"] == told["first_seconds"] / 1003 * 1e6
-    assert told["cached_seconds"] > 0 and told["first_peak_mib"] >= 0
-    assert 40 < told["index_bytes_an_image"] < 400 and told["cache_bytes_a_file"] * 1003 == told["cache_mib"] * 2**20
+def test_the_first_batch_is_timed(monkeypatch, tmp_path):
+    monkeypatch.setattr(first_batch, "drop_caches", lambda: False)                # others need them
+    monkeypatch.setattr(os, "sync", lambda: None)
+    told = first_batch.measure(1003)                                              # two folders
+    assert told["files"] == 1003 and not told["is_cold"]
+    for when in ("first", "again"):
+        assert 0 < told[f"{when}_list_s"] < told[f"{when}_first_batch_s"] and told[f"{when}_peak_mib"] >= 0
+    assert 30 < told["list_bytes_an_image"] < 60
+    cases = [told | {"rows": [], "left_out": []}]
+    record.save(record.environment("first_batch", CPU, "a command") | {"cases": cases}, tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert "| page cache | " in report.first_batch() and "1,003 JPEGs" in report.first_batch()

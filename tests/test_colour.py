@@ -11,7 +11,9 @@ from test_pil import GOLDEN, golden_view
 
 from dinofast import ops
 from dinofast.config import Config
-from dinofast.data import pil, plan, views
+from dinofast.data import augmentation as plan
+from dinofast.data import backend_pil as pil
+from dinofast.data.loader import views
 
 IMPLS = ("cpp", "triton")
 LEVELS = torch.arange(256.0).repeat(3, 1)                    # a table that leaves the levels as they are
@@ -49,7 +51,7 @@ def test_a_plan_of_several_crops_and_images(impl: str) -> None:
     """V and B above 1: which numbers belong to which crop; sides that do not fill a block, one larger than a block."""
     rng = np.random.default_rng(3)
     for side, images in ((1, 1), (7, 3), (33, 4)):
-        drawn = plan.draw(5, 0, np.arange(images), np.full((images, 2), 40), views(Config()))[:, :4].T.copy()    # (4, B)
+        drawn = plan.draw(5, 0, np.arange(images), views(Config())).views[:, :4].T.copy()    # (4, B)
         drawn["blur_radius"][rng.random(drawn.shape) < 0.3] = 3.7
         crops = [noise(images, side, side, seed=v) for v in range(4)]
         out = ops.colour(crops, drawn, LEVELS, impl=impl)
@@ -134,7 +136,7 @@ def test_compiled_kernels_are_sound(compiled_ahead_of_time) -> None:
 
 @pytest.mark.parametrize("side", [96, 224])
 def test_on_a_gpu_as_by_pil(gpu, side: int) -> None:
-    drawn = plan.draw(5, 0, np.arange(16), np.full((16, 2), 300), views(Config()))[:, :4].T.copy()
+    drawn = plan.draw(5, 0, np.arange(16), views(Config())).views[:, :4].T.copy()
     crops, table = [noise(16, side, side, seed=v) for v in range(4)], torch.randn(3, 256)
     levels = torch.stack([by_pil(crops[v][b], drawn[v, b]) for v in range(4) for b in range(16)]).long()
     expected = torch.stack([row[channel] for row, channel in zip(table, levels.unbind(1), strict=True)], 1)

@@ -14,9 +14,11 @@ from PIL import Image
 from test_pil import GOLDEN, golden_view
 
 from dinofast.config import Config
-from dinofast.data import dali, make_loader, plan
+from dinofast.data import backend_dali as dali
+from dinofast.data import make_loader
+from dinofast.data.augmentation import VIEW, Draw
 
-pytestmark = pytest.mark.skipif(bool(dali.missing()), reason=dali.missing() or "here")
+pytestmark = pytest.mark.skipif(bool(dali.unavailable_reason()), reason=dali.unavailable_reason() or "here")
 LEVELS = torch.arange(256.0).repeat(3, 1)
 
 
@@ -31,18 +33,25 @@ def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
 
 
-def crops_of(files: list[bytes], views: np.ndarray, sizes: list[tuple[int, int]], **options: object) -> list[torch.Tensor]:
+class Given(Draw):
+    """A plan with its boxes."""
+
+    def plan(self, b: int, height: int, width: int) -> np.ndarray:
+        return self.views[b]
+
+
+def crops_of(files: list[bytes], views: np.ndarray) -> list[torch.Tensor]:
     """The crops of a micro-batch of these files by the plan (B, V), whose views are all of one size: (V, B, 3, S, S)."""
-    def decode(sample: int, refusals: list) -> tuple[Image.Image, int]:
-        return Image.open(io.BytesIO(files[sample])).convert("RGB"), sample
+    def decode(index: int, bad_files: list) -> tuple[Image.Image, int]:
+        return Image.open(io.BytesIO(files[index])).convert("RGB"), index
 
     resolutions = [(views.shape[1], int(views["size"].flat[0]))]
-    batches = dali.Batches(iter([(0, np.arange(len(files)))] * 10), lambda epoch, samples: views[samples],
-                           lambda sample: files[sample], decode, np.array(sizes), resolutions, LEVELS, torch.float32,
-                           torch.device("cpu"), len(files), 1, 0.0)
-    (crops,), refusals = next(batches)
+    batches = dali.Batches(iter([(0, np.arange(len(files)))] * 10), lambda epoch, indices: Given(views[indices], None),
+                           lambda index: files[index], decode, resolutions, LEVELS, torch.float32, torch.device("cpu"),
+                           len(files), 1, 0.0)
+    (crops,), bad_files, _ = next(batches)
     batches.close()
-    assert not refusals
+    assert not bad_files
     return crops.unflatten(0, (views.shape[1], len(files)))
 
 
@@ -50,26 +59,26 @@ def crops_of(files: list[bytes], views: np.ndarray, sizes: list[tuple[int, int]]
 def test_fidelity_to_the_official_results(i: int) -> None:
     """Mean difference in levels: of the cut at most 0.25, of the whole chain 2; and what DALI gives is mirrored exactly."""
     view = golden_view(i).reshape(1, 1)
-    file, sizes = encoded(GOLDEN["image"], "PNG"), [GOLDEN["image"].shape[:2]]
-    whole = crops_of([file], view, sizes)[0, 0].permute(1, 2, 0).numpy()
+    file = encoded(GOLDEN["image"], "PNG")
+    whole = crops_of([file], view)[0, 0].permute(1, 2, 0).numpy()
     assert np.abs(whole - GOLDEN[f"{i}.final_u8"].astype(float)).mean() < 2
     for name in ("jitter", "grey", "blur_radius", "solarise"):
         view[name] = 0
-    cut = crops_of([file], view, sizes)[0, 0].permute(1, 2, 0).numpy()
+    cut = crops_of([file], view)[0, 0].permute(1, 2, 0).numpy()
     official = GOLDEN[f"{i}.crop"][:, ::-1] if view["flip"] else GOLDEN[f"{i}.crop"]
     assert np.abs(cut - official.astype(float)).mean() < 0.25
     view["flip"] = not view["flip"]
-    assert (crops_of([file], view, sizes)[0, 0].permute(1, 2, 0).numpy() == cut[:, ::-1]).all()
+    assert (crops_of([file], view)[0, 0].permute(1, 2, 0).numpy() == cut[:, ::-1]).all()
 
 
 def test_a_jpeg_is_decoded_as_by_pil() -> None:
     files = [encoded(smooth(48, 64), quality=90), encoded(smooth(40, 40), quality=80, progressive=True, subsampling=0),
              encoded(smooth(48, 64).convert("L"), quality=70)]
     assert all(dali.plain_jpeg_size(file) for file in files)
-    views = np.zeros((3, 1), plan.VIEW)
+    views = np.zeros((3, 1), VIEW)
     views["size"] = 32
     views["box"][:, 0] = [(3, 5, 32, 32), (0, 8, 32, 32), (16, 32, 32, 32)]                     # nothing is resampled
-    crops = crops_of(files, views, [(48, 64), (40, 40), (48, 64)])
+    crops = crops_of(files, views)
     for file, crop, (y, x, h, w) in zip(files, crops[0], views["box"][:, 0].tolist(), strict=True):
         decoded = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))[y : y + h, x : x + w]
         assert (crop.permute(1, 2, 0).numpy() == decoded).all()
@@ -112,7 +121,7 @@ def take(cfg: Config, steps: int, **where: object) -> tuple[list, list]:
     loader = make_loader(cfg, **where)
     batches = [next(loader) for _ in range(steps)]
     loader.close()
-    return batches, loader.refused
+    return batches, loader.bad_files
 
 
 def test_crops_are_near_those_of_pil(jpegs) -> None:
@@ -123,18 +132,30 @@ def test_crops_are_near_those_of_pil(jpegs) -> None:
         assert a.shape == b.shape and a.dtype == b.dtype and (a - b).abs().mean() * 255 < 2
 
 
-def test_a_failure_in_the_graph_costs_one_image(jpegs, tmp_path) -> None:
-    """Files that pass the index pass and then stop DALI's decoder: refused and replaced as with PIL, at the same step."""
-    from dinofast.data import index
+def test_a_decompression_bomb_does_not_reach_dali(jpegs, tmp_path) -> None:
+    """Its decoder would take 12 GB for what the header claims."""
+    path = tmp_path / "data" / "3.jpg"
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = b"\xff\xdc\xff\xdc"
+    path.write_bytes(data)
+    assert dali.plain_jpeg_size(bytes(data)) == (65500, 65500)
+    loader = make_loader(jpegs())
+    next(loader), next(loader)
+    assert len(loader.bad_files) == 1 and "decompression bomb" in loader.bad_files[0][1] and not loader._batches._by_pil
+    loader.close()
 
+
+def test_a_failure_in_the_graph_costs_one_image(jpegs, tmp_path) -> None:
+    """Files whose headers are whole and which stop DALI's decoder: bad and replaced as with PIL, at the same step."""
     loader = make_loader(jpegs())
     for path in (tmp_path / "data" / "3.jpg", tmp_path / "data" / "8.jpg"):
         path.write_bytes(spoilt(path.read_bytes()))
     ours = [next(loader) for _ in range(4)]
     loader.close()
-    assert index.build(str(tmp_path / "data"), 0.5)[0].fingerprint == loader.fingerprint          # the headers are whole
-    theirs, refused = take(jpegs(data_backend="pil", num_workers=0), 4)
-    assert sorted(loader.refused) == sorted(refused) and len(refused) == 2
+    assert all(dali.plain_jpeg_size(path.read_bytes()) for path in (tmp_path / "data").iterdir())  # the headers are whole
+    theirs, bad_files = take(jpegs(data_backend="pil", num_workers=0), 4)
+    assert sorted(loader.bad_files) == sorted(bad_files) and len(bad_files) == 2
     for a, b in zip((t for batch in ours for t in batch), (t for batch in theirs for t in batch), strict=True):
         assert (a - b).abs().mean() < 0.05
     again, _ = take(jpegs(), 2, start_step=2)
@@ -147,9 +168,9 @@ def test_what_dali_alone_cannot_decode_is_left_to_pil(jpegs) -> None:
     loader = make_loader(jpegs())
     loader._start()
     read = loader._batches._read
-    loader._batches._read = lambda sample: spoilt(read(sample)) if sample == 4 else read(sample)  # PIL reads for itself
+    loader._batches._read = lambda index: spoilt(read(index)) if index == 4 else read(index)  # PIL reads for itself
     got = [next(loader) for _ in range(4)]
-    assert loader._batches._by_pil == {4} and not loader.refused
+    assert loader._batches._by_pil == {4} and not loader.bad_files
     loader.close()
     for a, b in zip((t for batch in got for t in batch), (t for batch in whole for t in batch), strict=True):
         assert torch.equal(a, b)
@@ -166,7 +187,7 @@ def test_another_fault_is_not_blamed_on_an_image(jpegs, monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         next(loader)
     loader.close()
-    assert not loader.refused
+    assert not loader.bad_files
 
 
 def test_a_fault_gives_no_batch_twice_and_ends_nothing(jpegs) -> None:
@@ -174,7 +195,7 @@ def test_a_fault_gives_no_batch_twice_and_ends_nothing(jpegs) -> None:
     loader = make_loader(jpegs())
     got = [next(loader)]
     draw = loader._batches._draw
-    loader._batches._draw = lambda epoch, samples: 1 / 0
+    loader._batches._draw = lambda epoch, indices: 1 / 0
     with pytest.raises(ZeroDivisionError):
         next(loader)
     loader._batches._draw = draw

@@ -26,9 +26,14 @@ from PIL import Image
 from test_native import noise, old_pillow, one
 
 from dinofast.config import Config
-from dinofast.data import dali, index, make_loader, native, pil, plan, views
+from dinofast.data import augmentation, backend_dali, make_loader
+from dinofast.data import backend_native as native
+from dinofast.data.backend_pil import render as render_by_pil
+from dinofast.data.dataset import ImageDataset, scan
+from dinofast.data.decode import ImageReader, UnreadableImage, decode, read_file
+from dinofast.data.loader import views
 
-pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "here")
+pytestmark = pytest.mark.skipif(bool(native.unavailable_reason()), reason=native.unavailable_reason() or "here")
 N_FILES, N_PLANS = int(os.environ.get("DINOFAST_FUZZ", 3000)), 1500
 SLOWEST_S, HUNG_S = 10, 600  # a file, which takes a millisecond; all of them
 KINDS = views(Config(global_crops_size=40, local_crops_size=17, local_crops_number=2))
@@ -51,7 +56,7 @@ def originals() -> list[bytes]:
     rgb = Image.fromarray(noise(6, 8)).resize((48, 36), Image.Resampling.BICUBIC)
     deep = Image.fromarray(np.arange(36 * 48, dtype=np.uint16).reshape(36, 48) * 37)
     exif = Image.Exif()
-    exif[0x0112], exif[0x010E] = 6, "long " * 5000  # more than the index pass reads at first
+    exif[0x0112], exif[0x010E] = 6, "long " * 5000  # headers of several segments
     grey, cmyk, palette, pixel = rgb.convert("L"), rgb.convert("CMYK"), rgb.quantize(16), rgb.resize((1, 1))
     jpegs = [(rgb, {}), (rgb, {"progressive": True}), (rgb, {"subsampling": 0, "restart_marker_blocks": 2}),
              (rgb, {"exif": exif}), (grey, {}), (cmyk, {}), (cmyk, {"progressive": True}), (pixel, {})]
@@ -184,25 +189,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> dict[str, Made]:
-    """The files, by name, through the parts of the data path: index pass, plan, decoding, crops in C++."""
+    """The files, by name, through the parts of the data path: decoding, plan, crops in C++."""
     with hang_ends_the_tests(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's remarks, as in a run
-        found, refused = index.build(str(folder), 1.0)
-        made = {Path(path).name: Made(reason) for path, reason in refused}
-        for i in range(len(found)):
-            made[Path(found.path(i)).name] = through(found, i)
-    return made
+        images = scan(str(folder))
+        return {Path(images.path(i)).name: through(images, i) for i in range(len(images))}
 
 
-def through(found: index.Index, i: int) -> Made:
+def through(images: ImageDataset, i: int) -> Made:
     start = time.perf_counter()
     try:
-        image = pil.decode(found.read(i))
-    except pil.Refused as reason:
+        image = ImageReader(images).decode(i)
+    except UnreadableImage as reason:
         return Made(str(reason), seconds=time.perf_counter() - start)
-    if image.size[::-1] != tuple(found.sizes[i]):  # as `Crops.decode` does
-        return Made("its size has changed", seconds=time.perf_counter() - start)
-    drawn = plan.draw(0, 0, np.array([i]), found.sizes[i : i + 1], KINDS)[0]
+    drawn = augmentation.draw(0, 0, np.array([i]), KINDS).plan(0, image.height, image.width)
     crops = [torch.full((3, side, side), torch.nan) for side in drawn["size"].tolist()]
     native.render(native.pixels(image), drawn, crops, TABLE)
     return Made("", np.asarray(image), drawn, crops, time.perf_counter() - start)
@@ -227,24 +227,24 @@ def test_each_mutation_is_refused_and_gets_through_at_times(outcomes: dict[str, 
 @pytest.mark.parametrize("backend", ["native", "dali"])
 def test_a_run_over_all_of_them_refuses_the_same_files(folder: Path, outcomes: dict[str, Made], tmp_path: Path,
                                                        backend: str) -> None:
-    if backend == "dali" and dali.missing():
-        pytest.skip(dali.missing())
+    if backend == "dali" and backend_dali.unavailable_reason():
+        pytest.skip(backend_dali.unavailable_reason())
     cfg = Config(data_path=str(folder), output_dir=str(tmp_path), data_backend=backend, num_workers=2, batch_size_per_gpu=1,
                  global_crops_size=40, local_crops_size=17, local_crops_number=2, max_refused=1.0)
     with hang_ends_the_tests(), closing(make_loader(cfg)) as loader:
         for _ in range(loader.steps_per_epoch):
             assert all(torch.isfinite(crops).all() for crops in next(loader))
-    refused = {Path(path).name: reason for path, reason in loader.refused}
-    assert refused.keys() == {name for name, made in outcomes.items() if made.reason}
-    lines = (tmp_path / "refused.txt").read_text().splitlines()
-    assert dict(line.split("\t") for line in lines) == dict(loader.refused)
+    bad = {Path(path).name: reason for path, reason in loader.bad_files}
+    assert bad.keys() == {name for name, made in outcomes.items() if made.reason}
+    lines = (tmp_path / "bad_files.txt").read_text().splitlines()
+    assert dict(line.split("\t") for line in lines) == dict(loader.bad_files)
 
 
 @old_pillow
 def test_crops_of_mutated_files_are_those_of_pil(outcomes: dict[str, Made]) -> None:
     for name, made in list(outcomes.items())[::2]:
         for crop, view in zip(made.crops, made.drawn if made.crops else [], strict=True):
-            expected = pil.render(Image.fromarray(made.image), view).transpose(2, 0, 1)
+            expected = render_by_pil(Image.fromarray(made.image), view).transpose(2, 0, 1)
             assert (crop.numpy() == TABLE[np.arange(3)[:, None, None], expected]).all(), name
 
 
@@ -256,10 +256,8 @@ def test_a_huge_claimed_size_is_refused_before_memory_is_taken(size: tuple[int, 
             continue  # more than a JPEG can claim
         path = tmp_path / f"{i}.jpg"
         path.write_bytes(resized(data, *size))
-        with pytest.raises(pil.Refused), path.open("rb") as file:
-            index.inspect(file.fileno(), 0, path.stat().st_size)
-        with pytest.raises(pil.Refused):
-            pil.decode(path.read_bytes())
+        with pytest.raises(UnreadableImage):
+            decode(read_file(path))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100 * 1024  # KiB
 
 
@@ -279,10 +277,10 @@ class Called(NamedTuple):
 def hostile_plan(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
     """An image and one to three views of it, in whose fields one number in some is not what it should be."""
     height, width = (rng.integers(0, 3, 2) if rng.random() < 0.1 else rng.integers(1, 70, 2)).tolist()
-    drawn = plan.draw(int(rng.integers(2**32)), 0, np.arange(rng.integers(1, 4)), np.array([[max(height, 1), max(width, 1)]]),
-                      KINDS[:1])[:, 0]
+    draw = augmentation.draw(int(rng.integers(2**32)), 0, np.arange(rng.integers(1, 4)), KINDS[:1])
+    drawn = np.concatenate([draw.plan(b, max(height, 1), max(width, 1)) for b in range(len(draw.views))])
     drawn["size"] = rng.integers(1, 50, len(drawn))
-    for name in rng.permutation(plan.VIEW.names)[: rng.integers(3)]:
+    for name in rng.permutation(augmentation.VIEW.names)[: rng.integers(3)]:
         field = drawn[name].reshape(-1)  # a copy where it has several numbers
         kind, at = field.dtype.kind, rng.integers(len(field))
         field.view(np.uint8 if kind == "b" else field.dtype)[at] = rng.choice(
@@ -290,7 +288,7 @@ def hostile_plan(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
             [INTS.min, INTS.max, -1, 0, 2**14 + 1, rng.integers(70), rng.integers(INTS.min, INTS.max)])
         drawn[name] = field.reshape(drawn[name].shape)
     if rng.random() < 0.05:
-        drawn[0] = np.frombuffer(rng.bytes(plan.VIEW.itemsize), plan.VIEW)[0]
+        drawn[0] = np.frombuffer(rng.bytes(augmentation.VIEW.itemsize), augmentation.VIEW)[0]
     return drawn, noise(height, width, int(rng.integers(99)))
 
 
@@ -332,7 +330,7 @@ def test_hostile_plans_are_refused_or_carried_out(calls: list[Called]) -> None:
 def test_what_is_carried_out_is_what_pil_makes_of_it(calls: list[Called]) -> None:
     for drawn, image, crops in calls:
         for view, crop in zip(drawn, crops, strict=True) if crops else ():
-            assert (crop == pil.render(Image.fromarray(image), view)).all(), view
+            assert (crop == render_by_pil(Image.fromarray(image), view)).all(), view
 
 
 VIEWS = np.concatenate([one(noise(9, 9), size=4)] * 2)

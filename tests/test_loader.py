@@ -16,11 +16,16 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from test_index import bad_images, odd_images, photograph
+from test_dataset import bad_images, odd_images, photograph
 from test_shards import pack
 
 from dinofast.config import Config
-from dinofast.data import _record, dali, make_loader, native, pil, plan, tasks, threads, views
+from dinofast.data import backend_dali, backend_native, decode, make_loader, threads
+from dinofast.data.augmentation import View, draw
+from dinofast.data.backend_pil import render
+from dinofast.data.bad_files import BadFileList
+from dinofast.data.loader import views
+from dinofast.data.sampler import batch_indices, epoch_order
 
 SMALL = dict(global_crops_size=16, local_crops_size=8, local_crops_number=2, batch_size_per_gpu=4, num_workers=0, patch_size=8)
 N = 19
@@ -38,7 +43,7 @@ def photographs(tmp_path_factory):
 @pytest.fixture(params=["pil", "native", "dali"])
 def config(request, photographs, tmp_path):
     """A small run on N photographs with each backend; its output folder is of this test alone."""
-    if reason := {"native": native.missing(), "dali": dali.missing()}.get(request.param):
+    if reason := {"native": backend_native.unavailable_reason(), "dali": backend_dali.unavailable_reason()}.get(request.param):
         pytest.skip(reason)
     options = {**SMALL, "data_path": str(photographs), "output_dir": str(tmp_path / "run"), "data_backend": request.param}
     return lambda **changes: Config(**{**options, **changes})
@@ -77,17 +82,18 @@ def spoil(path):
 def test_crops_are_the_plan_executed_and_normalised(config, photographs):
     cfg = config()
     loader = make_loader(cfg, start_step=5)  # epoch 1, step 1
-    assert (loader.n_images, loader.steps_per_epoch, loader.refused) == (N, 4, [])
+    assert (loader.n_images, loader.steps_per_epoch, loader.bad_files) == (N, 4, [])
     big, small = next(loader)
     assert big.shape == (2 * 4, 3, 16, 16) and small.shape == (2 * 4, 3, 8, 8)
     assert big.dtype == small.dtype == torch.float32 and big.is_contiguous() and small.is_contiguous()
     assert loader.wait_s > 0
-    samples = plan.epoch_order(cfg.seed, 1, N)[4:8]
-    drawn = plan.draw(cfg.seed, 1, samples, np.tile([30, 40], (4, 1)), views(cfg))
+    samples = epoch_order(cfg.seed, 1, N)[4:8]
+    drawn = draw(cfg.seed, 1, samples, views(cfg))
     for b, sample in enumerate(samples):
-        image = pil.decode((photographs / f"{sample:02}.png").read_bytes())
+        image = decode.decode((photographs / f"{sample:02}.png").read_bytes())
+        plan = drawn.plan(b, 30, 40)
         for v in range(4):
-            crop = pil.render(image, drawn[b, v]).transpose(2, 0, 1)
+            crop = render(image, plan[v]).transpose(2, 0, 1)
             for c, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)):
                 want = (torch.from_numpy(crop[c].copy()).float() / 255 - mean) / std
                 got = (big, small)[v // 2][v % 2 * 4 + b, c]
@@ -96,9 +102,9 @@ def test_crops_are_the_plan_executed_and_normalised(config, photographs):
 
 def test_views_are_the_official_ones():
     first, second, *rest = views(Config())
-    assert first == plan.View(224, (0.4, 1.0), blur_p=1.0, solarise_p=0.0, blur_radius=(0.1, 2.0))
-    assert second == plan.View(224, (0.4, 1.0), blur_p=0.1, solarise_p=0.2, blur_radius=(0.1, 2.0))
-    assert len(rest) == 8 and set(rest) == {plan.View(96, (0.05, 0.4), 0.5, 0.0, (0.1, 2.0))}
+    assert first == View(224, (0.4, 1.0), blur_p=1.0, solarise_p=0.0, blur_radius=(0.1, 2.0))
+    assert second == View(224, (0.4, 1.0), blur_p=0.1, solarise_p=0.2, blur_radius=(0.1, 2.0))
+    assert len(rest) == 8 and set(rest) == {View(96, (0.05, 0.4), 0.5, 0.0, (0.1, 2.0))}
 
 
 def test_without_local_crops_there_is_one_tensor(config):
@@ -107,7 +113,7 @@ def test_without_local_crops_there_is_one_tensor(config):
 
 
 def test_an_epoch_sees_each_image_once_and_the_next_differs(config):
-    stream = tasks(config(accumulate=2), 0, 1, 0, N, 2)  # 8 images a step, 2 steps an epoch, 3 of 19 left out
+    stream = batch_indices(config().seed, N, 2, batch_size=4, accumulate=2)  # 8 of 19 images a step, 2 steps an epoch
     epochs = [[next(stream) for _ in range(4)] for _ in range(3)]
     seen = [np.concatenate([samples for _, samples in epoch]) for epoch in epochs]
     assert all(len(set(s.tolist())) == 16 and 0 <= s.min() and s.max() < N for s in seen)
@@ -193,35 +199,49 @@ def test_an_epoch_over_odd_and_bad_files(config, tmp_path):
     calls = []
     loader = make_loader(cfg, on_progress=lambda done, total: calls.append((done, total)))
     assert calls == [(len(odd) + len(bad),) * 2]
-    assert loader.n_images == loader.steps_per_epoch == len(odd)
-    for _ in odd:
+    assert loader.n_images == loader.steps_per_epoch == len(odd) + len(bad) and not loader.bad_files
+    for _ in range(loader.n_images):
         assert all(torch.isfinite(t).all() for t in next(loader))
-    assert {path for path, _ in loader.refused} == set(bad)
-    lines = (tmp_path / "run" / "refused.txt").read_text().splitlines()
-    assert [tuple(line.split("\t")) for line in lines] == loader.refused
+    assert {path for path, _ in loader.bad_files} == set(bad)
+    for path, reason in loader.bad_files:
+        assert bad[path] in reason and "\n" not in reason and "\t" not in reason, (path, reason)
+    lines = (tmp_path / "run" / "bad_files.txt").read_text().splitlines()
+    assert [tuple(line.split("\t")) for line in lines] == loader.bad_files
 
 
 @pytest.fixture
 def spoilt(config, tmp_path):
-    """Twelve photographs of which 03, 04 and 11 pass the index pass and then fail to decode."""
+    """Twelve photographs of which 03, 04 and 11 do not decode."""
     for i in range(12):
-        photograph(tmp_path / "data" / f"{i:02}.png", seed=i)
+        photograph(tmp_path / "data" / f"{i:02}.png", (40 + i, 30), seed=i)
     for i in (3, 4, 11):
         spoil(tmp_path / "data" / f"{i:02}.png")
     return lambda **options: config(data_path=str(tmp_path / "data"), **options)
 
 
-def test_a_file_that_fails_late_is_replaced_by_the_next_that_decodes(spoilt, tmp_path):
+def test_a_bad_image_is_replaced_by_the_next_that_decodes(spoilt, tmp_path):
     loader = make_loader(spoilt(batch_size_per_gpu=12))
-    assert loader.n_images == 12 and not loader.refused
+    assert loader.n_images == 12 and not loader.bad_files
     big, small = images_of(next(loader), (2, 2))
-    place = {int(sample): b for b, sample in enumerate(plan.epoch_order(0, 0, 12))}
+    place = {int(sample): b for b, sample in enumerate(epoch_order(0, 0, 12))}
     for bad, good in ((3, 5), (4, 5), (11, 0)):
         assert torch.equal(big[:, place[bad]], big[:, place[good]]) and torch.equal(small[:, place[bad]], small[:, place[good]])
     names = [f"{tmp_path}/data/{i:02}.png" for i in (3, 4, 11)]
     next(loader)
-    assert sorted(path for path, _ in loader.refused) == names and all(reason for _, reason in loader.refused)
-    assert sorted(line.split("\t")[0] for line in (tmp_path / "run" / "refused.txt").read_text().splitlines()) == names
+    assert sorted(path for path, _ in loader.bad_files) == names and all(reason for _, reason in loader.bad_files)
+    lines = (tmp_path / "run" / "bad_files.txt").read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in lines) == names
+
+
+def test_good_images_are_drawn_as_if_there_were_no_bad_ones(spoilt, tmp_path):
+    """Their place in the order and their crops depend on the names alone."""
+    with_bad = [images_of(batch, (2, 2)) for batch in take(spoilt(batch_size_per_gpu=12), 2)]
+    for i in (3, 4, 11):
+        photograph(tmp_path / "data" / f"{i:02}.png", seed=i)
+    whole = [images_of(batch, (2, 2)) for batch in take(spoilt(batch_size_per_gpu=12), 2)]
+    for epoch in range(2):
+        good = [b for b, sample in enumerate(epoch_order(0, epoch, 12)) if sample not in (3, 4, 11)]
+        assert same([[t[:, good] for t in with_bad[epoch]]], [[t[:, good] for t in whole[epoch]]])
 
 
 def test_replacements_do_not_depend_on_workers_or_processes(spoilt, tmp_path):
@@ -232,46 +252,182 @@ def test_replacements_do_not_depend_on_workers_or_processes(spoilt, tmp_path):
     for step in range(9):
         parts = [images_of(pairs[r][step], (2, 2)) for r in (0, 1)]
         assert same([[torch.cat(p, 1) for p in zip(*parts, strict=True)]], [images_of(whole[step], (2, 2))])
-    assert len((tmp_path / "run" / "refused.txt").read_text().splitlines()) == 3  # both processes met them; each is listed once
+    lines = (tmp_path / "run" / "bad_files.txt").read_text().splitlines()
+    assert len(lines) == 3  # both processes met them; each is listed once
+
+
+def test_backends_replace_alike(spoilt):
+    by_pil, ours = take(spoilt(data_backend="pil"), 6), take(spoilt(), 6)
+    for x, y in zip(ours, by_pil, strict=True):
+        for a, b in zip(x, y, strict=True):
+            assert (a - b).abs().mean() < NEAR if spoilt().data_backend == "dali" else torch.equal(a, b)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_late_failures_stop_the_run(spoilt, workers):
+def test_too_many_bad_images_stop_the_run(spoilt, workers):
     loader = make_loader(spoilt(num_workers=workers, max_refused=0.2))
-    with pytest.raises(ValueError, match="3 of 12 images are refused and --max_refused is 0.2: .*png"):
-        for _ in range(3):
+    with pytest.raises(ValueError, match="3 of 12 images are bad and `max_refused` is 0.2: .*png"):
+        for _ in range(4):
             next(loader)
     loader.close()
 
 
-def test_when_nothing_decodes_the_run_stops(spoilt, tmp_path):
+def test_the_share_is_of_the_images_drawn_so_far(config, tmp_path):
+    """Of 400 images the last 100 are bad, which the first one drawn of them is enough to know: they do not count before they
+    are drawn."""
+    data = photograph(tmp_path / "one.png").read_bytes()
+    (tmp_path / "data").mkdir()
+    for i in range(400):
+        (tmp_path / "data" / f"{i:03}.png").write_bytes(data if i < 300 else b"text")
+    for share, raises in ((0.35, False), (0.1, True)):
+        loader = make_loader(config(data_path=str(tmp_path / "data"), batch_size_per_gpu=20, max_refused=share))
+        done = 0
+        try:
+            while done < 20:
+                next(loader)
+                done += 1
+        except ValueError as error:
+            assert raises and done < 8 and "images are bad and `max_refused` is 0.1: " in str(error)
+        else:
+            assert not raises
+        loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_where_nothing_decodes_the_first_batch_says_so(config, tmp_path, workers):
+    (tmp_path / "data").mkdir()
+    for i in range(3000):
+        (tmp_path / "data" / f"{i:04}.jpg").write_bytes(b"text")
+    tried = []
+    loader = make_loader(config(data_path=str(tmp_path / "data"), num_workers=workers, max_refused=1.0, batch_size_per_gpu=2))
+    read = loader.reader.dataset.read
+    object.__setattr__(loader.reader.dataset, "read", lambda i: (tried.append(i), read(i))[1])
+    reason = r"\S+jpg \(text, not an image\)"
+    with pytest.raises(ValueError, match=rf"^none of the first \d+ images tried decodes: {reason}; {reason}; {reason}\. "
+                                         r"`dinofast check-data` tries every file\.$"):
+        next(loader)
+    loader.close()
+    assert len(tried) < 3000
+
+
+def test_a_long_stretch_of_bad_files_is_no_reason_to_stop(config, tmp_path):
+    data = photograph(tmp_path / "one.png").read_bytes()
+    (tmp_path / "data").mkdir()
+    for i in range(600):
+        (tmp_path / "data" / f"{i:04}.png").write_bytes(data if i < 150 else b"text")
+    cfg = config(data_path=str(tmp_path / "data"), batch_size_per_gpu=1, max_refused=1.0)
+    first = int(np.flatnonzero(epoch_order(0, 0, 600) >= 150)[0])
+    assert len(take(cfg, 1, start_step=first)) == 1
+
+
+def test_when_nothing_decodes_any_more_the_run_stops(spoilt, tmp_path):
+    loader = make_loader(spoilt(max_refused=1.0))
+    next(loader)
     for path in (tmp_path / "data").iterdir():
         photograph(path), spoil(path)
-    loader = make_loader(spoilt(max_refused=1.0))
-    with pytest.raises(ValueError, match="12 of 12 images are refused"):
-        next(loader)
-    with pytest.raises(ValueError, match="None of the 12 images decodes any more: see .*refused.txt"):
-        next(loader)  # nothing new is refused, and still there is nothing to give
+    with pytest.raises(ValueError, match="no image decodes any more: .*png"):
+        for _ in range(8):
+            next(loader)
+    with pytest.raises(ValueError, match="no image decodes any more: "):
+        next(loader)  # nothing new is bad, and still there is nothing to give
 
 
-def test_an_image_that_changed_after_the_index_pass_is_refused(config, tmp_path):
+def test_an_image_of_another_size_is_simply_another_image(config, tmp_path):
     for i in range(4):
         photograph(tmp_path / "data" / f"{i}.png", seed=i)
-    loader = make_loader(config(data_path=str(tmp_path / "data")))
-    photograph(tmp_path / "data" / "2.png", (10, 10))
-    next(loader)
-    assert loader.refused == [(f"{tmp_path}/data/2.png", "its size has changed since the index pass")]
+    cfg = config(data_path=str(tmp_path / "data"))
+    loader = make_loader(cfg)
+    photograph(tmp_path / "data" / "2.png", (10, 10), seed=2)
+    crops = next(loader)
+    loader.close()
+    assert not loader.bad_files and same([crops], take(cfg, 1))
 
 
-def test_the_list_of_refused_files_starts_anew_and_repeats_nothing(tmp_path):
-    path = str(tmp_path / "refused.txt")
-    _record(path, [("old", "gone")], anew=True)
-    _record(path, [("a", "1"), ("b", "2"), ("a", "1")], anew=True)
-    _record(path, [("b", "2"), ("c\udce9", "3")])
-    assert Path(path).read_bytes() == b"a\t1\nb\t2\nc\xe9\t3\n"
-    for _ in range(2):
-        _record(path, [("two\nlines\tof a name", "odd")], anew=True)
-        assert Path(path).read_text() == "two\\nlines\\tof a name\todd\n"
+@pytest.fixture
+def storage(config, tmp_path, monkeypatch):
+    """Four photographs on a storage whose reading of 2.png fails as often as `storage.fails` says."""
+    class Storage:
+        fails, asked = 0, 0
+        cfg = config(data_path=str(tmp_path / "data"))
+
+        def __call__(self, path):
+            if os.fsdecode(path).endswith("2.png"):
+                self.asked += 1
+                if self.asked <= self.fails:
+                    with decode.unreadable():
+                        raise OSError(5, "Input/output error")
+            return read(path)
+
+    for i in range(4):
+        photograph(tmp_path / "data" / f"{i}.png", (40 + i, 30), seed=i)
+    read, storage = decode.read_file, Storage()
+    monkeypatch.setattr("dinofast.data.dataset.read_file", storage)
+    monkeypatch.setattr(decode, "RETRY_PAUSES_S", (0.0, 0.0))
+    return storage
+
+
+def test_a_read_that_fails_is_tried_again_at_once(storage):
+    whole = take(storage.cfg, 1)
+    storage.fails, storage.asked = 2, 0
+    loader = make_loader(storage.cfg)
+    assert same([next(loader)], whole) and not loader.bad_files and storage.asked >= 3
+    loader.close()
+
+
+def test_a_file_that_could_not_be_read_has_another_turn(storage, tmp_path):
+    whole = take(storage.cfg, 2)
+    storage.fails, storage.asked = (3 if storage.cfg.data_backend != "dali" else 4), 0
+    loader = make_loader(storage.cfg)
+    first, second = next(loader), next(loader)
+    place = {int(sample): b for b, sample in enumerate(epoch_order(0, 0, 4))}
+    big, _ = images_of(first, (2, 2))
+    assert torch.equal(big[:, place[2]], big[:, place[3]])    # replaced this time
+    assert same([second], whole[1:])                          # and there again in the next epoch
+    assert loader.bad_files == [(f"{tmp_path}/data/2.png", "cannot be read: Input/output error")]
+    loader.close()
+
+
+def test_a_storage_that_fails_ends_the_run_soon(config, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for i in range(1000):
+        (tmp_path / "data" / f"{i:03}.png").touch()
+    asked = []
+
+    def fail(path):
+        asked.append(path)
+        with decode.unreadable():
+            raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr("dinofast.data.dataset.read_file", fail)
+    monkeypatch.setattr(decode, "RETRY_PAUSES_S", (0.0,))
+    loader = make_loader(config(data_path=str(tmp_path / "data"), max_refused=1.0, batch_size_per_gpu=1))
+    loader.reader._any_decodes = True                         # earlier in the run
+    with pytest.raises(ValueError, match="decodes: .*cannot be read: Stale file handle"):
+        next(loader)
+    loader.close()
+    assert len(asked) < 1000
+
+
+def test_the_list_of_bad_files_repeats_nothing(tmp_path):
+    path = tmp_path / "run" / "bad_files.txt"
+    ours, others = BadFileList(str(path)), BadFileList(str(path))
+    ours.append([])
+    assert not path.exists()
+    ours.append([("a", "1"), ("b", "2"), ("a", "1")])
+    others.append([("b", "2"), ("c\udce9", "3")])
+    ours.append([("c\udce9", "3"), ("a", "1")])
+    assert path.read_bytes() == b"a\t1\nb\t2\nc\xe9\t3\n"
+    for bad_files in (ours, others):
+        bad_files.append([("two\nlines\tof a name", "odd")])
+        assert path.read_bytes().splitlines()[3:] == [b"two\\nlines\\tof a name\todd"]
+    ours.clear(), ours.append([("a", "1")])
+    assert path.read_bytes() == b"a\t1\n"
+
+
+def test_the_list_of_an_earlier_run_does_not_stay(spoilt, tmp_path):
+    BadFileList(str(tmp_path / "run" / "bad_files.txt")).append([("old.png", "gone")])
+    take(spoilt(), 3)
+    assert "old.png" not in (tmp_path / "run" / "bad_files.txt").read_text()
 
 
 def test_a_loader_that_nobody_closes_does_not_end_the_process_badly(config):
@@ -320,14 +476,14 @@ def test_shards_resume_at_any_step_with_any_number_of_processes(config, sharded)
         assert same([joined], [images_of(whole[3 + step], (2, 2))])
 
 
-def test_members_that_fail_late_are_named_and_replaced(spoilt, tmp_path):
+def test_bad_members_are_named_and_replaced(spoilt, tmp_path):
     from_files = make_loader(spoilt())
     crops = [next(from_files) for _ in range(6)]
     files = {path.name: path.read_bytes() for path in sorted((tmp_path / "data").iterdir())}
     shard = pack(tmp_path / "spoilt.tar", files)
     loader = make_loader(replace(spoilt(), data_path=str(shard)))
     assert same([next(loader) for _ in range(6)], crops)
-    assert sorted(path for path, _ in loader.refused) == [f"{shard}/{i:02}.png" for i in (3, 4, 11)]
+    assert sorted(path for path, _ in loader.bad_files) == [f"{shard}/{i:02}.png" for i in (3, 4, 11)]
 
 
 def test_a_damaged_shard_is_listed_and_the_rest_of_it_trained_on(config, sharded, tmp_path):
@@ -338,13 +494,13 @@ def test_a_damaged_shard_is_listed_and_the_rest_of_it_trained_on(config, sharded
     for _ in range(loader.n_images):
         next(loader)
     loader.close()
-    listed = [line.split("\t") for line in (tmp_path / "run" / "refused.txt").read_text().splitlines()]
+    listed = [line.split("\t") for line in (tmp_path / "run" / "bad_files.txt").read_text().splitlines()]
     assert [str(sharded / "2.tar"), "damaged tar archive"] in [[path, reason.split(":")[0]] for path, reason in listed]
 
 
 def test_fewer_images_than_a_step_takes(config):
-    with pytest.raises(ValueError, match=r"has 19 usable images but one step takes 24 \(--batch_size_per_gpu 4 x 3 processes x "
-                                         r"--accumulate 2\): lower --batch_size_per_gpu"):
+    with pytest.raises(ValueError, match=r"has 19 images but one step takes 24 \(`batch_size_per_gpu` 4 x 3 processes x "
+                                         r"`accumulate` 2\): lower `batch_size_per_gpu`"):
         make_loader(config(accumulate=2), world=3)
 
 
@@ -383,31 +539,30 @@ def test_workers_answer_to_their_parent_alone(config, tmp_path):
 
 def test_close_does_not_wait_for_a_stuck_worker(config, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
-    image = photograph(tmp_path / "data" / "only.png")
-
-    def replace_by_a_pipe(done, total):  # after the index pass; whoever opens it waits for a writer
-        image.unlink(), os.mkfifo(image)
-
+    photograph(tmp_path / "data" / "only.png")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)                                           # whoever opens it waits for a writer
+    monkeypatch.setattr("dinofast.data.dataset.read_file", lambda path: pipe.read_bytes())
     cfg = config(data_path=str(tmp_path / "data"), batch_size_per_gpu=1, num_workers=1)
-    loader = make_loader(cfg, on_progress=replace_by_a_pipe)
+    loader = make_loader(cfg)
     loader._start()
     if cfg.data_backend != "pil":
         monkeypatch.setattr(threads, "WAIT_S", 0.2)
     if cfg.data_backend == "dali":
         loader._batches._pool.submit(loader._batches._encoded, 0)
     elif cfg.data_backend == "native":
-        loader._batches._ahead.append(loader._batches._pool.submit(loader._batches._begin, *next(loader._batches._tasks)))
+        loader._batches._ahead.append(loader._batches._pool.submit(loader._batches._begin, *next(loader._batches._indices)))
     else:
         assert len(multiprocessing.active_children()) == 1
     writer = None
     deadline = time.monotonic() + 10
     while writer is None and time.monotonic() < deadline:
         with suppress(OSError):  # as long as the worker has not opened it
-            writer = os.open(image, os.O_WRONLY | os.O_NONBLOCK)
+            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
         time.sleep(0.05)
     assert writer is not None  # the worker reads, and will wait until the writer writes or closes
     start = time.monotonic()
     loader.close()
     assert time.monotonic() - start < 5 and not multiprocessing.active_children()
-    image.unlink()                                            # or a second look would wait for a second writer
+    pipe.unlink()                                             # or a second try would wait for a second writer
     os.close(writer)

@@ -3,12 +3,11 @@ import math
 import signal
 import tarfile
 
-import numpy as np
 import pytest
 import torch
 
 from dinofast import checkpoint
-from dinofast.data import index_cache, shards
+from dinofast.data import shards
 from dinofast.runtime.metrics import EpochSums, collapse_warning
 from dinofast.runtime.progress import Diverged, Run
 from dinofast.runtime.signals import Interrupted, StopSignal
@@ -157,14 +156,13 @@ def test_signals_are_noted_and_handed_back():
 
 
 def test_an_interrupt_is_no_damaged_file(monkeypatch, tmp_path):
-    """Whatever is being read when it comes: a checkpoint, the index of a run, a shard."""
+    """Whatever is being read when it comes: a checkpoint, a shard."""
     def interrupt(*args, **options):
         raise Interrupted(signal.SIGINT, "stopped")
 
     path = tmp_path / "checkpoint.pth"
     path.write_bytes(b"anything")
     for module, name, read in ((torch, "load", lambda: checkpoint.read(path)),
-                               (np, "load", lambda: index_cache.load(path, "source")),
                                (tarfile.TarFile, "next", lambda: list(shards.images(path.open("rb"))))):
         with monkeypatch.context() as patched, pytest.raises(Interrupted, match="stopped"):
             patched.setattr(module, name, interrupt)

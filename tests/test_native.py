@@ -10,23 +10,26 @@ from PIL import Image
 from test_pil import GOLDEN, golden_view
 
 from dinofast.config import Config
-from dinofast.data import native, pil, plan, views
+from dinofast.data import backend_native as native
+from dinofast.data import backend_pil as pil
+from dinofast.data.augmentation import VIEW, draw
+from dinofast.data.loader import views
 
-pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "here")
+pytestmark = pytest.mark.skipif(bool(native.unavailable_reason()), reason=native.unavailable_reason() or "here")
 old_pillow = pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13,
                                 reason=f"Pillow before 13 resizes some boxes in another order, and this is {PIL.__version__}")
 
 
 def render(image: np.ndarray, drawn: np.ndarray, **options: object) -> list[np.ndarray]:
     """Crops (S, S, 3) of an image (H, W, 3) by views (V,)."""
-    places = [torch.full((3, side, side), 77, dtype=torch.uint8) for side in drawn["size"].tolist()]
-    native.render(image, drawn, places, **options)
-    return [place.permute(1, 2, 0).numpy() for place in places]
+    out = [torch.full((3, side, side), 77, dtype=torch.uint8) for side in drawn["size"].tolist()]
+    native.render(image, drawn, out, **options)
+    return [crop.permute(1, 2, 0).numpy() for crop in out]
 
 
 def one(image: np.ndarray, **fields: object) -> np.ndarray:
     """A view of a whole square image at its size, in which nothing is done but what is named."""
-    view = np.zeros(1, plan.VIEW)
+    view = np.zeros(1, VIEW)
     view["box"], view["size"], view["order"], view["factors"] = (0, 0, *image.shape[:2]), len(image), range(4), (1, 1, 1, 0)
     for name, value in fields.items():
         view[name] = value
@@ -96,7 +99,7 @@ def test_any_box_of_any_image() -> None:
 def test_a_whole_plan() -> None:
     kinds = views(Config(global_crops_size=64, local_crops_size=32))
     for sample, size in enumerate(((375, 500), (500, 333), (64, 64), (31, 200), (3, 2))):
-        drawn = plan.draw(3, 1, np.array([sample]), np.array([size]), kinds)[0]
+        drawn = draw(3, 1, np.array([sample]), kinds).plan(0, *size)
         image = noise(*size, sample)
         for crop, view in zip(render(image, drawn), drawn, strict=True):
             assert (crop == pil.render(Image.fromarray(image), view)).all(), (size, view)
@@ -107,10 +110,10 @@ def test_levels_by_table() -> None:
     drawn = np.concatenate([one(image, box=(3, 2, 20, 21), size=16), one(image, size=9, flip=True)])
     exact = [table.numpy()[np.arange(3)[:, None, None], crop.transpose(2, 0, 1)] for crop in render(image, drawn)]
     for dtype in (torch.float32, torch.bfloat16):
-        places = [torch.full((3, side, side), 7, dtype=dtype) for side in (16, 9)]
-        native.render(image, drawn, places, table.numpy())
-        for place, expected in zip(places, exact, strict=True):
-            assert torch.equal(place, torch.from_numpy(expected).to(dtype))
+        out = [torch.full((3, side, side), 7, dtype=dtype) for side in (16, 9)]
+        native.render(image, drawn, out, table.numpy())
+        for crop, expected in zip(out, exact, strict=True):
+            assert torch.equal(crop, torch.from_numpy(expected).to(dtype))
 
 
 @pytest.mark.parametrize(("fields", "message"), [
@@ -135,14 +138,14 @@ def test_what_would_leave_the_image_is_refused(fields: dict, message: str) -> No
             native.render(bad, one(image, size=8, box=(0, 0, 8, 8)), [torch.empty(3, 8, 8, dtype=torch.uint8)])
 
 
-@pytest.mark.parametrize("places", [
+@pytest.mark.parametrize("out", [
     [torch.empty(3, 8, 9, dtype=torch.uint8)], [torch.empty(3, 7, 7, dtype=torch.uint8)], [torch.empty(192, dtype=torch.uint8)],
     [torch.empty(8, 8, 3, dtype=torch.uint8).permute(2, 0, 1)], [torch.empty(3, 8, 8, dtype=torch.uint8)] * 2, [],
 ])
-def test_a_place_that_a_crop_would_overrun_is_refused(places: list[torch.Tensor]) -> None:
+def test_a_place_that_a_crop_would_overrun_is_refused(out: list[torch.Tensor]) -> None:
     image = noise(40, 30)
     with pytest.raises(ValueError, match="does not fit its place|zip"):
-        native.render(image, one(image, size=8, box=(0, 0, 8, 8)), places)
+        native.render(image, one(image, size=8, box=(0, 0, 8, 8)), out)
 
 
 def test_images_need_not_be_contiguous() -> None:

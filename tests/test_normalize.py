@@ -69,12 +69,12 @@ def test_a_gpu_gets_the_crops_of_a_cpu(interpreter: None, photographs: Path, tmp
     """The kernel with the loader's table, on the levels that the loader has normalised by arithmetic."""
     loader = make_loader(Config(data_path=str(photographs), output_dir=str(tmp_path), data_backend="pil", num_workers=0,
                                 global_crops_size=32, local_crops_size=16, local_crops_number=2, batch_size_per_gpu=2))
-    loader.dtype, normalise, levels = dtype, loader._normalise, []
-    loader._normalise = lambda crops: (levels.append(crops), normalise(crops))[1]
+    loader.dtype, normalize, levels = dtype, loader._normalize, []
+    loader._normalize = lambda crops: (levels.append(crops), normalize(crops))[1]
     crops = next(loader)
     assert len(crops) == 2 and not levels[1].is_contiguous()
     for expected, taken in zip(crops, levels[1:], strict=True):                    # after the 256 levels of the table
-        assert torch.equal(ops.normalize(taken, loader._table, "triton"), expected)
+        assert torch.equal(ops.normalize(taken, loader._norm_lut, "triton"), expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinofast.data.pil import Refused, Unread, cut, decode, read, refusing, render
-from dinofast.data.plan import VIEW
+from dinofast.data.augmentation import VIEW
+from dinofast.data.backend_pil import cut, render
+from dinofast.data.decode import TransientReadError, UnreadableImage, decode, read_file, unreadable
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "augment.npz")
 
@@ -85,15 +86,17 @@ def test_one_pixel_makes_a_crop():
     assert render(Image.new("RGB", (1, 1), (200, 100, 50)), view).shape == (224, 224, 3)
 
 
-def test_a_missing_file_is_refused_with_the_reason(tmp_path):
-    with pytest.raises(Refused, match="cannot be read: No such file or directory"):
-        read(tmp_path / "gone.jpg")
+def test_a_missing_file_is_unreadable_with_the_reason(tmp_path):
+    with pytest.raises(UnreadableImage, match="cannot be read: No such file or directory"):
+        read_file(tmp_path / "gone.jpg")
 
 
 def test_what_may_be_right_another_time_is_told_apart():
-    for error, kind, reason in ((MemoryError(), Unread, "MemoryError"), (OSError(5, "Input"), Unread, "cannot be read: Input"),
-                                (OSError("image file is truncated"), Refused, "image file is truncated")):
-        with pytest.raises(Refused, match=reason) as raised, refusing():
+    for error, kind, reason in ((MemoryError(), TransientReadError, "MemoryError"),
+                                (OSError(5, "Input"), TransientReadError, "cannot be read: Input"),
+                                (OSError("image file is truncated"), UnreadableImage, "image file is truncated"),
+                                (OSError(2, "No such file"), UnreadableImage, "cannot be read: No such file")):
+        with pytest.raises(UnreadableImage, match=reason) as raised, unreadable():
             raise error
         assert type(raised.value) is kind
 

@@ -1,4 +1,4 @@
-"""The sample data: the same files for the same seed, masks that fit, and no class that pixels or colours give away."""
+"""The sample data: the same files for the same seed, masks that fit, and no class that pixels or colors give away."""
 
 from __future__ import annotations
 
@@ -46,7 +46,19 @@ def test_an_image_does_not_depend_on_how_many_there_are(tmp_path):
 
 def test_the_same_everywhere():
     """Pinned on x86-64 with numpy 2.4; the tolerance leaves room for other roundings, not for other draws."""
-    assert [sample_data.draw(i)[0].mean() for i in (0, 7)] == pytest.approx([111.68, 98.27], abs=0.05)
+    assert [sample_data.draw(i)[0].mean() for i in (0, 7)] == pytest.approx([86.00, 76.80], abs=0.05)
+
+
+@pytest.mark.parametrize("i", range(10), ids=sample_data.CLASSES)
+def test_the_same_image_larger(i):
+    """Drawn at 144 pixels and brought down to 48 it is the image of 48 pixels, but for its noise and edges."""
+    small, small_mask = sample_data.draw(i)
+    large, large_mask = sample_data.draw(i, pixels=144)
+    assert large.shape == (144, 144, 3) and large_mask.shape == (144, 144)
+    shrunk = large.reshape(48, 3, 48, 3, 3).mean((1, 3))
+    assert np.median(np.abs(shrunk - small)) < 6
+    assert np.abs(shrunk - small).mean() < 12
+    assert ((large_mask.reshape(48, 3, 48, 3).mean((1, 3)) > 127) == (small_mask > 0)).mean() > 0.99
 
 
 def test_folder_in_use(tmp_path):
@@ -100,13 +112,13 @@ def test_the_mask_covers_the_object(label):
 
 
 def test_pixels_and_colours_do_not_give_the_class_away():
-    """1,200 images, chance is 10 %. On the full set raw pixels score 39 %, colour histograms 47 % with a ceiling of 50 %."""
+    """1,200 images, chance is 10 %. On the full set raw pixels score 54 %, color histograms 49 % with a ceiling of 50 %."""
     drawn = torch.from_numpy(np.stack([sample_data.draw(i)[0] for i in range(1200)])).float() / 255
     labels = torch.arange(1200) % 10
     raw = drawn.permute(0, 3, 1, 2)[:, :, ::2, ::2].flatten(1) - 0.45
     bins = ((drawn * 4).long().clamp(max=3) * torch.tensor([16, 4, 1])).sum(-1).flatten(1)                # (1200, 48 * 48)
     histogram = torch.zeros(1200, 64).scatter_add_(1, bins, torch.ones(bins.shape)).sqrt()
-    for features, low, high in ((raw, 22, 48), (histogram, 35, 55)):
+    for features, low, high in ((raw, 30, 55), (histogram, 35, 55)):
         top1, _ = knn_classify(features[:900], labels[:900], features[900:], labels[900:], k=10)
         assert low < top1 < high
 
@@ -121,9 +133,11 @@ def test_the_demo_from_end_to_end(tmp_path, capsys):
     assert len(result["trained"]["attention_on_object"]) == 2 and 0.1 < result["object_area"] < 0.3
     assert max(result["trained"]["attention_on_object"]) < 0.4                            # after two steps it cannot be more
     with Image.open(tmp_path / "attention_maps.png") as image:
-        assert image.size == (5 * 166 + 6, 10 * 166 + 6 + 22)
+        width, height = image.size
+        assert width == 5 * 200 + 8 and 6 * 200 + 8 < height < 6 * 200 + 80    # five columns, six images, captions
+    assert (tmp_path / "attention_maps.png").stat().st_size < 2**20
     said = capsys.readouterr().out
-    assert "chance" in said and "raw pixels" in said and "Colour is a designed cue" in said
+    assert "chance" in said and "raw pixels" in said and "Color is a designed cue" in said
     again = demo.demo(tmp_path, epochs=1, device="cpu", n_images=160)
     assert again["resumed"] and again["trained"] == result["trained"] and again["untrained"] == result["untrained"]
     with pytest.raises(ValueError, match="seed=1"):

@@ -8,7 +8,12 @@ from test_loader import spoil
 from dinofast import cli
 from dinofast.commands.show_crops import CELL, GAP, LINE, LINES, describe, write
 from dinofast.config import Config
-from dinofast.data import index, pil, plan, views
+from dinofast.data import dataset
+from dinofast.data.augmentation import VIEW, draw
+from dinofast.data.backend_pil import render
+from dinofast.data.decode import decode
+from dinofast.data.loader import views
+from dinofast.data.sampler import epoch_order
 
 
 def test_the_sheet_holds_the_crops_of_the_run(photographs, tmp_path):
@@ -18,19 +23,21 @@ def test_the_sheet_holds_the_crops_of_the_run(photographs, tmp_path):
     picture = np.asarray(Image.open(sheet))
     assert picture.shape == (2 * (CELL + LINES * LINE + 2 * GAP) + GAP, 5 * (CELL + GAP) + GAP, 3)
     cfg = Config(local_crops_number=2, global_crops_size=160, local_crops_size=160)
-    found, _ = index.build(str(photographs), 0.5)
-    samples = plan.epoch_order(5, 3, len(found))[:2]
-    drawn = plan.draw(5, 3, samples, found.sizes[samples], views(cfg))
+    found = dataset.scan(str(photographs))
+    samples = epoch_order(5, 3, len(found))[:2]
+    drawn = draw(5, 3, samples, views(cfg))
     for row, sample in enumerate(samples.tolist()):
-        for column, view in enumerate(drawn[row], 1):                    # drawn at their size, so pixel for pixel
+        image = decode(found.read(sample))
+        plan = drawn.plan(row, image.height, image.width)
+        for column, view in enumerate(plan, 1):                             # drawn at their size, so pixel for pixel
             top, left = GAP + row * (CELL + LINES * LINE + 2 * GAP), GAP + column * (CELL + GAP)
-            expected = pil.render(pil.decode(found.read(sample)), view)
+            expected = render(image, view)
             assert (picture[top : top + CELL, left : left + CELL] == expected).all()
         assert (picture[GAP + CELL + 4 : GAP + CELL + LINES * LINE] < 128).any()      # text
 
 
 def test_everything_drawn_is_told():
-    view = np.zeros((), plan.VIEW)
+    view = np.zeros((), VIEW)
     view["box"], view["size"] = (3, 4, 50, 60), 96
     assert describe(view) == ["96 px of 60 x 50 at 4, 3"]
     view["jitter"], view["order"], view["factors"] = True, (3, 0, 2, 1), (0.7, 1.25, 0.9, -0.05)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dinofast.config import Config
-from dinofast.data import dali, make_loader, native
+from dinofast.data import backend_dali, backend_native, make_loader
 from dinofast.runtime.side_stream import UNREAD, SideStream
 
 
@@ -153,7 +153,7 @@ LONG = 2 * 10**9                                                     # cycles: a
 
 @pytest.fixture(params=["pil", "native", "dali"])
 def config(request, gpu, photographs, tmp_path):
-    if reason := {"native": native.missing(), "dali": dali.missing()}.get(request.param):
+    if reason := {"native": backend_native.unavailable_reason(), "dali": backend_dali.unavailable_reason()}.get(request.param):
         pytest.skip(reason)
     options = dict(data_path=str(photographs), output_dir=str(tmp_path / "run"), data_backend=request.param, precision="fp32",
                    batch_size_per_gpu=8, num_workers=2, global_crops_size=64, local_crops_size=32, local_crops_number=2,

@@ -21,7 +21,7 @@ def golden_backbone():
 class GoldenLoader:
     """The eight batches of the official run, as a loader gives them."""
 
-    n_images, steps_per_epoch, refused, wait_s, fingerprint, backend, backend_note = 8, 2, [], 0.0, "f" * 32, "golden", ""
+    n_images, steps_per_epoch, bad_files, wait_s, fingerprint, backend, backend_note = 8, 2, [], 0.0, "f" * 32, "golden", ""
 
     def __init__(self, poison=None):
         self.step, self.poison = 0, poison

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from ..config import Config
-from ..data import Loader, dali, make_loader, native, pil
+from ..data import Loader, backend_dali, backend_native, backend_pil, make_loader
+from ..data.decode import UnreadableImage, decode
 from ..runtime.backends import cores
 from ..runtime.distributed import pick_device
 from ..runtime.progress import counting
@@ -35,9 +36,9 @@ class Measured:
     """Of one process that does nothing but take batches from its loader."""
 
     source: str
-    n_images: int                          # usable ones
-    refused: list[tuple[str, str]]         # path and reason
-    index_s: float
+    n_images: int
+    bad_files: list[tuple[str, str]]       # path and reason
+    scan_s: float
     backend: str
     backend_note: str
     n_workers: int
@@ -62,8 +63,8 @@ def measure(cfg: Config, seconds: float) -> Measured:
     device = pick_device(cfg.device)
     with tempfile.TemporaryDirectory(prefix="dinofast-") as folder:
         start = time.perf_counter()
-        loader = make_loader(replace(cfg, output_dir=folder), device=device, on_progress=counting("files looked at", True))
-        index_s = time.perf_counter() - start
+        loader = make_loader(replace(cfg, output_dir=folder), device=device, on_progress=counting("scanning files", True))
+        scan_s = time.perf_counter() - start
         with closing(loader), _between_batches():
             batches_a_round = max(1, loader.n_workers)         # workers finish at about the same time, batch by batch
             _take(loader, max(2, batches_a_round))             # starts them
@@ -77,7 +78,7 @@ def measure(cfg: Config, seconds: float) -> Measured:
         rates = [len(part) * images_a_round / (ends[part[-1] + 1] - ends[part[0]]) for part in rounds]
         n_counted = (len(ends) - 1) * images_a_round
         cpu_ms = None if None in cpu else (cpu[1] - cpu[0]) / n_counted * 1e3
-        return Measured(cfg.data_path, loader.n_images, loader.refused, index_s, loader.backend, loader.backend_note,
+        return Measured(cfg.data_path, loader.n_images, loader.bad_files, scan_s, loader.backend, loader.backend_note,
                         loader.n_workers, cfg.batch_size_per_gpu, cfg.n_crops, n_counted, ends[-1] - ends[0], rates, cpu_ms,
                         _stages(loader, device, seconds * STAGES_SHARE, cpu_ms or 0.0))
 
@@ -122,29 +123,30 @@ def _cpu_s() -> float | None:
 
 def _stages(loader: Loader, device: torch.device, seconds: float, cpu_ms: float) -> dict[str, float]:
     """Mean CPU time an image, in ms: of images from all over the source, worked on in this thread as the loader does."""
-    crops, spent = loader.crops, []
+    reader, spent = loader.reader, []
     if loader.backend == "dali":
         return _stages_of_dali(loader, device, seconds, cpu_ms)
     on_gpu = device.type == "cuda"
-    table = None if on_gpu else np.zeros((3, 256), np.float32)                  # the CPU normalises as it writes
-    places = [torch.empty(3, side, side, dtype=torch.uint8 if on_gpu else torch.float32)
-              for n, side in crops.resolutions for _ in range(n)]
+    norm_lut = None if on_gpu else np.zeros((3, 256), np.float32)               # the CPU normalizes as it writes
+    out = [torch.empty(3, side, side, dtype=torch.uint8 if on_gpu else torch.float32)
+           for n, side in loader.augmentation.resolutions for _ in range(n)]
     end = time.perf_counter() + seconds
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for sample in np.linspace(0, len(crops.index) - 1, min(SAMPLE, len(crops.index)), dtype=int).tolist():
-            _, sample = crops.decode(sample, [])                                # the next one that decodes
-            drawn = crops.draw(0, np.array([sample]))[0]
+        for index in np.linspace(0, loader.n_images - 1, min(SAMPLE, loader.n_images), dtype=int).tolist():
+            _, index = reader.decode_next(index, [])                            # the next one that decodes
+            draw = loader.augmentation.draw(0, np.array([index]))
             times = [time.thread_time()]
-            data = crops.index.read(sample)
+            data = reader.dataset.read(index)
             times.append(time.thread_time())
-            image = pil.decode(data)
+            image = decode(data)
             times.append(time.thread_time())
+            plan = draw.plan(0, image.height, image.width)
             if loader.backend == "native":
-                native.render(native.pixels(image), drawn, places, table)
+                backend_native.render(backend_native.pixels(image), plan, out, norm_lut)
             else:
-                for view in drawn:
-                    pil.render(image, view)
+                for view in plan:
+                    backend_pil.render(image, view)
             times.append(time.thread_time())
             spent.append(np.diff(times) * 1e3)
             if time.perf_counter() > end:
@@ -154,19 +156,19 @@ def _stages(loader: Loader, device: torch.device, seconds: float, cpu_ms: float)
 
 def _stages_of_dali(loader: Loader, device: torch.device, seconds: float, cpu_ms: float) -> dict[str, float]:
     """Reading and colour by themselves; the rest of `cpu_ms` is the graph's, whose threads cannot be asked."""
-    crops, n_images = loader.crops, loader.batch_size
-    samples = np.arange(n_images) % len(crops.index)
-    drawn, table = crops.draw(0, samples), torch.zeros(3, 256, device=device)
+    n_images, resolutions = loader.batch_size, loader.augmentation.resolutions
+    indices = np.arange(n_images) % loader.n_images
+    drawn, norm_lut = loader.augmentation.draw(0, indices).views, torch.zeros(3, 256, device=device)
     cut = [torch.zeros(n_images, side, side, 3, dtype=torch.uint8, device=device)
-           for n, side in crops.resolutions for _ in range(n)]
+           for n, side in resolutions for _ in range(n)]
     spent, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or not spent:
         times = [time.process_time()]
-        for sample in samples.tolist():
-            with suppress(pil.Refused):
-                crops.index.read(sample)
+        for index in indices.tolist():
+            with suppress(UnreadableImage):
+                loader.reader.dataset.read(index)
         times.append(time.process_time())
-        dali.coloured(cut, drawn, crops.resolutions, table, loader.dtype)
+        backend_dali.colored(cut, drawn, resolutions, norm_lut, loader.dtype)
         times.append(time.process_time())
         spent.append(np.diff(times) / n_images * 1e3)
     read_ms, colour_ms = np.mean(spent, 0).tolist()
@@ -177,10 +179,10 @@ def report(measured: Measured, wanted: float | None) -> str:
     """Plain text, one fact a line; the last is whether the data keeps up with training at `wanted` images/s."""
     m = measured
     workers = f"{m.n_workers} {'process(es)' if m.backend == 'pil' else 'thread(s)'}" if m.n_workers else "in the main thread"
-    lines = [f"source: '{m.source}', {m.n_images:,} usable images, looked at in {m.index_s:.2f} s"]
-    if m.refused:
-        path, reason = m.refused[-1]
-        lines.append(f"{len(m.refused):,} unreadable image(s) left out; the last: {path} ({reason})")
+    lines = [f"source: '{m.source}', {m.n_images:,} images, listed in {m.scan_s:.2f} s"]
+    if m.bad_files:
+        path, reason = m.bad_files[-1]
+        lines.append(f"{len(m.bad_files):,} bad file(s) left out; the last: {path} ({reason})")
     lines += [f"crops: {m.backend}, {workers}{f' ({m.backend_note})' if m.backend_note else ''}; "
               f"{m.n_crops} crops an image, {m.batch_size} images a batch, {cores()} core(s)",
               f"speed: {_short(m.images_per_s)} images/s, median of {len(m.rates)} interval(s) from {_short(min(m.rates))} to "

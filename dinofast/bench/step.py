@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..data import Loader, dali, make_loader, native
+from ..data import Loader, backend_dali, backend_native, make_loader
 from ..nn.dino import Model
 from ..nn.vit import VisionTransformer
 from ..runtime.distributed import Process, pick_device
@@ -213,7 +213,7 @@ def files(cfg: Config, folder: str, device: torch.device) -> Iterator[Loader]:
     """The crops of a run on `folder`; what a loader writes goes with it."""
     with tempfile.TemporaryDirectory(prefix="dinofast-") as output_dir:
         cfg = replace(cfg, data_path=folder, output_dir=output_dir)
-        with closing(make_loader(cfg, device=device, on_progress=counting("files looked at", True))) as loader:
+        with closing(make_loader(cfg, device=device, on_progress=counting("scanning files", True))) as loader:
             yield loader
 
 
@@ -221,7 +221,7 @@ def ready(loader: Loader) -> int:
     """Batches that a loader may have made before they are asked for: those of its queue, or of torch's."""
     if not loader.n_workers:
         return 0
-    return {"native": native.AHEAD, "dali": dali.AHEAD}.get(loader.backend, 2 * loader.n_workers)
+    return {"native": backend_native.AHEAD, "dali": backend_dali.AHEAD}.get(loader.backend, 2 * loader.n_workers)
 
 
 def setting(cfg: Config, device: torch.device) -> str:

@@ -9,7 +9,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..config import Config, option
-from ..data import index, pil, plan, views
+from ..data import dataset
+from ..data.augmentation import Augmentation
+from ..data.backend_pil import render
+from ..data.decode import UnreadableImage, decode
+from ..data.loader import views
+from ..data.sampler import epoch_order
 
 CELL, GAP, LINES = 160, 8, 6  # pixels of a picture's place, between places, and lines of text below it
 LINE = 12
@@ -45,20 +50,21 @@ def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
         raise ValueError(f"'{path}' is a folder: name the picture too, such as '{path / 'crops.png'}'.")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"'{path}' cannot be written: there is no folder '{path.parent}'.")
-    found, _ = index.build(cfg.data_path, cfg.max_refused)
-    samples = plan.epoch_order(cfg.seed, epoch, len(found))[:n_images]
-    drawn = plan.draw(cfg.seed, epoch, samples, found.sizes[samples], views(cfg))
-    columns = 1 + drawn.shape[1]
+    images = dataset.scan(cfg.data_path)
+    samples = epoch_order(cfg.seed, epoch, len(images))[:n_images]
+    draw = Augmentation(cfg.seed, views(cfg)).draw(epoch, samples)
+    columns = 1 + cfg.n_crops
     sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, len(samples) * (CELL + LINES * LINE + 2 * GAP) + GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
-    for row, (sample, plans) in enumerate(zip(samples.tolist(), drawn, strict=True)):
-        name = Path(found.path(sample)).name[-26:]
+    for row, sample in enumerate(samples.tolist()):
+        name = Path(images.path(sample)).name[-26:]
         try:
-            image = pil.decode(found.read(sample))
+            image = decode(images.read(sample))
+            plans = draw.plan(row, image.height, image.width)
             cells = [(_boxes(image, plans), [name, f"{image.width} x {image.height}", "boxes: global red, local blue"])]
-            cells += [(Image.fromarray(pil.render(image, view)), describe(view)) for view in plans]
-        except pil.Refused as reason:            # a run would take the next image in its place
-            cells = [(Image.new("RGB", (CELL, CELL), "lightgrey"), [name, f"refused: {reason}"])]
+            cells += [(Image.fromarray(render(image, view)), describe(view)) for view in plans]
+        except UnreadableImage as reason:        # a run would take the next image in its place
+            cells = [(Image.new("RGB", (CELL, CELL), "lightgrey"), [name, f"bad: {reason}"])]
         top = GAP + row * (CELL + LINES * LINE + 2 * GAP)
         for column, (picture, lines) in enumerate(cells):
             left = GAP + column * (CELL + GAP)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..data import pil
+from ..data.decode import UnreadableImage, decode, read_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")      # those of torchvision's ImageFolder
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -67,8 +67,8 @@ class LabelledImages(Dataset):
 
     def __getitem__(self, i: int) -> tuple[int, Tensor | None, str | None]:
         try:
-            return i, self.transform(pil.decode(pil.read(self.paths[i]))), None
-        except (pil.Refused, ValueError) as error:
+            return i, self.transform(decode(read_file(self.paths[i]))), None
+        except (UnreadableImage, ValueError) as error:
             return i, None, str(error)
 
     def pick(self, rows: Sequence[int]) -> LabelledImages:

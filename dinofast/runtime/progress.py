@@ -139,13 +139,13 @@ class Run:
 
 
 def counting(what: str, is_main: bool) -> Callable[[int, int], None]:
-    """A callback `(done, total)` that prints a line now and then while something long is counted through."""
+    """A callback `(done, total)` that prints a line now and then while something long is counted through; total 0: unknown."""
     spoken = time.perf_counter()
 
     def tell(done: int, total: int) -> None:
         nonlocal spoken
         if is_main and time.perf_counter() - spoken > PLAIN_LINE_S / 2:
-            print(f"{what}: {done:,} of {total:,}", flush=True)
+            print(f"{what}: {done:,}{f' of {total:,}' if total else ''}", flush=True)
             spoken = time.perf_counter()
 
     return tell

@@ -5,7 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from dinofast.data.plan import TRIES, VIEW, View, boxes, draw, epoch_order, philox, uniforms
+from dinofast.data.augmentation import TRIES, VIEW, View, boxes, uniforms
+from dinofast.data.augmentation import draw as draw_all_but_boxes
+from dinofast.data.philox import philox
+from dinofast.data.sampler import epoch_order
 
 BLUR = (0.1, 2.0)
 VIEWS = (
@@ -15,6 +18,12 @@ VIEWS = (
 )
 N = 2000  # images; with ten views each, 20,000 views
 SIZE = (375, 500)
+
+
+def draw(seed, epoch, samples, sizes, views):
+    """The plan of a batch, VIEW (B, V), of images of these sizes."""
+    drawn = draw_all_but_boxes(seed, epoch, samples, views)
+    return np.stack([drawn.plan(b, *size) for b, size in enumerate(np.asarray(sizes).tolist())])
 
 
 @pytest.fixture(scope="module")
@@ -96,16 +105,34 @@ def test_boxes_follow_the_official_rule():
     sizes = np.array([(375, 500), (500, 375), (1, 1), (1, 2), (2, 1), (1, 900), (900, 1), (30, 300), (300, 31), (224, 224),
                       (9, 7), (4000, 5)] * 60)
     u = uniforms(1, 2, np.arange(len(sizes)), len(VIEWS))[:, :, :TRIES]
-    got = boxes(u, sizes, np.array([v.scale for v in VIEWS]))
+    tries = draw_all_but_boxes(1, 2, np.arange(len(sizes)), VIEWS).tries
     fallbacks = 0
     for b, (height, width) in enumerate(sizes.tolist()):
+        got = boxes(tries[b], height, width)
         for v, view in enumerate(VIEWS):
             want = official_box(u[b, v], height, width, view.scale)
-            assert got[b, v].tolist() == want, (height, width, v)
+            assert list(got[v]) == want, (height, width, v)
             y, x, h, w = want
             assert 0 <= y and y + h <= height and 0 <= x and x + w <= width and h >= 1 and w >= 1
             fallbacks += want == official_box(u[b, v, :0], height, width, view.scale)
     assert fallbacks > 100  # the long images do reach the central box
+
+
+def test_boxes_are_those_drawn_for_a_whole_batch():
+    """The same numbers by NumPy, as they were drawn when sizes were known beforehand: a resumed run sees the same crops."""
+    sizes = np.random.default_rng(0).integers(1, 900, (300, 2))
+    u = uniforms(7, 3, np.arange(300), len(VIEWS))[:, :, :TRIES]
+    height, width = sizes.T[:, :, None, None]
+    low, high = np.array([v.scale for v in VIEWS]).T[:, :, None]
+    area = height * width * (low + u[..., 0] * (high - low))
+    ratio = np.exp(math.log(3 / 4) + u[..., 1] * (math.log(4 / 3) - math.log(3 / 4)))
+    w, h = (np.rint(np.sqrt(x)).astype(np.int64) for x in (area * ratio, area / ratio))
+    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+    first = fits.argmax(-1)[..., None]
+    w, h, y, x = (np.take_along_axis(a, first, -1)[..., 0] for a in (w, h, u[..., 2], u[..., 3]))
+    want = np.stack([(y * (height[..., 0] - h + 1)).astype(int), (x * (width[..., 0] - w + 1)).astype(int), h, w], -1)
+    got = draw(7, 3, np.arange(300), sizes, VIEWS)["box"]
+    assert (got == want)[fits.any(-1)].all() and 0.5 < fits.any(-1).mean() < 1
 
 
 def close(hits, p):

@@ -1,14 +1,14 @@
-"""The plan carried out by NVIDIA DALI: decoding and cuts in its graph, on a GPU by nvJPEG; then colour by `ops.colour`.
+"""The plan carried out by NVIDIA DALI: decoding and cuts in its graph, on a GPU by nvJPEG; then color by `ops.colour`.
 
     bytes -> decoders.image, once an image -> one resize a view, whose box is its region of interest -> uint8 (B, S, S, 3),
     without a copy -> ops.colour, which mirrors too: a box that runs backwards is off by a level here and there
 
-DALI's own colour operators are not used: they are another augmentation. Its cut differs from Pillow's by rounding (0.2 levels
+DALI's own color operators are not used: they are another augmentation. Its cut differs from Pillow's by rounding (0.2 levels
 of 255 on average), and so does decoding on a GPU.
 
 What is a plain JPEG goes to DALI as it is; everything else is decoded by PIL and goes there as PNM, which loses nothing. So all
-backends take, refuse and replace the same files. Where DALI fails all the same, the batch's images are tried one by one, what
-it cannot decode is left to PIL from then on, and the same batch is made again by a new graph.
+backends find the same files bad and replace them alike. Where DALI fails all the same, the batch's images are tried one by one,
+what it cannot decode is left to PIL from then on, and the same batch is made again by a new graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,24 +30,25 @@ from PIL import Image
 from torch import Tensor
 
 from dinofast import ops
-from dinofast.data import pil
-from dinofast.data.index import TAIL
-from dinofast.data.native import Refusals, Task
-from dinofast.data.pil import Refused
+from dinofast.data.augmentation import Draw
+from dinofast.data.decode import BadFiles, UnreadableImage, prepare_threads
+from dinofast.data.sampler import BatchIndices
 from dinofast.data.threads import Threads
 
+MOST_PIXELS = 10**8  # of what goes to DALI as it is; PIL has a limit on decompression bombs, DALI has none
+TAIL = 64  # bytes that may follow the end marker of a plain JPEG
 AHEAD = 3  # micro-batches in the making, of which the graph has the first
 FRAMES, PROGRESSIVE = (0xC0, 0xC1, 0xC2), 0xC2  # markers of a JPEG: baseline, extended and progressive, Huffman coded;
 TABLES, SCAN, END, ADOBE = (0xC4, 0xDB, 0xDD, 0xFE), 0xDA, 0xD9, 0xEE  # of Huffman codes, quanta, restarts, and comments
 
 
-def missing() -> str:
-    """Why this backend cannot be used here; empty if it can."""
+def unavailable_reason() -> str | None:
+    """Why this backend cannot be used here; None if it can."""
     try:
         found = importlib.util.find_spec("nvidia.dali")
     except ModuleNotFoundError:  # no package of that maker at all
         found = None
-    return "" if found else "NVIDIA DALI is not installed (pip install nvidia-dali-cuda130)"
+    return None if found else "NVIDIA DALI is not installed (pip install nvidia-dali-cuda130)"
 
 
 @cache
@@ -56,54 +57,67 @@ def _collect_before_forks() -> None:
     os.register_at_fork(before=gc.collect)
 
 
+class Encoded(NamedTuple):
+    """An image in a format that DALI decodes: its bytes, uint8 (n,), or None if no image decodes any more; height and width in
+    pixels; the index whose image it is."""
+
+    data: np.ndarray | None
+    size: tuple[int, int]
+    used: int
+
+
 @dataclass
 class Batch:
-    """A micro-batch on its way. images: of each, its bytes (n,) uint8 or None, and which sample it is."""
+    """A micro-batch on its way."""
 
     epoch: int
+    indices: list[int]
+    draw: Draw
     work: list[Future]
-    images: list[tuple[np.ndarray | None, int]]
-    refusals: Refusals
-    views: np.ndarray | None = None  # (B, V) of plan.VIEW
+    images: list[Encoded]
+    bad_files: BadFiles
+    views: np.ndarray | None = None  # (B, V) of augmentation.VIEW; None if an image is missing
 
 
 class Batches:
     """Endless iterator over micro-batches, AHEAD of them in the making.
 
     `next` gives the crops, one tensor (V_r B, 3, S_r, S_r) per resolution, crop-major, on the device and by its current stream,
-    in `dtype`; and (path, reason) of each file refused; no crops if no file decodes any more. tasks: (epoch, samples (B,)),
-    endless, B always the same. draw(epoch, samples): the plan (B, V). read(sample): its encoded bytes, or Refused.
-    decode(sample, refusals): by PIL, the RGB image of the sample or of the next that decodes, and which that was; None if none
-    does. sizes (n, 2): height and width of every sample. resolutions: number of crops and side, (V_r, S_r). table (3, 256)
-    float32 on the device: what each level of each channel becomes. device: "cpu" takes DALI's CPU operators. hw_decoder_load:
-    share of the JPEGs for the GPU's decoding engine, where it has one.
+    in `dtype`; the bad files met; and how many images were replaced; no crops if no image decodes any more. indices: (epoch,
+    indices (B,)), endless, B always the same. draw(epoch, indices): what is drawn for them. read(index): its encoded bytes, or
+    UnreadableImage.
+    decode(index, bad_files): by PIL, the RGB image at the index or the next that decodes, and its index; no image if none does.
+    resolutions: number of crops and side, (V_r, S_r). norm_lut (3, 256) float32 on the device: what each level of each channel
+    becomes. device: "cpu" takes DALI's CPU operators. hw_decoder_load: share of the JPEGs for the GPU's decoding engine, where
+    it has one.
     """
 
-    def __init__(self, tasks: Iterator[Task], draw: Callable[[int, np.ndarray], np.ndarray], read: Callable[[int], bytes],
-                 decode: Callable[[int, Refusals], tuple[Image.Image | None, int]], sizes: np.ndarray,
-                 resolutions: Sequence[tuple[int, int]], table: Tensor, dtype: torch.dtype, device: torch.device,
-                 batch_size: int, threads: int, hw_decoder_load: float) -> None:
-        self._tasks, self._draw, self._read, self._decode, self._sizes = tasks, draw, read, decode, sizes
-        self._resolutions, self._table, self._dtype, self._device = resolutions, table, dtype, device
+    def __init__(self, indices: Iterator[BatchIndices], draw: Callable[[int, np.ndarray], Draw], read: Callable[[int], bytes],
+                 decode: Callable[[int, BadFiles], tuple[Image.Image | None, int]], resolutions: Sequence[tuple[int, int]],
+                 norm_lut: Tensor, dtype: torch.dtype, device: torch.device, batch_size: int, threads: int,
+                 hw_decoder_load: float) -> None:
+        self._indices, self._draw, self._read, self._decode = indices, draw, read, decode
+        self._resolutions, self._norm_lut, self._dtype, self._device = resolutions, norm_lut, dtype, device
         self._threads, self._batch_size, self._hw_decoder_load = threads, batch_size, hw_decoder_load
-        self._by_pil: set[int] = set()  # samples that DALI has failed on
-        pil.for_threads()
+        self._by_pil: set[int] = set()  # indices of images that DALI has failed on
+        prepare_threads()
         _collect_before_forks()
         self._pool = Threads(threads)
         self._reading: deque[Batch] = deque()
         self._running: Batch | None = None
-        self._in_use: tuple[Any, Any] = (None, None)  # what the last colour kernels read, and the event after them
+        self._in_use: tuple[Any, Any] = (None, None)  # what the last color kernels read, and the event after them
         self._graph = self._new_graph()
 
     def __iter__(self) -> Batches:
         return self
 
-    def __next__(self) -> tuple[list[Tensor], Refusals]:
+    def __next__(self) -> tuple[list[Tensor], BadFiles, int]:
         batch = self._running or self._start_next()
         self._running = None                                                   # whatever happens, it is not given twice
         cut = None if batch.views is None else self._outputs(batch)
         self._running = self._start_next()
-        return self._coloured(cut, batch.views) if cut else [], batch.refusals
+        n_replaced = sum(image.used != index for image, index in zip(batch.images, batch.indices, strict=True))
+        return self._colored(cut, batch.views) if cut else [], batch.bad_files, n_replaced
 
     def close(self) -> None:
         """End the threads and the graph; what they have not begun is dropped."""
@@ -113,7 +127,7 @@ class Batches:
         self._running = self._graph = None
 
     def _release(self) -> None:
-        """Give DALI its memory back once the last colour kernels have read it."""
+        """Give DALI its memory back once the last color kernels have read it."""
         if self._in_use[1] is not None:
             self._in_use[1].synchronize()
         self._in_use = None, None
@@ -150,23 +164,29 @@ class Batches:
     def _start_next(self) -> Batch:
         """The next micro-batch, in the graph now; those after it are being read."""
         while len(self._reading) < AHEAD:
-            epoch, samples = next(self._tasks)
-            self._reading.append(Batch(epoch, [self._pool.submit(self._encoded, s) for s in samples.tolist()], [], []))
+            epoch, indices = next(self._indices)
+            work = [self._pool.submit(self._encoded, index) for index in indices.tolist()]
+            self._reading.append(Batch(epoch, indices.tolist(), self._draw(epoch, indices), work, [], []))
         batch = self._reading.popleft()
-        for work in batch.work:
-            data, used, refusals = work.result()
-            batch.images.append((data, used))
-            batch.refusals += refusals
+        for future in batch.work:
+            image, bad_files = future.result()
+            batch.images.append(image)
+            batch.bad_files += bad_files
         self._run(batch)
         return batch
 
     def _run(self, batch: Batch) -> None:
-        """Draw it, and put it into the graph, if all images are there."""
-        if any(data is None for data, _ in batch.images):
+        """Draw the boxes, and put the batch into the graph, if all images are there."""
+        if any(image.data is None for image in batch.images):
             batch.views = None
             return
-        batch.views = self._draw(batch.epoch, np.array([used for _, used in batch.images]))
-        self._graph.feed_input("encoded", [data for data, _ in batch.images])
+        plans = []
+        for b, (index, image) in enumerate(zip(batch.indices, batch.images, strict=True)):
+            replaced = image.used != index
+            draw, b = (self._draw(batch.epoch, np.array([image.used])), 0) if replaced else (batch.draw, b)
+            plans.append(draw.plan(b, *image.size))
+        batch.views = np.stack(plans)
+        self._graph.feed_input("encoded", [image.data for image in batch.images])
         for view, drawn in enumerate(batch.views.T):                                          # (B,)
             box = drawn["box"].astype(np.float32)                                             # y, x, h, w
             self._graph.feed_input(f"start{view}", np.ascontiguousarray(box[:, :2]))
@@ -179,20 +199,19 @@ class Batches:
         try:
             return [crops.as_tensor() for crops in self._graph.outputs(cuda_stream=stream)]
         except RuntimeError:
-            failing = [b for b, (data, _) in enumerate(batch.images) if not self._decodes(data)]
+            failing = [b for b, image in enumerate(batch.images) if not self._decodes(image.data)]
             if not failing:
                 raise
-        for b in failing:                                                      # PIL's turn: it decodes or refuses them
-            self._by_pil.add(batch.images[b][1])
-            data, used, refusals = self._encoded(batch.images[b][1])
-            batch.images[b] = data, used
-            batch.refusals += refusals
+        for b in failing:                                                      # PIL's turn: it decodes or replaces them
+            self._by_pil.add(batch.images[b].used)
+            batch.images[b], bad_files = self._encoded(batch.images[b].used)
+            batch.bad_files += bad_files
         self._graph = self._new_graph()                                        # the old one may have lost its way
         self._run(batch)
         return None if batch.views is None else self._outputs(batch)
 
-    def _coloured(self, cut: list[Any], views: np.ndarray) -> list[Tensor]:
-        out = coloured([torch.from_dlpack(c) for c in cut], views, self._resolutions, self._table, self._dtype)
+    def _colored(self, cut: list[Any], views: np.ndarray) -> list[Tensor]:
+        out = colored([torch.from_dlpack(c) for c in cut], views, self._resolutions, self._norm_lut, self._dtype)
         if self._device.type == "cuda":  # DALI must not use the memory again before the kernels have read it
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
@@ -201,16 +220,19 @@ class Batches:
         return out
 
     # ---- images
-    def _encoded(self, sample: int) -> tuple[np.ndarray | None, int, Refusals]:
-        """The image in a format that DALI decodes, which sample it is, and what was refused on the way."""
-        refusals: Refusals = []
-        if sample not in self._by_pil:
-            with suppress(Refused):  # PIL meets the same
-                data = self._read(sample)
-                if plain_jpeg_size(data) == tuple(self._sizes[sample].tolist()):
-                    return np.frombuffer(data, np.uint8), sample, refusals
-        image, used = self._decode(sample, refusals)
-        return None if image is None else _pnm(image), used, refusals
+    def _encoded(self, index: int) -> tuple[Encoded, BadFiles]:
+        """The image at this index, or the next that decodes, and the bad files met."""
+        bad_files: BadFiles = []
+        if index not in self._by_pil:
+            with suppress(UnreadableImage):  # PIL meets the same
+                data = self._read(index)
+                size = plain_jpeg_size(data)
+                if size and 0 < size[0] * size[1] <= MOST_PIXELS:
+                    return Encoded(np.frombuffer(data, np.uint8), size, index), bad_files
+        image, used = self._decode(index, bad_files)
+        if image is None:
+            return Encoded(None, (0, 0), index), bad_files
+        return Encoded(_pnm(image), (image.height, image.width), used), bad_files
 
     def _decodes(self, data: np.ndarray) -> bool:
         """Whether DALI decodes the image."""
@@ -223,13 +245,13 @@ class Batches:
         return True
 
 
-def coloured(cut: Sequence[Tensor], views: np.ndarray, resolutions: Sequence[tuple[int, int]], table: Tensor,
-             dtype: torch.dtype) -> list[Tensor]:
+def colored(cut: Sequence[Tensor], views: np.ndarray, resolutions: Sequence[tuple[int, int]], norm_lut: Tensor,
+            dtype: torch.dtype) -> list[Tensor]:
     """`ops.colour` of each resolution: V crops (B, S, S, 3) by views (B, V) become one (V_r B, 3, S_r, S_r) per resolution."""
     first, out = 0, []
     for n, _ in resolutions:
         part = slice(first, first + n)
-        out.append(ops.colour(cut[part], np.ascontiguousarray(views[:, part].T), table, dtype))
+        out.append(ops.colour(cut[part], np.ascontiguousarray(views[:, part].T), norm_lut, dtype))
         first += n
     return out
 
@@ -241,7 +263,7 @@ def _pnm(image: Image.Image) -> np.ndarray:
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a whole and well-formed JPEG of 8 bits, grey or YCbCr, which every decoder takes to mean the same;
+    """Height and width of a whole and well-formed JPEG of 8 bits, gray or YCbCr, which every decoder takes to mean the same;
     None if it is anything else, and so better left to PIL."""
     levels = np.frombuffer(data, np.uint8)
     follows = levels[1:][levels[:-1] == 0xFF]                                 # what comes after each 0xFF

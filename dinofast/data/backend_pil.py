@@ -1,0 +1,95 @@
+"""The plan carried out with PIL: the yardstick of every other backend, bit for bit what torchvision does on PIL images.
+
+PIL does the arithmetic; what is fixed here is how it is called. The crop is cut out before it is resized (torchvision's
+`resized_crop`): `resize(box=...)` would let pixels outside the box into the border.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from torch.utils.data import Dataset
+
+from dinofast.data.augmentation import Augmentation
+from dinofast.data.decode import BadFiles
+from dinofast.data.sampler import BatchIndices
+
+
+class CropDataset(Dataset):
+    """Micro-batches by their indices, for a `DataLoader` without batching of its own.
+
+    An item is the uint8 crops, one array (V_r B, 3, S_r, S_r) per resolution, crop-major; the bad files met; and how many
+    images were replaced. No crops if no image decodes any more. decode(index, bad_files): the RGB image at the index or the
+    next that decodes, and its index.
+    """
+
+    def __init__(self, augmentation: Augmentation, decode: Callable[[int, BadFiles], tuple[Image.Image | None, int]]) -> None:
+        self._augmentation, self._decode = augmentation, decode
+
+    def __getitem__(self, batch: BatchIndices) -> tuple[list[torch.Tensor], BadFiles, int]:
+        epoch, indices = batch
+        draw = self._augmentation.draw(epoch, indices)
+        crops = [np.empty((n, len(indices), side, side, 3), np.uint8) for n, side in self._augmentation.resolutions]
+        out = [view for c in crops for view in c]  # V arrays (B, S, S, 3)
+        bad_files: BadFiles = []
+        n_replaced = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
+            for b, index in enumerate(indices.tolist()):
+                image, used = self._decode(index, bad_files)
+                if image is None:
+                    return [], bad_files, n_replaced
+                n_replaced += used != index
+                own = (draw, b) if used == index else (self._augmentation.draw(epoch, np.array([used])), 0)
+                for to, view in zip(out, own[0].plan(own[1], image.height, image.width), strict=True):
+                    to[b] = render(image, view)
+        return [torch.from_numpy(c).flatten(0, 1).permute(0, 3, 1, 2) for c in crops], bad_files, n_replaced
+
+
+def render(image: Image.Image, view: np.void) -> np.ndarray:
+    """One crop of an RGB image by one element of the plan (`plan.VIEW`): uint8 (size, size, 3)."""
+    crop = cut(image, view["box"].tolist(), int(view["size"]))
+    if view["flip"]:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if view["jitter"]:
+        crop = jitter(crop, view["order"].tolist(), view["factors"].tolist())
+    if view["grey"]:
+        crop = crop.convert("L").convert("RGB")
+    if view["blur_radius"] > 0:
+        crop = crop.filter(ImageFilter.GaussianBlur(float(view["blur_radius"])))
+    if view["solarise"]:
+        crop = ImageOps.solarize(crop, 128)
+    return np.asarray(crop)
+
+
+def cut(image: Image.Image, box: list[int], size: int) -> Image.Image:
+    """The box (y, x, height, width), resized to a square by PIL's antialiased bicubic."""
+    y, x, h, w = box
+    return image.crop((x, y, x + w, y + h)).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def jitter(image: Image.Image, order: list[int], factors: list[float]) -> Image.Image:
+    """Brightness 0, contrast 1, saturation 2 and hue 3 in the given order, each with its factor."""
+    for operation in order:
+        image = _COLOR[operation](image, factors[operation])
+    return image
+
+
+def _hue(image: Image.Image, turn: float) -> Image.Image:
+    """Turn the hue by this share of the circle, in the 8-bit steps of PIL's HSV, rounded towards 0 as torchvision does."""
+    hue, saturation, value = image.convert("HSV").split()
+    step = int(turn * 255)
+    hue = hue.point([(level + step) % 256 for level in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+_COLOR = (
+    lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
+    lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
+    lambda image, factor: ImageEnhance.Color(image).enhance(factor),
+    _hue,
+)

@@ -1,0 +1,222 @@
+"""The crops of a pretraining run, batch by batch, on the device: `make_loader`."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import time
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.utils.data import DataLoader
+
+from dinofast import ops
+from dinofast.config import Config
+from dinofast.data import backend_dali, backend_native, dataset, shared
+from dinofast.data.augmentation import Augmentation, View
+from dinofast.data.backend_pil import CropDataset
+from dinofast.data.bad_files import BadFileList
+from dinofast.data.decode import BadFiles, ImageReader
+from dinofast.data.sampler import batch_indices
+from dinofast.runtime.backends import Selection, cores, select
+from dinofast.runtime.side_stream import SideStream
+
+ENOUGH_DRAWN = 100  # images, before the share of bad ones can end a run
+
+
+def make_loader(cfg: Config, *, rank: int = 0, world: int = 1, start_step: int = 0, device: str | torch.device = "cpu",
+                on_progress: Callable[[int, int], None] | None = None) -> Loader:
+    """The crops of process `rank` of `world`, from optimizer step `start_step` on; see `Loader`.
+
+    Lists the files first, calling `on_progress(done, total)` now and then (total 0: not known yet). Raises `ValueError` if the
+    source is missing or has no images, if they do not fill one step, or if more than the share `cfg.max_refused` of its shards
+    is damaged.
+    """
+    return Loader(cfg, rank, world, start_step, torch.device(device), on_progress)
+
+
+class Loader:
+    """Endless iterator over micro-batches, across epochs.
+
+    `next(loader)` gives one tensor per resolution, crop-major (crop 0 of all images, crop 1 of all images, ...), normalized, on
+    the device: [(2B, 3, G, G), ((V-2)B, 3, L, L)], or the first alone without local crops; float32, or bfloat16 where one of
+    our ViTs trains in bf16, whose first layer rounds to it anyway. An optimizer step takes `cfg.accumulate` of them. The
+    crops depend only on the files, the seed and the global batch, so a run that starts at step s, on any number of processes
+    with the same global batch, sees what an unbroken run sees from step s on.
+
+    On a GPU the copies and kernels that this takes go to a stream of their own, beside the step that the device is still at;
+    the current stream waits for them, the host does not.
+
+    A file that does not decode is replaced by the next one, cyclically, that does, drawn as that one is drawn. It goes into
+    `bad_files` and `output_dir/bad_files.txt`. `next` raises `ValueError` if more than the share `cfg.max_refused` of the
+    images drawn so far is bad (once ENOUGH_DRAWN or all are drawn), or if none decodes.
+
+    n_images: files listed, good and bad. fingerprint: equal for the same names in the same order. steps_per_epoch: optimizer
+    steps; an incomplete last batch is left out. batch_size, dtype: of a micro-batch. bad_files: (path, reason) of each met so
+    far in this process. backend, backend_note: what makes the crops, and why not something faster. reader, augmentation: what
+    reads the images and what is drawn for them. n_workers: threads or processes.
+    """
+
+    def __init__(self, cfg: Config, rank: int, world: int, start_step: int, device: torch.device,
+                 on_progress: Callable[[int, int], None] | None) -> None:
+        images, self._unlink = shared.between_ranks(dataset.scan(cfg.data_path, on_progress))
+        self.n_images, self.fingerprint, self.bad_files = len(images), images.fingerprint, list(images.bad_files)
+        self._max_bad, self._known = cfg.max_refused, {path for path, _ in self.bad_files}
+        self._check_share(len(self.bad_files), self.n_images + len(self.bad_files))  # shards, and folders
+        global_batch = cfg.batch_size_per_gpu * world * cfg.accumulate
+        self.steps_per_epoch = self.n_images // global_batch
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"`data_path` {cfg.data_path} has {self.n_images:,} images but one step takes {global_batch:,} "
+                f"(`batch_size_per_gpu` {cfg.batch_size_per_gpu} x {world} processes x `accumulate` {cfg.accumulate}): "
+                "lower `batch_size_per_gpu`.")
+        self._n_drawn = self._n_replaced = 0
+        self._bad_file_list, self._rank = BadFileList(os.path.join(cfg.output_dir, "bad_files.txt")), rank
+        self._device, self._step, self._batches = device, start_step, None
+        self._side, self._blocked_s = SideStream(device) if device.type == "cuda" else None, 0.0
+        self._mean, self._std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std))
+        self.backend, self.backend_note = choose_backend(cfg.data_backend, device.type)
+        self.dtype = torch.bfloat16 if cfg.vit and cfg.precision_on(device.type) == "bf16" else torch.float32
+        self.batch_size, self._hw_decoder_load = cfg.batch_size_per_gpu, cfg.hw_decoder_load
+        self.reader, self.augmentation = ImageReader(images), Augmentation(cfg.seed, views(cfg))
+        self.n_workers = min(cfg.num_workers, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+        self._indices = partial(batch_indices, cfg.seed, self.n_images, self.steps_per_epoch, batch_size=self.batch_size,
+                                accumulate=cfg.accumulate, rank=rank, world=world)
+
+    def seek(self, step: int) -> None:
+        """Go on from this optimizer step of the run. Costs nothing before the first batch, which starts the workers."""
+        if self._batches is not None:
+            self.close()
+        self._step, self._batches = step, None
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> list[torch.Tensor]:
+        return self._side.run(self._next) if self._side else self._next()
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds for which training has waited for crops so far, the start of the workers included.
+
+        On a GPU the device's: in each `next`, from the end of what was enqueued before it until the crops were there. So what
+        passes while the device is still at a step does not count, and the rest of a copy does. Asking does not wait: what the
+        device has yet to come to counts next time. On a CPU, where `next` and the step take turns: the host's, until the crops
+        were made.
+        """
+        return self._side.wait_s() if self._side else self._blocked_s
+
+    def _next(self) -> list[torch.Tensor]:
+        start = time.perf_counter()
+        if self._batches is None:
+            self._start()
+        crops, bad_files, n_replaced = next(self._batches)
+        self._blocked_s += time.perf_counter() - start
+        if bad_files:
+            self._record(bad_files)
+        if not crops:
+            what = "no image decodes any more"
+            if not self._n_drawn:
+                what = f"none of the first {len(self.bad_files):,} images tried decodes"
+            raise ValueError(f"{what}: {dataset.examples(self.bad_files[-3:])}. `dinofast check-data` tries every file.")
+        self._n_drawn, self._n_replaced = self._n_drawn + self.batch_size, self._n_replaced + n_replaced
+        self._check_share(self._n_replaced, self._n_drawn)
+        on_device = [c.to(self._device, non_blocking=True) for c in crops]  # torch keeps pinned memory until it is copied
+        return [c if c.dtype == self.dtype else self._finished(c) for c in on_device]
+
+    def _start(self) -> None:
+        self._unlink()
+        if self._rank == 0:
+            self._bad_file_list.clear()
+            self._bad_file_list.append(self.bad_files)
+        _OPEN.add(self)
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)                          # once, and before what multiprocessing does at exit
+        indices, pinned = self._indices(start_step=self._step), self._device.type == "cuda"
+        draw, decode, resolutions = self.augmentation.draw, self.reader.decode_next, self.augmentation.resolutions
+        levels = torch.arange(256, dtype=torch.uint8, device=self._device).expand(1, 3, 1, 256)
+        norm_lut = self._normalize(levels).view(3, 256)
+        self._norm_lut = norm_lut.to(self.dtype)
+        if self.backend == "dali":
+            self._batches = backend_dali.Batches(indices, draw, self.reader.dataset.read, decode, resolutions, norm_lut,
+                                                 self.dtype, self._device, self.batch_size, self.n_workers,
+                                                 self._hw_decoder_load)
+        elif self.backend == "native":                       # a GPU normalizes in no time: it gets the levels
+            self._batches = backend_native.Batches(indices, draw, decode, resolutions, None if pinned else norm_lut.numpy(),
+                                                   self.dtype, pinned, self.n_workers)
+        else:
+            crops = CropDataset(self.augmentation, decode)
+            generator = torch.Generator()  # iter() takes a number from it: leave the global generator alone
+            self._batches = iter(DataLoader(crops, batch_size=None, sampler=indices, num_workers=self.n_workers,
+                                            collate_fn=_as_it_is, worker_init_fn=_ignore_signals, pin_memory=pinned,
+                                            generator=generator))
+
+    def close(self) -> None:
+        """End the worker processes. Only `seek` makes the loader usable again."""
+        batches, self._batches = self._batches, iter(())
+        if isinstance(batches, backend_native.Batches | backend_dali.Batches):
+            batches.close()
+        elif hasattr(batches, "_workers"):  # torch has no public way to end them at a known moment
+            batches._shutdown_workers()  # waits for the batch at hand, a few seconds at most
+            for worker in batches._workers:  # a stuck one ignores the SIGTERM that torch sends
+                worker.kill()
+                worker.join()
+
+    def _normalize(self, crops: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, S, S) to float32, in the steps of torchvision's ToTensor and Normalize."""
+        return crops.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(self._mean).div_(self._std)
+
+    def _finished(self, crops: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, S, S) as the model takes them; on a GPU in one pass over memory instead of five, to the same bits."""
+        return ops.normalize(crops, self._norm_lut) if crops.is_cuda else self._normalize(crops).to(self.dtype)
+
+    def _record(self, bad_files: BadFiles) -> None:
+        new = {path: reason for path, reason in bad_files if path not in self._known}  # each worker meets it
+        self._known |= new.keys()
+        self.bad_files += new.items()
+        self._bad_file_list.append(list(new.items()))
+
+    def _check_share(self, n_bad: int, n_drawn: int) -> None:
+        """Raise `ValueError` if more than the allowed share of the images drawn is bad."""
+        if n_drawn >= min(ENOUGH_DRAWN, self.n_images) and n_bad > self._max_bad * n_drawn:
+            raise ValueError(f"{n_bad:,} of {n_drawn:,} images are bad and `max_refused` is {self._max_bad:g}: "
+                             f"{dataset.examples(self.bad_files)}. Mend or remove these files; `dinofast check-data` "
+                             "finds them all.")
+
+
+def choose_backend(asked: str | None, device_type: str) -> Selection:
+    """Which backend executes the plan, and why not a faster one. Raises `ValueError` if what was asked for cannot run here."""
+    reasons = {"dali": backend_dali.unavailable_reason(), "native": backend_native.unavailable_reason(), "pil": None}
+    by_speed = ["dali", "native", "pil"] if device_type == "cuda" else ["native", "pil"]  # on a CPU DALI is for tests
+    return select("data_backend", asked, reasons, by_speed)
+
+
+def views(cfg: Config) -> tuple[View, ...]:
+    """The official kinds of crop: two global ones, which differ in blur and solarization, and the local ones."""
+    big, small, blur = cfg.global_crops_size, cfg.local_crops_size, cfg.blur_radius
+    first = View(big, cfg.global_crops_scale, blur_p=1.0, solarise_p=0.0, blur_radius=blur)
+    second = View(big, cfg.global_crops_scale, blur_p=0.1, solarise_p=0.2, blur_radius=blur)
+    local = View(small, cfg.local_crops_scale, blur_p=0.5, solarise_p=0.0, blur_radius=blur)
+    return first, second, *[local] * cfg.local_crops_number
+
+
+_OPEN: weakref.WeakSet[Loader] = weakref.WeakSet()  # loaders with workers
+
+
+def _close_all() -> None:
+    """At exit multiprocessing would send the workers SIGTERM, which they ignore, and wait for them."""
+    for loader in list(_OPEN):
+        loader.close()
+
+
+def _as_it_is(batch: object) -> object:
+    return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent answers them and then calls `close`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
