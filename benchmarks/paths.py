@@ -1,7 +1,7 @@
 """Second paths to the same result, each timed against the plain one: what they gain is why they are there.
 
     python benchmarks/paths.py --threads 1 --save-results          all of them; keeps what it prints in benchmarks/results
-    python benchmarks/paths.py drop_path chunks                    some of them
+    python benchmarks/paths.py memory chunks                       some of them
 
 The clock is the processor time of the process, so that what else runs on the machine counts little. Of the step the memory case
 has three blocks instead of twelve, which take turns in the same memory.
@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -67,22 +66,6 @@ def step_of(images: int, blocks: int) -> Callable[[int], object]:
     step = Step(cfg, Model.from_config(cfg, backbone), Process(0, 1, CPU), schedule_of(cfg, CPU))
     crops = Synthetic(cfg, CPU, torch.float32)
     return lambda i: step(max(i, 0), crops)
-
-
-@contextmanager
-def masking() -> Iterator[None]:
-    with mock.patch.object(VisionTransformer, "draw", _draw_to_multiply):
-        yield
-
-
-def _draw_to_multiply(vit: VisionTransformer, where: Any, draw: Callable = VisionTransformer.draw) -> list:
-    with mock.patch.object(vit, "leave_out", False):
-        return draw(vit, where)
-
-
-def drop_path(rounds: int) -> Times:
-    with kept_memory(CPU):
-        return in_turns(step_of(images=8, blocks=12), masking, rounds, warm_up=1)
 
 
 def memory(rounds: int) -> Times:
@@ -148,7 +131,6 @@ def chunks(rounds: int, images: int = 32) -> Times:
 
 
 CASES: dict[str, tuple[str, int, Callable[[int], Times]]] = {       # name: what, rounds, how
-    "drop_path": ("step of ViT-S/16, 8 images: branches left out | multiplied by 0", 11, drop_path),
     "memory": ("step of three blocks of ViT-S/16, 16 images: freed memory kept | given back", 5, memory),
     "gradient": ("loss, B = 32: a gradient in memory of an earlier one | in fresh memory", 21, gradient),
     "chunks": ("loss as DINOv2 calls it, B = 32: chunks viewed | stacked", 21, chunks),
