@@ -1,14 +1,13 @@
 """The specification: every operation of dinofast in plain torch. Never fast, always right.
 
-Kernels, tests and benchmarks are compared with these functions; `ops` falls back to them. Axes: B images, V student crops
-(the first two global), K prototypes.
+Kernels, tests and benchmarks are compared with these functions; `ops` falls back to them. What `ops.colour` must give, Pillow
+says. Axes: B images, V student crops (the first two global), K prototypes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -164,103 +163,9 @@ def lars_(param: Tensor, grad: Tensor, buffer: Tensor, skip: Tensor, *, lr: floa
     param.sub_(buffer * (lr * one))
 
 
-# ---- the augmentation of a crop, in the arithmetic of Pillow, which rounds to 8 bits after every step
-
-
-def colour(crops: Sequence[Tensor], views: np.ndarray, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """What becomes of a crop once it is cut (arXiv 2104.14294, section 3.2), bit for bit as Pillow computes it.
-
-        for each crop of view n:
-            mirror;  brightness, contrast, saturation, hue in the drawn order;  grey;  blur;  solarise
-            out = table[channel, level]
-
-    crops: V tensors (B, S, S, 3) of uint8, RGB; views (V, B) of `data.plan.VIEW`, whose boxes and sizes are not looked at;
-    table (3, 256) fp32: what each level of each channel becomes. Returns (V B, 3, S, S), crop-major.
-    """
-    planes = torch.stack(list(crops)).flatten(0, 1).permute(0, 3, 1, 2).int()                # (V B, 3, S, S)
-    out = []
-    for x, view in zip(planes, views.ravel(), strict=True):
-        if view["flip"]:
-            x = x.flip(-1)
-        for operation in view["order"].tolist() if view["jitter"] else ():
-            x = _COLOUR[operation](x, float(view["factors"][operation]))
-        if view["grey"]:
-            x = _luma(x).expand_as(x)
-        if view["blur_radius"] > 0:
-            x = _gaussian_blur(x, float(view["blur_radius"]))
-        if view["solarise"]:
-            x = torch.where(x < 128, x, 255 - x)
-        out.append(torch.stack([row[levels.long()] for row, levels in zip(table, x, strict=True)]).to(dtype))
-    return torch.stack(out)
-
-
 def normalize(crops: Tensor, table: Tensor) -> Tensor:
     """Levels by a table: `out[n, c, y, x] = table[c, crops[n, c, y, x]]`.
 
     crops (N, 3, H, W) of uint8, strided in any way; table (3, 256). Returns (N, 3, H, W) in the table's dtype, contiguous.
     """
     return torch.stack([row[levels.long()] for row, levels in zip(table, crops.unbind(1), strict=True)], 1).contiguous()
-
-
-def _luma(x: Tensor) -> Tensor:
-    """Grey (S, S) of levels (3, S, S)."""
-    return (x[0] * 19595 + x[1] * 38470 + x[2] * 7471 + 0x8000) >> 16
-
-
-def _blend(base: Tensor | int, x: Tensor, factor: float) -> Tensor:
-    """base + factor (x - base), cut off below the point; in fp32, product and sum each rounded."""
-    mixed = (x - base).float() * torch.tensor(factor, dtype=torch.float32) + base
-    return mixed.clamp(0, 255).int()
-
-
-def _contrast(x: Tensor, factor: float) -> Tensor:
-    grey = _luma(x)
-    return _blend((2 * int(grey.sum()) + grey.numel()) // (2 * grey.numel()), x, factor)     # about the rounded mean
-
-
-def _hue(x: Tensor, turn: float) -> Tensor:
-    """Through 8-bit HSV, in which the hue is turned by this share of the circle, rounded towards 0."""
-    most, least = x.amax(0), x.amin(0)
-    span, divisor = most - least, (most - least).clamp(min=1).float()
-    rc, gc, bc = ((most - channel).float() / divisor for channel in x)
-    sector = torch.where(x[0] == most, bc.double() - gc,
-                         torch.where(x[1] == most, 2 + rc.double() - bc, 4 + gc.double() - rc)).float().double()
-    hue = (torch.remainder(sector / 6 + 1, 1.0).float().double() * 255).int() + int(turn * 255) & 255
-    saturation = (span.float() * 255 / most.clamp(min=1).float()).int().float() / 255
-    sixth = hue * 6 // 255
-    part = (hue * 6 - sixth * 255).float() / 255
-    p, q, t = (((most.float() * (1 - saturation * fall)) + 0.5).int() for fall in (1.0, part, 1 - part))
-    channels = [torch.stack(parts) for parts in ((most, t, p), (q, most, p), (p, most, t), (p, q, most), (t, p, most),
-                                                 (most, p, q))]
-    return torch.stack(channels).gather(0, (sixth % 6).expand(1, *x.shape).long())[0]
-
-
-_COLOUR = (lambda x, factor: _blend(0, x, factor), _contrast, lambda x, factor: _blend(_luma(x), x, factor), _hue)
-
-
-def box_blur(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The boxes of which three passes come near Gaussians (Gwosdek et al., SSVM 2011), as Pillow rounds them.
-
-    sigma (n,), pixels. Three int64 (n,): whole pixels on either side, their weight in 24 bits, that of the two beyond them.
-    """
-    sigma2 = np.asarray(sigma).astype(np.float32) ** 2 / np.float32(3)
-    length = np.sqrt(12.0 * sigma2.astype(np.float64) + 1.0).astype(np.float32)
-    whole = np.floor((length.astype(np.float64) - 1.0) / 2.0).astype(np.float32)
-    rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * sigma2)
-    box = whole + rest / (6 * (sigma2 - (whole + 1) * (whole + 1)))
-    radius, near = box.astype(np.int64), (np.float32(1 << 24) / (box * 2 + 1)).astype(np.int64)
-    return radius, near, ((1 << 24) - (radius * 2 + 1) * near) // 2
-
-
-def _gaussian_blur(x: Tensor, sigma: float) -> Tensor:
-    """Three box blurs along each row, then three along each column, of (3, S, S); the border is repeated."""
-    radius, near, far = (int(x[0]) for x in box_blur(np.array([sigma])))
-    side, reach = x.shape[-1], radius + 1
-    x = x.long()
-    for _ in range(2):
-        for _ in range(3):
-            padded = torch.cat([x[..., :1].expand(-1, -1, reach), x, x[..., -1:].expand(-1, -1, reach)], -1)
-            shifted = [padded[..., k : k + side] for k in range(2 * reach + 1)]
-            x = ((shifted[0] + shifted[-1]) * far + sum(shifted[1:-1]) * near + (1 << 23)) >> 24
-        x = x.transpose(-1, -2)
-    return x.int()

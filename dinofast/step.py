@@ -44,7 +44,7 @@ class Step:
         if cfg.teacher_precision == "bf16":
             model.teacher.to(torch.bfloat16)                  # the optimiser averages in float32 and rounds into it
         compiled = self._compile()
-        self.how = ", ".join(filter(None, (self._choose_kernels(compiled != "not compiled"), compiled, self._choose_graph())))
+        self.how = ", ".join(filter(None, (self._choose_kernels(), compiled, self._choose_graph())))
         self.optimizer = OPTIMIZERS[cfg.optimizer](param_groups(model.student), student=model.student, teacher=model.teacher,
                                                    clip_grad=cfg.clip_grad, clip_mode=cfg.clip_mode)
         self.copies = Copies((model.student, model.teacher) if self.precision != "fp32" else (), _DTYPES[self.precision])
@@ -109,7 +109,7 @@ class Step:
         backbones = (self.model.student.backbone, self.model.teacher.backbone)
         return [b for b in backbones if isinstance(b, VisionTransformer)]
 
-    def _choose_kernels(self, compiled: bool) -> str:
+    def _choose_kernels(self) -> str:
         cfg = self.cfg
         if not self._vits():
             asked = {"attention": cfg.attention, "linear": cfg.linear, "grad_checkpointing": cfg.grad_checkpointing,
@@ -121,8 +121,8 @@ class Step:
         self.attention, note = select_attention(cfg.attention, device, dtype, self._vits()[0].head_width)
         library = select_library(cfg.linear, device, dtype)
         for vit in self._vits():
-            vit.set_execution(self.attention, device.type == "cpu" and not compiled,          # where shapes may change
-                              cfg.grad_checkpointing, library, torch.bfloat16 if cfg.residual_precision == "bf16" else None)
+            vit.set_execution(self.attention, cfg.grad_checkpointing, library,
+                              torch.bfloat16 if cfg.residual_precision == "bf16" else None)
         also = {"large linear layers of the ViT by oneDNN": library == "onednn",
                 "activations checkpointed": cfg.grad_checkpointing, "the teacher in bf16": cfg.teacher_precision == "bf16",
                 "residual stream in bf16": cfg.residual_precision == "bf16"}

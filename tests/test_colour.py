@@ -1,4 +1,4 @@
-"""The colour of crops that are cut already: reference, C++ and Triton against Pillow and the official results, bit for bit."""
+"""The colour of crops that are cut already: C++ and Triton against Pillow and the official results, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from test_pil import GOLDEN, golden_view
 
-from dinofast import ops, reference
+from dinofast import ops
 from dinofast.config import Config
 from dinofast.data import augmentation as plan
 from dinofast.data import backend_pil as pil
 from dinofast.data.loader import views
 
-IMPLS = ("reference", "cpp", "triton")
+IMPLS = ("cpp", "triton")
 LEVELS = torch.arange(256.0).repeat(3, 1)                    # a table that leaves the levels as they are
 
 
@@ -80,8 +80,8 @@ def test_levels_by_table(impl: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_kind_of_colour(impl: str) -> None:
-    """A lattice of all colours, with every step of the hue that a plan can draw and some more; for C++ and the reference each
-    of the 16.8 million colours is in tests/test_native.py and below."""
+    """A lattice of all colours, with every step of the hue that a plan can draw and some more; for C++ each of the 16.8 million
+    colours is in tests/test_native.py."""
     levels = np.array([0, 1, 2, 31, 64, 100, 127, 128, 129, 180, 203, 254, 255], np.uint8)
     lattice = np.stack(np.meshgrid(*[levels] * 3, indexing="ij"), -1).reshape(-1, 3)
     side = int(len(lattice) ** 0.5) + 1
@@ -92,19 +92,13 @@ def test_every_kind_of_colour(impl: str) -> None:
         assert torch.equal(ops.colour([crop[None]], view, LEVELS, impl=impl)[0], by_pil(crop, view[0, 0]).float()), factors
 
 
-@pytest.mark.parametrize("turn", [0.0, 0.0999])
-def test_the_hue_of_every_colour(turn: float) -> None:
-    colours = np.stack(np.meshgrid(*[np.arange(256, dtype=np.uint8)] * 3, indexing="ij"), -1).reshape(4096, 4096, 3)
-    ours = reference._hue(torch.from_numpy(colours).permute(2, 0, 1).int(), turn).permute(1, 2, 0)
-    assert (ours.numpy() == np.asarray(pil.jitter(Image.fromarray(colours), [3], [0, 0, 0, turn]))).all()
-
-
-def test_boxes_of_a_blur() -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_boxes_of_a_blur(impl: str) -> None:
     image = noise(23, 23)
     for sigma in (0.01, 0.1, 0.499, 0.5, 1.0, 1.2247, 2.0, 3.3, 5.9, 20.0):
         view = np.zeros((), plan.VIEW)
         view["blur_radius"] = sigma
-        out = reference.colour([image[None]], view.reshape(1, 1), LEVELS, torch.float32)[0]
+        out = ops.colour([image[None]], view.reshape(1, 1), LEVELS, impl=impl)[0]
         assert torch.equal(out, by_pil(image, view).float()), sigma
 
 
@@ -121,6 +115,16 @@ def test_what_does_not_fit_together(crops: list, shape: tuple, message: str) -> 
         ops.colour([torch.zeros(1, 4, 4, 3, dtype=torch.uint8)], np.zeros((1, 1), plan.VIEW), LEVELS[:2])
 
 
+def test_there_is_no_plain_torch_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    crops, drawn = [noise(1, 4, 4)], np.zeros((1, 1), plan.VIEW)
+    with pytest.raises(ValueError, match="colour has no plain torch version"):
+        ops.colour(crops, drawn, LEVELS, impl="reference")
+    monkeypatch.setattr(ops._choice, "NO_CPP", "the C++ core was left out")
+    assert ops.paths()["colour"]["cpu"] == "none: the C++ core was left out"
+    with pytest.raises(RuntimeError, match="the C[+][+] core was left out"):
+        ops.colour(crops, drawn, LEVELS)
+
+
 def test_compiled_kernels_are_sound(compiled_ahead_of_time) -> None:
     """No stack, no spills; and nothing contracted to an fma, nor a product or quotient rounded otherwise than Pillow's."""
     entries = compiled_ahead_of_time("colour")
@@ -134,5 +138,6 @@ def test_compiled_kernels_are_sound(compiled_ahead_of_time) -> None:
 def test_on_a_gpu_as_by_pil(gpu, side: int) -> None:
     drawn = plan.draw(5, 0, np.arange(16), views(Config())).views[:, :4].T.copy()
     crops, table = [noise(16, side, side, seed=v) for v in range(4)], torch.randn(3, 256)
-    expected = ops.colour(crops, drawn, table, impl="reference")
+    levels = torch.stack([by_pil(crops[v][b], drawn[v, b]) for v in range(4) for b in range(16)]).long()
+    expected = torch.stack([row[channel] for row, channel in zip(table, levels.unbind(1), strict=True)], 1)
     assert torch.equal(ops.colour([c.cuda() for c in crops], drawn, table.cuda()).cpu(), expected)

@@ -89,23 +89,25 @@ def test_bad_numbers_are_not_hidden(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_chunks_of_one_tensor_are_not_copied(impl: str) -> None:
+def test_lists_of_crops(impl: str) -> None:
     student, targets = draw(4, 2, 3, 40)
     expected = run(student, targets, impl)
     leaf = student.flatten(0, 1).requires_grad_()
-    whole = leaf * 1
-    loss = soft_cross_entropy(whole.chunk(4), list(targets), impl=impl)
+    loss = soft_cross_entropy((leaf * 1).chunk(4), list(targets), impl=impl)
     loss.backward()
     torch.testing.assert_close((loss.detach(), leaf.grad.view(4, 3, 40)), expected)
-    stacked = ops._dino_loss._stacked
-    assert stacked(whole.chunk(4)).data_ptr() == whole.data_ptr()
-    assert stacked(list(whole.detach().unflatten(0, (4, 3)))).data_ptr() == whole.data_ptr()
-    assert stacked([whole]).data_ptr() == whole.data_ptr()
-    pieces = whole.chunk(4)
-    others = (pieces[::-1], pieces[:3], [*pieces[:3], pieces[3].detach()], [x * 1 for x in pieces],
-              torch.zeros(12, 80).chunk(2, 1), list(whole.unflatten(0, (4, 3))))    # the last has a view between
-    for pieces in others:
-        assert torch.equal(stacked(pieces), torch.stack(tuple(pieces))) and stacked(pieces).data_ptr() != pieces[0].data_ptr()
+
+
+def test_what_lies_side_by_side_is_viewed_and_all_else_copied() -> None:
+    whole = torch.randn(12, 40, requires_grad=True) * 1
+    pieces, stacked = whole.chunk(4), ops._dino_loss._stacked
+    views = (pieces, pieces[1:], pieces[::2], [*pieces[:3], pieces[3].detach()], list(whole.detach().unflatten(0, (4, 3))),
+             list(whole.unflatten(0, (4, 3))), [whole], torch.zeros(12, 80).chunk(2, 1), whole.split([3, 9])[1].chunk(3))
+    copies = (pieces[::-1], [pieces[0], pieces[1], pieces[3]], [x * 1 for x in pieces], [torch._neg_view(x) for x in pieces],
+              [whole[:3], whole[3:6].t().contiguous().t()])
+    for given, viewed in [(x, True) for x in views] + [(x, False) for x in copies]:
+        assert torch.equal(stacked(given), torch.stack(tuple(given)))
+        assert (stacked(given).data_ptr() == given[0].data_ptr()) == viewed
 
 
 def test_what_is_done_to_the_chunks_counts() -> None:

@@ -20,7 +20,6 @@ from dinofast import step as step_module
 from dinofast.bench.baseline import OfficialStep
 from dinofast.config import Config
 from dinofast.nn import onednn_linear as linear
-from dinofast.nn import vit
 from dinofast.nn.dino import Model
 from dinofast.runtime import cuda_graph
 from dinofast.runtime.distributed import Process
@@ -101,23 +100,6 @@ def test_official_trajectory_with_all_linear_layers_by_onednn(monkeypatch, chang
         layer.library = "onednn"
     assert "large linear layers of the ViT by oneDNN" in step.how
     assert_official(step, step.model)
-
-
-def test_what_stochastic_depth_drops_is_computed_only_where_shapes_must_stay(monkeypatch):
-    """And trains the same: losses and weights of three steps."""
-    monkeypatch.setattr(vit, "LEAST", 0)
-    for changes in ({}, {"compile": "on"}):
-        step, _ = small(**changes)
-        assert step.model.student.backbone.leave_out == (not changes)
-    trained = []
-    for leave_out in (True, False):
-        step, batches = small()
-        step.model.student.backbone.leave_out = leave_out
-        trained.append(([step(i, batches)["loss"].item() for i in range(3)], step.model.student.state_dict()))
-    (losses, weights), (masked, masked_weights) = trained
-    assert losses == pytest.approx(masked, rel=1e-5) and len(set(losses)) == 3
-    for name, value in weights.items():
-        torch.testing.assert_close(value, masked_weights[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_official_loop_rewritten_has_the_official_trajectory():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinofast import VisionTransformer, vit_base, vit_small, vit_tiny
-from dinofast.nn.drop_path import draw_scales, draw_stretches
+from dinofast.nn.drop_path import draw_scales
 from dinofast.nn.packing import layout, resampling
 
 TINY = dict(patch_size=8, embed_dim=48, depth=3, num_heads=3)
@@ -144,11 +144,11 @@ def test_images_without_a_patch_are_refused(size):
         build()([torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, *size)])
 
 
-@pytest.mark.parametrize("drawn", ["nothing", "scales", "stretches"])
+@pytest.mark.parametrize("drawn", ["nothing", "scales"])
 def test_cls_only_last_block_is_the_cls_rows_of_the_whole(drawn):
     model, where = build(), layout(((3, 17), (4, 5), (2, 1)), torch.device("cpu"))
     block, x = model.blocks[-1], torch.randn(73, 48, dtype=torch.float64, requires_grad=True)
-    branches = {"nothing": lambda *_: [None], "scales": draw_scales, "stretches": draw_stretches}[drawn]([0.5], where)[0]
+    branches = {"nothing": lambda *_: [None], "scales": draw_scales}[drawn]([0.5], where)[0]
     alone, whole = block(x, where, branches, cls_only=True), block(x, where, branches)[where.cls]
     torch.testing.assert_close(alone, whole, rtol=1e-12, atol=1e-13)
     upstream, leaves = torch.randn_like(alone), [x, *block.parameters()]
@@ -189,30 +189,24 @@ def test_positions_are_resampled_in_full_precision_under_autocast():
     assert model(torch.randn(2, 3, 16, 72)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("leave_out", [False, True], ids=["mask", "leave out"])
-def test_attention_maps_and_layers_drop_nothing_while_training(leave_out):
+def test_attention_maps_and_layers_drop_nothing_while_training():
     model, (x,) = build(drop_path_rate=0.9), images((4, 32, 16))
-    model.leave_out = leave_out
     assert torch.equal(model.train().get_last_selfattention(x), model.eval().get_last_selfattention(x))
     assert model.get_last_selfattention(x).shape == (4, 3, 9, 9)
     torch.testing.assert_close(model.train().get_intermediate_layers(x)[0], plainly(model, x), rtol=1e-7, atol=1e-7)
 
 
 # ---- what is kept from one pass to the next
-@pytest.mark.parametrize("leave_out", [False, True], ids=["mask", "leave out"])
-def test_inference_first_then_training_in_the_same_shapes(leave_out):
+def test_inference_first_then_training_in_the_same_shapes():
     model, crops = build(drop_path_rate=0.35), images((6, 32, 32), (7, 48, 8))             # shapes of no other test
-    model.leave_out = leave_out
     with torch.inference_mode():
         model(crops)
     model(crops).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("leave_out", [False, True], ids=["mask", "leave out"])
-def test_fake_tensors_leave_nothing_behind(leave_out):
+def test_fake_tensors_leave_nothing_behind():
     model, crops = build(drop_path_rate=0.15), images((9, 32, 32), (2, 56, 8))             # shapes of no other test
-    model.leave_out = leave_out
     with FakeTensorMode(allow_non_fake_inputs=True):
         model(crops)
     assert type(model(crops)) is torch.Tensor
@@ -225,10 +219,8 @@ def test_export_is_the_model_and_leaves_nothing_behind():
 
 
 @pytest.mark.filterwarnings("error:Dynamo detected a call to a `functools.lru_cache`")
-@pytest.mark.parametrize("leave_out", [False, True], ids=["mask", "leave out"])
-def test_compiles_into_one_graph(leave_out):
+def test_compiles_into_one_graph():
     model, crops = build(torch.float32, depth=2, drop_path_rate=0.3), images((4, 32, 32), (4, 16, 24), dtype=torch.float32)
-    model.leave_out = leave_out
     outputs = []
     for m in (torch.compile(model, fullgraph=True, backend="aot_eager"), model):
         torch.manual_seed(4)
@@ -239,16 +231,13 @@ def test_compiles_into_one_graph(leave_out):
 def test_meta_device():
     with torch.device("meta"):
         model = VisionTransformer(img_size=[32], drop_path_rate=0.5, **TINY)
-    for model.leave_out in (False, True):
-        out = model([torch.empty(2, 3, 32, 32, device="meta"), torch.empty(3, 3, 16, 24, device="meta")])
-        assert out.shape == (5, 48) and out.is_meta
+    out = model([torch.empty(2, 3, 32, 32, device="meta"), torch.empty(3, 3, 16, 24, device="meta")])
+    assert out.shape == (5, 48) and out.is_meta
 
 
-@pytest.mark.parametrize("leave_out", [False, True], ids=["mask", "leave out"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_model_in_another_dtype_stays_in_it(dtype, leave_out):
+def test_a_model_in_another_dtype_stays_in_it(dtype):
     model, crops = build(dtype, drop_path_rate=0.5), images(*SIZES, dtype=dtype)
-    model.leave_out = leave_out
     out = model(crops)
     out.float().sum().backward()
     assert out.dtype == dtype and all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -31,15 +31,13 @@ class Layout(NamedTuple):
         return max(tokens for _, tokens in self.runs)
 
 
-def layout_anew(runs: Runs, device: torch.device) -> Layout:
+@made_once
+def layout(runs: Runs, device: torch.device) -> Layout:
     lengths = torch.tensor([tokens for n, tokens in runs for _ in range(n)], dtype=torch.int64)
     starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
     sequence = torch.arange(len(lengths)).repeat_interleave(lengths, output_size=sum(n * tokens for n, tokens in runs))
     first = torch.arange(len(starts), dtype=torch.int32)
     return Layout(runs, *(x.to(device) for x in (starts.int(), first, starts[:-1].clone(), sequence)))
-
-
-layout = made_once(layout_anew)
 
 
 class PackedCrops(NamedTuple):

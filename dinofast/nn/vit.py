@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attention, attention_weights
-from .drop_path import LEAST, Stretches, draw_scales, draw_stretches
+from .drop_path import draw_scales
 from .onednn_linear import Linear, linear
 from .packing import Layout, PackedCrops, patchify
 from .weight_copies import operand
@@ -59,7 +59,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then + MLP, with what stochastic depth has drawn: scales (2, S), or `Stretches` of each."""
+    """x + attention, then + MLP, with what stochastic depth has drawn: scales (2, S)."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool,
                  norm_layer: Callable[[int], nn.Module]) -> None:
@@ -69,15 +69,9 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, where: Layout, drawn: Tensor | tuple[Stretches, ...] | None = None,
-                cls_only: bool = False) -> Tensor:
+    def forward(self, x: Tensor, where: Layout, drawn: Tensor | None = None, cls_only: bool = False) -> Tensor:
         """x (T, D) -> (T, D), or with `cls_only` the rows (S, D) of the CLS tokens, at a fraction of the work."""
         attend = self.attn.of_cls if cls_only else self.attn
-        if isinstance(drawn, tuple):
-            first, second = drawn
-            branch = attend(self.norm1(first.take(x)), first.where)
-            x = first.add(x.index_select(0, where.cls) if cls_only else x, branch, cls_only)
-            return second.add(x, self.mlp(self.norm2(second.take(x, cls_only))), cls_only)
         branch = attend(self.norm1(x), where)
         x = x.index_select(0, where.cls) if cls_only else x           # its backward adds; that of x[...] sorts first
         if drawn is None:
@@ -125,7 +119,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2 + 1, embed_dim))
         self.drop_path_rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]    # grows over the depth
-        self.leave_out, self.grad_checkpointing, self.residual_dtype = False, False, None     # see set_execution
+        self.grad_checkpointing, self.residual_dtype = False, None                            # see set_execution
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer) for _ in range(depth))
         self.norm = norm_layer(embed_dim)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -170,17 +164,17 @@ class VisionTransformer(nn.Module):
     def head_width(self) -> int:
         return self.embed_dim // self.blocks[0].attn.num_heads
 
-    def set_execution(self, attention: str, leave_out: bool = False, grad_checkpointing: bool = False, library: str = "blas",
+    def set_execution(self, attention: str, grad_checkpointing: bool = False, library: str = "blas",
                       residual_dtype: torch.dtype | None = None) -> None:
-        """How passes are done from now on: attention (one of ATTENTIONS), whether what stochastic depth drops is not computed
-        where that is possible, whether backward computes each block's insides anew instead of keeping them, linear layers (one
-        of LIBRARIES), and the dtype of the tokens between branches under autocast (None: what the sums give, float32)."""
+        """How passes are done from now on: attention (one of ATTENTIONS), whether backward computes each block's insides
+        anew instead of keeping them, linear layers (one of LIBRARIES), and the dtype of the tokens between branches under
+        autocast (None: what the sums give, float32)."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.impl = attention
             if isinstance(module, (Linear, PatchEmbed)):
                 module.library = library
-        self.leave_out, self.grad_checkpointing, self.residual_dtype = leave_out, grad_checkpointing, residual_dtype
+        self.grad_checkpointing, self.residual_dtype = grad_checkpointing, residual_dtype
 
     def patchify(self, crops: Tensor | Sequence[Tensor]) -> PackedCrops:
         return patchify(crops, self.patch_embed.patch_size, self.grid)
@@ -194,9 +188,7 @@ class VisionTransformer(nn.Module):
         """What stochastic depth leaves out, block by block."""
         if not self.training or self.drop_path_rates[-1] == 0:
             return (None,) * len(self.blocks)
-        large = min(tokens for _, tokens in where.runs) * self.embed_dim**2 >= LEAST
-        free = where.cls.device.type == "cpu" and not torch.compiler.is_compiling()        # shapes may change, reading is free
-        return tuple((draw_stretches if self.leave_out and large and free else draw_scales)(self.drop_path_rates, where))
+        return tuple(draw_scales(self.drop_path_rates, where))
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block to images (B, 3, h, w): (B, H, N, N); row 0 is what CLS looks at."""

@@ -26,6 +26,7 @@ KERNELS = {  # operation -> device type -> the implementation that is faster tha
     "colour": {"cpu": "cpp", "cuda": "triton"},
     "normalize": {"cuda": "triton"},
 }
+NO_REFERENCE = ("colour",)  # whose specification is Pillow; the pil backend computes with that itself
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLS = (None, "reference", "cpp", "triton")
 
@@ -34,11 +35,10 @@ library = torch.library.Library("dinofast", "DEF")
 
 def paths() -> dict[str, dict[str, str]]:
     """Operation -> device type ("cpu", "cuda") -> the implementation it takes there and why not a faster one."""
-    def path(kernel: str | None) -> str:
-        if kernel is None:
-            return "reference (plain torch): no kernel for this device"
-        return f"reference (plain torch): {missing(kernel)}" if missing(kernel) else kernel
-    return {op: {device: path(kernels.get(device)) for device in ("cpu", "cuda")} for op, kernels in KERNELS.items()}
+    def path(op: str, kernel: str | None) -> str:
+        reason = missing(kernel) if kernel else "no kernel for this device"
+        return f"{'none' if op in NO_REFERENCE else 'reference (plain torch)'}: {reason}" if reason else kernel
+    return {op: {device: path(op, kernels.get(device)) for device in ("cpu", "cuda")} for op, kernels in KERNELS.items()}
 
 
 def check_required() -> None:
@@ -64,6 +64,8 @@ def choose(op: str, impl: str | None, *tensors: Tensor) -> str:
     device = tensors[0].device.type
     kernel = KERNELS[op].get(device)
     takes_dtypes = all(t.dtype in KERNEL_DTYPES for t in tensors)
+    if op in NO_REFERENCE and (impl := impl or kernel) in (None, "reference"):
+        raise ValueError(f"dinofast.{op} has no plain torch version: give CPU or CUDA tensors, and leave impl out.")
     if impl is None:
         if kernel is None or not takes_dtypes:
             return "reference"
@@ -92,16 +94,6 @@ def is_known(number: float | Tensor) -> bool:
     """Whether its value can be looked at without waiting for a device; not while being traced."""
     return not isinstance(number, Tensor) or (
         type(number) is Tensor and number.device.type == "cpu" and not torch.compiler.is_compiling())
-
-
-def is_watched(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through torch's dispatcher: somebody traces or transforms, a mode looks on, or a tensor is not
-    plain memory: of a subclass, negated or zero by a bit."""
-    return (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-            or torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
-            or torch._C._are_functorch_transforms_active() or torch.autograd._profiler_enabled()
-            or any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg() or x._is_zerotensor()
-                   for x in tensors if x is not None))
 
 
 def on_device(device: torch.device, number: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import reference
 from ._choice import _C, choose
 
 _CPP_KINDS = {torch.float32: 1, torch.bfloat16: 2}
@@ -24,7 +23,8 @@ def colour(crops: Sequence[Tensor], views: np.ndarray, table: Tensor, dtype: tor
     crops: V tensors (B, S, S, 3), uint8, contiguous, RGB; views (V, B) of `data.plan.VIEW`, whose boxes and sizes are not
     looked at; table (3, 256) float32 on their device: what each level of each channel becomes, normalisation for example.
     Returns (V B, 3, S, S) in `dtype`, crop-major. Bit for bit what Pillow 13 makes of the same crops (arXiv 2104.14294,
-    section 3.2). Raises ValueError for tensors or views that do not fit together.
+    section 3.2); there is no plain torch version beside it. impl: None, "cpp" (CPU) or "triton" (CUDA; on the CPU only under
+    TRITON_INTERPRET=1). Raises ValueError for tensors or views that do not fit together, RuntimeError without a kernel.
     """
     shape, device = crops[0].shape, table.device
     for c in crops:
@@ -37,8 +37,6 @@ def colour(crops: Sequence[Tensor], views: np.ndarray, table: Tensor, dtype: tor
     if table.shape != (3, 256) or table.dtype != torch.float32 or not table.is_contiguous():
         raise ValueError(f"table is {tuple(table.shape)} {table.dtype}: give (3, 256) float32, contiguous.")
     impl = choose("colour", impl, table)
-    if impl == "reference":
-        return reference.colour(crops, views, table, dtype)
     if impl == "cpp":
         return _colour_cpp(crops, views, table, dtype)
     from ..kernels.colour import colour as kernel
@@ -59,11 +57,25 @@ def numbers(views: np.ndarray) -> tuple[np.ndarray, int]:
     rows[:, 0:4], rows[:, 4:8] = order, factors.view(np.int32)
     rows[:, 8] = np.where(views["jitter"], (order == 1).argmax(1), -1)
     rows[:, 9], rows[:, 10] = views["grey"], views["solarise"]
-    rows[blurred, 11:14] = np.stack(reference.box_blur(views["blur_radius"][blurred]), 1)
+    rows[blurred, 11:14] = np.stack(_box_blur(views["blur_radius"][blurred]), 1)
     rows[blurred, 14] = np.arange(len(blurred))
     rows[: len(blurred), 15] = blurred
     rows[:, 16] = views["flip"]
     return rows, len(blurred)
+
+
+def _box_blur(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The boxes of which three passes come near Gaussians (Gwosdek et al., SSVM 2011), as Pillow rounds them.
+
+    sigma (n,), pixels. Three int64 (n,): whole pixels on either side, their weight in 24 bits, that of the two beyond them.
+    """
+    sigma2 = np.asarray(sigma).astype(np.float32) ** 2 / np.float32(3)
+    length = np.sqrt(12.0 * sigma2.astype(np.float64) + 1.0).astype(np.float32)
+    whole = np.floor((length.astype(np.float64) - 1.0) / 2.0).astype(np.float32)
+    rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * sigma2)
+    box = whole + rest / (6 * (sigma2 - (whole + 1) * (whole + 1)))
+    radius, near = box.astype(np.int64), (np.float32(1 << 24) / (box * 2 + 1)).astype(np.int64)
+    return radius, near, ((1 << 24) - (radius * 2 + 1) * near) // 2
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:

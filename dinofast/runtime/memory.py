@@ -20,9 +20,10 @@ _USUAL = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}
 def kept_memory(device: torch.device) -> Iterator[None]:
     """While this lasts, memory that is freed stays with the process, for the next step, where that is a CPU's and glibc's.
 
-    A block of 32 MiB and more, as packed activations are, is otherwise fetched from the system at each use, page by page:
-    418,000 page faults a step of ViT-S/16 with 8 images, 5.63 s a step instead of 5.11 (2 cores, 2026-11-25). Whoever has set
-    malloc by its environment variables is left alone.
+    A block of 32 MiB and more, as packed activations are, is otherwise fetched from the system at each use, page by page: steps
+    of blocks of ViT-S/16 with 16 images take 1.12 times as long (benchmarks/paths.py, one thread of an AMD EPYC, 2026-11-27).
+    With 8 images no block is much larger, and malloc mostly finds room between smaller ones: 1.01 times. csrc/cpu/recycled.h is
+    for those who take the loss alone. Whoever has set malloc by its environment variables is left alone.
     """
     libc = _libc() if device.type == "cpu" else None
     if libc is None:
