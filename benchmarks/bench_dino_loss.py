@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dinofast import ops, reference
 from dinofast.bench import baseline as official
+from dinofast.bench.inputs import loss_inputs
 from dinofast.bench.record import flag, main, rows_of
 from dinofast.bench.timing import MIB, Rival, copies, measure
-from dinofast.testing import loss_inputs
 
 NAME = "dino_loss"
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from dinofast import ops
+from dinofast.bench.inputs import loss_inputs
 from dinofast.bench.record import choose_device
 from dinofast.config import Config
 from dinofast.data import augmentation
 from dinofast.data.loader import views
-from dinofast.testing import loss_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOSS_SHAPES = ((2, 1, 1), (3, 2, 1001), (10, 3, 8193))      # (V, B, K)
@@ -45,7 +45,7 @@ def dino_loss(device: torch.device) -> int:
     return calls
 
 
-def lists(device: torch.device) -> int:
+def adamw_ema(device: torch.device) -> int:
     """Norms, optimiser's step and average of lists of tensors; some without a teacher; skipped and not."""
     def tensors(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         return [torch.rand(shape, generator=generator).to(device, dtype) for shape in TENSOR_SHAPES]
@@ -97,7 +97,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"))
     device = choose_device(parser.parse_args().device)
     paths = {op: by_device[device.type] for op, by_device in ops.paths().items()}
-    print(f"{dino_loss(device) + lists(device) + colour(device) + normalize(device)} calls on {device}: {paths}")
+    calls = sum(globals()[file](device) for file in sorted({operation.file for operation in ops.OPERATIONS.values()}))
+    print(f"{calls} calls on {device}: {paths}")
     if device.type == "cuda":
         torch.cuda.synchronize()
 

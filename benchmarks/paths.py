@@ -22,6 +22,7 @@ import torch
 
 from dinofast import ops
 from dinofast.bench import record
+from dinofast.bench.inputs import loss_inputs
 from dinofast.bench.step import Synthetic, schedule_of
 from dinofast.bench.timing import row_of
 from dinofast.config import Config
@@ -31,7 +32,6 @@ from dinofast.ops import _dino_loss
 from dinofast.runtime.distributed import Process
 from dinofast.runtime.memory import kept_memory
 from dinofast.step import Step
-from dinofast.testing import loss_inputs
 
 Times = tuple[list[float], list[float]]          # milliseconds with a path, and without it
 Without = Callable[[], AbstractContextManager[None]]

@@ -145,7 +145,7 @@ def _health(i: int) -> dict:
 
 def compiled(operation: str) -> list[dict[str, object]]:
     """One entry for every launch and architecture, compiled on all cores; what is the same for several launches once."""
-    launches = {"dino_loss": dino_loss, "adamw_ema": adamw_ema, "colour": colour, "normalize": normalize}[operation]()
+    launches = globals()[operation]()                # of `Operation.file`
     entries, distinct = [], {}
     for (labels, (kernel, *call)), architecture in itertools.product(launches, ARCHITECTURES):
         source, options = _source(kernel, *call, architecture)

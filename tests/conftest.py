@@ -34,7 +34,7 @@ def why_not_here(impl):
 
     if impl in (None, "reference"):
         return ""
-    if reason := ops._choice.missing(impl):
+    if reason := ops._choice.unavailable_reason(impl):
         return reason
     if impl == "triton":
         if not ops._choice.interpreted():

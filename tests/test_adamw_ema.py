@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import assert_no_worse
 from torch import Tensor
 
 from dinofast import ops, reference
-from dinofast.testing import assert_no_worse
 
 NEEDS = "cpp"
 KERNELS = ("cpp", "triton")

@@ -10,11 +10,11 @@ from typing import Any
 import budgets
 import pytest
 import torch
+from accuracy import assert_no_worse
 from test_adamw_ema import DTYPES, OPTIONS, SHAPES, assert_same_bits, clone, draw, with_copies
 from torch import Tensor, nn
 
 from dinofast import AdamWEMA, ops, param_groups
-from dinofast.testing import assert_no_worse
 
 
 @pytest.mark.parametrize("architecture", (80, 90))

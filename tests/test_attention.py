@@ -10,13 +10,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accuracy import assert_no_worse
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
 from dinofast.nn import attention as attention_module
 from dinofast.nn.attention import activate, attention, fmha, select_attention
 from dinofast.nn.packing import layout
-from dinofast.testing import assert_no_worse
 
 CPU, HEADS = torch.device("cpu"), 3
 RUNS = {

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accuracy import assert_no_worse
 from torch import Tensor
 
 from dinofast import ops, reference
-from dinofast.testing import LOSS_KINDS, assert_no_worse, loss_inputs
+from dinofast.bench.inputs import LOSS_KINDS, loss_inputs
 
 NEEDS = "cpp"
 KERNELS = ("cpp", "triton")

@@ -10,10 +10,11 @@ from collections.abc import Callable
 import budgets
 import pytest
 import torch
+from accuracy import assert_no_worse
 from torch import Tensor
 
 from dinofast import ops
-from dinofast.testing import LOSS_KINDS, assert_no_worse, loss_inputs
+from dinofast.bench.inputs import LOSS_KINDS, loss_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -184,7 +184,7 @@ def test_the_map_of_the_code_is_that_of_the_package():
         for path in re.findall(r"^\S+|[\w]+\.py\b|[\w]+/(?=,|$)", line.strip()):
             assert (folder / path.rstrip(",")).exists(), line
     layers = [set(layer.split(", ")) for layer in order.strip().split(" > ")]
-    unnamed = {"__main__", "_C", "testing"}
+    unnamed = {"__main__", "_C"}
     assert layers == [layer - unnamed for layer in reversed(test_house.LAYERS) if layer - unnamed]
 
 

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "dinofast"
 SERVICES = {"config", "schedule", "data"}
 LAYERS = [
     {"_C", "runtime"},
-    {"reference", "kernels", "testing"},
+    {"reference", "kernels"},
     {"ops"},
     {"loss", "optim"},
     {"nn"},

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accuracy import assert_no_worse
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinofast.nn import onednn_linear as linear_module
 from dinofast.nn.onednn_linear import Linear, linear, select_library
 from dinofast.nn.vit import vit_nano
-from dinofast.testing import assert_no_worse
 
 CPU = torch.device("cpu")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from dinofast import ops, reference
-from dinofast.testing import loss_inputs
+from dinofast.bench.inputs import loss_inputs
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -45,10 +46,21 @@ def test_no_kernel_for_a_device() -> None:
 
 
 def test_paths_name_every_operation() -> None:
-    paths = ops.paths()
-    for op, devices in paths.items():
-        assert hasattr(ops, op) and hasattr(reference, op) == (op not in ops._choice.NO_REFERENCE)
+    assert list(ops.paths()) == list(ops.OPERATIONS)
+    for devices in ops.paths().values():
         assert set(devices) == {"cpu", "cuda"} and all(devices.values())
+
+
+@pytest.mark.parametrize("name", ops.OPERATIONS)
+def test_an_operation_is_found_in_all_its_places(name: str) -> None:
+    operation, root = ops.OPERATIONS[name], Path(__file__).parent.parent
+    assert hasattr(ops, name) and hasattr(reference, name) == operation.has_reference
+    assert ("triton" in operation.kernels.values()) == (root / "kernels" / f"{operation.file}.py").is_file()
+    assert (operation.core is not None) == ("cpp" in operation.kernels.values())
+    assert operation.core is None or (root / "csrc" / "cpu" / f"{operation.core}.cpp").is_file()
+    assert (root / "tests" / f"test_{operation.file}.py").is_file()
+    for script in ("tests/ahead_of_time.py", "benchmarks/launch_kernels.py"):
+        assert f"\ndef {operation.file}(" in (root / script).read_text(), script
 
 
 def test_without_the_core(monkeypatch: pytest.MonkeyPatch) -> None:

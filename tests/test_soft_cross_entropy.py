@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
+from accuracy import assert_no_worse
 from torch import Tensor
 
 from dinofast import ops, soft_cross_entropy
-from dinofast.testing import assert_no_worse, loss_inputs
+from dinofast.bench.inputs import loss_inputs
 
 IMPLS = ("reference", "cpp", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,16 +19,28 @@ else:
     NO_CPP = ""
 NO_TRITON = "" if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"  # imported when used
 
-KERNELS = {  # operation -> device type -> the implementation that is faster than the reference
-    "dino_loss": {"cpu": "cpp", "cuda": "triton"},
-    "soft_cross_entropy": {"cpu": "cpp", "cuda": "triton"},
-    "adamw_ema_": {"cpu": "cpp", "cuda": "triton"},
-    "ema_": {"cpu": "cpp", "cuda": "triton"},
-    "grad_norms": {"cpu": "cpp", "cuda": "triton"},
-    "colour": {"cpu": "cpp", "cuda": "triton"},
-    "normalize": {"cuda": "triton"},
+
+class Operation(NamedTuple):
+    """kernels: device type -> the kind of kernel that is faster than the reference there. file: its name in kernels/FILE.py,
+    tests/test_FILE.py, the ahead-of-time check and the launches under the sanitizer. core: its C++, csrc/cpu/CORE.cpp.
+    has_reference: False where Pillow is the specification."""
+
+    kernels: Mapping[str, str]
+    file: str
+    core: str | None = None
+    has_reference: bool = True
+
+
+_BOTH = {"cpu": "cpp", "cuda": "triton"}
+OPERATIONS = {
+    "dino_loss": Operation(_BOTH, "dino_loss", "dino_loss"),
+    "soft_cross_entropy": Operation(_BOTH, "dino_loss", "dino_loss"),
+    "adamw_ema_": Operation(_BOTH, "adamw_ema", "adamw_ema"),
+    "ema_": Operation(_BOTH, "adamw_ema", "adamw_ema"),
+    "grad_norms": Operation(_BOTH, "adamw_ema", "adamw_ema"),
+    "colour": Operation(_BOTH, "colour", "multicrop", has_reference=False),
+    "normalize": Operation({"cuda": "triton"}, "normalize"),
 }
-NO_REFERENCE = ("colour",)  # whose specification is Pillow; the pil backend computes with that itself
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLS = (None, "reference", "cpp", "triton")
 
@@ -35,10 +49,11 @@ library = torch.library.Library("dinofast", "DEF")
 
 def paths() -> dict[str, dict[str, str]]:
     """Operation -> device type ("cpu", "cuda") -> the implementation it takes there and why not a faster one."""
-    def path(op: str, kernel: str | None) -> str:
-        reason = missing(kernel) if kernel else "no kernel for this device"
-        return f"{'none' if op in NO_REFERENCE else 'reference (plain torch)'}: {reason}" if reason else kernel
-    return {op: {device: path(op, kernels.get(device)) for device in ("cpu", "cuda")} for op, kernels in KERNELS.items()}
+    def path(operation: Operation, device: str) -> str:
+        kernel = operation.kernels.get(device)
+        reason = unavailable_reason(kernel) if kernel else "no kernel for this device"
+        return kernel if reason is None else f"{'reference (plain torch)' if operation.has_reference else 'none'}: {reason}"
+    return {name: {device: path(operation, device) for device in ("cpu", "cuda")} for name, operation in OPERATIONS.items()}
 
 
 def check_required() -> None:
@@ -46,13 +61,13 @@ def check_required() -> None:
     for kind in filter(None, os.environ.get("DINOFAST_REQUIRE", "").split(",")):
         if kind not in IMPLS[2:]:
             raise ValueError(f"DINOFAST_REQUIRE names '{kind}': this version knows {', '.join(IMPLS[2:])}.")
-        if reason := missing(kind):
+        if reason := unavailable_reason(kind):
             raise ValueError(f"DINOFAST_REQUIRE names {kind}, but {reason}.")
 
 
-def missing(kernel: str) -> str:
-    """Why this kind of kernel cannot run here; empty if it can."""
-    return {"cpp": NO_CPP, "triton": NO_TRITON}[kernel]
+def unavailable_reason(kernel: str) -> str | None:
+    """Why this kind of kernel cannot run here."""
+    return {"cpp": NO_CPP, "triton": NO_TRITON}[kernel] or None
 
 
 def interpreted() -> bool:
@@ -62,14 +77,14 @@ def interpreted() -> bool:
 
 def choose(op: str, impl: str | None, *tensors: Tensor) -> str:
     device = tensors[0].device.type
-    kernel = KERNELS[op].get(device)
+    kernel = OPERATIONS[op].kernels.get(device)
     takes_dtypes = all(t.dtype in KERNEL_DTYPES for t in tensors)
-    if op in NO_REFERENCE and (impl := impl or kernel) in (None, "reference"):
+    if not OPERATIONS[op].has_reference and (impl := impl or kernel) in (None, "reference"):
         raise ValueError(f"dinofast.{op} has no plain torch version: give CPU or CUDA tensors, and leave impl out.")
     if impl is None:
         if kernel is None or not takes_dtypes:
             return "reference"
-        if reason := missing(kernel):
+        if reason := unavailable_reason(kernel):
             if kernel in os.environ.get("DINOFAST_REQUIRE", "").split(","):
                 raise RuntimeError(f"DINOFAST_REQUIRE names {kernel}, but {reason}.")
             if not torch.compiler.is_compiling():  # which cannot trace a warning
@@ -80,12 +95,12 @@ def choose(op: str, impl: str | None, *tensors: Tensor) -> str:
         raise ValueError(f"impl is {impl!r}: use one of {', '.join(map(repr, IMPLS))}.")
     if impl == "reference":
         return impl
-    if impl != kernel and not (impl == "triton" == KERNELS[op].get("cuda") and device == "cpu" and interpreted()):
+    if impl != kernel and not (impl == "triton" == OPERATIONS[op].kernels.get("cuda") and device == "cpu" and interpreted()):
         raise ValueError(f"impl={impl!r} has no {op} for {device} tensors: leave impl out to take the best there is.")
     if not takes_dtypes:
         raise ValueError(f"impl={impl!r} takes float32, bfloat16 and float16, not {[str(t.dtype) for t in tensors]}: "
                          "use impl='reference'.")
-    if reason := missing(impl):
+    if reason := unavailable_reason(impl):
         raise RuntimeError(f"impl={impl!r} was asked for, but {reason}.")
     return impl
 
