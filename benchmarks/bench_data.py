@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinofast.bench.record import main, version
-from dinofast.bench.timing import quartiles
+from dinofast.bench.timing import Turns, add_ratios, quartiles, row_of
 from dinofast.config import Config
 from dinofast.data import Loader, augmentation, backend_dali, backend_native, make_loader
 from dinofast.data.augmentation import Draw
@@ -91,41 +91,35 @@ def measure_case(case: Case | data_on_gpu.Case, device: torch.device) -> dict[st
             photographs.write(Path(folder) / "photographs", case.photographs)
             turns, left_out = make_turns(case, Path(folder))
             check_same(turns)
-            times = take_turns(turns, case.photographs // case.batch, case.batch)
+            rounds = case.photographs // case.batch
+            together = Turns({turn.name: lambda turn=turn: measure_turn(turn, case.batch) for turn in turns}, catch=())
+            together.run(0.0, fewest=rounds, most=rounds)
     finally:
         torch.set_num_threads(threads)
     return {"case": str(case), "photographs": case.photographs, "batch": case.batch, "dtype": "float32",
-            "implementation": "pil" if backend_native.unavailable_reason() else "native", "rounds": len(times[0][0]),
+            "implementation": "pil" if backend_native.unavailable_reason() else "native", "rounds": rounds,
             "versions": {name: version(name) for name in ("pillow", "torchvision", "nvidia-dali-cuda130")},
-            "rows": rows_of(turns, times), "left_out": left_out}
+            "rows": add_ratios([data_row(turn.name, together.results[turn.name], turn.same) for turn in turns]),
+            "left_out": left_out}
 
 
-def take_turns(turns: Sequence[Turn], rounds: int, batch: int) -> list[tuple[list[float], list[float]]]:
-    """Of each rival, milliseconds an image by round: elapsed, and CPU time of all threads."""
-    times: list[tuple[list[float], list[float]]] = [([], []) for _ in turns]
-    for _ in range(rounds):
-        for turn, (elapsed_ms, cpu_ms) in zip(turns, times, strict=True):
-            turn.before()
-            elapsed, cpu = time.perf_counter(), time.process_time()
-            made = turn.call()
-            images = batch * turn.batches
-            elapsed_ms.append((time.perf_counter() - elapsed) * 1e3 / images)
-            cpu_ms.append((time.process_time() - cpu) * 1e3 / images)
-            turn.after()
-            del made
+def measure_turn(turn: Turn, batch: int) -> tuple[float, float]:
+    """Milliseconds an image of one turn: elapsed, and CPU time of all threads."""
+    turn.before()
+    elapsed, cpu = time.perf_counter(), time.process_time()
+    made = turn.call()
+    images = batch * turn.batches
+    times = (time.perf_counter() - elapsed) * 1e3 / images, (time.process_time() - cpu) * 1e3 / images
+    turn.after()
+    del made
     return times
 
 
-def rows_of(turns: Sequence[Turn], times: Sequence[tuple[list[float], list[float]]]) -> list[dict[str, Any]]:
-    """One row for each rival; the first is what the others are compared with."""
-    first_ms = quartiles(times[0][0])[1]
-    rows = []
-    for turn, (elapsed_ms, cpu_ms) in zip(turns, times, strict=True):
-        low, median, high = quartiles(elapsed_ms)
-        rows.append({"rival": turn.name, "same_crops": turn.same, "images_per_s": 1e3 / median, "median_ms": median,
-                     "quartiles_ms": [low, high], "cpu_ms": quartiles(cpu_ms)[1],
-                     "times_faster_than_official": first_ms / median, "elapsed_ms": elapsed_ms})
-    return rows
+def data_row(name: str, turns: Sequence[tuple[float, ...]], same: bool, **more: Any) -> dict[str, Any]:
+    """Of a rival whose turns took (elapsed, CPU) milliseconds an image; same: it makes the official crops, bit for bit."""
+    elapsed_ms, cpu_ms = ([turn[i] for turn in turns] for i in range(2))
+    return row_of(name, elapsed_ms, same_crops=same, images_per_s=1e3 / quartiles(elapsed_ms)[1], cpu_ms=quartiles(cpu_ms)[1],
+                  **more)
 
 
 def check_same(turns: Sequence[Turn]) -> None:

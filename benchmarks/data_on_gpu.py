@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import photographs
 import torch
 
-from dinofast.bench.record import reason_of, version
-from dinofast.bench.timing import quartiles
+from dinofast.bench.record import version
+from dinofast.bench.timing import Turns, add_ratios, quartiles, row_of
 from dinofast.config import Config
 from dinofast.data import Loader, backend_dali, backend_native, make_loader
 from dinofast.runtime.backends import cores
@@ -43,41 +43,19 @@ def growing(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     absent = {"native": backend_native.unavailable_reason(), "dali": backend_dali.unavailable_reason()}
     left_out = [f"{name}: {absent[options['data_backend']]}" for name, options in RIVALS.items()
                 if absent[options["data_backend"]]]
-    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name, options in RIVALS.items()
-                                                          if not absent[options["data_backend"]]}
-    failed: dict[str, str] = {}
     before = free(device)
     with tempfile.TemporaryDirectory(prefix="dinofast-") as folder:
         photographs.write(Path(folder) / "photographs", case.photographs)
-        for rounds in range(ROUNDS):
-            for name in [name for name in times if name not in failed]:
-                cfg = Config(data_path=f"{folder}/photographs", output_dir=folder, batch_size_per_gpu=case.batch,
-                             global_crops_size=case.sides[0], local_crops_size=case.sides[1], num_workers=cores(),
-                             precision="bf16", **RIVALS[name])
-                try:
-                    with closing(make_loader(cfg, device=device)) as loader:
-                        times[name].append(take_turn(loader, device, before))
-                except Exception as error:
-                    failed[name] = reason_of(error)
+        turns = Turns({name: lambda name=name: take_turn(case, name, folder, device, before)
+                       for name, options in RIVALS.items() if not absent[options["data_backend"]]})
+        for _ in range(ROUNDS):
+            turns.round()
+            rows = [{"rival": name, "failed": turns.failed[name]} if name in turns.failed else
+                    row_of_gpu(name, found, device) for name, found in turns.results.items()]
             yield {"case": str(case), "photographs": case.photographs, "batch": case.batch, "dtype": "bfloat16",
-                   "implementation": "dali" if not absent["dali"] else "native", "rounds": rounds + 1,
+                   "implementation": "dali" if not absent["dali"] else "native", "rounds": turns.rounds,
                    "versions": {name: version(name) for name in ("pillow", "nvidia-dali-cuda130")},
-                   "rows": rows_of(times, failed, device), "left_out": left_out}
-
-
-def rows_of(times: dict[str, list[tuple[float, float, float]]], failed: dict[str, str],
-            device: torch.device) -> list[dict[str, Any]]:
-    rows = []
-    for name, turns in times.items():
-        if name in failed:
-            rows.append({"rival": name, "failed": failed[name]})
-            continue
-        elapsed_ms, cpu_ms, device_gib = zip(*turns, strict=True)
-        low, median, high = quartiles(elapsed_ms)
-        rows.append({"rival": name, "same_crops": False, "images_per_s": 1e3 / median, "median_ms": median,
-                     "quartiles_ms": [low, high], "cpu_ms": quartiles(cpu_ms)[1], "elapsed_ms": list(elapsed_ms),
-                     "times_faster_than_official": None, "device_gib": device_gib[0] if device.type == "cuda" else None})
-    return rows
+                   "rows": add_ratios(rows), "left_out": left_out}
 
 
 def free(device: torch.device) -> int:
@@ -85,7 +63,22 @@ def free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
-def take_turn(loader: Loader, device: torch.device, before: int) -> tuple[float, float, float]:
+def row_of_gpu(name: str, turns: list[tuple[float, float, float]], device: torch.device) -> dict[str, Any]:
+    elapsed_ms, cpu_ms, device_gib = ([turn[i] for turn in turns] for i in range(3))
+    return row_of(name, elapsed_ms, same_crops=False, images_per_s=1e3 / quartiles(elapsed_ms)[1], cpu_ms=quartiles(cpu_ms)[1],
+                  device_gib=device_gib[0] if device.type == "cuda" else None)
+
+
+def take_turn(case: Case, name: str, folder: str, device: torch.device, before: int) -> tuple[float, float, float]:
+    """Of a loader of its own: see `time_batches`."""
+    cfg = Config(data_path=f"{folder}/photographs", output_dir=folder, batch_size_per_gpu=case.batch,
+                 global_crops_size=case.sides[0], local_crops_size=case.sides[1], num_workers=cores(), precision="bf16",
+                 **RIVALS[name])
+    with closing(make_loader(cfg, device=device)) as loader:
+        return time_batches(loader, device, before)
+
+
+def time_batches(loader: Loader, device: torch.device, before: int) -> tuple[float, float, float]:
     """Milliseconds an image: elapsed, and CPU time of all threads; GiB of device memory at most, of `before` bytes."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
