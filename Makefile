@@ -1,4 +1,4 @@
-# make demo   install, build and pretrain a small ViT on an embedded data set; prints what it learnt
+# make demo   install, build and pretrain a small ViT on an embedded data set; prints what it learned
 # make test   install, build and run the tests
 # make lint   style check
 # make docs   build docs/ and the API reference into build/site

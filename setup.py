@@ -8,7 +8,7 @@ from glob import glob
 import pybind11
 from setuptools import Extension, setup
 
-# errno and trapping maths keep loops with a condition from being vectorised; nothing here relaxes the arithmetic itself.
+# errno and trapping math keep loops with a condition from being vectorized; nothing here relaxes the arithmetic itself.
 flags = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
          "-fopenmp-simd"]
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has no OpenMP: one thread there

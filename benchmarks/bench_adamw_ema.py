@@ -1,4 +1,4 @@
-"""The optimiser's step, clip + AdamW + teacher's average, on ViT-S/16 with its head (44 M parameters), and the plain average.
+"""The optimizer's step, clip + AdamW + teacher's average, on ViT-S/16 with its head (44 M parameters), and the plain average.
 
     python -m pytest benchmarks/bench_adamw_ema.py        prints the comparison; --save-results keeps it
     python benchmarks/bench_adamw_ema.py --save-results   the same without pytest
@@ -23,7 +23,7 @@ from torch import nn
 from dinofast import AdamWEMA, DINOHead, MultiCropWrapper, ops, param_groups, vit_small
 from dinofast.bench import baseline as official
 from dinofast.bench.record import flag, main, rows_of
-from dinofast.bench.timing import MIB, Rival, copies, measure
+from dinofast.bench.timing import MIB, Candidate, copies, measure
 
 NAME = "adamw_ema"
 CLIP, MOMENTUM, LR, WEIGHT_DECAY = 3.0, 0.996, 5e-4, 0.04
@@ -46,20 +46,20 @@ def cases(device: torch.device) -> list[Case]:
     return [Case("step"), Case("average"), Case("step", 2)]
 
 
-def rivals_of(case: Case) -> tuple[str, ...]:
+def candidates_of(case: Case) -> tuple[str, ...]:
     if case.what == "average":       # that of the official code is a part of a longer function, which cannot be taken out
         return "official", "dinofast"
     return "official", "official checkout", "official, fused AdamW", "torch, foreach and fused", "dinofast"
 
 
 def measure_case(case: Case, device: torch.device, seconds: float | None = None) -> dict[str, Any]:
-    """The rivals, checked against each other and then measured in turns."""
+    """The candidates, checked against each other and then measured in turns."""
     model = make_model(case).to(device)
-    rivals, left_out, differs = steps(model) if case.what == "step" else averages(model)
+    candidates, left_out, differs = steps(model) if case.what == "step" else averages(model)
     if case.numbers:                 # so few bytes say nothing of bandwidth
-        rivals = [replace(rival, moved_bytes=None) for rival in rivals]
+        candidates = [replace(candidate, moved_bytes=None) for candidate in candidates]
     parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
-    timings = measure([*rivals, *copies(parameters, "the parameters")], device, seconds or SECONDS[device.type])
+    timings = measure([*candidates, *copies(parameters, "the parameters")], device, seconds or SECONDS[device.type])
     flag(rows := rows_of(timings), differs)
     op = {"step": "adamw_ema_", "average": "ema_"}[case.what]
     return {"case": str(case), "tensors": len(list(model.parameters())), "numbers": parameters.numel(), "dtype": "float32",
@@ -76,7 +76,7 @@ def make_model(case: Case) -> nn.Module:
     return model
 
 
-def steps(model: nn.Module) -> tuple[list[Rival], list[str], dict[str, str]]:
+def steps(model: nn.Module) -> tuple[list[Candidate], list[str], dict[str, str]]:
     """Each has a student, teacher and moments of its own; why others are left out; what differs after three steps."""
     made = {"official": _official_step(model, official.clip_gradients)}
     left_out = []
@@ -98,19 +98,19 @@ def steps(model: nn.Module) -> tuple[list[Rival], list[str], dict[str, str]]:
             differs[name] = difference
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return [Rival(name, call, STEP_BYTES * trained + AVERAGE_BYTES * frozen if name == "dinofast" else None)
+    return [Candidate(name, call, STEP_BYTES * trained + AVERAGE_BYTES * frozen if name == "dinofast" else None)
             for name, (call, _, _) in made.items()], left_out, differs
 
 
-def averages(model: nn.Module) -> tuple[list[Rival], list[str], dict[str, str]]:
+def averages(model: nn.Module) -> tuple[list[Candidate], list[str], dict[str, str]]:
     pairs = [(_shifted(model), copy.deepcopy(model)) for _ in range(2)]
     lists = [list(m.parameters()) for m in reversed(pairs[1])]
     calls = (lambda: official.average(*pairs[0], MOMENTUM), lambda: ops.ema_(*lists, MOMENTUM))
     for call in calls:
         call()
     difference = differing(pairs[1], pairs[0])
-    return ([Rival("official", calls[0]), Rival("dinofast", calls[1], AVERAGE_BYTES * sum(p.numel() for p in lists[0]))],
-            [], {"dinofast": difference} if difference else {})
+    ours = Candidate("dinofast", calls[1], AVERAGE_BYTES * sum(p.numel() for p in lists[0]))
+    return [Candidate("official", calls[0]), ours], [], {"dinofast": difference} if difference else {}
 
 
 def differing(ours: tuple[nn.Module, nn.Module], theirs: tuple[nn.Module, nn.Module]) -> str:

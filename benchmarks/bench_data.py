@@ -1,9 +1,9 @@
-"""Images/s of the data path on a CPU: from JPEG files to batches of normalised crops, 2 x 224 and 8 x 96 an image.
+"""Images/s of the data path on a CPU: from JPEG files to batches of normalized crops, 2 x 224 and 8 x 96 an image.
 
     python -m pytest benchmarks/bench_data.py         prints the comparison; --save-results keeps it
     python benchmarks/bench_data.py --save-results    the same without pytest
 
-"official" is the official pipeline rewritten: PIL makes each crop, tensors are normalised and collated by torch's DataLoader
+"official" is the official pipeline rewritten: PIL makes each crop, tensors are normalized and collated by torch's DataLoader
 without workers. dinofast's rows give the same crops bit for bit, which is checked first. "official checkout" is the official
 `DataAugmentationDINO` itself, where $DINO_OFFICIAL names a checkout and torchvision is there; "DALI" the same kind of work by
 DALI's own CPU operators, where that is there. Those two draw crops of their own. Photographs are those of photographs.py.
@@ -59,14 +59,14 @@ def cases(device: torch.device) -> list[Case | data_on_gpu.Case]:
     return [Case(512, 16)] if device.type == "cpu" else [data_on_gpu.Case(512, 128)]
 
 
-def rivals_of(case: Case | data_on_gpu.Case) -> tuple[str, ...]:
+def candidates_of(case: Case | data_on_gpu.Case) -> tuple[str, ...]:
     if isinstance(case, data_on_gpu.Case):
         return tuple(data_on_gpu.RIVALS)
     return "official", "official checkout", "DALI", "dinofast, pil", "dinofast", ALL_CORES
 
 
 class Turn(NamedTuple):
-    """How a rival makes the next batch, or several, the first of which it returns: (N, 3, S, S) each, crop-major.
+    """How a candidate makes the next batch, or several, the first of which it returns: (N, 3, S, S) each, crop-major.
 
     same: it makes the official crops, bit for bit. before, after: untimed.
     """
@@ -80,7 +80,7 @@ class Turn(NamedTuple):
 
 
 def measure_case(case: Case | data_on_gpu.Case, device: torch.device) -> dict[str, Any]:
-    """Every rival makes the same batch, then every rival the next, until all photographs are through. On a GPU see
+    """Every candidate makes the same batch, then every candidate the next, until all photographs are through. On a GPU see
     data_on_gpu.py."""
     if isinstance(case, data_on_gpu.Case):
         return list(data_on_gpu.growing(case, device))[-1]
@@ -116,7 +116,7 @@ def measure_turn(turn: Turn, batch: int) -> tuple[float, float]:
 
 
 def data_row(name: str, turns: Sequence[tuple[float, ...]], same: bool, **more: Any) -> dict[str, Any]:
-    """Of a rival whose turns took (elapsed, CPU) milliseconds an image; same: it makes the official crops, bit for bit."""
+    """Of a candidate whose turns took (elapsed, CPU) milliseconds an image; same: it makes the official crops, bit for bit."""
     elapsed_ms, cpu_ms = ([turn[i] for turn in turns] for i in range(2))
     return row_of(name, elapsed_ms, same_crops=same, images_per_s=1e3 / quartiles(elapsed_ms)[1], cpu_ms=quartiles(cpu_ms)[1],
                   **more)
@@ -139,7 +139,7 @@ def by_resolution(crops: Sequence[Tensor]) -> list[Tensor]:
 
 
 def make_turns(case: Case, folder: Path) -> tuple[list[Turn], list[str]]:
-    """The rivals, and why others are left out."""
+    """The candidates, and why others are left out."""
     cfg = Config(data_path=str(folder / "photographs"), output_dir=str(folder), batch_size_per_gpu=case.batch, device="cpu",
                  global_crops_size=case.sides[0], local_crops_size=case.sides[1], num_workers=0)
     loader = loader_of(cfg, "pil")
@@ -257,11 +257,11 @@ def dali_pipeline(cfg: Config, loader: Loader) -> Iterator[list[Tensor]]:
                 low, high = augmentation.FACTORS_LOW.tolist(), augmentation.FACTORS_HIGH.tolist()
                 brightness, contrast, saturation, hue = map(between, low, high)
                 crop = fn.color_twist(crop, brightness=brightness, contrast=contrast, saturation=saturation, hue=360 * hue)
-            if maybe(augmentation.GREY_P):
+            if maybe(augmentation.GRAY_P):
                 crop = fn.saturation(crop, saturation=0.0)
             if maybe(view.blur_p):
                 crop = fn.gaussian_blur(crop, sigma=between(*view.blur_radius))
-            if maybe(view.solarise_p):
+            if maybe(view.solarize_p):
                 dark = fn.cast(crop < 128, dtype=types.UINT8)
                 crop = fn.cast(crop * dark + (255 - crop) * (1 - dark), dtype=types.UINT8)
             mirror = fn.random.coin_flip(probability=augmentation.FLIP_P)

@@ -3,7 +3,7 @@
     python -m pytest benchmarks/bench_dino_loss.py        prints the comparison; --save-results keeps it
     python benchmarks/bench_dino_loss.py --save-results   the same without pytest
 
-"official" is a rewrite of the official semantics, eager; "official checkout" the official `DINOLoss` itself, its centre update
+"official" is a rewrite of the official semantics, eager; "official checkout" the official `DINOLoss` itself, its center update
 included, where $DINO_OFFICIAL names a checkout. Axes: B images, V student crops, K prototypes.
 """
 
@@ -22,7 +22,7 @@ from dinofast import ops, reference
 from dinofast.bench import baseline as official
 from dinofast.bench.inputs import loss_inputs
 from dinofast.bench.record import flag, main, rows_of
-from dinofast.bench.timing import MIB, Rival, copies, measure
+from dinofast.bench.timing import MIB, Candidate, copies, measure
 
 NAME = "dino_loss"
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
@@ -48,16 +48,16 @@ def cases(device: torch.device) -> list[Case]:
             for dtype in (torch.float32, torch.bfloat16)]
 
 
-def rivals_of(case: Case) -> tuple[str, ...]:
+def candidates_of(case: Case) -> tuple[str, ...]:
     return "official", "official checkout", "reference", "reference, compiled", "dinofast"
 
 
 def measure_case(case: Case, device: torch.device, seconds: float | None = None) -> dict[str, Any]:
-    """The rivals, checked against each other and then measured in turns."""
+    """The candidates, checked against each other and then measured in turns."""
     student, teacher, center = (x.to(device) for x in loss_inputs("peaked", *case[:3], dtype=case.dtype))
-    rivals, left_out = make_rivals(student.requires_grad_(), teacher, center)
-    differs = differing(rivals, TOLERANCE[case.dtype])
-    timings = measure([*rivals, *copies(student, "the student's logits")], device, seconds or SECONDS[device.type])
+    candidates, left_out = make_candidates(student.requires_grad_(), teacher, center)
+    differs = differing(candidates, TOLERANCE[case.dtype])
+    timings = measure([*candidates, *copies(student, "the student's logits")], device, seconds or SECONDS[device.type])
     flag(rows := rows_of(timings), differs)
     return {"case": str(case), "crops": case.crops, "images": case.images, "prototypes": case.prototypes,
             "dtype": str(case.dtype).removeprefix("torch."), "implementation": ops.paths()["dino_loss"][device.type],
@@ -65,7 +65,7 @@ def measure_case(case: Case, device: torch.device, seconds: float | None = None)
             "left_out": left_out}
 
 
-def make_rivals(student: Tensor, teacher: Tensor, center: Tensor) -> tuple[list[Rival], list[str]]:
+def make_candidates(student: Tensor, teacher: Tensor, center: Tensor) -> tuple[list[Candidate], list[str]]:
     """Each returns (loss, gradient of the logits (V, B, K), sum of the teacher's rows); and why others are left out.
 
     student (V, B, K), teacher (2, B, K), center (K,).
@@ -80,7 +80,7 @@ def make_rivals(student: Tensor, teacher: Tensor, center: Tensor) -> tuple[list[
             return loss.detach(), torch.autograd.grad(loss, student)[0], teacher_sum
         return call
 
-    rivals = [Rival("official", with_gradient(lambda: official.dino_loss(*flat, *temps)))]
+    candidates = [Candidate("official", with_gradient(lambda: official.dino_loss(*flat, *temps)))]
     left_out = []
     if official_checkout.is_there():
         module = official_checkout.dino_loss(crops, prototypes, *temps, student.device)
@@ -90,19 +90,19 @@ def make_rivals(student: Tensor, teacher: Tensor, center: Tensor) -> tuple[list[
             module.center = center[None]
             with torch.autocast(student.device.type, student.dtype, enabled=narrow):        # as in the official loop
                 return module(flat[0], flat[1], 0), module.center
-        rivals.append(Rival("official checkout", with_gradient(checkout)))
+        candidates.append(Candidate("official checkout", with_gradient(checkout)))
     else:
         left_out.append(f"official checkout: {official_checkout.NOT_SET}")
-    rivals.append(Rival("reference", with_gradient(lambda: reference.dino_loss(student, teacher, center, *temps))))
+    candidates.append(Candidate("reference", with_gradient(lambda: reference.dino_loss(student, teacher, center, *temps))))
     torch.compiler.reset()
     compiled = torch.compile(reference.dino_loss, dynamic=False)
-    rivals.append(Rival("reference, compiled", with_gradient(lambda: compiled(student, teacher, center, *temps))))
-    if reason := why_not(rivals[-1].call):
-        rivals.pop()
+    candidates.append(Candidate("reference, compiled", with_gradient(lambda: compiled(student, teacher, center, *temps))))
+    if reason := why_not(candidates[-1].call):
+        candidates.pop()
         left_out.append(f"reference, compiled: {reason}")
-    rivals.append(Rival("dinofast", with_gradient(lambda: ops.dino_loss(student, teacher, center, *temps)),
+    candidates.append(Candidate("dinofast", with_gradient(lambda: ops.dino_loss(student, teacher, center, *temps)),
                         moved_bytes(student)))
-    return rivals, left_out
+    return candidates, left_out
 
 
 def moved_bytes(student: Tensor) -> int | None:
@@ -121,22 +121,23 @@ def why_not(compiled: Callable[[], object]) -> str:
     return ""
 
 
-def differing(rivals: Sequence[Rival], tolerance: float) -> dict[str, str]:
-    """By name, in what a rival differs from the first: in loss or gradient by more than tolerance, ||difference|| / ||first||.
-    One that raises is not among them: it will do so again when it is timed."""
+def differing(candidates: Sequence[Candidate], tolerance: float) -> dict[str, str]:
+    """By name, in what a candidate differs from the first: in loss or gradient by more than tolerance,
+    ||difference|| / ||first||. One that raises is not among them: it will do so again when it is timed."""
     found: dict[str, str] = {}
     made = {}
-    for rival in rivals:
+    for candidate in candidates:
         with suppress(Exception):
-            made[rival.name] = rival.call()
-        if rival.name not in made or rivals[0].name not in made:
+            made[candidate.name] = candidate.call()
+        if candidate.name not in made or candidates[0].name not in made:
             continue
-        for what, other, first in zip(("loss", "gradient"), made[rival.name], made[rivals[0].name], strict=False):
+        for what, other, first in zip(("loss", "gradient"), made[candidate.name], made[candidates[0].name], strict=False):
             off = ((other.double() - first.double()).norm() / first.double().norm()).item()
             if not off <= tolerance:
-                found.setdefault(rival.name, f"{what} is off by {off:.2g} from that of '{rivals[0].name}', above {tolerance}")
-        if rival is not rivals[0]:
-            del made[rival.name]
+                found.setdefault(candidate.name,
+                                 f"{what} is off by {off:.2g} from that of '{candidates[0].name}', above {tolerance}")
+        if candidate is not candidates[0]:
+            del made[candidate.name]
     return found
 
 

@@ -32,32 +32,32 @@ from dinofast.bench import step as bench_step
 from dinofast.bench.baseline import OfficialStep
 from dinofast.bench.flops import peak_flops
 from dinofast.bench.record import main
-from dinofast.bench.step import Rival, Synthetic, Timed
+from dinofast.bench.step import Candidate, Synthetic, Timed
 from dinofast.bench.timing import add_ratios, extra_mib, quartiles, reason_of, row_of
 from dinofast.config import Config
 from dinofast.data import Loader
 from dinofast.runtime.backends import cores
-from dinofast.runtime.memory import kept_memory
+from dinofast.runtime.memory import retain_freed_memory
 
 NAME = "step"
 SAME = 1e-4                          # relative, of losses that must agree: on a CPU to 5e-7, and a step moves them by 1e-2
 NEAR = 0.05                          # of those with stochastic depth, each with draws of its own
 SAME_STEPS, SAME_LR = 3, 0.1
-SECONDS = {"cpu": 25.0, "cuda": 2.0}  # a rival
+SECONDS = {"cpu": 25.0, "cuda": 2.0}  # a candidate
 
 
 class Case(NamedTuple):
     arch: str
     patch_size: int
     images: int
-    rivals: tuple[str, ...]
+    candidates: tuple[str, ...]
     size: int = 224
     local_size: int = 96
     out_dim: int = 65536
 
     def __str__(self) -> str:
         return (f"{self.arch}/{self.patch_size}, {self.images} images, 2 x {self.size} and 8 x {self.local_size}, "
-                f"K = {self.out_dim:,}{', ours alone' if self.rivals == OURS else ''}")
+                f"K = {self.out_dim:,}{', ours alone' if self.candidates == OURS else ''}")
 
     def config(self, device: torch.device, **changes: Any) -> Config:
         cfg = Config(arch=self.arch, patch_size=self.patch_size, batch_size_per_gpu=self.images, out_dim=self.out_dim,
@@ -78,7 +78,7 @@ OTHER_PRECISION = ("dinofast, compiled, bf16",)      # than the one that the pea
 
 def cases(device: torch.device) -> list[Case]:
     """In the order of measuring. On a GPU, where compiling takes most of the time, ours goes first at every batch size. The
-    page shows the first of those with most rivals in full."""
+    page shows the first of those with most candidates in full."""
     if device.type == "cpu":
         few = ("official", "dinofast")
         return [Case("vit_small", 16, 8, ON_CPU), Case("vit_small", 16, 2, few), Case("vit_small", 8, 1, few),
@@ -89,22 +89,22 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def rehearsal() -> list[Case]:
-    def tiny(images: int, *rivals: str) -> Case:
-        return Case("vit_nano", 4, images, rivals, 16, 8, 50)
+    def tiny(images: int, *candidates: str) -> Case:
+        return Case("vit_nano", 4, images, candidates, 16, 8, 50)
     return [tiny(2, *OURS), tiny(4, *OURS), tiny(2, "official", "official checkout", "dinofast", "dinofast, from files")]
 
 
-def rivals_of(case: Case) -> tuple[str, ...]:
-    return case.rivals
+def candidates_of(case: Case) -> tuple[str, ...]:
+    return case.candidates
 
 
 def measure_case(case: Case, device: torch.device, seconds: float | None = None) -> dict[str, Any]:
-    """The rivals, compared, then timed in turns."""
+    """The candidates, compared, then timed in turns."""
     return list(growing(case, device, seconds))[-1]
 
 
 def growing(case: Case, device: torch.device, seconds: float | None = None) -> Iterator[dict[str, Any]]:
-    """The case after each thing that was found: a turn of each rival alone, ours first; whether losses agree; the turns."""
+    """The case after each thing that was found: a turn of each candidate alone, ours first; whether losses agree; the turns."""
     torch.compiler.reset()
     cfg = case.config(device)
     peak, whose = peak_flops(device, torch.float32 if cfg.precision_on(device.type) == "fp32" else torch.bfloat16)
@@ -114,7 +114,7 @@ def growing(case: Case, device: torch.device, seconds: float | None = None) -> I
     rows: dict[str, dict[str, Any]] = {}
 
     def grown(**also: Any) -> dict[str, Any]:
-        made.update(rows=add_ratios([rows[name] for name in case.rivals if name in rows]), **also)
+        made.update(rows=add_ratios([rows[name] for name in case.candidates if name in rows]), **also)
         return made
 
     def timed_row(t: Timed, extra: float | None) -> dict[str, Any]:
@@ -122,44 +122,44 @@ def growing(case: Case, device: torch.device, seconds: float | None = None) -> I
         return row_of(t.name, t.step_ms, images_per_s=rate, mfu=None if t.name in OTHER_PRECISION else rate * flops / peak,
                       parts_ms=t.parts_ms, extra_mib=extra)
 
-    with kept_memory(device), ExitStack() as stack:
-        rivals: dict[str, Rival] = {}
+    with retain_freed_memory(device), ExitStack() as stack:
+        candidates: dict[str, Candidate] = {}
         near: dict[str, float] = {}
 
         def start(name: str) -> None:
-            rival = make(case, name, device, stack)
-            if isinstance(rival, str):
-                made["left_out"].append(rival)
+            candidate = make(case, name, device, stack)
+            if isinstance(candidate, str):
+                made["left_out"].append(candidate)
                 return
             if name != "dinofast, from files":
-                near[name] = losses(rival, 2)[-1]
-            bench_step.warm_up(rival, device)
-            alone, = bench_step.in_turns([rival], device, 0.0, fewest=1)
+                near[name] = losses(candidate, 2)[-1]
+            bench_step.warm_up(candidate, device)
+            alone, = bench_step.in_turns([candidate], device, 0.0, fewest=1)
             rows[name] = timed_row(alone, None if alone.peak_gib is None else alone.peak_gib * 1024)
-            rivals[name] = rival
+            candidates[name] = candidate
 
-        for name in sorted(case.rivals, key=lambda name: name != "dinofast"):
+        for name in sorted(case.candidates, key=lambda name: name != "dinofast"):
             try:
                 start(name)
-            except Exception as error:           # of one rival: the others go on
-                rows[name] = {"rival": name, "failed": reason_of(error)}
-            if name not in rivals:
+            except Exception as error:           # of one candidate: the others go on
+                rows[name] = {"candidate": name, "failed": reason_of(error)}
+            if name not in candidates:
                 free_memory(device)
             yield grown()
-        compared = compare({name: [near[name]] for name in case.rivals if name in near and name in rivals}, NEAR)
+        compared = compare({name: [near[name]] for name in case.candidates if name in near and name in candidates}, NEAR)
         exact, failed = losses_of_one_image(case, device)
         for name, found in (compare(exact, SAME) | failed).items():
             compared[name] = found if name not in compared or compared[name]["same_losses"] else compared[name]
-        for name in set(compared) & set(rivals):
+        for name in set(compared) & set(candidates):
             rows[name] |= compared[name]
         yield grown()
-        if not rivals:
+        if not candidates:
             return
-        timed = bench_step.in_turns(list(rivals.values()), device, seconds or SECONDS[device.type] * len(rivals))
+        timed = bench_step.in_turns(list(candidates.values()), device, seconds or SECONDS[device.type] * len(candidates))
         for t in timed:
-            rows[t.name] |= timed_row(t, memory_mib(rivals[t.name], t, device))
+            rows[t.name] |= timed_row(t, memory_mib(candidates[t.name], t, device))
         yield grown(rounds=len(timed[0].step_ms))
-    rivals.clear()
+    candidates.clear()
     free_memory(device)
 
 
@@ -170,10 +170,10 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def make(case: Case, name: str, device: torch.device, stack: ExitStack, **exact: Any) -> Rival | str:
-    """One rival with networks of its own but the same weights and the same random crops, or why it is left out.
+def make(case: Case, name: str, device: torch.device, stack: ExitStack, **exact: Any) -> Candidate | str:
+    """One candidate with networks of its own but the same weights and the same random crops, or why it is left out.
 
-    exact: options that go before those of the case and of the rival.
+    exact: options that go before those of the case and of the candidate.
     """
     cfg = case.config(device, **exact)
     schedule, precision = bench_step.schedule_of(cfg, device), cfg.precision_on(device.type)
@@ -186,18 +186,18 @@ def make(case: Case, name: str, device: torch.device, stack: ExitStack, **exact:
         if not official_checkout.is_there():
             return f"official checkout: {official_checkout.NOT_SET}"
         step = official_checkout.Step(cfg, bench_step.new_model(cfg), device, schedule, official_precision)
-        return Rival(name, step, random, None)
+        return Candidate(name, step, random, None)
     if name in ("official", CAREFUL):
         clock, plain = bench_step.Clock(device), name == "official"
         ours = replace(cfg, precision=official_precision if plain else precision)
-        return Rival(name, OfficialStep(ours, bench_step.new_model(cfg), device, schedule, sdpa=not plain,
+        return Candidate(name, OfficialStep(ours, bench_step.new_model(cfg), device, schedule, sdpa=not plain,
                                         compiled=not plain and "compile" not in exact, mark=clock.mark), random, clock)
     ours = replace(cfg, **changes[name] | exact)
     step, clock = bench_step.ours(ours, device, schedule)
     if name == "dinofast, from files":
         loader = photographs_of(ours, device, stack)
-        return Rival(name, step, loader, clock, ready=bench_step.ready(loader))
-    return Rival(name, step, Synthetic(cfg, device, torch.bfloat16 if step.precision == "bf16" else torch.float32), clock)
+        return Candidate(name, step, loader, clock, ready=bench_step.ready(loader))
+    return Candidate(name, step, Synthetic(cfg, device, torch.bfloat16 if step.precision == "bf16" else torch.float32), clock)
 
 
 def photographs_of(cfg: Config, device: torch.device, stack: ExitStack) -> Loader:
@@ -207,22 +207,22 @@ def photographs_of(cfg: Config, device: torch.device, stack: ExitStack) -> Loade
     return stack.enter_context(bench_step.files(replace(cfg, num_workers=cores()), folder, device))
 
 
-def memory_mib(rival: Rival, timed: Timed, device: torch.device) -> float | None:
+def memory_mib(candidate: Candidate, timed: Timed, device: torch.device) -> float | None:
     """What steps take at most beside what stays between them; on a CPU of two, as official gradients live on into the next."""
     if device.type == "cuda":
         return None if timed.peak_gib is None else timed.peak_gib * 1024
 
     def two_steps() -> None:
-        rival.turn(device, 2)
+        candidate.turn(device, 2)
     return extra_mib(two_steps, device)
 
 
-def losses(rival: Rival, n: int) -> list[float]:
+def losses(candidate: Candidate, n: int) -> list[float]:
     """Of the next n steps."""
     found = []
     for _ in range(n):
-        found.append(rival.step(rival.done, rival.batches)["loss"].item())
-        rival.done += 1
+        found.append(candidate.step(candidate.done, candidate.batches)["loss"].item())
+        candidate.done += 1
     return found
 
 
@@ -231,14 +231,14 @@ def losses_of_one_image(case: Case, device: torch.device) -> tuple[dict[str, lis
     of those that fail at it, that."""
     exact = {"precision": "fp32", "compile": "off", "drop_path_rate": 0.0, "lr": SAME_LR}
     found, failed = {}, {}
-    names = [name for name in case.rivals if not name.startswith("dinofast, ")]
+    names = [name for name in case.candidates if not name.startswith("dinofast, ")]
     for name in names if len(names) > 1 else ():
         try:
             with ExitStack() as stack, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                rival = make(case._replace(images=1), name, device, stack, **exact)
-                if not isinstance(rival, str):
-                    found[name] = losses(rival, SAME_STEPS)
-            del rival
+                candidate = make(case._replace(images=1), name, device, stack, **exact)
+                if not isinstance(candidate, str):
+                    found[name] = losses(candidate, SAME_STEPS)
+            del candidate
         except Exception as error:
             failed[name] = {"same_losses": False, "differs": f"one image in fp32 fails: {reason_of(error)}"}
         gc.collect()
@@ -246,7 +246,7 @@ def losses_of_one_image(case: Case, device: torch.device) -> tuple[dict[str, lis
 
 
 def compare(found: dict[str, list[float]], tolerance: float) -> dict[str, dict[str, Any]]:
-    """Of losses step by step: whether each rival has those of the first, and where it has not, what it and the first have."""
+    """Of losses step by step: whether each candidate has those of the first; where it has not, what it and the first have."""
     said: dict[str, dict[str, Any]] = {}
     first = next(iter(found), "")
     for name, values in found.items() if len(found) > 1 else ():

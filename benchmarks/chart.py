@@ -18,7 +18,7 @@ FONT = "-apple-system, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', Arial, sans-
 
 def images_per_s(result: dict, case: dict) -> str:
     """Bars of the rows in SHOWN, as long as their images/s; below them device, batch and date."""
-    rates = {row["rival"]: row["images_per_s"] for row in case["rows"] if row["rival"] in SHOWN}
+    rates = {row["candidate"]: row["images_per_s"] for row in case["rows"] if row["candidate"] in SHOWN}
     longest, base = max(rates.values()), rates.get("official")
     height = TOP + STEP * len(rates) + 42
     threads = f", {result['threads']} threads" if result["device_type"] == "cpu" else ""

@@ -20,7 +20,7 @@ LEDGERS: dict[str, record.Ledger] = {}                       # by benchmark
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--save-results", nargs="?", const=record.RESULTS, metavar="DIR", help="benchmarks/results if bare")
-    parser.addoption("--device", choices=("cpu", "cuda"), help="left alone, CUDA if there is a device")
+    parser.addoption("--device", choices=("cpu", "cuda"), help="default: CUDA if there is a device")
 
 
 def pytest_configure(config: pytest.Config) -> None:

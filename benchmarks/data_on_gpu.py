@@ -1,8 +1,8 @@
-"""Images/s of the data path onto a GPU: from JPEG files to normalised bf16 crops in its memory, with all cores.
+"""Images/s of the data path onto a GPU: from JPEG files to normalized bf16 crops in its memory, with all cores.
 
 Loaders work ahead, so each has the machine to itself for a turn: it starts, fills its queues, and then `BATCHES` batches are
-timed, to the end of the last kernel. Device memory is what the driver counts at most in a rival's first turn, without what was
-there before all of them; DALI keeps what it has, so that of the last rival is an upper bound.
+timed, to the end of the last kernel. Device memory is what the driver counts at most in a candidate's first turn, without what
+was there before all of them; DALI keeps what it has, so that of the last candidate is an upper bound.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dinofast.config import Config
 from dinofast.data import Loader, backend_dali, backend_native, make_loader
 from dinofast.runtime.backends import cores
 
-ROUNDS, FIRST, BATCHES = 3, 4, 16                # of each rival; batches before the clock starts; those timed
+ROUNDS, FIRST, BATCHES = 3, 4, 16                # of each candidate; batches before the clock starts; those timed
 RIVALS = {"dinofast, native": {"data_backend": "native"}, "dinofast": {"data_backend": "dali"},
           "dinofast, decoding engine": {"data_backend": "dali", "hw_decoder_load": 1.0}}
 
@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
 
 def growing(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The case after each round: every rival has one more turn. One that fails has no more."""
+    """The case after each round: every candidate has one more turn. One that fails has no more."""
     absent = {"native": backend_native.unavailable_reason(), "dali": backend_dali.unavailable_reason()}
     left_out = [f"{name}: {absent[options['data_backend']]}" for name, options in RIVALS.items()
                 if absent[options["data_backend"]]]
@@ -50,7 +50,7 @@ def growing(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
                        for name, options in RIVALS.items() if not absent[options["data_backend"]]})
         for _ in range(ROUNDS):
             turns.round()
-            rows = [{"rival": name, "failed": turns.failed[name]} if name in turns.failed else
+            rows = [{"candidate": name, "failed": turns.failed[name]} if name in turns.failed else
                     row_of_gpu(name, found, device) for name, found in turns.results.items()]
             yield {"case": str(case), "photographs": case.photographs, "batch": case.batch, "dtype": "bfloat16",
                    "implementation": "dali" if not absent["dali"] else "native", "rounds": turns.rounds,

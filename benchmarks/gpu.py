@@ -40,12 +40,12 @@ PYTHON = sys.executable
 MORE = 75                                        # exit code of a part, and of this: something is left; as record.MORE
 TOTAL_S, LEAST_S = 510, 10                       # of a call, ending what runs over not counted; with less no part is begun
 INTERRUPTED_S, ABORTED_S = 15, 5                 # a part that runs over has so long to end when it is told to
-LIMITS = {"install": 60, "probe": 150, "step": 420, "candidates": 420, "dino_loss": 75, "adamw_ema": 45, "tests": 240,
+LIMITS = {"install": 60, "probe": 150, "step": 420, "options": 420, "dino_loss": 75, "adamw_ema": 45, "tests": 240,
           "data": 120, "memcheck": 90, "racecheck": 60}                  # seconds of a call at most, in a run of everything
-LAST_CASE_S = {"probe": 60, "step": 75, "candidates": 75}     # kept for the case begun last; of others 0.4 of the limit
-RESUMED, RESTARTS = ("probe", "step", "candidates", "dino_loss", "adamw_ema", "tests", "data"), 6     # parts; in one call
+LAST_CASE_S = {"probe": 60, "step": 75, "options": 75}     # kept for the case begun last; of others 0.4 of the limit
+RESUMED, RESTARTS = ("probe", "step", "options", "dino_loss", "adamw_ema", "tests", "data"), 6     # parts; in one call
 SANITIZED = ("memcheck", "racecheck")
-SCRIPTS = {"probe": "probe.py", "candidates": "candidates.py", "tests": "gpu_tests.py"}          # of others bench_NAME.py
+SCRIPTS = {"probe": "probe.py", "options": "step_options.py", "tests": "gpu_tests.py"}          # of others bench_NAME.py
 PLANTED, PLANTED_S = "planted", 12               # a part of the rehearsal that runs over; the others have all the time
 INSTALL = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check",
            "--editable", ".")
@@ -249,7 +249,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(LIMITS)}; none means all")
     parser.add_argument("--results", type=Path, metavar="DIR", help="$OUT, else benchmarks/results")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="of torch.compile and Triton; left alone, where they have it")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="of torch.compile and Triton; default: where they have it")
     parser.add_argument("--total-s", type=float, default=TOTAL_S, metavar="S", help=f"of this call (default: {TOTAL_S})")
     parser.add_argument("--again", action="store_true", help="repeat what is done")
     parser.add_argument("--rehearse", action="store_true", help="every part at tiny sizes on the CPU, not saved into results")

@@ -46,7 +46,7 @@ def dino_loss(device: torch.device) -> int:
 
 
 def adamw_ema(device: torch.device) -> int:
-    """Norms, optimiser's step and average of lists of tensors; some without a teacher; skipped and not."""
+    """Norms, optimizer's step and average of lists of tensors; some without a teacher; skipped and not."""
     def tensors(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         return [torch.rand(shape, generator=generator).to(device, dtype) for shape in TENSOR_SHAPES]
 
@@ -69,15 +69,15 @@ def adamw_ema(device: torch.device) -> int:
     return calls
 
 
-def colour(device: torch.device) -> int:
+def color(device: torch.device) -> int:
     """Crops of one pixel, of less than a block and of several; some blurred, none blurred."""
     table = torch.rand(3, 256).to(device)
     for dtype, side in ((torch.float32, 1), (torch.float32, 7), (torch.bfloat16, 97)):
         crops = [torch.randint(0, 256, (3, side, side, 3), dtype=torch.uint8).to(device) for _ in range(2)]
         drawn = augmentation.draw(0, 0, np.arange(3), views(Config())).views[:, :2].T.copy()
-        assert ops.colour(crops, drawn, table, dtype).isfinite().all()
+        assert ops.color(crops, drawn, table, dtype).isfinite().all()
         drawn["blur_radius"] = 0
-        assert ops.colour(crops, drawn, table, dtype).isfinite().all()
+        assert ops.color(crops, drawn, table, dtype).isfinite().all()
     return 6
 
 

@@ -1,4 +1,4 @@
-"""The official DINO's own code (facebookresearch/dino) as a rival, from the checkout that $DINO_OFFICIAL names.
+"""The official DINO's own code (facebookresearch/dino) as a candidate, from the checkout that $DINO_OFFICIAL names.
 
 One class or function is executed at a time, because importing its scripts would ask for packages that a machine for benchmarks
 need not have. `dinofast.bench.baseline` is our rewrite of the same.

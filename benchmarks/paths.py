@@ -30,7 +30,7 @@ from dinofast.nn.dino import Model
 from dinofast.nn.vit import VisionTransformer
 from dinofast.ops import _dino_loss
 from dinofast.runtime.distributed import Process
-from dinofast.runtime.memory import kept_memory
+from dinofast.runtime.memory import retain_freed_memory
 from dinofast.step import Step
 
 Times = tuple[list[float], list[float]]          # milliseconds with a path, and without it
@@ -88,7 +88,7 @@ def memory(rounds: int) -> Times:
 
 def answer_with_steps(how: str) -> None:
     """A step for each line that comes in, and its milliseconds out."""
-    with kept_memory(CPU) if how == "kept" else nullcontext():
+    with retain_freed_memory(CPU) if how == "kept" else nullcontext():
         step = step_of(images=16, blocks=3)
         for i, _ in enumerate(sys.stdin):
             start = used_ms()
@@ -126,7 +126,7 @@ def chunks(rounds: int, images: int = 32) -> Times:
         loss = ops.soft_cross_entropy(local.chunk(CROPS - 2), list(targets)) + ops.soft_cross_entropy(
             [both], [targets.flatten(0, 1)])
         return torch.autograd.grad(loss, head)
-    with kept_memory(CPU):                       # or fresh memory would count most
+    with retain_freed_memory(CPU):                       # or fresh memory would count most
         return in_turns(call, stacking, rounds, warm_up=3)
 
 

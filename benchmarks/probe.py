@@ -25,14 +25,14 @@ from torch import Tensor
 from dinofast.bench import step as step_clock
 from dinofast.bench.record import main, rows_of, version
 from dinofast.bench.step import Synthetic
-from dinofast.bench.timing import MIB, Rival, measure, reason_of, row_of
+from dinofast.bench.timing import MIB, Candidate, measure, reason_of, row_of
 from dinofast.nn import attention
 from dinofast.nn.packing import layout
 from dinofast.runtime.distributed import Process
 from dinofast.step import Step
 
 NAME = "probe"
-SECONDS = {"cpu": 1.0, "cuda": 0.3}      # a group of rivals
+SECONDS = {"cpu": 1.0, "cuda": 0.3}      # a group of candidates
 COPY_MIB, PRODUCT = 2048, 8192           # of the copy's source; rows and columns of the square product
 PROFILED, SHOWN = 3, 60                  # steps under the profiler, one after the other; kernels in the file
 EAGER, COMPILED = "one step, eager", "one step, compiled"
@@ -65,7 +65,7 @@ def rehearsal() -> list[Case]:
     return [Case(what, bench_step.rehearsal()[0], 48, 3, large=False) for what in WORK]
 
 
-def rivals_of(case: Case) -> tuple[str, ...]:
+def candidates_of(case: Case) -> tuple[str, ...]:
     return ()
 
 
@@ -104,22 +104,23 @@ def ceilings(case: Case, device: torch.device, seconds: float) -> dict[str, Any]
 
     def copy() -> None:
         target.copy_(source)
-    rivals = [Rival(f"copy of {size:,} MiB", copy, 2 * source.nbytes), Rival(name, lambda: (a @ b,), flops=2.0 * n**3)]
-    return {"rows": rows_of(measure(rivals, device, seconds)), "left_out": []}
+    candidates = [Candidate(f"copy of {size:,} MiB", copy, 2 * source.nbytes),
+                  Candidate(name, lambda: (a @ b,), flops=2.0 * n**3)]
+    return {"rows": rows_of(measure(candidates, device, seconds)), "left_out": []}
 
 
 @part("products")
 def products(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
     """y = x w^T of x (T, in) and w (out, in); the gradients g w of x and g^T x of w, g (T, out)."""
     tokens, d = sum(n * each for n, each in case.runs().values()), case.width
-    rivals = []
+    candidates = []
     for name, wide, out in (("qkv", d, 3 * d), ("proj", d, d), ("fc1", d, 4 * d), ("fc2", 4 * d, d)):
         x, w, g = (torch.randn(shape, device=device).bfloat16() for shape in ((tokens, wide), (out, wide), (tokens, out)))
         count = 2.0 * tokens * wide * out
-        rivals += [Rival(f"{name}, forward", lambda x=x, w=w: (x @ w.T,), flops=count),
-                   Rival(f"{name}, of the input", lambda g=g, w=w: (g @ w,), flops=count),
-                   Rival(f"{name}, of the weight", lambda g=g, x=x: (g.T @ x,), flops=count)]
-    return {"tokens": tokens, "rows": rows_of(measure(rivals, device, seconds * len(rivals))), "left_out": []}
+        candidates += [Candidate(f"{name}, forward", lambda x=x, w=w: (x @ w.T,), flops=count),
+                   Candidate(f"{name}, of the input", lambda g=g, w=w: (g @ w,), flops=count),
+                   Candidate(f"{name}, of the weight", lambda g=g, x=x: (g.T @ x,), flops=count)]
+    return {"tokens": tokens, "rows": rows_of(measure(candidates, device, seconds * len(candidates))), "left_out": []}
 
 
 def attentions(runs: tuple[tuple[int, int], ...], case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def attentions(runs: tuple[tuple[int, int], ...], case: Case, device: torch.devi
     tokens, width = sum(n * each for n, each in runs), case.width // case.heads
     q, k, v, grad = (torch.randn(tokens, case.heads, width, device=device).bfloat16().requires_grad_(i < 3) for i in range(4))
     count = 4.0 * case.width * sum(n * each**2 for n, each in runs)
-    rivals, refused = [], []
+    candidates, refused = [], []
 
     def forward_of(impl: str) -> Tensor:
         attention.activate(impl)                      # of torch's flash attentions there is one at a time
@@ -143,11 +144,11 @@ def attentions(runs: tuple[tuple[int, int], ...], case: Case, device: torch.devi
             attention.select_attention(impl, device, torch.bfloat16, width)
             out = forward_of(impl)
         except Exception as error:
-            refused.append({"rival": impl, "failed": reason_of(error)})
+            refused.append({"candidate": impl, "failed": reason_of(error)})
             continue
-        rivals += [Rival(f"{impl}, forward", lambda impl=impl: (forward_of(impl).detach(),), flops=count),
-                   Rival(f"{impl}, backward", lambda impl=impl, out=out: backward_of(impl, out), flops=2.5 * count)]
-    return {"tokens": tokens, "rows": rows_of(measure(rivals, device, seconds * len(rivals))) + refused, "left_out": []}
+        candidates += [Candidate(f"{impl}, forward", lambda impl=impl: (forward_of(impl).detach(),), flops=count),
+                   Candidate(f"{impl}, backward", lambda impl=impl, out=out: backward_of(impl, out), flops=2.5 * count)]
+    return {"tokens": tokens, "rows": rows_of(measure(candidates, device, seconds * len(candidates))) + refused, "left_out": []}
 
 
 @part("attention of large crops")
@@ -180,12 +181,12 @@ def profile(case: Case, device: torch.device, compiled: str) -> dict[str, Any]:
     cfg = case.step.config(device, compile=compiled)
     step = Step(cfg, step_clock.new_model(cfg), Process(0, 1, device), step_clock.schedule_of(cfg, device))
     batches = Synthetic(cfg, device, torch.bfloat16 if step.precision == "bf16" else torch.float32)
-    rival = step_clock.Rival("dinofast", step, batches, None)
-    step_clock.warm_up(rival, device)
-    timed, = step_clock.in_turns([rival], device, 0.0)
+    candidate = step_clock.Candidate("dinofast", step, batches, None)
+    step_clock.warm_up(candidate, device)
+    timed, = step_clock.in_turns([candidate], device, 0.0)
     activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
-        rival.turn(device, PROFILED)
+        candidate.turn(device, PROFILED)
     whole = row_of("without the profiler", timed.step_ms)
     whole["images_per_s"] = case.step.images / whole["median_ms"] * 1e3
     what = {} if device.type == "cuda" else {"stand_in": "operators of a CPU, not kernels of a GPU"}

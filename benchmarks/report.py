@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NO_GPU = "GPU: nothing has been measured on one yet, and no number is claimed; `make gpu` measures all of the above there."
 PAGES = ("README.md", "docs/benchmarks.md")
-PARTS = ("data", "teacher", "student", "loss", "backward", "optimiser")                  # of a step
+PARTS = ("data", "teacher", "student", "loss", "backward", "optimizer")                  # of a step
 
 
 HEADLINE = (("step", "training step, ViT-S/16, batch of 8, fp32", "official", "dinofast"),
@@ -32,7 +32,7 @@ def headline() -> str:
     rows, machines = [], set()
     for benchmark, what, official, ours in HEADLINE:
         result = load(benchmark, "cpu")
-        row = {row["rival"]: row for row in max(result["cases"], key=lambda case: len(case["rows"]))["rows"]}
+        row = {row["candidate"]: row for row in max(result["cases"], key=lambda case: len(case["rows"]))["rows"]}
         theirs, mine = row[official], row[ours]
         said = [f"{rate(each['images_per_s'])} images/s" if "images_per_s" in each else f"{digits(each['median_ms'])} ms"
                 for each in (theirs, mine)]
@@ -102,7 +102,7 @@ def load(benchmark: str, device_type: str) -> dict | None:
 def flagged(case: dict) -> list[str]:
     """What went wrong in a case and in its rows."""
     whole = [case["failed"]] if "failed" in case else []
-    return whole + [f"{row['rival']}: {row[what]}" for row in case["rows"] for what in ("failed", "differs") if what in row]
+    return whole + [f"{row['candidate']}: {row[what]}" for row in case["rows"] for what in ("failed", "differs") if what in row]
 
 
 def speed(benchmark: str, device_type: str) -> str:
@@ -129,7 +129,7 @@ def provenance(result: dict) -> str:
 
 
 def data(device_type: str) -> str:
-    """Every rival of the data path, from results/data-DEVICE.json; a sentence if there is no file."""
+    """Every candidate of the data path, from results/data-DEVICE.json; a sentence if there is no file."""
     result = load("data", device_type)
     if not result:
         return "`data`: no measurement has been committed yet."
@@ -140,11 +140,11 @@ def data(device_type: str) -> str:
     for row in case["rows"]:
         low, high = row["quartiles_ms"]
         faster, gib = row["times_faster_than_official"], row.get("device_gib")
-        cells = (row["rival"], f"{row['images_per_s']:,.0f}", f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
+        cells = (row["candidate"], f"{row['images_per_s']:,.0f}", f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
                  digits(row["cpu_ms"]), "" if faster is None else f"{faster:.1f}",
                  "" if faster is None else "official, bit for bit" if row["same_crops"] else "its own, as many",
                  "" if gib is None else f"{gib:.1f} GiB")
-        rows.append(tuple(f"**{cell}**" if cell and row["rival"] == "dinofast" else cell for cell in cells))
+        rows.append(tuple(f"**{cell}**" if cell and row["candidate"] == "dinofast" else cell for cell in cells))
     return "\n\n".join([f"`data` ({case['implementation']}), {case['case']}:", table(head, rows), provenance(result)])
 
 
@@ -157,19 +157,18 @@ def step(device_type: str) -> str:
     rows, parts = [], []
     for row in first["rows"]:
         low, high = row["quartiles_ms"]
-        cells = (row["rival"], rate(row["images_per_s"]), f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
+        cells = (row["candidate"], rate(row["images_per_s"]), f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
                  faster(row), share(row["mfu"]), gib(row))
-        spent = (row["rival"], *(f"{row['parts_ms'][part]:,.1f}" if part in row["parts_ms"] else "" for part in PARTS))
-        bold = row["rival"] == "dinofast"
+        spent = (row["candidate"], *(f"{row['parts_ms'][part]:,.1f}" if part in row["parts_ms"] else "" for part in PARTS))
+        bold = row["candidate"] == "dinofast"
         rows.append(tuple(f"**{cell}**" if cell and bold else cell for cell in cells))
         parts += [tuple(f"**{cell}**" if cell and bold else cell for cell in spent)] if any(spent[1:]) else []
     title = f"The whole step, {first['case']}; {first['gflop_an_image']:,.1f} GFLOP an image, MFU of {first['peak']}:"
     blocks = [title, table(("", "images/s", "ms a step: median [quartiles]", "this / official", "MFU", "memory"), rows)]
     if parts:
-        names = (part.replace("optimiser", "optimizer") for part in PARTS)
-        blocks += ["Milliseconds of each part:", table(("", *names), parts)]
-    brief = [(different(case["case"], first["case"]), row["rival"], rate(row["images_per_s"]), faster(row), share(row["mfu"]),
-              gib(row)) for case in others for row in case["rows"]]
+        blocks += ["Milliseconds of each part:", table(("", *PARTS), parts)]
+    brief = [(different(case["case"], first["case"]), row["candidate"], rate(row["images_per_s"]), faster(row),
+              share(row["mfu"]), gib(row)) for case in others for row in case["rows"]]
     if brief:
         blocks += ["Other cases, by what differs:",
                    table(("case", "", "images/s", "this / official", "MFU", "memory"), once(brief))]
@@ -181,7 +180,7 @@ def probe(device_type: str) -> str:
     result = load("probe", device_type)
     if not result:
         return "The probe: no measurement has been committed yet."
-    rows = [(case["case"], row["rival"], digits(row["median_ms"]), "" if row.get("gbps") is None else f"{row['gbps']:,.0f}",
+    rows = [(case["case"], row["candidate"], digits(row["median_ms"]), "" if row.get("gbps") is None else f"{row['gbps']:,.0f}",
              "" if row.get("tflops") is None else digits(row["tflops"])) for case in result["cases"] for row in case["rows"]]
     kernels = [f"{case['case']}: {case['n_kernels']:,.0f} kernels, {case['kernels_us'] / 1e3:,.1f} ms; none runs for "
                f"{case['gaps_us'] / 1e3:,.1f} ms." for case in result["cases"] if "kernels" in case]
@@ -189,9 +188,9 @@ def probe(device_type: str) -> str:
     return "\n\n".join(["What the device does:", table(head, once(rows)), *kernels, provenance(result)])
 
 
-def candidates(device_type: str) -> str:
+def options(device_type: str) -> str:
     """Options one at a time on top of the best before, and which were kept."""
-    result = load("candidates", device_type)
+    result = load("options", device_type)
     if not result:
         return "Candidates: no measurement has been committed yet."
     rows = []
@@ -206,7 +205,7 @@ def candidates(device_type: str) -> str:
 
 def gpu() -> str:
     """All that was measured on a GPU; one line if nothing was."""
-    makers = {"step": step, "candidates": candidates, "probe": probe, "dino_loss": functools.partial(speed, "dino_loss"),
+    makers = {"step": step, "options": options, "probe": probe, "dino_loss": functools.partial(speed, "dino_loss"),
               "adamw_ema": functools.partial(speed, "adamw_ema"), "data": data}
     blocks = [make("cuda") for name, make in makers.items() if load(name, "cuda")]
     return "\n\n".join(blocks) or NO_GPU
@@ -245,16 +244,16 @@ def first_batch() -> str:
 
 
 def full_table(case: dict) -> str:
-    """Every rival of one case."""
+    """Every candidate of one case."""
     head = ("", "ms: median [quartiles]", "official / this", "this / copy", "GB/s (of the copy's)", "extra memory",
             "ms on the host")
     rows = []
     for row in case["rows"]:
         low, high = row["quartiles_ms"]
-        cells = (row["rival"], f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
+        cells = (row["candidate"], f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
                  ratio(row["times_faster_than_official"], 1), ratio(row["times_the_copy"], 2), bandwidth(row),
                  memory(case, row), "" if row["launch_ms"] is None else digits(row["launch_ms"]))
-        rows.append(tuple(f"**{cell}**" if cell and row["rival"] == "dinofast" else cell for cell in cells))
+        rows.append(tuple(f"**{cell}**" if cell and row["candidate"] == "dinofast" else cell for cell in cells))
     return table(head, rows)
 
 
@@ -264,7 +263,7 @@ def brief_table(cases: list[dict], first: str) -> str:
             "GB/s (of the copy's)")
     rows = []
     for case in cases:
-        row = {row["rival"]: row for row in case["rows"]}
+        row = {row["candidate"]: row for row in case["rows"]}
         if "dinofast" not in row:
             continue
         ours, compiled = row["dinofast"], row.get("reference, compiled")
@@ -292,7 +291,7 @@ def memory(case: dict, row: dict) -> str:
 
 
 def reasons(result: dict) -> list[str]:
-    """Why rivals are absent, each said once."""
+    """Why candidates are absent, each said once."""
     return sorted({f"Left out: {reason}." for case in result["cases"] for reason in case.get("left_out", ())})
 
 

@@ -82,8 +82,8 @@ void multicrop(const py::array_t<uint8_t, py::array::c_style>& image, const py::
             throw std::invalid_argument("a box does not lie in the image");
         if (drawn[i].size > kLargestCrop) throw std::invalid_argument("a crop is larger than 16384");
         for (int k = 0; drawn[i].jitter && k < 4; ++k) {
-            if (drawn[i].order[k] > 3) throw std::invalid_argument("an order names a colour operation beyond 3");
-            if (!(std::fabs(drawn[i].factors[k]) < 1000)) throw std::invalid_argument("a colour factor is beyond 1000");
+            if (drawn[i].order[k] > 3) throw std::invalid_argument("an order names a color operation beyond 3");
+            if (!(std::fabs(drawn[i].factors[k]) < 1000)) throw std::invalid_argument("a color factor is beyond 1000");
         }
         if (!(drawn[i].blur_radius >= 0 && drawn[i].blur_radius < 1000)) throw std::invalid_argument("a blur radius is beyond 1000");
         if (!crops[i]) throw std::invalid_argument("a crop has no memory");

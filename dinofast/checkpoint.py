@@ -1,4 +1,4 @@
-"""Checkpoints in the official layout: written whole or not at all, read without running anything that is inside."""
+"""Checkpoints in the official layout: written atomically, read without running anything that is inside."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ _SAFE = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32
          np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
 # Options that change neither the weights nor, but for rounding, the trajectory, so that another value on resuming is
 # nobody's concern.
-_FREE = {"data_path", "output_dir", "saveckp_freq", "saveckp_steps", "log_steps", "num_workers", "data_backend", "device",
-         "dist_url", "local_rank", "gpu", "rank", "world_size", "dist_backend", "max_refused", "attention", "linear",
-         "compile", "cuda_graph", "grad_checkpointing"}
+RESUME_MUTABLE_OPTIONS = {
+    "data_path", "output_dir", "saveckp_freq", "saveckp_steps", "log_steps", "num_workers", "data_backend", "device",
+    "dist_url", "local_rank", "gpu", "rank", "world_size", "dist_backend", "max_bad_files", "attention", "linear", "compile",
+    "cuda_graph", "grad_checkpointing",
+}
 _VIT_OF_WIDTH = {64: "vit_nano", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 
 
 @dataclass
-class Position:
-    """Where a run stands: `step` optimiser steps are done. The sums make the epoch's log line exact after a resume."""
+class TrainState:
+    """Where a run stands: `step` optimizer steps are done. The sums make the epoch's log line exact after a resume."""
 
     step: int = 0
     epoch: int = 0
@@ -49,12 +51,12 @@ class Position:
         """Raise `ValueError` for what no save of ours holds."""
         for f in fields(self):
             value = getattr(self, f.name)
-            if type(value) is not type(getattr(Position(), f.name)) or (isinstance(value, int) and value < 0):
+            if type(value) is not type(getattr(TrainState(), f.name)) or (isinstance(value, int) and value < 0):
                 raise ValueError(f"its position in the run says {f.name}={value!r}")
 
 
 def save(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, cfg: Config,
-         position: Position) -> None:
+         position: TrainState) -> None:
     """Write the official keys (`student` named `module.*`, `teacher`, `optimizer`, `epoch` = the next one, `args`, `dino_loss`,
     `fp16_scaler` where used) and one more, `dinofast`, through a temporary file in the same folder and a rename."""
     state = {
@@ -94,7 +96,7 @@ def link(path: Path, name: Path) -> None:
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[None]:
+def lock_output_dir(folder: Path) -> Iterator[None]:
     """Make the folder, see that it can be written, and keep other runs out of it. Raises `ValueError` now, not after hours."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +148,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None,
-            cfg: Config) -> tuple[Position, list[str]]:
+            cfg: Config) -> tuple[TrainState, list[str]]:
     """Load a training checkpoint, ours or an official one, into freshly built parts.
 
     Returns where the run stands (`n_images` 0 when the file does not tell: an official one, to go on at the start of its epoch)
@@ -172,7 +174,7 @@ def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: 
         scaler.load_state_dict(state["fp16_scaler"])
     now = cfg.to_dict()
     changed = [f"`{name}` was {_told(saved_args[name])} and is now {_told(now[name])}" for name in now
-               if name in saved_args and name not in _FREE and _plain(saved_args[name]) != _plain(now[name])]
+               if name in saved_args and name not in RESUME_MUTABLE_OPTIONS and _plain(saved_args[name]) != _plain(now[name])]
     return position, changed
 
 
@@ -255,12 +257,12 @@ def _check_fit(path: Path, module: nn.Module, weights: Mapping[str, Any], what: 
                              "`output_dir`.")
 
 
-def _position(path: Path, state: Mapping[str, Any]) -> Position:
+def _position(path: Path, state: Mapping[str, Any]) -> TrainState:
     """Where the run stands; of an official checkpoint only the epoch is known."""
     try:
         ours = state.get("dinofast")
-        known = Position.__dataclass_fields__
-        position = Position(**{k: v for k, v in ours.items() if k in known}) if ours else Position(epoch=state["epoch"])
+        known = TrainState.__dataclass_fields__
+        position = TrainState(**{k: v for k, v in ours.items() if k in known}) if ours else TrainState(epoch=state["epoch"])
         position.check()
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"'{path}' does not tell where the run stands ({error}): it was left as it is; move it away, or "
@@ -277,10 +279,10 @@ def _check_optimizer(path: Path, optimizer: torch.optim.Optimizer, saved: Mappin
                    for i, state in saved["state"].items() for value in state.values() if isinstance(value, Tensor))
         lengths = [len(g["params"]) for g in theirs]
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"'{path}' holds no optimiser state that can be understood: it was left as it is; move it away, or "
+        raise ValueError(f"'{path}' holds no optimizer state that can be understood: it was left as it is; move it away, or "
                          "choose another `output_dir`.") from error
     same_kind = all(("betas" in a, "eta" in a) == ("betas" in b, "eta" in b) for a, b in zip(ours, theirs, strict=False))
     if not same_kind or not fits or [len(g["params"]) for g in ours] != lengths:
         was = f" (`optimizer` {args['optimizer']})" if "optimizer" in args else ""
-        raise ValueError(f"'{path}' was saved with another optimiser{was} or other trainable parameters: resume with the "
+        raise ValueError(f"'{path}' was saved with another optimizer{was} or other trainable parameters: resume with the "
                          "options it was saved with, or choose another `output_dir`.")

@@ -38,16 +38,16 @@ class Config:
         "more memory and time. Below 16, fp32 (`precision` fp32) is the safe choice.")
     out_dim: int = option(65536, "Number of prototypes K, the width of the DINO head's output. Large values suit large data "
         "sets; for fewer than 100,000 images try 1024 to 8192.")
-    norm_last_layer: bool = option(True, "Keep the last layer's weight norms at 1. Not normalising can give better features "
+    norm_last_layer: bool = option(True, "Keep the last layer's weight norms at 1. Not normalizing can give better features "
         "but is less stable; the official runs use false with vit_small and true with vit_base.")
     momentum_teacher: float = option(0.996, "First value of the teacher's EMA momentum; it rises to 1 by a cosine. "
         "Take more for small batches: 0.9995 for a batch of 256.")
-    use_bn_in_head: bool = option(False, "Batch normalisation in the projection head.")
+    use_bn_in_head: bool = option(False, "Batch normalization in the projection head.")
     head_layers: int = option(3, "[dinofast] Layers of the head's MLP.")
     head_hidden_dim: int = option(2048, "[dinofast] Hidden width of the head's MLP.")
-    head_bottleneck_dim: int = option(256, "[dinofast] Width of the L2-normalised bottleneck before the prototypes.")
+    head_bottleneck_dim: int = option(256, "[dinofast] Width of the L2-normalized bottleneck before the prototypes.")
 
-    # ---- temperatures and centre
+    # ---- temperatures and center
     warmup_teacher_temp: float = option(0.04, "Teacher temperature at the start. 0.04 works in most cases; lower it if the "
         "loss does not fall.")
     teacher_temp: float = option(0.04, "Teacher temperature after its warm-up. Above 0.07 training is usually unstable; start "
@@ -55,10 +55,10 @@ class Config:
     warmup_teacher_temp_epochs: int = option(0, "Epochs of linear warm-up of the teacher temperature (30 in the boosted "
         "recipe).")
     student_temp: float = option(0.1, "[dinofast] Student temperature.")
-    center_momentum: float = option(0.9, "[dinofast] Momentum of the centre.")
+    center_momentum: float = option(0.9, "[dinofast] Momentum of the center.")
 
-    # ---- optimisation
-    use_fp16: bool = option(True, "Mixed precision. Left alone, training runs in bf16 on a GPU and in fp32 on a CPU; given as "
+    # ---- optimization
+    use_fp16: bool = option(True, "Mixed precision. By default training runs in bf16 on a GPU and in fp32 on a CPU; given as "
         "true it means fp16 with a loss scaler as in the official code, given as false it means fp32. "
         "Disable it if the loss is unstable.")
     precision: str | None = option(None, "[dinofast] bf16, fp16 or fp32; overrides `use_fp16`.", choices=PRECISIONS)
@@ -71,7 +71,7 @@ class Config:
         "as in the official code; global, the whole gradient, which keeps its direction and needs a larger limit.",
         choices=CLIP_MODES)
     batch_size_per_gpu: int = option(64, "Images per process and forward pass.")
-    accumulate: int = option(1, "[dinofast] Forward passes whose gradients are summed for one optimiser step. "
+    accumulate: int = option(1, "[dinofast] Forward passes whose gradients are summed for one optimizer step. "
         "The learning rate is scaled with the whole batch.")
     epochs: int = option(100, "Number of epochs.")
     freeze_last_layer: int = option(1, "Epochs during which the last layer is held fixed. Raise it if the loss does not fall.")
@@ -85,11 +85,11 @@ class Config:
     # ---- how the step is computed
     attention: str | None = option(None, "[dinofast] Attention of our ViTs: xformers (or mslk, its successor), varlen "
         "(torch's own) or fa3 (FlashAttention-3, for H100 and H200) over all packed crops at once, in bf16 or fp16 on a GPU; "
-        "cudnn and sdpa, cuDNN's and torch's kernels for each crop size; plain, the formula. Default: the first of xformers, "
-        "varlen, sdpa that runs here.", choices=("xformers", "varlen", "fa3", "cudnn", "sdpa", "plain"),
+        "cudnn and sdpa, cuDNN's and torch's kernels for each crop size; eager, the formula. Default: the first of xformers, "
+        "varlen, sdpa that runs here.", choices=("xformers", "varlen", "fa3", "cudnn", "sdpa", "eager"),
         aliases={"mslk": "xformers"})
     linear: str | None = option(None, "[dinofast] Linear layers of our ViTs, in fp32 on a CPU: blas, torch's own way, or "
-        "onednn, as convolutions of one pixel. Left alone: onednn on AMD's CPUs with AVX-512, where it is faster; blas "
+        "onednn, as convolutions of one pixel. Default: onednn on AMD's CPUs with AVX-512, where it is faster; blas "
         "elsewhere.", choices=("blas", "onednn"))
     compile: str | None = option(None, "[dinofast] on: student and teacher under torch.compile; the first step then takes a "
         "minute, less when the same was compiled before. max-autotune: the same with matrix products chosen by timing, bias "
@@ -100,7 +100,7 @@ class Config:
     grad_checkpointing: bool = option(False, "[dinofast] Keep only the inputs of each block but the last for backward and "
         "compute the rest anew: less memory, more time (ViT only).")
     teacher_precision: str = option("fp32", "[dinofast] bf16: the teacher's weights and tokens are rounded to bf16; its "
-        "average stays in fp32, with the optimiser. Goes with `precision` bf16.", choices=("fp32", "bf16"))
+        "average stays in fp32, with the optimizer. Goes with `precision` bf16.", choices=("fp32", "bf16"))
 
     residual_precision: str = option("fp32", "[dinofast] bf16: the sum that each branch of our ViTs adds to is kept in "
         "bf16, not fp32: fewer bytes to move, less exact. Goes with `precision` bf16.", choices=("fp32", "bf16"))
@@ -127,16 +127,16 @@ class Config:
     saveckp_steps: int = option(0, "[dinofast] Also save checkpoint.pth every so many steps; 0 saves at the end of each epoch "
         "only.")
     log_steps: int = option(10, "[dinofast] Steps between two readings of the loss; the device is waited for only then.")
-    max_refused: float = option(0.5, "[dinofast] Share of unreadable images at which the run stops.")
+    max_bad_files: float = option(0.5, "[dinofast] Share of unreadable images at which the run stops.")
     seed: int = option(0, "Random seed of the weights, the order of images and the augmentation.")
     num_workers: int = option(10, "Threads (dali, native) or processes (pil) that make crops, per training process; at most "
         "one per core is started.")
     data_backend: str | None = option(None, "[dinofast] What makes the crops: dali, decoding and cuts by NVIDIA DALI on the "
         "GPU; native, C++ in threads; or pil, processes. native and pil make the same bits, dali the same but for rounding. "
-        "Left alone: dali on a GPU where it is installed, else native where it was built.", choices=("dali", "native", "pil"))
+        "Default: dali on a GPU where it is installed, else native where it was built.", choices=("dali", "native", "pil"))
     hw_decoder_load: float = option(0.0, "[dinofast] dali: share of the JPEGs for the GPU's decoding engine (A100, H100), "
         "the rest is decoded by its cores. The two differ slightly: shares between 0 and 1 do not repeat a run exactly.")
-    device: str | None = option(None, "[dinofast] cuda or cpu. Left alone: a GPU if there is one.", choices=("cuda", "cpu"))
+    device: str | None = option(None, "[dinofast] cuda or cpu. Default: a GPU if there is one.", choices=("cuda", "cpu"))
     dist_url: str = option("env://", "Where processes meet; torchrun sets it up.")
     local_rank: int = option(0, "Ignored; torchrun sets it through the environment.")
 
@@ -193,7 +193,7 @@ class Config:
             self._need(name, getattr(self, name) <= most, f"must be at most {most}")
         for name in ("warmup_teacher_temp", "teacher_temp", "student_temp"):
             self._need(name, getattr(self, name) > 0, "must be above 0")
-        for name in ("momentum_teacher", "center_momentum", "max_refused", "hw_decoder_load"):
+        for name in ("momentum_teacher", "center_momentum", "max_bad_files", "hw_decoder_load"):
             self._need(name, 0 <= getattr(self, name) <= 1, "must lie between 0 and 1")
         self._need("drop_path_rate", 0 <= self.drop_path_rate < 1, "must be at least 0 and below 1")
         for name in ("global_crops_scale", "local_crops_scale"):

@@ -1,4 +1,4 @@
-"""The DINO loss with the official signature, and the centre."""
+"""The DINO loss with the official signature, and the center."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DINOLoss(nn.Module):
     `warmup_teacher_temp` to `teacher_temp` over `warmup_teacher_temp_epochs`, then constant, up to `nepochs`.
 
     Beyond the official class: works without a process group, takes any float dtype (statistics are fp32), and a batch whose
-    loss is not finite never reaches the centre. Source: arXiv 2104.14294.
+    loss is not finite never reaches the center. Source: arXiv 2104.14294.
     """
 
     def __init__(self, out_dim: int, ncrops: int, warmup_teacher_temp: float, teacher_temp: float,
@@ -53,7 +53,7 @@ class DINOLoss(nn.Module):
         self._pending: list[tuple[Tensor, Tensor, Tensor, int]] = []
 
     def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
-        """student_output (ncrops B, K) and teacher_output (2 B, K), rows crop-major; the loss (). Then updates the centre.
+        """student_output (ncrops B, K) and teacher_output (2 B, K), rows crop-major; the loss (). Then updates the center.
 
         Raises `ValueError` for shapes that do not fit and for an epoch outside 0 .. nepochs - 1.
         """
@@ -66,7 +66,7 @@ class DINOLoss(nn.Module):
         return loss
 
     def accumulate(self, student_output: Tensor, teacher_output: Tensor, teacher_temp: float | Tensor) -> Tensor:
-        """The loss () of one micro-batch; what the centre needs of it is kept until `step`."""
+        """The loss () of one micro-batch; what the center needs of it is kept until `step`."""
         k = self.center.shape[1]
         images, rest = divmod(teacher_output.shape[0], 2) if teacher_output.ndim == 2 else (0, 1)
         if rest or not images or teacher_output.shape[1] != k or student_output.shape != (self.ncrops * images, k):
@@ -81,7 +81,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def step(self) -> LossStats:
-        """Average what was accumulated over micro-batches and ranks, and move the centre unless a number is not finite.
+        """Average what was accumulated over micro-batches and ranks, and move the center unless a number is not finite.
 
         One all-reduce of K + 2 numbers, so that every rank comes to the same decision; no wait for the device.
         """

@@ -1,4 +1,4 @@
-"""Optimisers that clip, update the student and average the teacher in one call: AdamW, SGD, LARS.
+"""Optimizers that clip, update the student and average the teacher in one call: AdamW, SGD, LARS.
 
 The whole step is decided on the device: a gradient that is not finite leaves parameters, moments and teacher as they are, and
 nothing waits for the device to find out.
@@ -30,7 +30,7 @@ def param_groups(model: nn.Module) -> list[dict[str, Any]]:
 class _StudentTeacherOptimizer(torch.optim.Optimizer):
     """What the three have in common: norms and clip, the decision to skip, the teacher's average.
 
-    params: parameters or groups, as for any torch optimiser. student, teacher: modules with the same parameters in the same
+    params: parameters or groups, as for any torch optimizer. student, teacher: modules with the same parameters in the same
     order; `teacher <- momentum teacher + (1 - momentum) student` follows every step, for frozen parameters too, not for
     buffers. A 16-bit teacher is the rounded copy of an average in float32 (`state["teacher_master"]`): it would stand still
     otherwise. clip_grad: largest L2 norm, 0 for none; of each gradient tensor on its own with clip_mode "tensor", as in the
@@ -78,7 +78,7 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._teacher_of and momentum is None:
-            raise ValueError("this optimiser averages a teacher: give step(momentum=...), for example 0.996.")
+            raise ValueError("this optimizer averages a teacher: give step(momentum=...), for example 0.996.")
         if momentum is not None:
             ops.check_momentum(momentum)
         trained = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
@@ -137,7 +137,7 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
         return wide, copies
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's own: numbers instead of device scalars, so that any optimiser of the same kind can load it."""
+        """As torch's own: numbers instead of device scalars, so that any optimizer of the same kind can load it."""
         state = super().state_dict()
         for group in state["param_groups"]:
             group.update({k: v.item() for k, v in group.items() if isinstance(v, Tensor)})
@@ -149,12 +149,12 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
         """As torch's own, which rounds what is kept to the parameter's dtype: here float32 stays float32.
 
         A teacher that is no longer 16-bit takes over its average in float32: load the modules first.
-        Raises ValueError for a state of `maximize=True` or `amsgrad=True`, which these optimisers do not have.
+        Raises ValueError for a state of `maximize=True` or `amsgrad=True`, which these optimizers do not have.
         """
         for group in state_dict["param_groups"]:
             for name in ("maximize", "amsgrad"):
                 if group.get(name):
-                    raise ValueError(f"the state is of an optimiser with {name}=True, which {type(self).__name__} does not "
+                    raise ValueError(f"the state is of an optimizer with {name}=True, which {type(self).__name__} does not "
                                      "have.")
         super().load_state_dict(state_dict)
         numbers = (i for group in state_dict["param_groups"] for i in group["params"])
@@ -194,7 +194,7 @@ def _pairs(student: nn.Module, teacher: nn.Module) -> dict[Tensor, Tensor]:
 class AdamWEMA(_StudentTeacherOptimizer):
     """AdamW with clipping and the teacher's average; state interchangeable with `torch.optim.AdamW`'s for float32 parameters.
 
-    Of a 16-bit parameter the optimiser updates a float32 master (`state["master"]`, with moments in float32), made from its
+    Of a 16-bit parameter the optimizer updates a float32 master (`state["master"]`, with moments in float32), made from its
     values at the first step, and the parameter is the master rounded: what is written into it from elsewhere is lost then.
     """
 

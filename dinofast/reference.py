@@ -1,6 +1,6 @@
 """The specification: every operation of dinofast in plain torch. Never fast, always right.
 
-Kernels, tests and benchmarks are compared with these functions; `ops` falls back to them. What `ops.colour` must give, Pillow
+Kernels, tests and benchmarks are compared with these functions; `ops` falls back to them. What `ops.color` must give, Pillow
 says. Axes: B images, V student crops (the first two global), K prototypes.
 """
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float,
               teacher_temp: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The DINO loss over materialised logits (arXiv 2104.14294, equation 2 with multi-crop, and section 3.1).
+    """The DINO loss over materialized logits (arXiv 2104.14294, equation 2 with multi-crop, and section 3.1).
 
         q[t, b, :] = softmax((teacher[t, b, :] - center) / teacher_temp)                     no gradient
         loss = soft_cross_entropy over the pairs (t, v) with t != v, divided by their number: 2 (V - 1) for T = 2
 
     student (V, B, K), teacher (T, B, K): any float dtype, statistics in fp32 (fp64 for fp64); center (K,).
     Returns three tensors: the loss (); the mean entropy () of the rows of q in nats, without gradient; and the sum over all
-    T B rows of `teacher` (K,), from which the next centre is made, without gradient.
+    T B rows of `teacher` (K,), from which the next center is made, without gradient.
     """
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
     with torch.no_grad():

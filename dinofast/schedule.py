@@ -42,7 +42,7 @@ class StepValues:
 
 
 class Schedule:
-    """All tables of a run, one entry per optimiser step (temperatures: per epoch).
+    """All tables of a run, one entry per optimizer step (temperatures: per epoch).
 
     `lr`, `weight_decay`, `momentum` are float64 arrays on the host; `at(step)` gives the same numbers on the device.
     """

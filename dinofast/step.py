@@ -1,4 +1,4 @@
-"""The whole optimiser step: what `train` repeats and `bench-step` times. Eager, compiled, or its greater part a CUDA graph."""
+"""The whole optimizer step: what `train` repeats and `bench-step` times. Eager, compiled, or its greater part a CUDA graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .nn.vit import VisionTransformer
 from .nn.weight_copies import Copies, reading
 from .optim import OPTIMIZERS, param_groups
 from .runtime import distributed
-from .runtime.cuda_graph import Captured
+from .runtime.cuda_graph import CUDAGraphStep
 from .schedule import Schedule, step_seed
 
 _NOT_ONE_GRAPH = "batch statistics over several GPUs (`use_bn_in_head`) do not go into a graph"
@@ -25,7 +25,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Step:
-    """`step(i, batches)` takes micro-batches from `batches`, does optimiser step i and returns its metrics by name, each () on
+    """`step(i, batches)` takes micro-batches from `batches`, does optimizer step i and returns its metrics by name, each () on
     the device. Nothing in it waits for the device.
 
     model, optimizer, scaler (None without fp16): what a checkpoint holds. how: what does the work, in words. notes: what was
@@ -42,7 +42,7 @@ class Step:
                 raise ValueError(f"`{name}` bf16 goes with `precision` bf16, and this run computes in {self.precision}: give "
                                  "that too, or leave it out.")
         if cfg.teacher_precision == "bf16":
-            model.teacher.to(torch.bfloat16)                  # the optimiser averages in float32 and rounds into it
+            model.teacher.to(torch.bfloat16)                  # the optimizer averages in float32 and rounds into it
         compiled = self._compile()
         self.how = ", ".join(filter(None, (self._choose_kernels(), compiled, self._choose_graph())))
         self.optimizer = OPTIMIZERS[cfg.optimizer](param_groups(model.student), student=model.student, teacher=model.teacher,
@@ -75,7 +75,7 @@ class Step:
         else:
             self.optimizer.step(momentum=values.momentum, skip=bad)           # clip, update, teacher average
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.mark("optimiser")
+        self.model.mark("optimizer")
         return stats | {"grad_norm": self.optimizer.grad_norm.float()}
 
     def gradients(self, step: int, batches: Iterator[list[Tensor]], teacher_temp: Tensor) -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ class Step:
             last = micro == cfg.accumulate - 1
             with nullcontext() if last or process.world == 1 else self.parallel.no_sync():
                 self.forward_backward(crops, teacher_temp)
-        return self.model.end_step()                                          # all-reduce; the centre moves
+        return self.model.end_step()                                          # all-reduce; the center moves
 
     def forward_backward(self, crops: list[Tensor], teacher_temp: Tensor) -> None:
         with reading():                                                       # in backward too, for checkpointed blocks
@@ -151,7 +151,7 @@ class Step:
         return "compiled, max-autotune" if tuned else "compiled"
 
     def _choose_graph(self) -> str:
-        self.graph: Captured | None = None
+        self.graph: CUDAGraphStep | None = None
         if not self.cfg.cuda_graph:
             return ""
         reasons = {"there is no GPU": self.process.device.type != "cuda", "there are several processes": self.process.world > 1,
@@ -160,7 +160,7 @@ class Step:
             if holds:
                 self.notes.append(f"`cuda_graph`: without it, as {reason}")
                 return ""
-        self.graph = Captured(self._whole, [p for p in self.model.student.parameters() if p.requires_grad])
+        self.graph = CUDAGraphStep(self._whole, [p for p in self.model.student.parameters() if p.requires_grad])
         return "forward and backward as a CUDA graph"
 
 

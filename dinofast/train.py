@@ -16,7 +16,7 @@ from .config import Config
 from .data import Loader, make_loader
 from .nn.dino import Model, backbone_maker
 from .runtime import distributed
-from .runtime.memory import kept_memory, peak_memory
+from .runtime.memory import peak_memory, retain_freed_memory
 from .runtime.metrics import EpochSums
 from .runtime.progress import Run, counting
 from .runtime.signals import Interrupted, StopSignal
@@ -55,9 +55,9 @@ def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distr
     if not process.all_equal(int(loader.fingerprint, 16) >> 66):
         raise ValueError(f"process {process.rank} finds {loader.n_images} images in `data_path` {cfg.data_path}, others "
                          "find different ones: all processes must see the same files.")
-    with closing(loader), checkpoint.claim(Path(cfg.output_dir)) if process.is_main else nullcontext():
+    with closing(loader), checkpoint.lock_output_dir(Path(cfg.output_dir)) if process.is_main else nullcontext():
         try:
-            with kept_memory(process.device):
+            with retain_freed_memory(process.device):
                 return _run(cfg, backbone, process, stop, loader)
         except RuntimeError as error:
             if "DataLoader worker" in str(error):         # torch raises it wherever the main thread happens to be
@@ -71,12 +71,12 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distrib
     output_dir = Path(cfg.output_dir)
     path = output_dir / "checkpoint.pth"
 
-    # ---- model, optimiser, where to go on
+    # ---- model, optimizer, where to go on
     per_epoch, batch = loader.steps_per_epoch, cfg.batch_size_per_gpu * cfg.accumulate * process.world
     schedule = Schedule(cfg, per_epoch, process.world, process.device)
     one_step = Step(cfg, Model.from_config(cfg, backbone), process, schedule)
     state = one_step.model, one_step.optimizer, one_step.scaler
-    position, changed = checkpoint.Position(), []
+    position, changed = checkpoint.TrainState(), []
     if path.exists():
         position, changed = checkpoint.restore(path, *state, cfg)
     process.barrier()                                     # nobody writes here before everybody has read
@@ -91,7 +91,7 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distrib
     def save(step: int, keep: bool = False) -> None:
         if process.is_main:
             epoch, inside = divmod(step, per_epoch)
-            where = checkpoint.Position(step, epoch, inside * batch, loader.n_images, sums.read() if inside else {},
+            where = checkpoint.TrainState(step, epoch, inside * batch, loader.n_images, sums.read() if inside else {},
                                         loader.fingerprint, batch)
             numbered = output_dir / f"checkpoint{epoch - 1:04}.pth"
             checkpoint.save(numbered if keep else path, *state, cfg, where)
@@ -114,7 +114,7 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distrib
                     told_peak = True
                     run.say(f"peak memory so far: {peak_memory(process.device)}")
                 run.show(done, now, schedule.lr[step], loader.wait_s)
-                run.tell_refused(loader.bad_files, output_dir / "bad_files.txt")
+                run.log_bad_files(loader.bad_files, output_dir / "bad_files.txt")
                 if ends_epoch:
                     this = slice(epoch * per_epoch, done)
                     run.end_epoch(epoch, now, schedule.lr[this].mean(), schedule.weight_decay[this].mean())
@@ -130,7 +130,7 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distrib
     return path
 
 
-def _first_step(position: checkpoint.Position, loader: Loader, batch: int) -> tuple[int, list[str]]:
+def _first_step(position: checkpoint.TrainState, loader: Loader, batch: int) -> tuple[int, list[str]]:
     """Where to go on, and why not exactly there: the very step if images and batch are as they were, else near it."""
     start = position.epoch * loader.steps_per_epoch
     if not position.fingerprint:                                              # an official checkpoint, or a new run
@@ -157,9 +157,9 @@ def _introduce(run: Run, cfg: Config, process: distributed.Process, one_step: St
             "process(es)")
     note = f" ({loader.backend_note})" if loader.backend_note else ""
     run.say(f"loss: {ops.paths()['dino_loss'][process.device.type]}; step: {one_step.how}; crops: {loader.backend}{note}")
-    run.tell_refused(loader.bad_files, Path(cfg.output_dir) / "bad_files.txt")
+    run.log_bad_files(loader.bad_files, Path(cfg.output_dir) / "bad_files.txt")
     if start >= cfg.epochs * loader.steps_per_epoch:
-        run.say(f"nothing left to do: '{path}' has {start} steps behind it; raise `epochs` to go on")
+        run.say(f"training already complete ({start} steps), in '{path}': raise `epochs` to go on")
     elif start:
         run.say(f"resumed from '{path}' after step {start} (epoch {start // loader.steps_per_epoch + 1} of {cfg.epochs})")
     for note in [*one_step.notes, *notes]:

@@ -300,7 +300,7 @@ def _tables(tensors: Sequence[Tensor], kinds: tuple[Hashable, ...], block: int) 
     device = tensors[0].device
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():    # the replay would write where tables once led
         raise RuntimeError("adamw_ema_, ema_ and grad_norms cannot be captured in a CUDA graph: the addresses of their tensors "
-                           "lie in tables of the host's keeping; leave the optimiser's step outside the graph.")
+                           "lie in tables of the host's keeping; leave the optimizer's step outside the graph.")
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _tables_of(device, stream, tuple([x.numel() for x in tensors]), kinds, block)
 

@@ -1,4 +1,4 @@
-"""dino_loss (arXiv 2104.14294, equation 2 with multi-crop) over materialised logits: the loss, and in backward its gradient.
+"""dino_loss (arXiv 2104.14294, equation 2 with multi-crop) over materialized logits: the loss, and in backward its gradient.
 
     q[t, b, :] = softmax((teacher[t, b, :] - center) / teacher_temp), or teacher[t, b, :] itself           t = 0 .. T-1, T <= 2
     loss       = 1 / (B pairs) sum_b sum_v [mass_v log sum_k e^(d / student_temp) - <Q_v, d> / student_temp]
@@ -13,7 +13,7 @@ them over a cluster. So there are two passes: forward reads V + 2, backward read
 any upstream, and 12 where no gradient is wanted. The teacher's columns are summed first, by a kernel of its own, which reads 2
 slabs; they are then in L2 for the pass over the rows, as far as they fit. Backward takes the images in reverse, to begin with
 what forward has left in L2. Scratch, in fp32: 16 bytes per row and chunk of 512 columns until the loss is there, 1.5 MiB
-beside 96 MiB of logits at V = 10, B = 64, K = 65,536 in bf16; 2 numbers per row, the temperature and the centre (which move
+beside 96 MiB of logits at V = 10, B = 64, K = 65,536 in bf16; 2 numbers per row, the temperature and the center (which move
 before backward), until the gradient is there.
 
 A forward program is one warp with a chunk of columns of all rows of an image: the teacher's weights stay in registers while
@@ -254,7 +254,7 @@ def _join(
                 tl.store(at + 3, scale1 if CENTERED else total1)
             if b == 0:
                 i = tl.arange(0, 4)
-                tl.store(temp_kept + i, tl.where(i == 0, temp, 0.0), i < 4 - 2 * B * (V + T) % 4)   # up to the centre
+                tl.store(temp_kept + i, tl.where(i == 0, temp, 0.0), i < 4 - 2 * B * (V + T) % 4)   # up to the center
 
 
 @triton.jit
@@ -271,7 +271,7 @@ def _finish(
     losses,          # (B, V)
     entropies,       # (B,), CENTERED only
     loss,            # () out
-    entropy,         # () out: 0 without a centre
+    entropy,         # () out: 0 without a center
     inv_pairs, V, B, T: tl.constexpr, CENTERED: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Grid: 1."""
@@ -281,13 +281,13 @@ def _finish(
 
 
 def saved_numbers(B: int, rows: int, K: int) -> int:
-    """How many numbers are kept for backward: 2 for each of the V + T rows of B images, the temperature, and a centre (K,),
+    """How many numbers are kept for backward: 2 for each of the V + T rows of B images, the temperature, and a center (K,),
     which begins on a multiple of 16 bytes; K is 0 without one."""
     return (2 * B * rows + 4) // 4 * 4 + K
 
 
 def _parts_of(saved: Tensor, B: int, rows: int) -> tuple[Tensor, Tensor]:
-    """The temperature () and the centre (K,) in what is kept for backward."""
+    """The temperature () and the center (K,) in what is kept for backward."""
     return saved[2 * B * rows:], saved[saved_numbers(B, rows, 0):]
 
 
@@ -296,7 +296,7 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor | None, student_t
     """loss (), mean teacher entropy (), teacher_sum (K,) and what `dino_loss_backward` needs, all fp32.
 
     student (V, B, K), teacher (T, B, K) with T of 1 or 2, center (K,): float32, bfloat16 or float16 on one device, the last
-    axis contiguous; without a centre the teacher's rows are probabilities, entropy means nothing and teacher_sum is empty.
+    axis contiguous; without a center the teacher's rows are probabilities, entropy means nothing and teacher_sum is empty.
     teacher_temp, one number in any float dtype, likewise on the device: the host never looks at it.
     """
     (V, B, K), T, centered = student.shape, len(teacher), center is not None

@@ -113,13 +113,13 @@ def adamw_ema() -> Iterator[tuple[dict[str, object], Launch]]:
                 yield {"grad": str(grad), "copy": str(copy), "aligned": aligned}, launch
 
 
-def colour() -> Iterator[tuple[dict[str, object], Launch]]:
-    from dinofast.kernels import colour as module
+def color() -> Iterator[tuple[dict[str, object], Launch]]:
+    from dinofast.kernels import color as module
 
     crops = [torch.empty(64, 224, 224, 3, dtype=torch.uint8, device="meta")] * 2
     numbers, table = torch.empty(128, module.FIELDS, dtype=torch.int32, device="meta"), torch.empty(3, 256, device="meta")
     for dtype in (torch.float32, torch.bfloat16):
-        call = partial(module.colour, crops, numbers, 70, table, dtype)
+        call = partial(module.color, crops, numbers, 70, table, dtype)
         for launch in {(kernel, str(options)): (kernel, args, options) for kernel, args, options in launches_of(module, call)
                        }.values():
             yield {"dtype": str(dtype)}, launch

@@ -53,9 +53,9 @@ BUDGETS = (
     Budget("_ema", {"copy": "None", "aligned": True}, 8,                     (25, 0, 64),       (26, 0, 64)),
     Budget("_ema", {"copy": "torch.bfloat16", "aligned": True}, 8,           (39, 0, 48),       (39, 0, 48)),
     Budget("_ema", {"copy": "torch.float16", "aligned": True}, 8,            (39, 0, 48),       (39, 0, 48)),
-    # ---------------------------------- colour, a pixel, of _means and _colour for all four operations; _blur: a level
+    # ---------------------------------- color, a pixel, of _means and _color for all four operations; _blur: a level
     Budget("_means", {}, 4,                                  (244, 0, 32),       (243, 0, 32)),
-    Budget("_colour", {}, 4,                                 (247, 0, 32),       (246, 0, 32)),
+    Budget("_color", {}, 4,                                 (247, 0, 32),       (246, 0, 32)),
     Budget("_blur", {}, "a load",                            (16.8, 0, 64),      (16.0, 0, 64)),
     # ---------------------------------- normalize, a level
     Budget("_normalize", FP32 | {"interleaved": False}, 12,  (10.7, 0, 64),      (10.7, 0, 64)),

@@ -32,7 +32,7 @@ def finish(*args: object, **options: object) -> str:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Bitwise the same weights, moments, centre and log."""
+    """Bitwise the same weights, moments, center and log."""
     first, second = checkpoint.read(a / "checkpoint.pth"), checkpoint.read(b / "checkpoint.pth")
     for part in ("student", "teacher", "dino_loss"):
         assert first[part].keys() == second[part].keys()

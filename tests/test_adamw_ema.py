@@ -194,7 +194,7 @@ def test_channels_last_is_taken(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", KERNELS)
 def test_unaligned_views_are_taken(impl: str) -> None:
-    """As gradients in a bucket of DDP are, with neighbours that nobody touches."""
+    """As gradients in a bucket of DDP are, with neighbors that nobody touches."""
     plain = draw([(2049,), (4, 3)])
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "teachers")
     buckets = {name: [torch.nn.functional.pad(x.flatten(), (1, 1), value=7) for x in plain[name]] for name in names}

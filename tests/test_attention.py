@@ -83,7 +83,7 @@ def using(name):
 
 @pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
-@pytest.mark.parametrize("name", ["sdpa", "plain"])
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
 def test_float64_is_the_formula(name, runs, cls_only):
     for ours, exact in zip(run(using(name), runs, cls_only, torch.float64), run(dense, runs, cls_only, torch.float64),
                            strict=True):
@@ -94,7 +94,7 @@ def test_float64_is_the_formula(name, runs, cls_only):
 @pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
 def test_sdpa_no_worse_than_eager(runs, cls_only, dtype):
-    exact, eager = run(dense, runs, cls_only, torch.float64), run(using("plain"), runs, cls_only, dtype)
+    exact, eager = run(dense, runs, cls_only, torch.float64), run(using("eager"), runs, cls_only, dtype)
     for tensors in zip(run(using("sdpa"), runs, cls_only, dtype), eager, exact, strict=True):
         assert_no_worse(*tensors)
 
@@ -106,7 +106,7 @@ def test_sdpa_no_worse_than_eager(runs, cls_only, dtype):
 def test_gpu_no_worse_than_eager(gpu, name, runs, cls_only, dtype):
     need(name)
     exact = run(dense, runs, cls_only, torch.float64, "cuda", 64)
-    eager = run(using("plain"), runs, cls_only, dtype, "cuda", 64)
+    eager = run(using("eager"), runs, cls_only, dtype, "cuda", 64)
     for tensors in zip(run(using(name), runs, cls_only, dtype, "cuda", 64), eager, exact, strict=True):
         assert_no_worse(*tensors)
 
@@ -130,9 +130,10 @@ def test_queries_that_fit_nothing_are_refused():
 # ---- where the sequences lie
 def test_layout():
     where = layout(((2, 3), (1, 2)), CPU)
-    assert where.starts.tolist() == [0, 3, 6, 8] and where.first.tolist() == [0, 1, 2, 3]
-    assert where.cls.tolist() == [0, 3, 6] and where.sequence.tolist() == [0, 0, 0, 1, 1, 1, 2, 2] and where.longest == 3
-    assert where.starts.dtype == where.first.dtype == torch.int32 and where.cls.dtype == where.sequence.dtype == torch.int64
+    assert where.cu_seqlens.tolist() == [0, 3, 6, 8] and where.cls_cu_seqlens.tolist() == [0, 1, 2, 3]
+    assert where.cls.tolist() == [0, 3, 6] and where.sequence.tolist() == [0, 0, 0, 1, 1, 1, 2, 2] and where.max_seqlen == 3
+    assert where.cu_seqlens.dtype == where.cls_cu_seqlens.dtype == torch.int32
+    assert where.cls.dtype == where.sequence.dtype == torch.int64
     assert layout(((2, 3), (1, 2)), CPU) is where
 
 
@@ -251,7 +252,7 @@ def test_xformers_compiles_into_one_graph(xformers, cls_only):
     ("xformers", "cuda", torch.bfloat16, (8, 0), True, ("xformers", None)),
     ("varlen", "cuda", torch.bfloat16, (8, 6), True, ("varlen", None)),
     ("sdpa", "cuda", torch.bfloat16, (9, 0), True, ("sdpa", None)),
-    ("plain", "cpu", torch.float64, None, False, ("plain", None)),
+    ("eager", "cpu", torch.float64, None, False, ("eager", None)),
     ("fa3", "cuda", torch.bfloat16, (9, 0), True, ("fa3", None)),
     ("cudnn", "cuda", torch.bfloat16, (8, 0), False, ("cudnn", None)),
 ])
@@ -315,7 +316,7 @@ def test_flash_attention_3_is_there_for_those_that_ask_for_it_alone(monkeypatch)
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: calls[-1] if calls else None, raising=False)
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", calls.append, raising=False)
     monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda: calls.append(None), raising=False)
-    for impl in ("varlen", "fa3", "fa3", "varlen", "sdpa", "fa3", "xformers", "fa3", "cudnn", "fa3", "plain"):
+    for impl in ("varlen", "fa3", "fa3", "varlen", "sdpa", "fa3", "xformers", "fa3", "cudnn", "fa3", "eager"):
         activate(impl)
     assert calls == ["FA3", None] * 4
     calls.append("FA4")

@@ -12,9 +12,9 @@ from dinofast.data.sampler import epoch_order
 
 BLUR = (0.1, 2.0)
 VIEWS = (
-    View(224, (0.4, 1.0), blur_p=1.0, solarise_p=0.0, blur_radius=BLUR),
-    View(224, (0.4, 1.0), blur_p=0.1, solarise_p=0.2, blur_radius=BLUR),
-    *[View(96, (0.05, 0.4), blur_p=0.5, solarise_p=0.0, blur_radius=BLUR)] * 8,
+    View(224, (0.4, 1.0), blur_p=1.0, solarize_p=0.0, blur_radius=BLUR),
+    View(224, (0.4, 1.0), blur_p=0.1, solarize_p=0.2, blur_radius=BLUR),
+    *[View(96, (0.05, 0.4), blur_p=0.5, solarize_p=0.0, blur_radius=BLUR)] * 8,
 )
 N = 2000  # images; with ten views each, 20,000 views
 SIZE = (375, 500)
@@ -78,7 +78,7 @@ def test_numbers_are_uniform_and_unrelated():
     assert np.abs(columns.mean(0) - 0.5).max() < 5 * math.sqrt(1 / 12 / N)
     related = np.corrcoef(np.concatenate([columns, uniforms(0, 1, np.arange(N), 1).reshape(N, -1)], 1).T)
     assert np.abs(related - np.eye(len(related))).max() < 6 / math.sqrt(N)
-    assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 5 / math.sqrt(u.size)  # neighbouring samples
+    assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 5 / math.sqrt(u.size)  # neighboring samples
 
 
 def official_box(numbers, height, width, scale):
@@ -144,9 +144,9 @@ def test_probabilities_are_the_official_ones(drawn):
     assert drawn.shape == (N, 10) and drawn.dtype == VIEW
     assert (drawn["size"] == [224, 224] + [96] * 8).all()
     for views in (drawn[:, 0], drawn[:, 1], drawn[:, 2:].ravel()):
-        assert close(views["flip"], 0.5) and close(views["jitter"], 0.8) and close(views["grey"], 0.2)
-    for views, blur_p, solarise_p in ((drawn[:, 0], 1, 0), (drawn[:, 1], 0.1, 0.2), (drawn[:, 2:], 0.5, 0)):
-        assert close(views["blur_radius"] > 0, blur_p) and close(views["solarise"], solarise_p)
+        assert close(views["flip"], 0.5) and close(views["jitter"], 0.8) and close(views["gray"], 0.2)
+    for views, blur_p, solarize_p in ((drawn[:, 0], 1, 0), (drawn[:, 1], 0.1, 0.2), (drawn[:, 2:], 0.5, 0)):
+        assert close(views["blur_radius"] > 0, blur_p) and close(views["solarize"], solarize_p)
     orders, counts = np.unique(drawn["order"].reshape(-1, 4), axis=0, return_counts=True)
     assert len(orders) == 24 and (np.sort(orders, 1) == range(4)).all()
     assert (counts > 0).all() and np.abs(counts / drawn.size - 1 / 24).max() < 4 * math.sqrt(1 / 24 * 23 / 24 / drawn.size)
@@ -155,14 +155,14 @@ def test_probabilities_are_the_official_ones(drawn):
 def test_choices_are_unrelated(drawn):
     for views in (drawn[:, 1], drawn[:, 2:].ravel()):
         blurred = views[views["blur_radius"] > 0]
-        for group, names in ((views, ("flip", "jitter", "grey")), (blurred, ("flip", "jitter", "grey", "blur_radius"))):
+        for group, names in ((views, ("flip", "jitter", "gray")), (blurred, ("flip", "jitter", "gray", "blur_radius"))):
             chosen = np.column_stack([*(group[name] for name in names), group["factors"], group["order"][:, :3], group["box"]])
             related = np.corrcoef(chosen.T.astype(float))[:-4, :]  # of all choices; box edges are related to each other
             order = slice(len(names) + 4, len(names) + 7)
             related[order, order] = np.eye(3)  # and so are the places in a permutation
             assert np.abs(related - np.eye(*related.shape)).max() < 5 / math.sqrt(len(group))
-    blurred, solarised = drawn[:, 1]["blur_radius"] > 0, drawn[:, 1]["solarise"]
-    assert abs(np.corrcoef(blurred, solarised)[0, 1]) < 4 / math.sqrt(N)
+    blurred, solarized = drawn[:, 1]["blur_radius"] > 0, drawn[:, 1]["solarize"]
+    assert abs(np.corrcoef(blurred, solarized)[0, 1]) < 4 / math.sqrt(N)
 
 
 def uniform_on(values, low, high, slack=0.0):

@@ -45,7 +45,7 @@ def test_what_is_measured(backend, workers, photographs, tmp_path, monkeypatch):
     assert (m.n_images, m.bad_files, m.backend, m.n_workers) == (48, [], backend, min(workers, cores()))
     assert m.n_counted == sum(given[1:]) * SMALL["batch_size_per_gpu"] and 0.3 <= m.seconds < took
     assert 2 <= len(m.rates) <= 10 and min(m.rates) <= m.n_counted / m.seconds <= max(m.rates)
-    stages = ["read", "decode and cut", "colour"] if backend == "dali" else ["read", "decode", "crops"]
+    stages = ["read", "decode and cut", "color"] if backend == "dali" else ["read", "decode", "crops"]
     assert list(m.stages_ms) == stages and all(ms >= 0 for ms in m.stages_ms.values())
     if os.path.isdir("/proc/self"):
         assert 0 < m.cpu_ms < cores() * 1e3 * m.seconds / m.n_counted * 1.5         # the clock of workers ticks every 10 ms
@@ -62,7 +62,7 @@ def test_the_command(backend, photographs, tmp_path, capsys):
     assert said[0].startswith(f"source: '{photographs}', 48 images, listed in ")
     assert said[1].startswith(f"crops: {backend}, ")
     for at, pattern in ((2, r"speed: [\d,]+ images/s, median of \d+ interval"),
-                        (3, r"CPU time .*read [\d.]+ ms, decode( and cut)? [\d.]+ ms, (crops|colour) [\d.]+ ms"),
+                        (3, r"CPU time .*read [\d.]+ ms, decode( and cut)? [\d.]+ ms, (crops|color) [\d.]+ ms"),
                         (-1, r"does not keep up: [\d,]+ of 1,000,000,000 images/s; [\d,]+ cores of this kind would do")):
         assert re.match(pattern, said[at]), said[at]
     assert not (tmp_path / "out").exists()

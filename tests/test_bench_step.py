@@ -10,14 +10,14 @@ import torch
 
 from dinofast import cli
 from dinofast.bench import step as bench_step
-from dinofast.bench.step import PARTS, Clock, Rival, Synthetic, Timed, in_turns, measure, report, warm_up
+from dinofast.bench.step import PARTS, Candidate, Clock, Synthetic, Timed, in_turns, measure, report, warm_up
 from dinofast.config import Config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY = dict(arch="vit_nano", patch_size=4, global_crops_size=16, local_crops_size=8, local_crops_number=2, out_dim=64,
             head_hidden_dim=32, head_bottleneck_dim=16, batch_size_per_gpu=4, num_workers=1, device="cpu")
 FLAGS = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
-MS = {"data": 1.0, "teacher": 20.0, "student": 30.0, "loss": 4.0, "backward": 40.0, "optimiser": 5.0}
+MS = {"data": 1.0, "teacher": 20.0, "student": 30.0, "loss": 4.0, "backward": 40.0, "optimizer": 5.0}
 
 
 @pytest.fixture(autouse=True)
@@ -74,14 +74,14 @@ def test_the_command(flags, rows, photographs, tmp_path, monkeypatch, capsys):
 
 def test_the_report():
     timed = [Timed("dinofast", [90.0, 100.0, 104.0], MS, 1.5), Timed("dinofast, from files", [200.0, 200.0, 200.0], MS, 1.5),
-             Timed("official loop", [399.0, 400.0, 402.0], {**MS, "optimiser": 305.0}, 3.25)]
+             Timed("official loop", [399.0, 400.0, 402.0], {**MS, "optimizer": 305.0}, 3.25)]
     text = report(timed, 64, 10**9, 1e12, "the data sheet's 1 TFLOP/s", 10)
     assert max(map(len, text.splitlines())) <= 125
     rows = table(text)
     other = table(report([*timed[:2], replace(timed[2], of_peak=False)], 64, 10**9, 1e12, "the data sheet's 1 TFLOP/s", 10))
     assert "MFU" not in other["official loop"] and other["official loop"]["images/s"] == rows["official loop"]["images/s"]
     assert rows["dinofast"] == {"images/s": 640, "MFU": 64.0, "ms/step": 100, **MS, "GiB": 1.5}
-    assert rows["official loop"] == {"images/s": 160, "MFU": 16.0, "ms/step": 400, **MS, "optimiser": 305.0, "GiB": 3.25}
+    assert rows["official loop"] == {"images/s": 160, "MFU": 16.0, "ms/step": 400, **MS, "optimizer": 305.0, "GiB": 3.25}
     assert "[95.0, 102]" in text and "CUDA graph" not in text
     legend = dict(line.split(maxsplit=1) for line in text.split("\n\n")[1].splitlines() if line[0] != " ")
     assert list(legend) == ["MFU", "ms/step", *PARTS, "GiB"]
@@ -190,10 +190,10 @@ def test_rivals_take_turns(monkeypatch):
     monkeypatch.setattr(bench_step, "TABLE_STEPS", 4)
     order = []
     steps = [Counted(name, order) for name in "AB"]
-    rivals = [Rival(step.name, step, iter(()), None) for step in steps]
-    for rival in rivals:
-        warm_up(rival, CPU)
-    timed = in_turns(rivals, CPU, 0.0)
+    candidates = [Candidate(step.name, step, iter(()), None) for step in steps]
+    for candidate in candidates:
+        warm_up(candidate, CPU)
+    timed = in_turns(candidates, CPU, 0.0)
     assert "".join(name for name, _, _ in order) == "AABBABABAB"                    # each warmed up, then three turns
     assert [free for _, free, _ in order] == [True, False, True, False] + [True] * 6     # gradients are let go of between turns
     assert all(active for *_, active in order)
@@ -225,10 +225,10 @@ def test_batches_made_in_the_turns_of_others_do_not_count(device, steps, monkeyp
     loader, take = Ahead(ready, now), counted.__call__
     monkeypatch.setattr(Counted, "__call__", lambda self, step, batches: (next(batches), take(step, batches))[1])
     for discarded, ms in ((ready, 1000.0), (0, 1000.0 * max(0, steps - ready) / steps)):
-        rival = Rival("from files", counted, loader, None, ready=discarded)
-        rival.turn(device, steps)
+        candidate = Candidate("from files", counted, loader, None, ready=discarded)
+        candidate.turn(device, steps)
         now[0] += 100.0                                                                # others have their turns
-        assert rival.turn(device, steps)[0] == pytest.approx(ms)
+        assert candidate.turn(device, steps)[0] == pytest.approx(ms)
 
 
 def test_marks_of_steps_that_do_not_count_are_dropped(monkeypatch):
@@ -241,8 +241,8 @@ def test_marks_of_steps_that_do_not_count_are_dropped(monkeypatch):
         now[0] += 1.0
         clock.mark("data")
     monkeypatch.setattr(Counted, "__call__", take)
-    rival = Rival("from files", counted, iter(()), clock, ready=2)
-    assert rival.turn(CPU, 3) == (1000.0, {"data": 1000.0}) and rival.done == 5
+    candidate = Candidate("from files", counted, iter(()), clock, ready=2)
+    assert candidate.turn(CPU, 3) == (1000.0, {"data": 1000.0}) and candidate.done == 5
 
 
 @pytest.mark.parametrize("backend, workers, ready", [("native", 4, 3), ("dali", 1, 3), ("pil", 4, 8), ("pil", 0, 0),
@@ -259,10 +259,10 @@ def test_memory_of_a_gpu_is_what_a_turn_adds(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     plain, graph = Counted("plain", []), Counted("graph", [])
     graph.graph = object()
-    rivals = [Rival(step.name, step, iter(()), None) for step in (plain, graph)]
-    for rival in rivals:
-        warm_up(rival, CUDA)
-    timed = in_turns(rivals, CUDA, 0.0)
+    candidates = [Candidate(step.name, step, iter(()), None) for step in (plain, graph)]
+    for candidate in candidates:
+        warm_up(candidate, CUDA)
+    timed = in_turns(candidates, CUDA, 0.0)
     assert [t.peak_gib for t in timed] == [2.5, None]
     assert len(plain.steps) == bench_step.WARM_UP + 3 * bench_step.TURN["cuda"]
 

@@ -1,4 +1,4 @@
-"""The machinery of the benchmarks at tiny sizes: rivals agree, numbers are what they are called, files hold every field."""
+"""The machinery of the benchmarks at tiny sizes: candidates agree, numbers are what they are called, files hold every field."""
 
 import importlib.util
 import json
@@ -33,18 +33,18 @@ SMALL_DATA = bench_data.Case(4, 2, (32, 16))
 SMALL_STEP = bench_adamw_ema.Case("step", 2)
 SMALL_TRAINING = bench_step.Case("vit_nano", 4, 2, ("official", "dinofast"), 16, 8, 50)
 RIVALS_OF_THE_STEP = (*bench_step.ON_CPU, "dinofast, from files")
-ROW = {"rival", "median_ms", "quartiles_ms", "moved_bytes", "gbps", "extra_mib", "launch_ms", "times_faster_than_official",
+ROW = {"candidate", "median_ms", "quartiles_ms", "moved_bytes", "gbps", "extra_mib", "launch_ms", "times_faster_than_official",
        "times_the_copy", "share_of_copy_bandwidth"}
 
 
 def rows(*timings):
-    """Rows of rivals given as (name, bytes, times in ms)."""
-    return rows_of_timings([timing.Timing(timing.Rival(name, lambda: None, moved), times, 1.0, None)
+    """Rows of candidates given as (name, bytes, times in ms)."""
+    return rows_of_timings([timing.Timing(timing.Candidate(name, lambda: None, moved), times, 1.0, None)
                             for name, moved, times in timings])
 
 
 def rows_of_timings(timings):
-    return {row["rival"]: row for row in record.rows_of(timings)}
+    return {row["candidate"]: row for row in record.rows_of(timings)}
 
 
 @pytest.fixture
@@ -107,22 +107,22 @@ def checkout(tmp_path, monkeypatch):
 def test_rivals_of_the_loss_agree(not_compiled, monkeypatch, dtype):
     monkeypatch.delenv("DINO_OFFICIAL", raising=False)
     case = bench_dino_loss.measure_case(SMALL_LOSS._replace(dtype=dtype), CPU, 0.01)
-    assert [row["rival"] for row in case["rows"]] == [
+    assert [row["candidate"] for row in case["rows"]] == [
         "official", "reference", "reference, compiled", "dinofast", "copy of the student's logits"]
     assert case["left_out"] == [f"official checkout: {official_checkout.NOT_SET}"]
 
 
 def test_a_rival_that_differs_is_flagged(not_compiled, monkeypatch):
-    good = timing.Rival("official", lambda: (torch.ones(()), torch.ones(3), torch.ones(3)))
-    bad = timing.Rival("wrong", lambda: (torch.ones(()), torch.tensor([1.0, 1.0, 1.01]), torch.ones(3)))
-    nan = timing.Rival("nan", lambda: (torch.tensor(float("nan")), torch.ones(3), torch.ones(3)))
-    fails = timing.Rival("fails", lambda: 1 / 0)
+    good = timing.Candidate("official", lambda: (torch.ones(()), torch.ones(3), torch.ones(3)))
+    bad = timing.Candidate("wrong", lambda: (torch.ones(()), torch.tensor([1.0, 1.0, 1.01]), torch.ones(3)))
+    nan = timing.Candidate("nan", lambda: (torch.tensor(float("nan")), torch.ones(3), torch.ones(3)))
+    fails = timing.Candidate("fails", lambda: 1 / 0)
     assert bench_dino_loss.differing([good, bad, nan, fails], 1e-4) == {
         "wrong": "gradient is off by 0.0058 from that of 'official', above 0.0001",
         "nan": "loss is off by nan from that of 'official', above 0.0001"}
-    monkeypatch.setattr(bench_dino_loss, "differing", lambda rivals, tolerance: {"dinofast": "no"})
+    monkeypatch.setattr(bench_dino_loss, "differing", lambda candidates, tolerance: {"dinofast": "no"})
     case = bench_dino_loss.measure_case(SMALL_LOSS, CPU, 0.01)
-    assert [row["rival"] for row in case["rows"] if "differs" in row] == ["dinofast"]
+    assert [row["candidate"] for row in case["rows"] if "differs" in row] == ["dinofast"]
     assert "FLAGGED: dinofast: no" in record.text(case)
 
 
@@ -133,7 +133,7 @@ def test_an_optimizer_that_differs_is_flagged(monkeypatch):
     assert bench_adamw_ema.differing((model, other), (model, model)).endswith("is off by up to 0.1 from the official one")
     monkeypatch.setattr(bench_adamw_ema.official, "average", lambda student, teacher, momentum: None)
     case = bench_adamw_ema.measure_case(SMALL_STEP, CPU, 0.01)
-    assert {row["rival"] for row in case["rows"] if "differs" in row} == {"torch, foreach and fused", "dinofast"}
+    assert {row["candidate"] for row in case["rows"] if "differs" in row} == {"torch, foreach and fused", "dinofast"}
 
 
 def test_a_rival_that_fails_is_flagged_and_the_others_go_on():
@@ -143,13 +143,13 @@ def test_a_rival_that_fails_is_flagged_and_the_others_go_on():
         calls.append(1)
         if len(calls) > 4:
             raise RuntimeError("out of memory")
-    rivals = [timing.Rival("official", lambda: None), timing.Rival("at once", lambda: 1 / 0),
-              timing.Rival("later", fails_at_last), timing.Rival("good", lambda: None)]
-    found = rows_of_timings(timing.measure(rivals, CPU, 0.0))
-    assert found["at once"] == {"rival": "at once", "failed": "ZeroDivisionError: division by zero"}
+    candidates = [timing.Candidate("official", lambda: None), timing.Candidate("at once", lambda: 1 / 0),
+              timing.Candidate("later", fails_at_last), timing.Candidate("good", lambda: None)]
+    found = rows_of_timings(timing.measure(candidates, CPU, 0.0))
+    assert found["at once"] == {"candidate": "at once", "failed": "ZeroDivisionError: division by zero"}
     assert found["later"]["failed"] == "RuntimeError: out of memory" and len(calls) == 5
     assert len(found["good"]["elapsed_ms"]) == 5 and found["good"]["times_faster_than_official"] > 0
-    alone = rows_of_timings(timing.measure([timing.Rival("good", lambda: None)], CPU, 0.0))["good"]
+    alone = rows_of_timings(timing.measure([timing.Candidate("good", lambda: None)], CPU, 0.0))["good"]
     assert alone["times_faster_than_official"] is None and alone["times_the_copy"] is None
 
 
@@ -158,7 +158,7 @@ def test_rivals_of_the_data_path_agree(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_data.backend_dali, "unavailable_reason", lambda: "not here")
     result = record.environment("data", CPU, "a command") | {"cases": [bench_data.measure_case(SMALL_DATA, CPU)]}
     case = result["cases"][0]
-    made = {row["rival"]: row for row in case["rows"]}
+    made = {row["candidate"]: row for row in case["rows"]}
     native = [] if bench_data.backend_native.unavailable_reason() else ["dinofast", bench_data.ALL_CORES]
     assert list(made) == ["official", "dinofast, pil", *native]
     assert case["left_out"][:2] == [f"official checkout: {official_checkout.NOT_SET}", "DALI: not here"] and case["rounds"] == 2
@@ -173,10 +173,10 @@ def test_the_data_path_onto_a_gpu_rehearsed(monkeypatch, tmp_path):
     """On the CPU, where the device's memory is not looked at."""
     monkeypatch.setattr(data_on_gpu, "BATCHES", 2)
     case = data_on_gpu.Case(8, 4, (32, 16))
-    assert bench_data.rivals_of(case) == tuple(data_on_gpu.RIVALS)
+    assert bench_data.candidates_of(case) == tuple(data_on_gpu.RIVALS)
     result = record.environment("data", CPU, "a command") | {"device_type": "cuda",
                                                              "cases": [bench_data.measure_case(case, CPU)]}
-    rows = {row["rival"]: row for row in result["cases"][0]["rows"]}
+    rows = {row["candidate"]: row for row in result["cases"][0]["rows"]}
     absent = [reason.split(":")[0] for reason in result["cases"][0]["left_out"]]
     assert sorted([*rows, *absent]) == sorted(data_on_gpu.RIVALS)
     for row in rows.values():
@@ -189,23 +189,23 @@ def test_the_data_path_onto_a_gpu_rehearsed(monkeypatch, tmp_path):
 
 
 def test_rivals_of_the_step_agree(not_compiled, checkout, monkeypatch, tmp_path):
-    first = bench_step.measure_case(SMALL_TRAINING._replace(rivals=RIVALS_OF_THE_STEP), CPU, 0.01)
-    made = {row["rival"]: row for row in first["rows"]}
+    first = bench_step.measure_case(SMALL_TRAINING._replace(candidates=RIVALS_OF_THE_STEP), CPU, 0.01)
+    made = {row["candidate"]: row for row in first["rows"]}
     assert tuple(made) == RIVALS_OF_THE_STEP and not first["left_out"] and first["rounds"] >= 3
     for row in made.values():
         assert row["images_per_s"] == 2 / row["median_ms"] * 1e3 and (row["extra_mib"] is None or row["extra_mib"] >= 0)
         share = row["images_per_s"] * first["gflop_an_image"] / first["peak_tflops"] / 1e3
-        assert row["mfu"] is None if row["rival"].endswith("bf16") else row["mfu"] == pytest.approx(share)
+        assert row["mfu"] is None if row["candidate"].endswith("bf16") else row["mfu"] == pytest.approx(share)
         assert row["times_faster_than_official"] == made["official"]["median_ms"] / row["median_ms"]
-        assert list(row["parts_ms"]) == ([] if row["rival"] == "official checkout" else list(dinofast_bench_step.PARTS))
+        assert list(row["parts_ms"]) == ([] if row["candidate"] == "official checkout" else list(dinofast_bench_step.PARTS))
     assert "official / it" in record.text(first) and "dinofast, from files" in record.text(first)
 
 
 def test_ours_is_kept_before_the_others_are_begun(not_compiled, checkout):
-    """Each stage of a case; the last row of a rival replaces the one of its turn alone."""
+    """Each stage of a case; the last row of a candidate replaces the one of its turn alone."""
     stages = []
     for made in bench_step.growing(SMALL_TRAINING, CPU, 0.01):
-        stages.append([(row["rival"], len(row["elapsed_ms"]) >= 3, row.get("same_losses")) for row in made["rows"]])
+        stages.append([(row["candidate"], len(row["elapsed_ms"]) >= 3, row.get("same_losses")) for row in made["rows"]])
     assert stages == [[("dinofast", False, None)], [("official", False, None), ("dinofast", False, None)],
                       [("official", False, True), ("dinofast", False, True)],
                       [("official", True, True), ("dinofast", True, True)]]
@@ -239,16 +239,16 @@ def test_a_rival_of_the_step_that_fails_is_flagged(broken, not_compiled, monkeyp
         return make(case, name, *args, **exact)
     monkeypatch.setattr(bench_step, "make", fails)
     case = bench_step.measure_case(SMALL_TRAINING, CPU, 0.01)
-    rows = {row["rival"]: row for row in case["rows"]}
+    rows = {row["candidate"]: row for row in case["rows"]}
     other, = set(rows) - {broken}
-    assert rows[broken] == {"rival": broken, "failed": "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB"}
+    assert rows[broken] == {"candidate": broken, "failed": "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB"}
     assert rows[other]["median_ms"] > 0 and case["rounds"] >= 3 and "FLAGGED: " + broken in record.text(case)
     assert rows[other]["times_faster_than_official"] == (1.0 if other == "official" else None)
 
 
 def test_a_step_without_a_checkout(monkeypatch):
     monkeypatch.delenv("DINO_OFFICIAL", raising=False)
-    case = bench_step.measure_case(SMALL_TRAINING._replace(rivals=("official checkout", "dinofast")), CPU, 0.01)
+    case = bench_step.measure_case(SMALL_TRAINING._replace(candidates=("official checkout", "dinofast")), CPU, 0.01)
     assert case["left_out"] == [f"official checkout: {official_checkout.NOT_SET}"]
     assert [row["times_faster_than_official"] for row in case["rows"]] == [None]
 
@@ -280,9 +280,9 @@ def test_without_a_compiler_the_row_is_left_out():
 
 def test_checkout_is_a_row(not_compiled, checkout):
     case = bench_dino_loss.measure_case(SMALL_LOSS, CPU, 0.01)
-    assert "official checkout" in [row["rival"] for row in case["rows"]] and not case["left_out"]
+    assert "official checkout" in [row["candidate"] for row in case["rows"]] and not case["left_out"]
     case = bench_adamw_ema.measure_case(SMALL_STEP, CPU, 0.01)
-    assert "official checkout" in [row["rival"] for row in case["rows"]] and not case["left_out"]
+    assert "official checkout" in [row["candidate"] for row in case["rows"]] and not case["left_out"]
     assert record.environment("x", CPU, "y")["command"] == "DINO_OFFICIAL=DIR y"
 
 
@@ -324,7 +324,7 @@ def test_bytes_are_those_of_the_scheme(monkeypatch):
 def test_rivals_take_turns(monkeypatch):
     monkeypatch.setitem(timing.ROUNDS, "cpu", (3, 3))
     order = []
-    timings = timing.measure([timing.Rival(name, lambda name=name: order.append(name)) for name in "AB"], CPU, 0.0)
+    timings = timing.measure([timing.Candidate(name, lambda name=name: order.append(name)) for name in "AB"], CPU, 0.0)
     assert "".join(order[-12:]) == "AABBAABBAABB"            # each once untimed, then timed
     assert [len(t.elapsed_ms) for t in timings] == [3, 3]
 
@@ -371,8 +371,9 @@ def test_report_renders_a_file(results):
 
 def test_report_renders_the_step(monkeypatch, tmp_path):
     def row(name, ms, gib, parts, faster):
-        return {"rival": name, "median_ms": ms, "quartiles_ms": [ms - 1, ms + 1], "images_per_s": 128e3 / ms, "mfu": 20 / ms,
-                "parts_ms": parts, "extra_mib": gib and gib * 1024, "elapsed_ms": [ms], "times_faster_than_official": faster}
+        return {"candidate": name, "median_ms": ms, "quartiles_ms": [ms - 1, ms + 1], "images_per_s": 128e3 / ms,
+                "mfu": 20 / ms, "parts_ms": parts, "extra_mib": gib and gib * 1024, "elapsed_ms": [ms],
+                "times_faster_than_official": faster}
     parts = dict.fromkeys(dinofast_bench_step.PARTS, 12.0)
     cases = [{"case": "one", "images": 128, "rounds": 3, "gflop_an_image": 113.4, "peak_tflops": 989, "peak": "my word",
               "rows": [row("official", 400.0, 20.5, parts, 1.0), row("dinofast", 100.0, 10.25, parts, 4.0),
@@ -436,16 +437,16 @@ def test_pytest_runs_and_reports_the_cases(tmp_path, broken):
 def test_on_a_gpu(gpu, not_compiled, monkeypatch, module, small):
     monkeypatch.delenv("DINO_OFFICIAL", raising=False)
     case = module.measure_case(small, torch.device("cuda"), 0.01)
-    rows = {row["rival"]: row for row in case["rows"]}
+    rows = {row["candidate"]: row for row in case["rows"]}
     assert 100 < rows["copy of 1 GiB"]["gbps"] < 20_000
     assert all(row["launch_ms"] > 0 and row["median_ms"] > 0 for row in rows.values())
     assert rows["copy of 1 GiB"]["extra_mib"] == 0
 
 
 def test_the_step_on_a_gpu(gpu, not_compiled):
-    rivals = ("official", bench_step.CAREFUL, "dinofast", "dinofast, from files")
-    case = bench_step.measure_case(SMALL_TRAINING._replace(rivals=rivals), torch.device("cuda"), 0.01)
-    assert tuple(row["rival"] for row in case["rows"]) == rivals and not record.flags(case)
+    candidates = ("official", bench_step.CAREFUL, "dinofast", "dinofast, from files")
+    case = bench_step.measure_case(SMALL_TRAINING._replace(candidates=candidates), torch.device("cuda"), 0.01)
+    assert tuple(row["candidate"] for row in case["rows"]) == candidates and not record.flags(case)
     for row in case["rows"]:
         assert row["extra_mib"] > 0 and sum(row["parts_ms"].values()) == pytest.approx(row["median_ms"], rel=0.5)
 

@@ -14,7 +14,7 @@ from dinofast.nn.dino import Model
 CFG = Config(arch="vit_nano", patch_size=4, out_dim=32, head_hidden_dim=16, head_bottleneck_dim=8, local_crops_number=2,
              global_crops_size=16, local_crops_size=8, norm_last_layer=False)
 
-POSITION = checkpoint.Position(7, 1, 12, 40, {"loss": 1.5, "good_steps": 3.0, "steps": 3.0}, "f" * 32, 4)
+POSITION = checkpoint.TrainState(7, 1, 12, 40, {"loss": 1.5, "good_steps": 3.0, "steps": 3.0}, "f" * 32, 4)
 
 
 def parts(cfg=CFG):
@@ -73,14 +73,14 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(path, model, optimizer, None, CFG, checkpoint.Position())
+        checkpoint.save(path, model, optimizer, None, CFG, checkpoint.TrainState())
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_kept_copies_survive_the_next_save(tmp_path):
     path, model, optimizer = saved(tmp_path)
     checkpoint.link(path, tmp_path / "checkpoint0000.pth")
-    checkpoint.save(path, model, optimizer, None, CFG, checkpoint.Position(step=9))
+    checkpoint.save(path, model, optimizer, None, CFG, checkpoint.TrainState(step=9))
     assert checkpoint.read(tmp_path / "checkpoint0000.pth")["dinofast"]["step"] == 7
     assert checkpoint.read(path)["dinofast"]["step"] == 9
 
@@ -128,7 +128,7 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize("key, value, words", [
-    ("optimizer", {"a": 1}, "no optimiser state"), ("optimizer", None, "no optimiser state"),
+    ("optimizer", {"a": 1}, "no optimizer state"), ("optimizer", None, "no optimizer state"),
     ("dinofast", {"step": "x", "epoch": 1}, "does not tell where the run stands"),
     ("dinofast", {"step": -3}, "does not tell where the run stands"),
     ("epoch", -5, "does not tell where"), ("student", [1], "list where the weights should be"),
@@ -154,7 +154,7 @@ def test_damaged_moments_are_named(damage, tmp_path):
     state = checkpoint.read(path)
     state["optimizer"]["state"][0]["exp_avg"] = damage(state["optimizer"]["state"][0]["exp_avg"].expand(2, -1, -1).clone())
     torch.save(state, path)
-    with pytest.raises(ValueError, match="another optimiser .*or other trainable parameters"):
+    with pytest.raises(ValueError, match="another optimizer .*or other trainable parameters"):
         checkpoint.restore(path, *parts(), None, CFG)
 
 
@@ -166,19 +166,19 @@ def test_paths_in_the_options_stay_readable(tmp_path):
 
 def test_a_folder_is_claimed_by_one_run_at_a_time(tmp_path):
     hold = ("import sys, time; from pathlib import Path; from dinofast import checkpoint\n"
-            "with checkpoint.claim(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)")
+            "with checkpoint.lock_output_dir(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)")
     holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="another run is writing"), checkpoint.claim(tmp_path / "out"):
+        with pytest.raises(ValueError, match="another run is writing"), checkpoint.lock_output_dir(tmp_path / "out"):
             pass
     finally:
         holder.kill()
         holder.wait()
-    with checkpoint.claim(tmp_path / "out"):                          # free again, however the other ended
+    with checkpoint.lock_output_dir(tmp_path / "out"):                          # free again, however the other ended
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written"), checkpoint.claim(tmp_path / "file" / "out"):
+    with pytest.raises(ValueError, match="cannot be written"), checkpoint.lock_output_dir(tmp_path / "file" / "out"):
         pass
 
 
@@ -194,7 +194,7 @@ def test_another_optimizer_is_named_before_anything_is_loaded(tmp_path):
     model, _ = parts(Config(**{**CFG.to_dict(), "seed": 3}))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     sgd = SGDEMA(param_groups(model.student), student=model.student, teacher=model.teacher)
-    with pytest.raises(ValueError, match="another optimiser .`optimizer` adamw."):
+    with pytest.raises(ValueError, match="another optimizer .`optimizer` adamw."):
         checkpoint.restore(path, model, sgd, None, CFG)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 

@@ -62,7 +62,7 @@ def test_fidelity_to_the_official_results(i: int) -> None:
     file = encoded(GOLDEN["image"], "PNG")
     whole = crops_of([file], view)[0, 0].permute(1, 2, 0).numpy()
     assert np.abs(whole - GOLDEN[f"{i}.final_u8"].astype(float)).mean() < 2
-    for name in ("jitter", "grey", "blur_radius", "solarise"):
+    for name in ("jitter", "gray", "blur_radius", "solarize"):
         view[name] = 0
     cut = crops_of([file], view)[0, 0].permute(1, 2, 0).numpy()
     official = GOLDEN[f"{i}.crop"][:, ::-1] if view["flip"] else GOLDEN[f"{i}.crop"]

@@ -47,7 +47,7 @@ def photograph(path, size=(40, 30), seed=0):
 def odd_images(folder):
     """One file of each kind that is unusual but readable."""
     photograph(folder / "odd_plain.jpg")
-    Image.new("L", (20, 20), 99).save(folder / "odd_grey.jpg")
+    Image.new("L", (20, 20), 99).save(folder / "odd_gray.jpg")
     Image.new("CMYK", (20, 20)).save(folder / "odd_cmyk.jpg")
     Image.new("RGB", (20, 20)).quantize(4).save(folder / "odd_palette.png")
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(folder / "odd_deep.png")

@@ -306,7 +306,7 @@ def test_any_number_of_teacher_crops(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_the_centre_may_move_before_backward(impl: str) -> None:
+def test_the_center_may_move_before_backward(impl: str) -> None:
     student, teacher, center = loss_inputs("peaked", 3, 2, 37)
     expected = run(student, teacher, center.clone(), impl)[3]
     leaf = student.clone().requires_grad_()

@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def test_compiled_for_every_configuration(compiled_ahead_of_time: Callable, architecture: int) -> None:
     kernels = [k for k in compiled_ahead_of_time("dino_loss") if k["architecture"] == architecture]
     assert {k["kernel"] for k in kernels} == {"_sum_columns", "_statistics", "_join", "_finish", "_gradient"}
-    # bf16 with a centre, also without a gradient; without one; two more dtypes, whose _join and _finish are the same
+    # bf16 with a center, also without a gradient; without one; two more dtypes, whose _join and _finish are the same
     assert len(kernels) == 4 * (5 + 4) + 3 * 4 + 2 * (3 + 2 + 2)
     for k in kernels:
         assert k["stack"] == 0 and k["spills"] == 0, k
@@ -53,7 +53,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
 def test_a_chunk_without_weight(interpreter: None) -> None:
-    """-inf in a whole chunk of a teacher row is a probability of 0; in a whole row it leaves nothing to normalise."""
+    """-inf in a whole chunk of a teacher row is a probability of 0; in a whole row it leaves nothing to normalize."""
     student, teacher, center = loss_inputs("peaked", 3, 2, 8192 + 3)
     for columns in (slice(8192, None), slice(0, 8192)):
         masked = teacher.clone()

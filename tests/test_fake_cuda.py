@@ -19,7 +19,7 @@ NOT_OF_A_STEP = set("""
     out_dim momentum_teacher head_hidden_dim head_bottleneck_dim warmup_teacher_temp teacher_temp warmup_teacher_temp_epochs
     student_temp center_momentum weight_decay weight_decay_end batch_size_per_gpu epochs freeze_last_layer lr warmup_epochs
     min_lr global_crops_scale local_crops_scale blur_radius image_mean image_std data_path output_dir saveckp_freq saveckp_steps
-    log_steps max_refused seed num_workers data_backend hw_decoder_load device dist_url local_rank""".split())
+    log_steps max_bad_files seed num_workers data_backend hw_decoder_load device dist_url local_rank""".split())
 # Tested elsewhere: compiling is the other half of these tests, oneDNN is for a CPU, and a graph cannot be captured of nothing.
 ELSEWHERE = {"compile", "linear", "cuda_graph"}
 

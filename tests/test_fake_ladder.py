@@ -28,7 +28,7 @@ def test_the_probe_on_a_fake_gpu(ladder):
     assert flags <= {"fa3: ModuleNotFoundError: No module named 'flash_attn_interface'"}
     assert found["device"]["facts"]["multi_processor_count"] == 132
     rows = found["attention of the mix, 2 images"]["rows"]
-    assert {row["rival"].split(",")[0] for row in rows} == set(ATTENTIONS)
+    assert {row["candidate"].split(",")[0] for row in rows} == set(ATTENTIONS)
     for name in ("one step, eager, 2 images", "one step, compiled, 2 images"):
         assert found[name]["n_kernels"] == 100 and found[name]["gaps_us"] == pytest.approx(299 * 2 / 3)
 
@@ -41,8 +41,8 @@ def test_the_step_on_a_fake_gpu(ladder):
 
 
 def test_the_candidates_on_a_fake_gpu(ladder):
-    found = ladder("candidates")
+    found = ladder("options")
     measured = {name for name, case in found.items() if case["rows"]}
-    assert {"--attention plain", "--teacher_precision bf16", "--batch_size_per_gpu 4"} <= measured
+    assert {"--attention eager", "--teacher_precision bf16", "--batch_size_per_gpu 4"} <= measured
     assert [name for name, case in found.items() if "failed" in case] == ["--planted_option bf16",
                                                                          "--cuda_graph no truth value"]

@@ -16,8 +16,8 @@ PAGE = (Path(__file__).parent.parent / "docs" / "migrating.md").read_text()
 B, K = 3, 1030
 
 
-class Centred(nn.Module):
-    """What the three have in common: a temperature and a centre."""
+class Centerd(nn.Module):
+    """What the three have in common: a temperature and a center."""
 
     def __init__(self, center_shape: tuple[int, ...] = (1, K)) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Centred(nn.Module):
         self.register_buffer("center", torch.linspace(-0.1, 0.1, K).view(center_shape))
 
 
-class ListsOfCrops(Centred):
+class ListsOfCrops(Centerd):
     """DINOv2: sum over all pairs of a student crop and a row of teacher probabilities of the mean over images."""
 
     def forward(self, student_output_list, teacher_out_softmaxed_centered_list) -> Tensor:
@@ -33,7 +33,7 @@ class ListsOfCrops(Centred):
                     for s in student_output_list for q in teacher_out_softmaxed_centered_list)
 
 
-class StackedCrops(Centred):
+class StackedCrops(Centerd):
     """DINOv3: mean over pairs and images, without the pairs of equal index if the diagonal is ignored."""
 
     def forward(self, student_logits: Tensor, teacher_probs: Tensor, ignore_diagonal: bool = False) -> Tensor:
@@ -43,8 +43,8 @@ class StackedCrops(Centred):
         return sum(each) / len(each)
 
 
-class ViewsTeacherFirst(Centred):
-    """LightlySSL: lists of teacher and student views, pairs of different index, temperature given or by epoch, a centre."""
+class ViewsTeacherFirst(Centerd):
+    """LightlySSL: lists of teacher and student views, pairs of different index, temperature given or by epoch, a center."""
 
     def __init__(self) -> None:
         super().__init__((1, 1, K))
@@ -117,7 +117,7 @@ def test_dinov3(patched, dtype: torch.dtype) -> None:
 def test_lightly(patched, temperature: dict) -> None:
     torch.manual_seed(0)
     theirs, ours = ViewsTeacherFirst(), patched("lightly", ViewsTeacherFirst)()
-    for _ in range(2):                                        # the centre of the first call counts in the second
+    for _ in range(2):                                        # the center of the first call counts in the second
         teacher = list(torch.randn(2, B, K))
         compare(theirs, ours, torch.randn(6 * B, K), lambda f, x, teacher=teacher: f(teacher, x.chunk(6), **temperature))
     before = torch.linspace(-0.1, 0.1, K)

@@ -57,10 +57,10 @@ def originals() -> list[bytes]:
     deep = Image.fromarray(np.arange(36 * 48, dtype=np.uint16).reshape(36, 48) * 37)
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "long " * 5000  # headers of several segments
-    grey, cmyk, palette, pixel = rgb.convert("L"), rgb.convert("CMYK"), rgb.quantize(16), rgb.resize((1, 1))
+    gray, cmyk, palette, pixel = rgb.convert("L"), rgb.convert("CMYK"), rgb.quantize(16), rgb.resize((1, 1))
     jpegs = [(rgb, {}), (rgb, {"progressive": True}), (rgb, {"subsampling": 0, "restart_marker_blocks": 2}),
-             (rgb, {"exif": exif}), (grey, {}), (cmyk, {}), (cmyk, {"progressive": True}), (pixel, {})]
-    pngs = [(rgb, {}), (rgb.convert("RGBA"), {}), (grey, {}), (rgb.convert("LA"), {}), (rgb.convert("1"), {}), (palette, {}),
+             (rgb, {"exif": exif}), (gray, {}), (cmyk, {}), (cmyk, {"progressive": True}), (pixel, {})]
+    pngs = [(rgb, {}), (rgb.convert("RGBA"), {}), (gray, {}), (rgb.convert("LA"), {}), (rgb.convert("1"), {}), (palette, {}),
             (palette, {"transparency": bytes(range(0, 256, 16))}), (deep, {}), (pixel, {})]
     return [encoded(image, kind, options) for kind, images in (("JPEG", jpegs), ("PNG", pngs)) for image, options in images]
 
@@ -136,7 +136,7 @@ def change_part(rng: Generator, data: bytes, other: bytes) -> bytes:
         lines = zlib.decompress(piece[8:-4])
         pieces[at] = chunk(b"IDAT", zlib.compress((flip_bits if rng.random() < 0.5 else truncate)(rng, lines, b"")))
     elif piece[4:8] == b"IHDR":
-        pieces[at] = chunk(b"IHDR", piece[8:16] + flip_bits(rng, piece[16:-4], b""))  # depth, colour, method, interlace
+        pieces[at] = chunk(b"IHDR", piece[8:16] + flip_bits(rng, piece[16:-4], b""))  # depth, color, method, interlace
     else:
         pieces[at] = chunk(piece[4:8], flip_bits(rng, piece[8:-4] + b"\0", b""))
     return b"".join(pieces)
@@ -230,7 +230,7 @@ def test_a_run_over_all_of_them_refuses_the_same_files(folder: Path, outcomes: d
     if backend == "dali" and backend_dali.unavailable_reason():
         pytest.skip(backend_dali.unavailable_reason())
     cfg = Config(data_path=str(folder), output_dir=str(tmp_path), data_backend=backend, num_workers=2, batch_size_per_gpu=1,
-                 global_crops_size=40, local_crops_size=17, local_crops_number=2, max_refused=1.0)
+                 global_crops_size=40, local_crops_size=17, local_crops_number=2, max_bad_files=1.0)
     with hang_ends_the_tests(), closing(make_loader(cfg)) as loader:
         for _ in range(loader.steps_per_epoch):
             assert all(torch.isfinite(crops).all() for crops in next(loader))
@@ -341,7 +341,7 @@ BAD_VIEWS = {
     "misaligned": np.frombuffer(b"\0" + VIEWS.tobytes(), VIEWS.dtype, offset=1), "empty": VIEWS[:0],
 }
 BAD_IMAGES = {
-    "floats": np.zeros((9, 9, 3), np.float32), "signed": np.zeros((9, 9, 3), np.int8), "grey": noise(9, 9)[..., 0],
+    "floats": np.zeros((9, 9, 3), np.float32), "signed": np.zeros((9, 9, 3), np.int8), "gray": noise(9, 9)[..., 0],
     "five": np.zeros((9, 9, 5), np.uint8), "fortran": np.asfortranarray(noise(9, 9)), "stride": noise(18, 9)[::2],
     "planes": noise(9, 9).transpose(2, 0, 1), "empty": noise(0, 9), "no columns": noise(9, 0), "none": None, "text": "rgb",
     "small": noise(8, 9), "nothing": np.zeros(0, np.uint8), "scalar": np.uint8(3),

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from dinofast.evaluate import knn as knn_module
-from dinofast.evaluate.images import EvalTransform, labelled_folder, to_tensor, train_and_val
+from dinofast.evaluate.images import EvalTransform, labeled_folder, to_tensor, train_and_val
 from dinofast.evaluate.knn import extract_features, knn, knn_classify
 
 
@@ -46,14 +46,14 @@ def test_fewer_than_100_test_images(golden):
 
 
 def test_votes_by_hand():
-    """One neighbour at cosine 1 beats two at cosine 0.9, exp(1/T) > 2 exp(0.9/T), below T = 0.1 / log 2 = 0.144."""
+    """One neighbor at cosine 1 beats two at cosine 0.9, exp(1/T) > 2 exp(0.9/T), below T = 0.1 / log 2 = 0.144."""
     side = (1 - 0.9**2) ** 0.5
     train, labels = torch.tensor([[1.0, 0.0], [0.9, side], [0.9, -side], [-1.0, 0.0]]), torch.tensor([0, 1, 1, 2])
     test, truth = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
     assert knn_classify(train, labels, test, truth, k=3, temperature=0.14)[0] == 100
     assert knn_classify(train, labels, test, truth, k=3, temperature=0.15)[0] == 0
     assert knn_classify(train, labels, test, truth, k=1, temperature=0.15)[0] == 100
-    assert knn_classify(train, labels, test, truth + 1, k=1) == (0, 0)         # one neighbour names one class, not five
+    assert knn_classify(train, labels, test, truth + 1, k=1) == (0, 0)         # one neighbor names one class, not five
 
 
 def test_one_class_and_fewer_than_five():
@@ -131,7 +131,7 @@ def test_official_folders(tmp_path, capsys, mean_pixel):
     assert knn(data_path=tmp_path, **mean_pixel) == {10: (100.0, 100.0), 20: (100.0, 100.0)}
     said = capsys.readouterr().out
     assert "10-NN classifier result: Top1: 100.0, Top5: 100.0" in said
-    assert "Shorter side 16, centre crop 14." in said                          # as the checkpoint was trained
+    assert "Shorter side 16, center crop 14." in said                          # as the checkpoint was trained
     assert "Left out: k = 100, 200, more than the 21 training images" in said
     assert "broken.jpg" in said and "notes.txt" not in said
     with pytest.raises(ValueError, match="`nb_knn` is 50 but there are only 21 training images"):
@@ -157,7 +157,7 @@ def test_hold_out_of_every_fourth_image(tmp_path):
 
 
 @pytest.mark.parametrize(("make", "words"), [
-    (lambda root: None, "is not a folder"), (lambda root: (root / "cat").mkdir(parents=True), "holds no labelled images"),
+    (lambda root: None, "is not a folder"), (lambda root: (root / "cat").mkdir(parents=True), "holds no labeled images"),
     (lambda root: folder(root, {"cat": 9}), "one class only, 'cat'"),
     (lambda root: folder(root / "train", {"cat": 9, "dog": 9}), "has train/ but not val/"),
     (lambda root: folder(root, {"cat": 3, "dog": 3}), "fewer than 4 images in each class")])
@@ -170,7 +170,7 @@ def test_folders_that_cannot_be_evaluated(tmp_path, make, words):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_features_in_the_order_of_the_files(tmp_path, capsys, num_workers):
     folder(tmp_path, {"cat": 3, "dog": 4})
-    images = labelled_folder(tmp_path, to_tensor)
+    images = labeled_folder(tmp_path, to_tensor)
     (tmp_path / "dog" / "000.png").write_bytes(b"")
     features, labels = extract_features(MeanPixel(), images, batch_size=2, num_workers=num_workers)
     assert labels.tolist() == [0, 0, 0, 1, 1, 1] and features.dtype == torch.float32
@@ -183,4 +183,4 @@ def test_nothing_readable(tmp_path):
     folder(tmp_path, {"cat": 1})
     (tmp_path / "cat" / "000.png").write_bytes(b"")
     with pytest.raises(ValueError, match="None of the 1 images can be read"):
-        extract_features(MeanPixel(), labelled_folder(tmp_path, to_tensor))
+        extract_features(MeanPixel(), labeled_folder(tmp_path, to_tensor))

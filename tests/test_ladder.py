@@ -36,12 +36,12 @@ class Module:
     def rehearsal(self):
         return ["a"]
 
-    def rivals_of(self, case):
+    def candidates_of(self, case):
         return ("dinofast",)
 
     def growing(self, case, device):
         self.begun.append(case)
-        row = {"rival": "dinofast", "median_ms": 1.0, "quartiles_ms": [1.0, 1.0], "elapsed_ms": [1.0]}
+        row = {"candidate": "dinofast", "median_ms": 1.0, "quartiles_ms": [1.0, 1.0], "elapsed_ms": [1.0]}
         yield {"case": case, "rows": [row], "left_out": []}
         if case in self.trouble:
             raise self.trouble[case]
@@ -130,9 +130,10 @@ def test_a_lost_device_asks_for_another_process(script, tmp_path, monkeypatch):
 
 def test_a_case_with_more_rivals_takes_the_place_of_its_first_time():
     ledger = record.Ledger(record.environment("some", CPU, "a command"), None)
-    for name, rivals in (("one", ["dinofast"]), ("two", ["dinofast"]), ("one", ["official", "dinofast"])):
-        assert not ledger.is_done(name, rivals)
-        ledger.put({"case": name, "rows": [{"rival": rival} for rival in rivals], "left_out": ["official checkout: not here"]})
+    for name, candidates in (("one", ["dinofast"]), ("two", ["dinofast"]), ("one", ["official", "dinofast"])):
+        assert not ledger.is_done(name, candidates)
+        ledger.put({"case": name, "rows": [{"candidate": candidate} for candidate in candidates],
+                    "left_out": ["official checkout: not here"]})
     assert [len(case["rows"]) for case in ledger.cases] == [2, 1]
     assert ledger.is_done("one", ["official", "dinofast", "official checkout"]) and not ledger.is_done("two", ["official"])
 
@@ -263,7 +264,7 @@ def test_a_run_says_why_it_cannot_begin(monkeypatch, capsys):
 
 def test_a_call_ends_within_nine_minutes():
     assert gpu.TOTAL_S + gpu.INTERRUPTED_S + gpu.ABORTED_S <= 540
-    assert list(gpu.LIMITS) == ["install", "probe", "step", "candidates", "dino_loss", "adamw_ema", "tests", "data", "memcheck",
+    assert list(gpu.LIMITS) == ["install", "probe", "step", "options", "dino_loss", "adamw_ema", "tests", "data", "memcheck",
                                 "racecheck"]
     for name in gpu.LIMITS:
         made = gpu.command(name, call(Path("results")), 400, True)
@@ -276,10 +277,10 @@ def test_parts_stand_in_order_of_worth_and_share_a_call(ladder, capsys):
     code, limits, seconds = ladder(takes=gpu.LIMITS)
     assert code == gpu.MORE and seconds <= gpu.TOTAL_S
     assert list(limits) == list(gpu.LIMITS) and limits["probe"] == gpu.LIMITS["probe"]
-    assert limits["step"] == gpu.TOTAL_S - gpu.LIMITS["install"] - gpu.LIMITS["probe"] and limits["candidates"] == 0
-    assert "left for another call: candidates, dino_loss, " in capsys.readouterr().out
+    assert limits["step"] == gpu.TOTAL_S - gpu.LIMITS["install"] - gpu.LIMITS["probe"] and limits["options"] == 0
+    assert "left for another call: options, dino_loss, " in capsys.readouterr().out
     code, limits, _ = ladder(takes=gpu.LIMITS)
-    assert list(limits) == ["install", *list(gpu.LIMITS)[3:]] and limits["candidates"] == gpu.LIMITS["candidates"]
+    assert list(limits) == ["install", *list(gpu.LIMITS)[3:]] and limits["options"] == gpu.LIMITS["options"]
     assert "step       ok, 1 s (before)" in capsys.readouterr().out
 
 
@@ -306,7 +307,7 @@ def test_how_a_part_ended_decides_on_the_next_call(ended, code, repeated, ladder
 
 
 def test_flagged_rows_are_counted(tmp_path):
-    rows = [{"rival": "a", "failed": "no"}, {"rival": "b", "median_ms": 1.0, "differs": "yes"}, {"rival": "c"}]
+    rows = [{"candidate": "a", "failed": "no"}, {"candidate": "b", "median_ms": 1.0, "differs": "yes"}, {"candidate": "c"}]
     cases = [{"case": "x", "rows": rows}, {"case": "y", "rows": [], "failed": "no"}]
     path = record.write({"cases": cases}, tmp_path / "s.json")
     assert gpu.flagged(path) == ", 3 flagged in s.json" and gpu.flagged(tmp_path / "none.json") == ""

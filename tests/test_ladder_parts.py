@@ -12,10 +12,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_step
-import candidates
 import gpu_tests
 import probe
 import report
+import step_options
 
 from dinofast.bench import record, timing
 from dinofast.bench import step as step_clock
@@ -70,7 +70,8 @@ def test_the_clock_of_kernels_on_a_gpu(monkeypatch):
     cuda, flushed = FakeCuda(), []
     monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda, randn=lambda n, device: SimpleNamespace(
         sum=lambda: flushed.append(n))))
-    measured, failed = timing.measure([timing.Rival("good", cuda.call), timing.Rival("fails", lambda: 1 / 0)], CUDA, 0.0)
+    candidates = [timing.Candidate("good", cuda.call), timing.Candidate("fails", lambda: 1 / 0)]
+    measured, failed = timing.measure(candidates, CUDA, 0.0)
     assert measured.elapsed_ms == pytest.approx([2.0] * timing.ROUNDS["cuda"][0]) and measured.extra_mib == 3.0
     assert len(flushed) == 20 and set(flushed) == {64 * 2**20} and measured.launch_ms >= 0
     assert failed.failed == "ZeroDivisionError: division by zero" and failed.elapsed_ms == []
@@ -89,7 +90,7 @@ def test_the_probe_has_what_the_design_asks_for():
 def test_the_probe_at_tiny_sizes(what):
     case, = (case for case in probe.rehearsal() if case.what == what)
     made = probe.measure_case(case, CPU, 0.001)
-    rows = {row["rival"]: row for row in made["rows"]}
+    rows = {row["candidate"]: row for row in made["rows"]}
     timed = {name: row for name, row in rows.items() if "failed" not in row}
     assert made["case"] == str(case) and all(row["median_ms"] > 0 for row in timed.values()) and record.text(made)
     if what == "ceilings":
@@ -100,7 +101,7 @@ def test_the_probe_at_tiny_sizes(what):
         row = timed["fc1, of the weight"]
         assert row["tflops"] == pytest.approx(2 * made["tokens"] * 48 * 192 / row["median_ms"] / 1e9)
     if what.startswith("attention"):
-        assert {name.split(",")[0] for name in rows} == set(ATTENTIONS) and {"sdpa, forward", "plain, backward"} <= set(timed)
+        assert {name.split(",")[0] for name in rows} == set(ATTENTIONS) and {"sdpa, forward", "eager, backward"} <= set(timed)
         assert all(row["failed"].startswith("ValueError: `attention`") for row in rows.values() if "failed" in row)
         sequences = {"large crops": [(4, 17)], "small crops": [(16, 5)], "the mix": [(4, 17), (16, 5)]}[what[13:]]
         scores = sum(n * tokens**2 for n, tokens in sequences)
@@ -164,23 +165,23 @@ def steps(monkeypatch):
         cfg = SimpleNamespace(batch_size_per_gpu=options.get("batch_size_per_gpu", 128))
         step = SimpleNamespace(cfg=cfg, how=f"attention {options.get('attention', 'varlen')}, compiled", ms=step_ms)
         loss = next((losses[name] for name in options if name in losses), 11.0)
-        return candidates.Best(options, step_clock.Rival(str(case), step, iter(()), None), (loss, 1.0))
+        return step_options.Best(options, step_clock.Candidate(str(case), step, iter(()), None), (loss, 1.0))
 
-    monkeypatch.setattr(candidates, "build", build)
-    monkeypatch.setattr(step_clock, "in_turns", lambda rivals, device, seconds: [
-        Timed(rival.name, [rival.step.ms] * 3, {}, None) for rival in rivals])
-    candidates._best.clear()
+    monkeypatch.setattr(step_options, "build", build)
+    monkeypatch.setattr(step_clock, "in_turns", lambda candidates, device, seconds: [
+        Timed(candidate.name, [candidate.step.ms] * 3, {}, None) for candidate in candidates])
+    step_options._best.clear()
     yield built
-    candidates._best.clear()
+    step_options._best.clear()
 
 
 def climb(*options, before=()):
     """The ledger after these candidates."""
-    ledger = record.Ledger(record.environment("candidates", CPU, "a command"), None)
+    ledger = record.Ledger(record.environment("options", CPU, "a command"), None)
     ledger.result["cases"] = list(before)
     step = bench_step.rehearsal()[0]
     for each in options:
-        record.measure_into(ledger, candidates, candidates.Case(step, each), CPU)
+        record.measure_into(ledger, step_options, step_options.Case(step, each), CPU)
     return {case["case"]: case for case in ledger.cases}
 
 
@@ -193,7 +194,7 @@ def test_candidates_stand_on_the_best_so_far(steps):
     found = climb(*ORDER)
     assert [name for name, case in found.items() if case["kept"]] == ["--attention fa3", "--batch_size_per_gpu 256"]
     assert found["--attention fa3"]["gain"] == pytest.approx(100 / 90) and found["--attention fa3"]["on_top_of"] == {}
-    assert found["--residual_precision bf16"]["gain"] == pytest.approx(90 / 89.5) and 90 / 89.5 < candidates.GAIN
+    assert found["--residual_precision bf16"]["gain"] == pytest.approx(90 / 89.5) and 90 / 89.5 < step_options.GAIN
     assert [row["median_ms"] for row in found["--cuda_graph true"]["rows"]] == [90.0, 95.0]
     other = found["--linear onednn"]
     assert other["gain"] > 1.4 and other["rows"][1]["same_losses"] is False
@@ -201,7 +202,7 @@ def test_candidates_stand_on_the_best_so_far(steps):
     assert found["--teacher_precision bf16"]["failed"] == "OutOfMemoryError: CUDA out of memory"
     batch = found["--batch_size_per_gpu 256"]
     assert batch["on_top_of"] == {"attention": "fa3"} and batch["gain"] == pytest.approx(256 / 150 / (128 / 90))
-    last = found[candidates.ALL_KEPT]
+    last = found[step_options.ALL_KEPT]
     assert last["options"] == {"attention": "fa3", "batch_size_per_gpu": 256} and not last["kept"]
     assert last["gain"] == pytest.approx(256 / 150 / (128 / 100))
     assert [options for options in steps if options == {"attention": "fa3"}] == [{"attention": "fa3"}]      # stays warm
@@ -209,16 +210,16 @@ def test_candidates_stand_on_the_best_so_far(steps):
 
 def test_candidates_go_on_from_what_was_kept(steps):
     first = climb(*ORDER[:2])
-    candidates._best.clear()                                                           # another process
+    step_options._best.clear()                                                           # another process
     found = climb(*ORDER[4:], before=first.values())
     assert found["--cuda_graph true"]["on_top_of"] == {"attention": "fa3"}
-    assert found[candidates.ALL_KEPT]["options"] == {"attention": "fa3", "batch_size_per_gpu": 256}
+    assert found[step_options.ALL_KEPT]["options"] == {"attention": "fa3", "batch_size_per_gpu": 256}
 
 
 def test_what_the_best_has_is_no_candidate(steps):
     found = climb((("attention", "varlen"),), ())
     assert found["--attention varlen"]["left_out"] == ["--attention varlen: the best so far has it"] and steps == [{}]
-    assert found[candidates.ALL_KEPT]["left_out"] == [f"{candidates.ALL_KEPT}: nothing was"]
+    assert found[step_options.ALL_KEPT]["left_out"] == [f"{step_options.ALL_KEPT}: nothing was"]
 
 
 @pytest.mark.parametrize("option, message", [
@@ -226,23 +227,23 @@ def test_what_the_best_has_is_no_candidate(steps):
     (("cuda_graph", "no truth value"), "`cuda_graph` is 'no truth value': give True or False."),
     (("teacher_precision", "bf16"), "`teacher_precision` bf16 goes with `precision` bf16")])
 def test_an_option_that_is_unknown_or_refused_is_a_row_with_the_reason(option, message):
-    case = candidates.Case(bench_step.rehearsal()[0], (option,))
+    case = step_options.Case(bench_step.rehearsal()[0], (option,))
     with pytest.raises(ValueError, match=message):
-        candidates.build(case, CPU, dict(case.options))
+        step_options.build(case, CPU, dict(case.options))
 
 
 def test_a_candidate_is_built_and_warm():
-    case = candidates.Case(bench_step.rehearsal()[0], (("attention", "plain"),))
-    built = candidates.build(case, CPU, {"attention": "plain"})
-    assert built.rival.done == 3 and built.rival.step.how.startswith("attention plain")
+    case = step_options.Case(bench_step.rehearsal()[0], (("attention", "eager"),))
+    built = step_options.build(case, CPU, {"attention": "eager"})
+    assert built.candidate.done == 3 and built.candidate.step.how.startswith("attention eager")
     assert 3 < built.first[0] < 5 and built.first[1] > 0
 
 
 def test_every_candidate_of_the_ladder_is_named_by_its_flag():
-    names = [str(case) for case in candidates.cases(CUDA)]
+    names = [str(case) for case in step_options.cases(CUDA)]
     assert {"--attention fa3", "--attention cudnn", "--residual_precision bf16", "--compile max-autotune", "--cuda_graph true",
             "--teacher_precision bf16", "--batch_size_per_gpu 512"} <= set(names)
-    assert names[-1] == candidates.ALL_KEPT and len(set(names)) == len(names)
+    assert names[-1] == step_options.ALL_KEPT and len(set(names)) == len(names)
 
 
 # ---- the GPU tests
@@ -300,9 +301,10 @@ def test_gpu_tests_stand_by_what_they_cost():
 def test_a_candidate_must_do_the_same_step(images, first, same):
     """Loss and gradient norm, as at the start the loss is the same whatever the network does; another batch has other crops."""
     before, challenger = (
-        candidates.Best({}, step_clock.Rival("a", SimpleNamespace(cfg=Config(batch_size_per_gpu=n)), iter(()), None), values)
+        step_options.Best({}, step_clock.Candidate("a", SimpleNamespace(cfg=Config(batch_size_per_gpu=n)), iter(()), None),
+                          values)
         for n, values in ((128, (11.0, 2.0)), (images, first)))
-    found = candidates.compared("a", before, challenger)
+    found = step_options.compared("a", before, challenger)
     assert found["same_losses"] == same and ("differs" in found) == (not same)
 
 
@@ -311,12 +313,12 @@ def test_report_of_a_gpu(monkeypatch, tmp_path, steps):
     """One line without results; else a table for each that is there, flagged rows as notes."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert report.gpu() == report.NO_GPU
-    base = record.environment("candidates", CPU, "a command") | {"device_type": "cuda"}
+    base = record.environment("options", CPU, "a command") | {"device_type": "cuda"}
     record.save(base | {"cases": list(climb(*ORDER).values())}, tmp_path)
-    rows = [{"rival": "qkv, forward", "median_ms": 0.1234, "tflops": 612.3, "gbps": None},
-            {"rival": "fa3", "failed": "not here"}]
+    rows = [{"candidate": "qkv, forward", "median_ms": 0.1234, "tflops": 612.3, "gbps": None},
+            {"candidate": "fa3", "failed": "not here"}]
     kernels = {"case": "one step", "kernels": [], "n_kernels": 1234.0, "kernels_us": 60_000.0, "gaps_us": 2500.0, "rows": [
-        {"rival": "without the profiler", "median_ms": 62.5}]}
+        {"candidate": "without the profiler", "median_ms": 62.5}]}
     record.save(base | {"benchmark": "probe", "cases": [{"case": "products", "rows": rows}, kernels]}, tmp_path)
     shown = report.gpu()
     for words in ("| --attention fa3 |  | 1,280 | 1,422 | 1.111 | yes |",

@@ -51,7 +51,7 @@ def test_rows_and_gradients_that_are_not_contiguous(nothing_is_too_little):
     found = []
     for library in ("blas", "onednn"):
         wide = torch.stack((x, x), dim=1).detach().requires_grad_()                            # (12, 2, 8)
-        y = linear(wide[:, 1], w[1:5], b[1:5], library)                                        # as `of_cls` takes its queries
+        y = linear(wide[:, 1], w[1:5], b[1:5], library)                                      # as `forward_cls` takes queries
         y.backward(upstream.t().contiguous().t()[:, :4])
         found.append([y.detach(), wide.grad, w.grad, b.grad])
         w.grad = b.grad = None

@@ -29,7 +29,7 @@ from dinofast.data.sampler import batch_indices, epoch_order
 
 SMALL = dict(global_crops_size=16, local_crops_size=8, local_crops_number=2, batch_size_per_gpu=4, num_workers=0, patch_size=8)
 N = 19
-NEAR = 2 / 255 / 0.225  # two levels, normalised: dali's cut rounds otherwise, and colour makes more of that
+NEAR = 2 / 255 / 0.225  # two levels, normalized: dali's cut rounds otherwise, and color makes more of that
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def spoil(path):
     path.write_bytes(data)
 
 
-def test_crops_are_the_plan_executed_and_normalised(config, photographs):
+def test_crops_are_the_plan_executed_and_normalized(config, photographs):
     cfg = config()
     loader = make_loader(cfg, start_step=5)  # epoch 1, step 1
     assert (loader.n_images, loader.steps_per_epoch, loader.bad_files) == (N, 4, [])
@@ -102,8 +102,8 @@ def test_crops_are_the_plan_executed_and_normalised(config, photographs):
 
 def test_views_are_the_official_ones():
     first, second, *rest = views(Config())
-    assert first == View(224, (0.4, 1.0), blur_p=1.0, solarise_p=0.0, blur_radius=(0.1, 2.0))
-    assert second == View(224, (0.4, 1.0), blur_p=0.1, solarise_p=0.2, blur_radius=(0.1, 2.0))
+    assert first == View(224, (0.4, 1.0), blur_p=1.0, solarize_p=0.0, blur_radius=(0.1, 2.0))
+    assert second == View(224, (0.4, 1.0), blur_p=0.1, solarize_p=0.2, blur_radius=(0.1, 2.0))
     assert len(rest) == 8 and set(rest) == {View(96, (0.05, 0.4), 0.5, 0.0, (0.1, 2.0))}
 
 
@@ -265,8 +265,8 @@ def test_backends_replace_alike(spoilt):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_images_stop_the_run(spoilt, workers):
-    loader = make_loader(spoilt(num_workers=workers, max_refused=0.2))
-    with pytest.raises(ValueError, match="3 of 12 images are bad and `max_refused` is 0.2: .*png"):
+    loader = make_loader(spoilt(num_workers=workers, max_bad_files=0.2))
+    with pytest.raises(ValueError, match="3 of 12 images are bad and `max_bad_files` is 0.2: .*png"):
         for _ in range(4):
             next(loader)
     loader.close()
@@ -280,14 +280,14 @@ def test_the_share_is_of_the_images_drawn_so_far(config, tmp_path):
     for i in range(400):
         (tmp_path / "data" / f"{i:03}.png").write_bytes(data if i < 300 else b"text")
     for share, raises in ((0.35, False), (0.1, True)):
-        loader = make_loader(config(data_path=str(tmp_path / "data"), batch_size_per_gpu=20, max_refused=share))
+        loader = make_loader(config(data_path=str(tmp_path / "data"), batch_size_per_gpu=20, max_bad_files=share))
         done = 0
         try:
             while done < 20:
                 next(loader)
                 done += 1
         except ValueError as error:
-            assert raises and done < 8 and "images are bad and `max_refused` is 0.1: " in str(error)
+            assert raises and done < 8 and "images are bad and `max_bad_files` is 0.1: " in str(error)
         else:
             assert not raises
         loader.close()
@@ -299,7 +299,7 @@ def test_where_nothing_decodes_the_first_batch_says_so(config, tmp_path, workers
     for i in range(3000):
         (tmp_path / "data" / f"{i:04}.jpg").write_bytes(b"text")
     tried = []
-    loader = make_loader(config(data_path=str(tmp_path / "data"), num_workers=workers, max_refused=1.0, batch_size_per_gpu=2))
+    loader = make_loader(config(data_path=str(tmp_path / "data"), num_workers=workers, max_bad_files=1.0, batch_size_per_gpu=2))
     read = loader.reader.dataset.read
     object.__setattr__(loader.reader.dataset, "read", lambda i: (tried.append(i), read(i))[1])
     reason = r"\S+jpg \(text, not an image\)"
@@ -315,13 +315,13 @@ def test_a_long_stretch_of_bad_files_is_no_reason_to_stop(config, tmp_path):
     (tmp_path / "data").mkdir()
     for i in range(600):
         (tmp_path / "data" / f"{i:04}.png").write_bytes(data if i < 150 else b"text")
-    cfg = config(data_path=str(tmp_path / "data"), batch_size_per_gpu=1, max_refused=1.0)
+    cfg = config(data_path=str(tmp_path / "data"), batch_size_per_gpu=1, max_bad_files=1.0)
     first = int(np.flatnonzero(epoch_order(0, 0, 600) >= 150)[0])
     assert len(take(cfg, 1, start_step=first)) == 1
 
 
 def test_when_nothing_decodes_any_more_the_run_stops(spoilt, tmp_path):
-    loader = make_loader(spoilt(max_refused=1.0))
+    loader = make_loader(spoilt(max_bad_files=1.0))
     next(loader)
     for path in (tmp_path / "data").iterdir():
         photograph(path), spoil(path)
@@ -400,7 +400,7 @@ def test_a_storage_that_fails_ends_the_run_soon(config, tmp_path, monkeypatch):
 
     monkeypatch.setattr("dinofast.data.dataset.read_file", fail)
     monkeypatch.setattr(decode, "RETRY_PAUSES_S", (0.0,))
-    loader = make_loader(config(data_path=str(tmp_path / "data"), max_refused=1.0, batch_size_per_gpu=1))
+    loader = make_loader(config(data_path=str(tmp_path / "data"), max_bad_files=1.0, batch_size_per_gpu=1))
     loader.reader._any_decodes = True                         # earlier in the run
     with pytest.raises(ValueError, match="decodes: .*cannot be read: Stale file handle"):
         next(loader)

@@ -71,9 +71,9 @@ def test_a_log_without_checkpoint_is_set_aside(tmp_path):
 def test_refused_images_are_told_once(tmp_path, capsys):
     r = run(tmp_path)
     refused = [("a.jpg", "empty file")]
-    r.tell_refused(refused, tmp_path)
-    r.tell_refused(refused, tmp_path)
-    r.tell_refused([*refused, ("b.jpg", "text")], tmp_path)
+    r.log_bad_files(refused, tmp_path)
+    r.log_bad_files(refused, tmp_path)
+    r.log_bad_files([*refused, ("b.jpg", "text")], tmp_path)
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "1 unreadable" in said[0] and "a.jpg (empty file)" in said[0] and "b.jpg (text)" in said[1]
 

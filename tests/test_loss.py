@@ -31,7 +31,7 @@ def make(**changes):
                        "warmup_teacher_temp_epochs": 2, "nepochs": 5, **changes})
 
 
-def test_state_is_the_centre_alone_and_loads_official_state():
+def test_state_is_the_center_alone_and_loads_official_state():
     loss_fn = make()
     assert list(loss_fn.state_dict()) == ["center"] and loss_fn.center.shape == (1, 11) and not loss_fn.center.any()
     loss_fn.load_state_dict({"center": torch.ones(1, 11)})
@@ -43,7 +43,7 @@ def test_constructor_as_the_official_one():
     assert (make().student_temp, make().center_momentum) == (0.1, 0.9)
 
 
-def test_micro_batches_give_the_centre_of_the_whole_batch():
+def test_micro_batches_give_the_center_of_the_whole_batch():
     torch.manual_seed(0)
     teacher = torch.randn(2, 6, 11)
     student = torch.randn(4, 6, 11)
@@ -60,7 +60,7 @@ def test_micro_batches_give_the_centre_of_the_whole_batch():
         parts.step()
 
 
-def test_a_teacher_logit_of_minus_infinity_leaves_the_loss_finite_but_never_reaches_the_centre():
+def test_a_teacher_logit_of_minus_infinity_leaves_the_loss_finite_but_never_reaches_the_center():
     loss_fn = make()
     teacher = torch.randn(4, 11)
     teacher[0, 0] = -math.inf
@@ -68,7 +68,7 @@ def test_a_teacher_logit_of_minus_infinity_leaves_the_loss_finite_but_never_reac
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_never_reaches_the_centre(bad):
+def test_a_loss_that_is_not_finite_never_reaches_the_center(bad):
     loss_fn = make()
     student, teacher = torch.randn(8, 11), torch.randn(4, 11)
     loss_fn(student, teacher, 0)

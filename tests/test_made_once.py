@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from dinofast.runtime import tensor_cache as module
-from dinofast.runtime.tensor_cache import holding, made_once
+from dinofast.runtime.tensor_cache import cached_tensors, keep_alive
 
 
 @pytest.fixture
 def ones(monkeypatch):
     """Makes (n,) of ones; four results are kept."""
     monkeypatch.setattr(module, "KEPT", 4)
-    return made_once(lambda n: torch.ones(n))
+    return cached_tensors(lambda n: torch.ones(n))
 
 
 def test_the_last_results_are_kept(ones):
@@ -42,10 +42,10 @@ def test_nothing_is_kept_while_a_compiler_looks_on(ones):
 
 def test_held_results_outlive_the_others(ones):
     made_before = weakref.ref(ones(1))
-    with holding() as held:
+    with keep_alive() as held:
         ones(1)
         made_within = weakref.ref(ones(2))
-        with holding() as also_held:
+        with keep_alive() as also_held:
             ones(2)
     made_after = weakref.ref(ones(3))
     for n in range(4, 10):
@@ -59,7 +59,7 @@ def test_held_results_outlive_the_others(ones):
 
 
 def test_holding_ends_with_an_error(ones):
-    with pytest.raises(ZeroDivisionError), holding() as held:
+    with pytest.raises(ZeroDivisionError), keep_alive() as held:
         raise ZeroDivisionError
     ones(1)
     assert held == []

@@ -9,7 +9,7 @@ from dinofast.runtime import memory
 FAULTS = """
 import resource, sys, torch
 from contextlib import nullcontext
-from dinofast.runtime.memory import kept_memory
+from dinofast.runtime.memory import retain_freed_memory
 
 def now():
     with open("/proc/self/statm") as file:
@@ -17,7 +17,7 @@ def now():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt, resident
 
 start = now()
-with kept_memory(torch.device("cpu")) if sys.argv[1] == "kept" else nullcontext():
+with retain_freed_memory(torch.device("cpu")) if sys.argv[1] == "kept" else nullcontext():
     for i in range(12):
         if i == 4:
             warm = now()
@@ -47,10 +47,10 @@ def test_large_blocks_are_fetched_once_and_go_back_at_the_end():
 
 def test_a_gpu_and_another_malloc_are_left_alone(monkeypatch):
     monkeypatch.setattr(memory, "_libc", lambda: pytest.fail("not asked for"))
-    with memory.kept_memory(torch.device("meta")):
+    with memory.retain_freed_memory(torch.device("meta")):
         pass
     monkeypatch.setattr(memory, "_libc", lambda: None)
-    with memory.kept_memory(torch.device("cpu")):
+    with memory.retain_freed_memory(torch.device("cpu")):
         pass
 
 

@@ -42,8 +42,8 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def test_every_stage_equals_the_official_one() -> None:
     drawn = np.stack([golden_view(i) for i in range(8)])
-    stages = {"final_u8": (), "blur_out": ("solarise",), "gray_out": ("solarise", "blur_radius"),
-              "jitter": ("solarise", "blur_radius", "grey"), "crop": ("solarise", "blur_radius", "grey", "jitter", "flip")}
+    stages = {"final_u8": (), "blur_out": ("solarize",), "gray_out": ("solarize", "blur_radius"),
+              "jitter": ("solarize", "blur_radius", "gray"), "crop": ("solarize", "blur_radius", "gray", "jitter", "flip")}
     for stage, switched_off in stages.items():
         changed = drawn.copy()
         for name in switched_off:
@@ -53,25 +53,25 @@ def test_every_stage_equals_the_official_one() -> None:
 
 
 @pytest.fixture(scope="module")
-def all_colours() -> np.ndarray:
+def all_colors() -> np.ndarray:
     return np.stack(np.meshgrid(*[np.arange(256, dtype=np.uint8)] * 3, indexing="ij"), -1).reshape(4096, 4096, 3)
 
 
 @pytest.mark.parametrize(("operation", "factors"), [
     (0, (0.6137, 1.3999)), (1, (0.6, 1.31)), (2, (0.8, 1.1873)), (3, (0.0999, -0.1, 0.0)),
 ])
-def test_every_colour_becomes_what_pil_makes_of_it(all_colours: np.ndarray, operation: int, factors: tuple) -> None:
-    """All 16.8 million. The hue's turn by 0 is the way to HSV and back, in which every HSV that a colour has occurs."""
+def test_every_color_becomes_what_pil_makes_of_it(all_colors: np.ndarray, operation: int, factors: tuple) -> None:
+    """All 16.8 million. The hue's turn by 0 is the way to HSV and back, in which every HSV that a color has occurs."""
     for factor in factors:
         all_factors = [1.0, 1.0, 1.0, 0.0]
         all_factors[operation] = factor
-        crop, = render(all_colours, one(all_colours, jitter=True, factors=all_factors))
-        assert (crop == np.asarray(pil.jitter(Image.fromarray(all_colours), [0, 1, 2, 3], all_factors))).all(), factor
+        crop, = render(all_colors, one(all_colors, jitter=True, factors=all_factors))
+        assert (crop == np.asarray(pil.jitter(Image.fromarray(all_colors), [0, 1, 2, 3], all_factors))).all(), factor
 
 
-def test_grey_and_solarise(all_colours: np.ndarray) -> None:
-    crop, = render(all_colours, one(all_colours, grey=True, solarise=True))
-    assert (crop == pil.render(Image.fromarray(all_colours), one(all_colours, grey=True, solarise=True)[0])).all()
+def test_gray_and_solarize(all_colors: np.ndarray) -> None:
+    crop, = render(all_colors, one(all_colors, gray=True, solarize=True))
+    assert (crop == pil.render(Image.fromarray(all_colors), one(all_colors, gray=True, solarize=True)[0])).all()
 
 
 @pytest.mark.parametrize("side", (1, 2, 5, 64, 224))
@@ -122,9 +122,9 @@ def test_levels_by_table() -> None:
     ({"box": (0, 2**31 - 2, 3, 3)}, "a box does not lie in the image"),
     ({"box": (0, 0, 0, 3)}, "a box does not lie in the image"),
     ({"size": 0}, "a box does not lie in the image"),
-    ({"jitter": True, "order": (0, 1, 2, 4)}, "an order names a colour operation beyond 3"),
-    ({"jitter": True, "factors": (1, float("nan"), 1, 0)}, "a colour factor"),
-    ({"jitter": True, "factors": (1, 1, 1, -1e300)}, "a colour factor"),
+    ({"jitter": True, "order": (0, 1, 2, 4)}, "an order names a color operation beyond 3"),
+    ({"jitter": True, "factors": (1, float("nan"), 1, 0)}, "a color factor"),
+    ({"jitter": True, "factors": (1, 1, 1, -1e300)}, "a color factor"),
     ({"blur_radius": float("nan")}, "a blur radius"),
     ({"blur_radius": 1e9}, "a blur radius"),
 ])

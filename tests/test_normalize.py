@@ -66,7 +66,7 @@ def test_every_level_of_every_channel(impl: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_gpu_gets_the_crops_of_a_cpu(interpreter: None, photographs: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    """The kernel with the loader's table, on the levels that the loader has normalised by arithmetic."""
+    """The kernel with the loader's table, on the levels that the loader has normalized by arithmetic."""
     loader = make_loader(Config(data_path=str(photographs), output_dir=str(tmp_path), data_backend="pil", num_workers=0,
                                 global_crops_size=32, local_crops_size=16, local_crops_number=2, batch_size_per_gpu=2))
     loader.dtype, normalize, levels = dtype, loader._normalize, []

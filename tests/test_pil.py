@@ -17,7 +17,7 @@ def golden_view(i):
     """Element of the plan for golden crop i."""
     view = np.zeros((), VIEW)
     names = {"box": "box_yxhw", "size": "size", "flip": "flip", "order": "order_bcsh", "factors": "factors_bcsh",
-             "grey": "gray", "blur_radius": "blur_radius", "solarise": "solarize"}
+             "gray": "gray", "blur_radius": "blur_radius", "solarize": "solarize"}
     for ours, theirs in names.items():
         view[ours] = GOLDEN[f"{i}.{theirs}"]
     view["jitter"] = True
@@ -29,7 +29,7 @@ def test_every_stage_equals_the_official_one(i):
     image, view = Image.fromarray(GOLDEN["image"]), golden_view(i)
     assert (np.asarray(cut(image, view["box"].tolist(), int(view["size"]))) == GOLDEN[f"{i}.crop"]).all()
     assert (render(image, view) == GOLDEN[f"{i}.final_u8"]).all()
-    for stage, field in (("blur_out", "solarise"), ("gray_out", "blur_radius"), ("jitter", "grey")):
+    for stage, field in (("blur_out", "solarize"), ("gray_out", "blur_radius"), ("jitter", "gray")):
         view[field] = 0  # switched off from the last stage backwards
         assert (render(image, view) == GOLDEN[f"{i}.{stage}"]).all(), stage
     view["jitter"] = False
@@ -39,7 +39,7 @@ def test_every_stage_equals_the_official_one(i):
 
 def test_golden_covers_every_switch():
     views = np.array([golden_view(i)[()] for i in range(8)])
-    for switch in (views["flip"], views["grey"], views["solarise"], views["blur_radius"] > 0, views["factors"][:, 3] > 0):
+    for switch in (views["flip"], views["gray"], views["solarize"], views["blur_radius"] > 0, views["factors"][:, 3] > 0):
         assert 0 < switch.sum() < 8
     assert len(np.unique(views["order"], axis=0)) > 5
 
@@ -54,8 +54,8 @@ def test_what_pil_opens_is_rgb(tmp_path):
     Image.fromarray(rgb).save(tmp_path / "rgb.png")
     assert (np.asarray(decode((tmp_path / "rgb.png").read_bytes())) == rgb).all()
 
-    Image.fromarray(rgb[..., 0]).save(tmp_path / "grey.png")
-    assert (np.asarray(decode((tmp_path / "grey.png").read_bytes())) == rgb[..., :1]).all()
+    Image.fromarray(rgb[..., 0]).save(tmp_path / "gray.png")
+    assert (np.asarray(decode((tmp_path / "gray.png").read_bytes())) == rgb[..., :1]).all()
 
     deep = pixels((6, 9), 65536, np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
@@ -68,7 +68,7 @@ def test_what_pil_opens_is_rgb(tmp_path):
     Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.jpg")
     assert decode((tmp_path / "cmyk.jpg").read_bytes()).mode == "RGB"
 
-    frames = [Image.new("RGB", (9, 6), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (9, 6), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert (np.asarray(decode((tmp_path / "moving.gif").read_bytes())) == (255, 0, 0)).all()
 

@@ -73,7 +73,7 @@ def test_a_run_in_bf16_goes_on_where_it_was(photographs, tmp_path):
 def test_a_finished_run_has_nothing_left_to_do(unbroken, photographs):
     before = (unbroken / "log.txt").read_bytes()
     said = finish(photographs, unbroken, "--drop_path_rate", "0.3")
-    assert "nothing left to do" in said and (unbroken / "log.txt").read_bytes() == before
+    assert "training already complete" in said and (unbroken / "log.txt").read_bytes() == before
 
 
 def test_changed_options_are_told(unbroken, photographs, tmp_path):

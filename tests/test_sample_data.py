@@ -111,7 +111,7 @@ def test_the_mask_covers_the_object(label):
     assert 0.08 < np.mean(area) < 0.32
 
 
-def test_pixels_and_colours_do_not_give_the_class_away():
+def test_pixels_and_colors_do_not_give_the_class_away():
     """1,200 images, chance is 10 %. On the full set raw pixels score 54 %, color histograms 49 % with a ceiling of 50 %."""
     drawn = torch.from_numpy(np.stack([sample_data.draw(i)[0] for i in range(1200)])).float() / 255
     labels = torch.arange(1200) % 10
@@ -124,7 +124,7 @@ def test_pixels_and_colours_do_not_give_the_class_away():
 
 
 def test_the_demo_from_end_to_end(tmp_path, capsys):
-    """Two steps on 160 images: nothing is learnt, everything is written, and a second call goes on from what is there."""
+    """Two steps on 160 images: nothing is learned, everything is written, and a second call goes on from what is there."""
     result = demo.demo(tmp_path, epochs=1, device="cpu", n_images=160)
     assert json.loads(json.dumps(result)) == json.loads((tmp_path / "result.json").read_text())
     assert (result["n_train"], result["n_val"], result["steps"], result["resumed"]) == (120, 40, 2, False)

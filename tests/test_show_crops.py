@@ -41,9 +41,9 @@ def test_everything_drawn_is_told():
     view["box"], view["size"] = (3, 4, 50, 60), 96
     assert describe(view) == ["96 px of 60 x 50 at 4, 3"]
     view["jitter"], view["order"], view["factors"] = True, (3, 0, 2, 1), (0.7, 1.25, 0.9, -0.05)
-    view["flip"], view["grey"], view["blur_radius"], view["solarise"] = True, True, 0.5, True
+    view["flip"], view["gray"], view["blur_radius"], view["solarize"] = True, True, 0.5, True
     assert describe(view)[1:] == ["hue -0.05, brightness 0.70", "saturation 0.90, contrast 1.25",
-                                  "mirrored, grey, blur 0.50, solarised"]
+                                  "mirrored, gray, blur 0.50, solarized"]
 
 
 def test_an_image_that_does_not_decode_is_named(tmp_path):

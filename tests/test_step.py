@@ -1,4 +1,4 @@
-"""The optimiser step in all its ways: each reproduces the official eight steps, and none compiles anew or waits."""
+"""The optimizer step in all its ways: each reproduces the official eight steps, and none compiles anew or waits."""
 
 import itertools
 import json
@@ -81,7 +81,7 @@ def assert_official(step, model, device="cpu", tolerance=1e-5, center=None):
                                rtol=10 * tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention": "plain"}, {"grad_checkpointing": True},
+@pytest.mark.parametrize("changes", [{}, {"attention": "eager"}, {"grad_checkpointing": True},
                                      {"compile": "on"}, {"compile": "on", "grad_checkpointing": True},
                                      {"compile": "max-autotune"}], ids=str)
 def test_official_trajectory(changes):
@@ -287,7 +287,7 @@ def test_what_cannot_be_done_is_announced_or_refused(monkeypatch):
         return Step(cfg, model, CPU, Schedule(cfg, 100, 1))
 
     assert foreign().how == "not compiled"
-    for flag, value in {"attention": "plain", "linear": "blas", "compile": "on", "grad_checkpointing": True,
+    for flag, value in {"attention": "eager", "linear": "blas", "compile": "on", "grad_checkpointing": True,
                         "residual_precision": "bf16"}.items():
         with pytest.raises(ValueError, match=f"`{flag}` .*for our ViTs, not for own"):
             foreign(**{"precision": "bf16", flag: value})
@@ -336,7 +336,7 @@ def test_a_teacher_that_is_float32_again_goes_on_from_its_average(tmp_path):
     options = {"precision": "bf16", "norm_last_layer": False, "freeze_last_layer": 1, "momentum_teacher": 0.5, "lr": 1.0}
 
     def resumed(before, **changes):
-        checkpoint.save(path, before.model, before.optimizer, None, before.cfg, checkpoint.Position())
+        checkpoint.save(path, before.model, before.optimizer, None, before.cfg, checkpoint.TrainState())
         step, batches = small(**options, **changes)
         checkpoint.restore(path, step.model, step.optimizer, None, step.cfg)
         return step, batches
@@ -418,7 +418,7 @@ def test_the_graph_gives_the_official_trajectory(recorder):
             center.copy_(before)
         return stats
 
-    step.graph = cuda_graph.Captured(whole, parameters)
+    step.graph = cuda_graph.CUDAGraphStep(whole, parameters)
     plain = step.graph._record
 
     def record(crops, teacher_temp):

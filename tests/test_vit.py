@@ -38,7 +38,7 @@ def test_published_sizes(make, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
-def test_initialisation_is_the_official_one():
+def test_initialization_is_the_official_one():
     torch.manual_seed(0)
     model = vit_tiny()
     assert model.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.02)
@@ -107,7 +107,7 @@ def assert_same(model, ours, expected, rtol=1e-10, atol=1e-11):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol * max(1, b.abs().max()), msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "plain"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_one_packed_pass_equals_a_pass_per_size(attention):
     model, crops = build(), images(*SIZES)
     for block in model.blocks:

@@ -1,4 +1,4 @@
-// dino_loss (arXiv 2104.14294, equation 2 with multi-crop) over materialised logits, with the gradient for an upstream of 1.
+// dino_loss (arXiv 2104.14294, equation 2 with multi-crop) over materialized logits, with the gradient for an upstream of 1.
 //
 //     q[t, b, :] = softmax((teacher[t, b, :] - center) / teacher_temp), or teacher[t, b, :] itself           t = 0 .. T-1
 //     loss       = 1 / terms sum_b sum_v [mass_v log sum_k e^(d / student_temp) - <Q_v, d> / student_temp]
@@ -39,7 +39,7 @@ constexpr int64_t kBlock = 1024;  // columns: of a row's blocks, and of the teac
 struct Block { double sum, dot; float top; };  // of a student's row; the sums are relative to the block's own maximum
 struct TeacherRow { double sum, entropy; };
 
-// e[k] = exp((x - center - max) / temp) of one row, the sums of its blocks, its sum, and the entropy of the normalised row.
+// e[k] = exp((x - center - max) / temp) of one row, the sums of its blocks, its sum, and the entropy of the normalized row.
 template <class T>
 DINOFAST_INLINE TeacherRow teacher_row_of(const T* x, const float* center, int64_t n, double temp, float* e, double* block_sums) {
     int32_t highest = std::numeric_limits<int32_t>::min();

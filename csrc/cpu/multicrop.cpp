@@ -3,7 +3,7 @@
 // which of the two has made it. No product is contracted with a sum here: PIL's are not.
 //
 //     box, bicubic with antialiasing, columns and then rows -> mirror -> brightness, contrast, saturation and hue as ordered
-//     -> grey -> three box blurs in each direction -> solarise
+//     -> gray -> three box blurs in each direction -> solarize
 //
 // The image is turned once into planes of rows and of columns: a resize along one is a sum of whole ones of the other. Every crop
 // is worked on in planes (3, size, size), which stay in L2. Vectors always run along contiguous numbers.
@@ -151,7 +151,7 @@ void transpose(const uint8_t* from, int64_t from_stride, int64_t h, int64_t w, u
                     for (int64_t y = y0; y < std::min(h, y0 + side); ++y) to[x * to_stride + y] = from[y * from_stride + x];
 }
 
-// (n, bytes), of which the first three are the colours, to planes (3, n).
+// (n, bytes), of which the first three are the colors, to planes (3, n).
 template <int BYTES>
 DINOFAST_INLINE void split(const uint8_t* pixels, int64_t n, uint8_t* planes) {
     uint8_t *r = planes, *g = r + n, *b = g + n;
@@ -212,7 +212,7 @@ void cut(const uint8_t* rows, const uint8_t* columns, int64_t height, int64_t wi
     }
 }
 
-// ------------------------------------------------------------------------------------------------------------------- colour
+// ------------------------------------------------------------------------------------------------------------------- color
 
 DINOFAST_INLINE uint8_t luma(int32_t r, int32_t g, int32_t b) { return uint8_t((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16); }
 
@@ -241,18 +241,18 @@ DINOFAST_CLONES void contrast(uint8_t* r, uint8_t* g, uint8_t* b, int64_t n, flo
 DINOFAST_CLONES void saturation(uint8_t* r, uint8_t* g, uint8_t* b, int64_t n, float factor) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-        const int32_t grey = luma(r[i], g[i], b[i]);
-        r[i] = blend(grey, r[i], factor), g[i] = blend(grey, g[i], factor), b[i] = blend(grey, b[i], factor);
+        const int32_t gray = luma(r[i], g[i], b[i]);
+        r[i] = blend(gray, r[i], factor), g[i] = blend(gray, g[i], factor), b[i] = blend(gray, b[i], factor);
     }
 }
 
-DINOFAST_CLONES void grey(uint8_t* r, uint8_t* g, uint8_t* b, int64_t n) {
+DINOFAST_CLONES void gray(uint8_t* r, uint8_t* g, uint8_t* b, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) r[i] = g[i] = b[i] = luma(r[i], g[i], b[i]);
 }
 
 // Through PIL's 8-bit HSV, in which the hue is turned by `step` of 256. PIL computes partly in double; floats and integers stand
-// where they give the same for every colour and every step (tests/test_native.py tries all colours).
+// where they give the same for every color and every step (tests/test_native.py tries all colors).
 DINOFAST_CLONES void hue(uint8_t* r, uint8_t* g, uint8_t* b, int64_t n, int32_t step) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
@@ -279,7 +279,7 @@ DINOFAST_CLONES void hue(uint8_t* r, uint8_t* g, uint8_t* b, int64_t n, int32_t 
     }
 }
 
-// -------------------------------------------------------------------------------------------------------------- blur, solarise
+// -------------------------------------------------------------------------------------------------------------- blur, solarize
 
 struct BoxBlur {
     int64_t radius;     // whole pixels on either side
@@ -354,7 +354,7 @@ void gaussian_blur(uint8_t* plane, int64_t size, double sigma, Scratch& scratch)
     for (int64_t y = 0; y < size; ++y) std::memcpy(plane + y * size, x + y * side + frame, size_t(size));
 }
 
-DINOFAST_CLONES void solarise(uint8_t* x, int64_t n) {
+DINOFAST_CLONES void solarize(uint8_t* x, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) x[i] = x[i] < 128 ? x[i] : uint8_t(255 - x[i]);
 }
@@ -405,10 +405,10 @@ void multicrop(const uint8_t* image, int64_t height, int64_t width, int64_t byte
                 default: hue(r, g, b, area, int32_t(factor * 255));
             }
         }
-        if (view.grey) grey(r, g, b, area);
+        if (view.gray) gray(r, g, b, area);
         for (uint8_t* plane : {r, g, b})
             if (view.blur_radius > 0) gaussian_blur(plane, size, view.blur_radius, scratch);
-        if (view.solarise) solarise(r, 3 * area);
+        if (view.solarize) solarize(r, 3 * area);
         write(crop.data(), area, levels, crops[i]);
     }
 }

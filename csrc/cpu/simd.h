@@ -38,7 +38,7 @@ DINOFAST_INLINE float widen(float x) { return x; }
 
 DINOFAST_INLINE float widen(BF16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
-DINOFAST_INLINE float widen(FP16 x) {  // in integers: compilers do not vectorise _Float16 below AVX512-FP16
+DINOFAST_INLINE float widen(FP16 x) {  // in integers: compilers do not vectorize _Float16 below AVX512-FP16
     uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
     uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);  // rebias the exponent; exact for subnormals
     return bit_cast<float>((magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite) | uint32_t(x.bits & 0x8000) << 16);
@@ -63,7 +63,7 @@ template <> DINOFAST_INLINE FP16 narrow<FP16>(float x) {
     return {uint16_t(sign | (magnitude > 0x7f800000u ? 0x7e00u : half))};
 }
 
-// Floats as integers of the same order: a maximum of integers is vectorised by every compiler, one of floats is not (NaN).
+// Floats as integers of the same order: a maximum of integers is vectorized by every compiler, one of floats is not (NaN).
 DINOFAST_INLINE int32_t ordered(float x) {
     int32_t i = bit_cast<int32_t>(x);
     return i ^ (i >> 31 & 0x7fffffff);
@@ -72,7 +72,7 @@ DINOFAST_INLINE int32_t ordered(float x) {
 DINOFAST_INLINE float from_ordered(int32_t i) { return bit_cast<float>(i ^ (i >> 31 & 0x7fffffff)); }
 
 // 2^(d factor) for d factor <= 0, the product unrounded, within 1.1 units in the last place (given FMA; 1e-6 on x86 before
-// 2013). Exactly 0 below 2^-100, which keeps products with a softmax's normaliser out of the slow subnormal range. NaN stays.
+// 2013). Exactly 0 below 2^-100, which keeps products with a softmax's normalizer out of the slow subnormal range. NaN stays.
 DINOFAST_INLINE float exp2_scaled(float d, float factor) {
     constexpr float round = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
     float t = d * factor + round, n = t - round;

@@ -138,7 +138,7 @@ class OfficialStep:
         average(self.student, self.teacher, schedule.momentum[step])
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.mark("optimiser")
+        self.mark("optimizer")
         return {"loss": loss.detach()}
 
 

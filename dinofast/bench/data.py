@@ -155,7 +155,7 @@ def _stages(loader: Loader, device: torch.device, seconds: float, cpu_ms: float)
 
 
 def _stages_of_dali(loader: Loader, device: torch.device, seconds: float, cpu_ms: float) -> dict[str, float]:
-    """Reading and colour by themselves; the rest of `cpu_ms` is the graph's, whose threads cannot be asked."""
+    """Reading and color by themselves; the rest of `cpu_ms` is the graph's, whose threads cannot be asked."""
     n_images, resolutions = loader.batch_size, loader.augmentation.resolutions
     indices = np.arange(n_images) % loader.n_images
     drawn, norm_lut = loader.augmentation.draw(0, indices).views, torch.zeros(3, 256, device=device)
@@ -171,8 +171,8 @@ def _stages_of_dali(loader: Loader, device: torch.device, seconds: float, cpu_ms
         backend_dali.colored(cut, drawn, resolutions, norm_lut, loader.dtype)
         times.append(time.process_time())
         spent.append(np.diff(times) / n_images * 1e3)
-    read_ms, colour_ms = np.mean(spent, 0).tolist()
-    return {"read": read_ms, "decode and cut": max(0.0, cpu_ms - read_ms - colour_ms), "colour": colour_ms}
+    read_ms, color_ms = np.mean(spent, 0).tolist()
+    return {"read": read_ms, "decode and cut": max(0.0, cpu_ms - read_ms - color_ms), "color": color_ms}
 
 
 def report(measured: Measured, wanted: float | None) -> str:

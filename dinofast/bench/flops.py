@@ -30,7 +30,7 @@ def forward_flops(vit: VisionTransformer, head_widths: list[int], n_crops: int, 
 def image_flops(vit: VisionTransformer, head_widths: list[int], crops: list[tuple[int, int]]) -> int:
     """Of one image in one step: student forward (1) and backward (2; the pixels take no gradient), teacher forward.
 
-    crops: (number, size in pixels), the global ones first. Optimiser, loss and data are no matrix products and not counted, nor
+    crops: (number, size in pixels), the global ones first. Optimizer, loss and data are no matrix products and not counted, nor
     is what an implementation computes beyond this; what it saves of it is counted all the same.
     """
     total = sum(forward_flops(vit, head_widths, *crops[0]))

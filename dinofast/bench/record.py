@@ -1,7 +1,7 @@
 """What a benchmark hands on: a table for the terminal, and one JSON file with everything a reader needs to judge a number.
 
-A case is one shape: {"case": its name, "rounds", ..., "rows": one for each rival}. Units are in the names. A row with "failed"
-has no times, but the reason; one with "differs" was timed, but its results are not those of the others.
+A case is one shape: {"case": its name, "rounds", ..., "rows": one for each candidate}. Units are in the names. A row with
+"failed" has no times, but the reason; one with "differs" was timed, but its results are not those of the others.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ SAME_RUN = ("device", "threads", "cuda", "versions", "commit")       # what resu
 
 
 def rows_of(timings: Sequence[Timing]) -> list[dict[str, Any]]:
-    """One row for each rival: times, bandwidth, memory, and ratios of medians to "official" and to the first and last copy.
+    """One row for each candidate: times, bandwidth, memory, and ratios of medians to "official" and to the first and last copy.
 
     The first copy is of the same numbers; the last is the largest, and bandwidths are shares of its.
     """
     rows = []
     for timing in timings:
         if timing.failed:
-            rows.append({"rival": timing.rival.name, "failed": timing.failed})
+            rows.append({"candidate": timing.candidate.name, "failed": timing.failed})
             continue
-        median, moved, flops = quartiles(timing.elapsed_ms)[1], timing.rival.moved_bytes, timing.rival.flops
-        rows.append(row_of(timing.rival.name, timing.elapsed_ms, moved_bytes=moved,
+        median, moved, flops = quartiles(timing.elapsed_ms)[1], timing.candidate.moved_bytes, timing.candidate.flops
+        rows.append(row_of(timing.candidate.name, timing.elapsed_ms, moved_bytes=moved,
                            gbps=moved / median / 1e6 if moved else None, extra_mib=timing.extra_mib,
                            launch_ms=timing.launch_ms, **({"tflops": flops / median / 1e9} if flops else {})))
     add_ratios(rows)
     timed = [row for row in rows if "failed" not in row]
-    copies = [row for row in timed if row["rival"].startswith("copy")]
+    copies = [row for row in timed if row["candidate"].startswith("copy")]
     for row in timed:
         row["times_the_copy"] = row["median_ms"] / copies[0]["median_ms"] if copies else None
         row["share_of_copy_bandwidth"] = row["gbps"] / copies[-1]["gbps"] if row["gbps"] and copies else None
@@ -57,10 +57,10 @@ def rows_of(timings: Sequence[Timing]) -> list[dict[str, Any]]:
 
 
 def flag(rows: Sequence[dict[str, Any]], differing: dict[str, str]) -> None:
-    """Say of the rivals named in `differing` in what they differ from the others."""
+    """Say of the candidates named in `differing` in what they differ from the others."""
     for row in rows:
-        if row["rival"] in differing and "failed" not in row:
-            row["differs"] = differing[row["rival"]]
+        if row["candidate"] in differing and "failed" not in row:
+            row["differs"] = differing[row["candidate"]]
 
 
 def environment(benchmark: str, device: torch.device, command: str) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def version(name: str) -> str | None:
 
 
 def save(result: dict[str, Any], folder: Path) -> Path:
-    """Written whole or not at all, as BENCHMARK-DEVICE.json; the single times stay out."""
+    """Written atomically, as BENCHMARK-DEVICE.json; the single times stay out."""
     result = result | {"cases": [case | {"rows": [{k: v for k, v in row.items() if k != "elapsed_ms"} for row in case["rows"]]}
                                  for case in result["cases"]]}
     return write(result, folder / f"{result['benchmark']}-{result['device_type']}.json")
@@ -144,13 +144,13 @@ class Ledger:
     def get(self, name: str) -> dict[str, Any] | None:
         return next((case for case in self.cases if case["case"] == name), None)
 
-    def is_done(self, name: str, rivals: Iterable[str] = ()) -> bool:
-        """Measured, with a row or a reason for each of these rivals."""
+    def is_done(self, name: str, candidates: Iterable[str] = ()) -> bool:
+        """Measured, with a row or a reason for each of these candidates."""
         case = self.get(name)
         if case is None or "begun" in case:
             return False
-        said = [row["rival"] for row in case["rows"]] + [reason.split(":")[0] for reason in case.get("left_out", ())]
-        return "failed" in case or set(rivals) <= set(said)
+        said = [row["candidate"] for row in case["rows"]] + [reason.split(":")[0] for reason in case.get("left_out", ())]
+        return "failed" in case or set(candidates) <= set(said)
 
     def begin(self, name: str) -> int:
         """How often it has been begun, this time counted; the rows of an earlier time stay until there are new ones."""
@@ -170,15 +170,15 @@ class Ledger:
 
 
 def text(case: dict[str, Any]) -> str:
-    """One case for the terminal, without the columns in which no rival has anything."""
-    head = ("rival", "median ms", "[quartiles]", "official / it", "images/s", "CPU ms", "it / copy", "GB/s", "of copy",
+    """One case for the terminal, without the columns in which no candidate has anything."""
+    head = ("candidate", "median ms", "[quartiles]", "official / it", "images/s", "CPU ms", "it / copy", "GB/s", "of copy",
             "extra MiB", "host ms", "device GiB", "TFLOP/s")
     lines = [head]
     for row in case["rows"]:
         if "median_ms" not in row:
             continue
         low, high = row["quartiles_ms"]
-        lines.append((row["rival"], f"{row['median_ms']:.3f}", f"[{low:.3f}, {high:.3f}]",
+        lines.append((row["candidate"], f"{row['median_ms']:.3f}", f"[{low:.3f}, {high:.3f}]",
                       _shown(row, "times_faster_than_official", ".2f"), _shown(row, "images_per_s", ",.0f"),
                       _shown(row, "cpu_ms", ".3f"), _shown(row, "times_the_copy", ".2f"), _shown(row, "gbps", ".1f"),
                       _shown(row, "share_of_copy_bandwidth", ".0%"), _shown(row, "extra_mib", ".1f"),
@@ -198,7 +198,7 @@ def flags(case: dict[str, Any]) -> list[str]:
     """What went wrong in a case and in its rows."""
     found = [f"{case['case']}: {case['failed']}"] if "failed" in case else []
     for row in case["rows"]:
-        found += [f"{row['rival']}: {row[name]}" for name in ("failed", "differs") if name in row]
+        found += [f"{row['candidate']}: {row[name]}" for name in ("failed", "differs") if name in row]
     return found
 
 
@@ -211,15 +211,15 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def main(module: Any) -> int:
-    """A benchmark as a script; the exit code. `module` has NAME, `cases(device)`, tiny ones in `rehearsal()`, `rivals_of(case)`
-    and `measure_case(case, device)`, which gives a case, or `growing(case, device)`, which yields it as it grows; and
-    `go_on_from(cases)` where a case depends on those before.
+    """A benchmark as a script; the exit code. `module` has NAME, `cases(device)`, tiny ones in `rehearsal()`,
+    `candidates_of(case)` and `measure_case(case, device)`, which gives a case, or `growing(case, device)`, which yields it
+    as it grows; and `go_on_from(cases)` where a case depends on those before.
 
     Every case is measured and printed, and with --save-results each step is in the file at once. What fails is flagged, and the
     next is begun.
     """
     parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="left alone, CUDA if there is a device")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA if there is a device")
     parser.add_argument("--save-results", nargs="?", const=RESULTS, type=Path, metavar="DIR", help="benchmarks/results if bare")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="no case is begun after so many seconds")
     parser.add_argument("--resume", action="store_true", help="go on from the file, if it is of this device and commit")
@@ -233,7 +233,7 @@ def main(module: Any) -> int:
         module.SECONDS = dict.fromkeys(module.SECONDS, 0.1)
     left = 0
     for case in module.rehearsal() if args.rehearse else module.cases(device):
-        if ledger.is_done(str(case), module.rivals_of(case)):
+        if ledger.is_done(str(case), module.candidates_of(case)):
             print(f"{case}: measured before", flush=True)
         elif time.perf_counter() - start > args.limit_s:
             print(f"{case}: not measured, {args.limit_s:.0f} s are over", flush=True)

@@ -18,7 +18,7 @@ from ..data import Loader, backend_dali, backend_native, make_loader
 from ..nn.dino import Model
 from ..nn.vit import VisionTransformer
 from ..runtime.distributed import Process, pick_device
-from ..runtime.memory import kept_memory
+from ..runtime.memory import retain_freed_memory
 from ..runtime.progress import counting
 from ..schedule import Schedule
 from ..step import Step
@@ -30,9 +30,9 @@ PARTS = {                                      # of a step, in its order, and wh
     "data": "the wait for crops; random ones are there from the start",
     "teacher": "its forward pass; before it dinofast cuts the crops into patches, for the student too",
     "student": "its forward pass",
-    "loss": "forward; the official one with the centre and the host's reading of it",
+    "loss": "forward; the official one with the center and the host's reading of it",
     "backward": "through loss and student",
-    "optimiser": "clipping, AdamW and the teacher's average; of dinofast the centre, too",
+    "optimizer": "clipping, AdamW and the teacher's average; of dinofast the center, too",
 }
 WARM_UP = 5                                    # steps before anything counts: compiling, recording a graph, first allocations
 TURN = {"cpu": 1, "cuda": 10}                  # steps in a row before the other has its turn
@@ -78,7 +78,7 @@ class Clock:
 
 
 @dataclass
-class Rival:
+class Candidate:
     """One way to do a step: `step(i, batches)`, timed by `clock` where its parts can be told apart.
 
     ready: batches that may have been made while others had their turns. So many steps go before the clock starts.
@@ -93,7 +93,7 @@ class Rival:
 
     def turn(self, device: torch.device, n: int) -> tuple[float, dict[str, float]]:
         """Milliseconds a step over n steps in a row, and of each part; gradients are let go of at the end."""
-        getattr(self.step, "activate", lambda: None)()   # what steps of other rivals may have changed for all of the process
+        getattr(self.step, "activate", lambda: None)()   # what others' steps may have changed for all of the process
         if self.ready:
             self._steps(device, self.ready)
             if self.clock:
@@ -145,30 +145,30 @@ def ours(cfg: Config, device: torch.device, schedule: Schedule) -> tuple[Step, C
     return step, clock
 
 
-def warm_up(rival: Rival, device: torch.device) -> None:
+def warm_up(candidate: Candidate, device: torch.device) -> None:
     """Steps before anything counts."""
-    rival.turn(device, WARM_UP if device.type == "cuda" else 2)
+    candidate.turn(device, WARM_UP if device.type == "cuda" else 2)
 
 
-def in_turns(rivals: Sequence[Rival], device: torch.device, seconds: float, fewest: int = FEWEST) -> list[Timed]:
-    """Let rivals that are warm take turns until `seconds` are over; at least `fewest` turns each."""
+def in_turns(candidates: Sequence[Candidate], device: torch.device, seconds: float, fewest: int = FEWEST) -> list[Timed]:
+    """Let candidates that are warm take turns until `seconds` are over; at least `fewest` turns each."""
     peaks: dict[str, float | None] = {}
 
-    def turn(rival: Rival) -> tuple[float, dict[str, float]]:
-        if has_peak := device.type == "cuda" and not getattr(rival.step, "graph", None):
+    def turn(candidate: Candidate) -> tuple[float, dict[str, float]]:
+        if has_peak := device.type == "cuda" and not getattr(candidate.step, "graph", None):
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-        measured = rival.turn(device, TURN[device.type])
-        peaks[rival.name] = (torch.cuda.max_memory_allocated(device) - before) / 2**30 if has_peak else None
+        measured = candidate.turn(device, TURN[device.type])
+        peaks[candidate.name] = (torch.cuda.max_memory_allocated(device) - before) / 2**30 if has_peak else None
         return measured
 
-    together = Turns({rival.name: lambda rival=rival: turn(rival) for rival in rivals}, catch=())
+    together = Turns({candidate.name: lambda candidate=candidate: turn(candidate) for candidate in candidates}, catch=())
     together.run(seconds, fewest)
     turns = together.results
-    return [Timed(rival.name, [ms for ms, _ in turns[rival.name]],
-                  {part: median(parts.get(part, 0.0) for _, parts in turns[rival.name])
-                   for part in PARTS if any(part in parts for _, parts in turns[rival.name])}, peaks[rival.name])
-            for rival in rivals]
+    return [Timed(candidate.name, [ms for ms, _ in turns[candidate.name]],
+                  {part: median(parts.get(part, 0.0) for _, parts in turns[candidate.name])
+                   for part in PARTS if any(part in parts for _, parts in turns[candidate.name])}, peaks[candidate.name])
+            for candidate in candidates]
 
 
 def measure(cfg: Config, folder: str | None, seconds: float, say: Callable[[str], None] = print) -> str:
@@ -184,7 +184,7 @@ def measure(cfg: Config, folder: str | None, seconds: float, say: Callable[[str]
     device, cfg = pick_device(cfg.device), replace(cfg, freeze_last_layer=0)
     schedule, official_cfg = schedule_of(cfg, device), replace(cfg, precision=official_precision(cfg, device))
     theirs, their_model = Clock(device), new_model(cfg)
-    with kept_memory(device), ExitStack() as stack:             # as in training; the official loop gains by it too
+    with retain_freed_memory(device), ExitStack() as stack:             # as in training; the official loop gains by it too
         loader = stack.enter_context(files(cfg, folder, device)) if folder else None
         step, clock = ours(cfg, device, schedule)
         for line in (setting(cfg, device), f"dinofast: {step.precision}, {step.how}", *(f"note: {note}" for note in step.notes),
@@ -192,16 +192,16 @@ def measure(cfg: Config, folder: str | None, seconds: float, say: Callable[[str]
                      f"warming up, then {seconds:g} s in turns"):
             say(line)
         dtype = torch.bfloat16 if step.precision == "bf16" else torch.float32
-        rivals = [Rival("dinofast", step, Synthetic(cfg, device, dtype), clock)]
+        candidates = [Candidate("dinofast", step, Synthetic(cfg, device, dtype), clock)]
         if loader:
-            rivals.append(Rival("dinofast, from files", step, loader, clock, ready=ready(loader)))
-        rivals.append(Rival("official loop", OfficialStep(official_cfg, their_model, device, schedule, mark=theirs.mark),
-                            Synthetic(cfg, device, torch.float32), theirs))
-        dtypes = [torch.float32 if way.precision == "fp32" else torch.bfloat16 for way in (step, rivals[-1].step)]
+            candidates.append(Candidate("dinofast, from files", step, loader, clock, ready=ready(loader)))
+        official = OfficialStep(official_cfg, their_model, device, schedule, mark=theirs.mark)
+        candidates.append(Candidate("official loop", official, Synthetic(cfg, device, torch.float32), theirs))
+        dtypes = [torch.float32 if way.precision == "fp32" else torch.bfloat16 for way in (step, candidates[-1].step)]
         before = peak_flops(device, dtypes[0])
-        for rival in rivals:
-            warm_up(rival, device)
-        timed = in_turns(rivals, device, seconds)
+        for candidate in candidates:
+            warm_up(candidate, device)
+        timed = in_turns(candidates, device, seconds)
     peak, whose = max(before, peak_flops(device, dtypes[0]), key=lambda found: found[0])       # one was perhaps disturbed
     if dtypes[0] != dtypes[1]:
         timed[-1] = replace(timed[-1], of_peak=False)

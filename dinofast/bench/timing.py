@@ -1,4 +1,4 @@
-"""The one way in which benchmarks measure: rivals in turns in one process, medians and quartiles, and the memory of a call."""
+"""The one way in which benchmarks measure: candidates in turns in one process, medians and quartiles, the memory of a call."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def reason_of(error: BaseException) -> str:
 def row_of(name: str, elapsed_ms: Sequence[float], **more: Any) -> dict[str, Any]:
     """What a result file holds of a candidate: median and quartiles of its turns, and what else is known of it."""
     low, median, high = quartiles(elapsed_ms)
-    return {"rival": name, "median_ms": median, "quartiles_ms": [low, high], **more, "elapsed_ms": list(elapsed_ms)}
+    return {"candidate": name, "median_ms": median, "quartiles_ms": [low, high], **more, "elapsed_ms": list(elapsed_ms)}
 
 
 def add_ratios(rows: Sequence[dict[str, Any]], baseline: str = "official") -> Sequence[dict[str, Any]]:
     """How many times faster than the official row each of the others is; None if that was not timed."""
-    official_ms = next((row["median_ms"] for row in rows if row["rival"] == baseline and "median_ms" in row), None)
+    official_ms = next((row["median_ms"] for row in rows if row["candidate"] == baseline and "median_ms" in row), None)
     for row in rows:
         if "median_ms" in row:
             row["times_faster_than_official"] = official_ms and official_ms / row["median_ms"]
@@ -75,7 +75,7 @@ def add_ratios(rows: Sequence[dict[str, Any]], baseline: str = "official") -> Se
 
 
 @dataclass(frozen=True)
-class Rival:
+class Candidate:
     """`call` does the work once and returns the tensors that it has made, if any.
 
     moved_bytes: what its scheme reads and writes in one call, counted; None where nobody has counted. flops: of one call, where
@@ -96,33 +96,33 @@ class Timing:
     failed: why there are no times, empty if there are.
     """
 
-    rival: Rival
+    candidate: Candidate
     elapsed_ms: list[float]
     extra_mib: float | None
     launch_ms: float | None
     failed: str = ""
 
 
-def measure(rivals: Sequence[Rival], device: torch.device, seconds: float) -> list[Timing]:
-    """Times of all rivals, one round after the other until `seconds` are over, within the limits of ROUNDS.
+def measure(candidates: Sequence[Candidate], device: torch.device, seconds: float) -> list[Timing]:
+    """Times of all candidates, one round after the other until `seconds` are over, within the limits of ROUNDS.
 
-    Results are dropped outside the timed region: allocating them counts, freeing them does not. A rival that raises has no more
-    rounds, and the reason in `failed`.
+    Results are dropped outside the timed region: allocating them counts, freeing them does not. A candidate that raises has no
+    more rounds, and the reason in `failed`.
     """
     clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
     extra_mib, launch_ms = {}, {}
-    turns = Turns({rival.name: lambda rival=rival: clock.once(rival.call, launch_ms[rival.name]) for rival in rivals})
+    turns = Turns({c.name: lambda c=c: clock.once(c.call, launch_ms[c.name]) for c in candidates})
 
-    def prepare(rival: Rival) -> None:
-        rival.call()                                                            # compiles, allocates, starts threads
-        extra_mib[rival.name] = clock.extra_mib(rival.call)
-        launch_ms[rival.name] = clock.prepare(rival.call)
+    def prepare(candidate: Candidate) -> None:
+        candidate.call()                                                            # compiles, allocates, starts threads
+        extra_mib[candidate.name] = clock.extra_mib(candidate.call)
+        launch_ms[candidate.name] = clock.prepare(candidate.call)
 
-    for rival in rivals:
-        turns.attempt(rival.name, lambda rival=rival: prepare(rival))
+    for candidate in candidates:
+        turns.attempt(candidate.name, lambda candidate=candidate: prepare(candidate))
     turns.run(seconds, *ROUNDS[device.type])
-    return [Timing(rival, turns.results[rival.name], extra_mib.get(rival.name), launch_ms.get(rival.name),
-                   turns.failed.get(rival.name, "")) for rival in rivals]
+    return [Timing(candidate, turns.results[candidate.name], extra_mib.get(candidate.name), launch_ms.get(candidate.name),
+                   turns.failed.get(candidate.name, "")) for candidate in candidates]
 
 
 def extra_mib(call: Callable[[], Sequence[Tensor] | None], device: torch.device) -> float | None:
@@ -136,14 +136,14 @@ def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def copies(source: Tensor, what: str) -> list[Rival]:
+def copies(source: Tensor, what: str) -> list[Candidate]:
     """Yardsticks, into memory already there: a copy of `source` (which may fit a cache), and on CUDA one of 1 GiB."""
-    def copy(name: str, source: Tensor) -> Rival:
+    def copy(name: str, source: Tensor) -> Candidate:
         target = source.clone()
 
         def call() -> None:
             target.copy_(source)
-        return Rival(f"copy of {name}", call, 2 * source.nbytes)
+        return Candidate(f"copy of {name}", call, 2 * source.nbytes)
     large = [torch.randn(GIB // 4, device=source.device)] if source.is_cuda else []
     return [copy(what, source.detach()), *(copy("1 GiB", x) for x in large)]
 
@@ -153,7 +153,7 @@ class _CpuClock:
         """Nothing to learn about a call that has finished when it returns."""
 
     def once(self, call: Callable[[], object], launch_ms: None) -> float:
-        call()                                   # pays for the state of memory that the rival before has left
+        call()                                   # pays for the state of memory that the candidate before has left
         start = time.perf_counter()
         result = call()
         elapsed_ms = (time.perf_counter() - start) * 1e3

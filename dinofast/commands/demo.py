@@ -27,7 +27,7 @@ from ..evaluate.attention_maps import (
     patch_features,
     pca_colors,
 )
-from ..evaluate.images import EvalTransform, LabelledImages, labelled_folder, to_tensor
+from ..evaluate.images import EvalTransform, LabeledImages, labeled_folder, to_tensor
 from ..evaluate.knn import extract_features, knn_classify
 from ..evaluate.pictures import enlarge, overlay, sheet, stretch
 from ..nn.dino import Model
@@ -57,7 +57,7 @@ def demo(output_dir: str | Path | None = None, seed: int = 0, epochs: int = 30, 
     """Run the demo, print its table, and write `attention_maps.png` and `result.json` into `output_dir`; returns the result.
 
     output_dir is runs/demo, or runs/demo-seedN for another seed than 0. The data set goes to `output_dir/data`. What an
-    interrupted demo has left is used and continued. device: left alone, a GPU if there is one. Raises ValueError when the
+    interrupted demo has left is used and continued. device: default a GPU if there is one. Raises ValueError when the
     folder holds the data set of another seed.
     """
     start = time.perf_counter()
@@ -92,7 +92,7 @@ def demo(output_dir: str | Path | None = None, seed: int = 0, epochs: int = 30, 
 
 
 def settings(out: Path, seed: int, epochs: int, device: str | None) -> Config:
-    """A recipe for small images and few steps; what matters most at this width is vit_nano's initialisation, which is not 0.02.
+    """A recipe for small images and few steps; what matters most at this width is vit_nano's initialization, which is not 0.02.
 
     On two CPU cores (torch 2.13, 2026-11-23, seed 0, 1,364 steps) K 256, teacher temperature 0.03 and momentum 0.99 came to a
     k-NN of 0.74 with 0.36 of the attention on the object; K 64, 0.04 and 0.98 to 0.78 and 0.53.
@@ -111,7 +111,7 @@ def settings(out: Path, seed: int, epochs: int, device: str | None) -> Config:
 def evaluate(data: Path, untrained: nn.Module, trained: nn.Module) -> dict:
     """Scores (shares of 1) of raw pixels, the untrained and the trained backbone."""
     transform = EvalTransform(resize=SIDE, crop=SIDE)
-    train_set, val_set = (labelled_folder(data / split, transform) for split in ("train", "val"))
+    train_set, val_set = (labeled_folder(data / split, transform) for split in ("train", "val"))
     score: dict = {"n_train": len(train_set), "n_val": len(val_set), "k": K}
     for name, backbone in (("raw_pixels", nn.Flatten()), ("untrained", untrained), ("trained", trained)):
         features = [*extract_features(backbone, train_set), *extract_features(backbone, val_set)]
@@ -162,7 +162,7 @@ def _within_palette(classes: tuple[str, ...], train_features: Tensor, train_labe
     return right / len(test_labels)
 
 
-def _masks(data: Path, images: LabelledImages) -> Tensor:
+def _masks(data: Path, images: LabeledImages) -> Tensor:
     """Share of each pixel that the object covers, (N, SIDE, SIDE)."""
     paths = [(data / "masks" / path.relative_to(data)).with_suffix(".png") for path in images.paths]
     small = [np.asarray(Image.open(path).resize((SIDE, SIDE), Image.Resampling.BOX)) for path in paths]

@@ -59,7 +59,7 @@ def write(folder: str | Path, n_images: int = 4000, size: int = 48, seed: int = 
         raise ValueError(f"n_images is {n_images}: take at least {VALIDATION_EVERY * len(CLASSES)}, so that each class has an "
                          "image to train and one to validate.")
     if size < 16:
-        raise ValueError(f"size is {size} pixels: take at least 16, smaller objects cannot be recognised.")
+        raise ValueError(f"size is {size} pixels: take at least 16, smaller objects cannot be recognized.")
     readme, text = root / "README.txt", _readme(n_images, size, seed)
     if root.exists() and (not root.is_dir() or any(root.iterdir())) and not (readme.is_file() and readme.read_text() == text):
         raise ValueError(f"'{root}' already holds something other than this data set (n_images={n_images}, size={size}, "
@@ -106,8 +106,8 @@ def draw(i: int, size: int = 48, seed: int = 0, pixels: int | None = None) -> tu
     light = rng.permutation([rng.uniform(0.85, 1.0), rng.uniform(0.35, 0.55)])
     hues = np.array(PALETTE_HUES[PALETTE_OF[label]]) + rng.uniform(-0.05, 0.05)
     tones = _rgb(hues, rng.uniform(0.55, 1.0, 2), light)                                    # (2, 3)
-    centres = rng.random((2, CELLS))
-    cell = ((x[:, None] - centres[0]) ** 2 + (y[:, None] - centres[1]) ** 2).argmin(1)      # (P,)
+    centers = rng.random((2, CELLS))
+    cell = ((x[:, None] - centers[0]) ** 2 + (y[:, None] - centers[1]) ** 2).argmin(1)      # (P,)
     cell_hues = rng.permutation((np.arange(CELLS) + rng.random()) / CELLS)
     ground = _rgb(cell_hues, rng.uniform(0.7, 1.0, CELLS), rng.uniform(*GROUND_VALUE, CELLS))      # (18, 3)
 

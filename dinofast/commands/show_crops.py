@@ -64,7 +64,7 @@ def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
             cells = [(_boxes(image, plans), [name, f"{image.width} x {image.height}", "boxes: global red, local blue"])]
             cells += [(Image.fromarray(render(image, view)), describe(view)) for view in plans]
         except UnreadableImage as reason:        # a run would take the next image in its place
-            cells = [(Image.new("RGB", (CELL, CELL), "lightgrey"), [name, f"bad: {reason}"])]
+            cells = [(Image.new("RGB", (CELL, CELL), "lightgray"), [name, f"bad: {reason}"])]
         top = GAP + row * (CELL + LINES * LINE + 2 * GAP)
         for column, (picture, lines) in enumerate(cells):
             left = GAP + column * (CELL + GAP)
@@ -94,7 +94,7 @@ def describe(view: np.void) -> list[str]:
     if view["jitter"]:
         changes = [f"{NAMES[k]} {view['factors'][k]:{'+.2f' if k == 3 else '.2f'}}" for k in view["order"].tolist()]
         lines += [", ".join(changes[:2]), ", ".join(changes[2:])]
-    last = [word for word, done in (("mirrored", view["flip"]), ("grey", view["grey"]),
+    last = [word for word, done in (("mirrored", view["flip"]), ("gray", view["gray"]),
                                     (f"blur {view['blur_radius']:.2f}", view["blur_radius"] > 0),
-                                    ("solarised", view["solarise"])) if done]
+                                    ("solarized", view["solarize"])) if done]
     return lines + ([", ".join(last)] if last else [])

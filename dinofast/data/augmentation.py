@@ -27,12 +27,12 @@ VIEW = np.dtype([
     ("jitter", np.bool_),
     ("order", np.uint8, 4),
     ("factors", np.float64, 4),
-    ("grey", np.bool_),
+    ("gray", np.bool_),
     ("blur_radius", np.float64),  # pixels of the crop
-    ("solarise", np.bool_),
+    ("solarize", np.bool_),
 ], align=True)
 
-FLIP_P, JITTER_P, GREY_P = 0.5, 0.8, 0.2
+FLIP_P, JITTER_P, GRAY_P = 0.5, 0.8, 0.2
 FACTORS_LOW = np.array([0.6, 0.6, 0.8, -0.1])
 FACTORS_HIGH = np.array([1.4, 1.4, 1.2, 0.1])
 ORDERS = np.array(list(itertools.permutations(range(4))), np.uint8)
@@ -48,7 +48,7 @@ class View:
     size: int
     scale: tuple[float, float]
     blur_p: float
-    solarise_p: float
+    solarize_p: float
     blur_radius: tuple[float, float]
 
 
@@ -95,8 +95,8 @@ def draw(seed: int, epoch: int, samples: np.ndarray, views: Sequence[View]) -> D
     plan["size"] = [v.size for v in views]
     plan["flip"] = switch[..., 0] < FLIP_P
     plan["jitter"] = switch[..., 1] < JITTER_P
-    plan["grey"] = switch[..., 2] < GREY_P
-    plan["solarise"] = switch[..., 3] < [v.solarise_p for v in views]
+    plan["gray"] = switch[..., 2] < GRAY_P
+    plan["solarize"] = switch[..., 3] < [v.solarize_p for v in views]
     radius = blur_low + rest[..., 1] * (blur_high - blur_low)
     plan["blur_radius"] = np.where(rest[..., 0] < [v.blur_p for v in views], radius, 0)
     plan["order"] = ORDERS[(rest[..., 2] * len(ORDERS)).astype(np.int64)]

@@ -1,7 +1,7 @@
-"""The plan carried out by NVIDIA DALI: decoding and cuts in its graph, on a GPU by nvJPEG; then color by `ops.colour`.
+"""The plan carried out by NVIDIA DALI: decoding and cuts in its graph, on a GPU by nvJPEG; then color by `ops.color`.
 
     bytes -> decoders.image, once an image -> one resize a view, whose box is its region of interest -> uint8 (B, S, S, 3),
-    without a copy -> ops.colour, which mirrors too: a box that runs backwards is off by a level here and there
+    without a copy -> ops.color, which mirrors too: a box that runs backwards is off by a level here and there
 
 DALI's own color operators are not used: they are another augmentation. Its cut differs from Pillow's by rounding (0.2 levels
 of 255 on average), and so does decoding on a GPU.
@@ -247,11 +247,11 @@ class Batches:
 
 def colored(cut: Sequence[Tensor], views: np.ndarray, resolutions: Sequence[tuple[int, int]], norm_lut: Tensor,
             dtype: torch.dtype) -> list[Tensor]:
-    """`ops.colour` of each resolution: V crops (B, S, S, 3) by views (B, V) become one (V_r B, 3, S_r, S_r) per resolution."""
+    """`ops.color` of each resolution: V crops (B, S, S, 3) by views (B, V) become one (V_r B, 3, S_r, S_r) per resolution."""
     first, out = 0, []
     for n, _ in resolutions:
         part = slice(first, first + n)
-        out.append(ops.colour(cut[part], np.ascontiguousarray(views[:, part].T), norm_lut, dtype))
+        out.append(ops.color(cut[part], np.ascontiguousarray(views[:, part].T), norm_lut, dtype))
         first += n
     return out
 

@@ -57,11 +57,11 @@ def render(image: Image.Image, view: np.void) -> np.ndarray:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if view["jitter"]:
         crop = jitter(crop, view["order"].tolist(), view["factors"].tolist())
-    if view["grey"]:
+    if view["gray"]:
         crop = crop.convert("L").convert("RGB")
     if view["blur_radius"] > 0:
         crop = crop.filter(ImageFilter.GaussianBlur(float(view["blur_radius"])))
-    if view["solarise"]:
+    if view["solarize"]:
         crop = ImageOps.solarize(crop, 128)
     return np.asarray(crop)
 
@@ -80,7 +80,7 @@ def jitter(image: Image.Image, order: list[int], factors: list[float]) -> Image.
 
 
 def _hue(image: Image.Image, turn: float) -> Image.Image:
-    """Turn the hue by this share of the circle, in the 8-bit steps of PIL's HSV, rounded towards 0 as torchvision does."""
+    """Turn the hue by this share of the circle, in the 8-bit steps of PIL's HSV, rounded toward 0 as torchvision does."""
     hue, saturation, value = image.convert("HSV").split()
     step = int(turn * 255)
     hue = hue.point([(level + step) % 256 for level in range(256)])

@@ -32,8 +32,8 @@ def make_loader(cfg: Config, *, rank: int = 0, world: int = 1, start_step: int =
     """The crops of process `rank` of `world`, from optimizer step `start_step` on; see `Loader`.
 
     Lists the files first, calling `on_progress(done, total)` now and then (total 0: not known yet). Raises `ValueError` if the
-    source is missing or has no images, if they do not fill one step, or if more than the share `cfg.max_refused` of its shards
-    is damaged.
+    source is missing or has no images, if they do not fill one step, or if more than the share `cfg.max_bad_files` of its
+    shards is damaged.
     """
     return Loader(cfg, rank, world, start_step, torch.device(device), on_progress)
 
@@ -51,7 +51,7 @@ class Loader:
     the current stream waits for them, the host does not.
 
     A file that does not decode is replaced by the next one, cyclically, that does, drawn as that one is drawn. It goes into
-    `bad_files` and `output_dir/bad_files.txt`. `next` raises `ValueError` if more than the share `cfg.max_refused` of the
+    `bad_files` and `output_dir/bad_files.txt`. `next` raises `ValueError` if more than the share `cfg.max_bad_files` of the
     images drawn so far is bad (once ENOUGH_DRAWN or all are drawn), or if none decodes.
 
     n_images: files listed, good and bad. fingerprint: equal for the same names in the same order. steps_per_epoch: optimizer
@@ -64,7 +64,7 @@ class Loader:
                  on_progress: Callable[[int, int], None] | None) -> None:
         images, self._unlink = shared.between_ranks(dataset.scan(cfg.data_path, on_progress))
         self.n_images, self.fingerprint, self.bad_files = len(images), images.fingerprint, list(images.bad_files)
-        self._max_bad, self._known = cfg.max_refused, {path for path, _ in self.bad_files}
+        self._max_bad, self._known = cfg.max_bad_files, {path for path, _ in self.bad_files}
         self._check_share(len(self.bad_files), self.n_images + len(self.bad_files))  # shards, and folders
         global_batch = cfg.batch_size_per_gpu * world * cfg.accumulate
         self.steps_per_epoch = self.n_images // global_batch
@@ -182,7 +182,7 @@ class Loader:
     def _check_share(self, n_bad: int, n_drawn: int) -> None:
         """Raise `ValueError` if more than the allowed share of the images drawn is bad."""
         if n_drawn >= min(ENOUGH_DRAWN, self.n_images) and n_bad > self._max_bad * n_drawn:
-            raise ValueError(f"{n_bad:,} of {n_drawn:,} images are bad and `max_refused` is {self._max_bad:g}: "
+            raise ValueError(f"{n_bad:,} of {n_drawn:,} images are bad and `max_bad_files` is {self._max_bad:g}: "
                              f"{dataset.examples(self.bad_files)}. Mend or remove these files; `dinofast check-data` "
                              "finds them all.")
 
@@ -197,9 +197,9 @@ def choose_backend(asked: str | None, device_type: str) -> Selection:
 def views(cfg: Config) -> tuple[View, ...]:
     """The official kinds of crop: two global ones, which differ in blur and solarization, and the local ones."""
     big, small, blur = cfg.global_crops_size, cfg.local_crops_size, cfg.blur_radius
-    first = View(big, cfg.global_crops_scale, blur_p=1.0, solarise_p=0.0, blur_radius=blur)
-    second = View(big, cfg.global_crops_scale, blur_p=0.1, solarise_p=0.2, blur_radius=blur)
-    local = View(small, cfg.local_crops_scale, blur_p=0.5, solarise_p=0.0, blur_radius=blur)
+    first = View(big, cfg.global_crops_scale, blur_p=1.0, solarize_p=0.0, blur_radius=blur)
+    second = View(big, cfg.global_crops_scale, blur_p=0.1, solarize_p=0.2, blur_radius=blur)
+    local = View(small, cfg.local_crops_scale, blur_p=0.5, solarize_p=0.0, blur_radius=blur)
     return first, second, *[local] * cfg.local_crops_number
 
 

@@ -1,4 +1,4 @@
-"""Labelled folders of images and the official evaluation transform, with PIL alone but torchvision's rounding rules."""
+"""Labeled folders of images and the official evaluation transform, with PIL alone but torchvision's rounding rules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOLD_OUT_EVERY = 4
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """PIL image -> (3, crop, crop) fp32: shorter side to `resize` (bicubic), centre crop, [0, 1], minus mean, over std.
+    """PIL image -> (3, crop, crop) fp32: shorter side to `resize` (bicubic), center crop, [0, 1], minus mean, over std.
 
     The defaults are the official evaluation. Raises ValueError when the crop is larger than the resized image can be.
     """
@@ -34,7 +34,7 @@ class EvalTransform:
 
     def __post_init__(self) -> None:
         if not 1 <= self.crop <= self.resize:
-            raise ValueError(f"The centre crop of {self.crop} pixels does not fit into images whose shorter side is resized to "
+            raise ValueError(f"The center crop of {self.crop} pixels does not fit into images whose shorter side is resized to "
                              f"{self.resize}: choose 1 <= crop <= resize.")
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -48,13 +48,13 @@ class EvalTransform:
 
 
 def to_tensor(image: Image.Image, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
-    """RGB image -> normalised (3, h, w) fp32."""
+    """RGB image -> normalized (3, h, w) fp32."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
     return pixels.sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))
 
 
 @dataclass(frozen=True)
-class LabelledImages(Dataset):
+class LabeledImages(Dataset):
     """Images with labels: item i is (i, tensor, None), or (i, None, reason) when the file cannot be read."""
 
     paths: tuple[Path, ...]
@@ -71,7 +71,7 @@ class LabelledImages(Dataset):
         except (UnreadableImage, ValueError) as error:
             return i, None, str(error)
 
-    def pick(self, rows: Sequence[int]) -> LabelledImages:
+    def pick(self, rows: Sequence[int]) -> LabeledImages:
         return replace(self, paths=tuple(self.paths[i] for i in rows), labels=tuple(self.labels[i] for i in rows))
 
     def batches(self, batch_size: int, num_workers: int) -> Iterator[tuple[Tensor, Tensor, list[tuple[Path, str]]]]:
@@ -83,7 +83,7 @@ class LabelledImages(Dataset):
             yield images, torch.tensor([i for i, _ in good], dtype=torch.long), refused
 
 
-def labelled_folder(folder: str | Path, transform: Callable[[Image.Image], Tensor]) -> LabelledImages:
+def labeled_folder(folder: str | Path, transform: Callable[[Image.Image], Tensor]) -> LabeledImages:
     """Every image below `folder/<class>/`, classes and files in sorted order, as torchvision's ImageFolder numbers them."""
     root = Path(folder)
     if not root.is_dir():
@@ -92,13 +92,13 @@ def labelled_folder(folder: str | Path, transform: Callable[[Image.Image], Tenso
     found = [(path, label) for label, name in enumerate(classes) for path in sorted((root / name).rglob("*"))
              if path.suffix.lower() in SUFFIXES and path.is_file()]
     if not found:
-        raise ValueError(f"'{root}' holds no labelled images: give a folder with one folder of images for each class.")
+        raise ValueError(f"'{root}' holds no labeled images: give a folder with one folder of images for each class.")
     paths, labels = zip(*found, strict=True)
-    return LabelledImages(paths, labels, classes, transform)
+    return LabeledImages(paths, labels, classes, transform)
 
 
 def train_and_val(data_path: str | Path,
-                  transform: Callable[[Image.Image], Tensor]) -> tuple[LabelledImages, LabelledImages, str]:
+                  transform: Callable[[Image.Image], Tensor]) -> tuple[LabeledImages, LabeledImages, str]:
     """The two halves of an evaluation and one sentence that says what they are.
 
     `data_path` holds `train/` and `val/` with the same class folders, as for the official scripts, or class folders only:
@@ -106,7 +106,7 @@ def train_and_val(data_path: str | Path,
     """
     root = Path(data_path)
     if (root / "train").is_dir() and (root / "val").is_dir():
-        train, val = (labelled_folder(root / split, transform) for split in ("train", "val"))
+        train, val = (labeled_folder(root / split, transform) for split in ("train", "val"))
         if unknown := sorted(set(val.classes) - set(train.classes)):
             raise ValueError(f"'{root}/val' has the class '{unknown[0]}' but '{root}/train' has not: both need the same.")
         number = {name: label for label, name in enumerate(train.classes)}
@@ -116,7 +116,7 @@ def train_and_val(data_path: str | Path,
     if halves:
         other = "val" if halves == ["train"] else "train"
         raise ValueError(f"'{root}' has {halves[0]}/ but not {other}/: give both, or a folder of class folders alone.")
-    every = labelled_folder(root, transform)
+    every = labeled_folder(root, transform)
     if len(every.classes) < 2:
         raise ValueError(f"'{root}' holds one class only, '{every.classes[0]}': give a folder for each of two or more.")
     position: dict[int, int] = {}

@@ -14,7 +14,7 @@ from ..checkpoint import arguments, load_backbone
 from ..nn.vit import VisionTransformer
 from ..runtime.backends import cores
 from ..runtime.distributed import pick_device
-from .images import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, LabelledImages, train_and_val
+from .images import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, LabeledImages, train_and_val
 
 CHUNK_ELEMENTS = 2**26      # of the similarity matrix held at a time: 256 MiB in fp32
 
@@ -25,13 +25,13 @@ def knn_classify(train_features: Tensor, train_labels: Tensor, test_features: Te
 
         for each test image: s = cosine with every training image; the k largest vote for their class with exp(s / temperature)
 
-    train_features (M, D) and test_features (N, D), any float dtype, L2-normalised here; labels (M,) and (N,) int64 from 0.
-    n_classes: left alone, one more than the largest label. Top-5 looks at min(5, k, n_classes) classes, as the official code
+    train_features (M, D) and test_features (N, D), any float dtype, L2-normalized here; labels (M,) and (N,) int64 from 0.
+    n_classes: default one more than the largest label. Top-5 looks at min(5, k, n_classes) classes, as the official code
     does; of classes with equal votes the first comes first. Raises ValueError when k is not within 1..M or a set is empty.
     """
-    similarity, neighbours = nearest(train_features, test_features, k)
+    similarity, neighbors = nearest(train_features, test_features, k)
     n_classes = n_classes or int(torch.cat((train_labels, test_labels)).max()) + 1
-    return vote(similarity, train_labels[neighbours], test_labels, temperature, n_classes)
+    return vote(similarity, train_labels[neighbors], test_labels, temperature, n_classes)
 
 
 def nearest(train_features: Tensor, test_features: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def nearest(train_features: Tensor, test_features: Tensor, k: int) -> tuple[Tens
 
 
 def vote(similarity: Tensor, labels: Tensor, truth: Tensor, temperature: float, n_classes: int) -> tuple[float, float]:
-    """Top-1 and top-5 in percent from the neighbours' similarity and labels (N, k) and the true labels (N,)."""
+    """Top-1 and top-5 in percent from the neighbors' similarity and labels (N, k) and the true labels (N,)."""
     k, hits = labels.shape[1], torch.zeros(2, dtype=torch.long, device=labels.device)
     rows = max(1, CHUNK_ELEMENTS // 4 // n_classes)
     for s, label, target in zip(similarity.split(rows), labels.split(rows), truth.split(rows), strict=True):
@@ -63,7 +63,7 @@ def vote(similarity: Tensor, labels: Tensor, truth: Tensor, temperature: float, 
 
 
 @torch.no_grad()
-def extract_features(backbone: nn.Module, images: LabelledImages, device: str | torch.device = "cpu", batch_size: int = 128,
+def extract_features(backbone: nn.Module, images: LabeledImages, device: str | torch.device = "cpu", batch_size: int = 128,
                      num_workers: int = 0) -> tuple[Tensor, Tensor]:
     """Features (N, D) fp32 and labels (N,) on the CPU, in the order of the files. Unreadable images are named and left out."""
     backbone = backbone.to(device).eval()
@@ -83,17 +83,17 @@ def knn(pretrained_weights: str | Path, data_path: str | Path, *, checkpoint_key
         patch_size: int | None = None, nb_knn: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07,
         resize: int | None = None, crop: int | None = None, batch_size_per_gpu: int = 128, num_workers: int = 10,
         device: str | None = None) -> dict[int, tuple[float, float]]:
-    """Classify `data_path/val` by its neighbours in `data_path/train` and print one line for each k in `nb_knn`.
+    """Classify `data_path/val` by its neighbors in `data_path/train` and print one line for each k in `nb_knn`.
 
     The backbone comes from `checkpoint.load_backbone(pretrained_weights, checkpoint_key, arch, patch_size)`. Without train/ and
-    val/ every fourth image of each class folder is held out. crop: left alone, the size of the global crops that the checkpoint
-    was trained with, 224 for official ones; resize: left alone, 8/7 of it (256 for 224). Channels are normalised as in
-    training. device: left alone, a GPU if there is one.
+    val/ every fourth image of each class folder is held out. crop: default the size of the global crops that the checkpoint
+    was trained with, 224 for official ones; resize: default 8/7 of it (256 for 224). Channels are normalized as in
+    training. device: default a GPU if there is one.
     Returns {k: (top-1, top-5)} in percent; k larger than the training set are left out. Raises ValueError if none remains.
     """
     where = pick_device(device)
     if min(nb_knn) < 1:
-        raise ValueError(f"`nb_knn` is {min(nb_knn)}: a number of neighbours is at least 1.")
+        raise ValueError(f"`nb_knn` is {min(nb_knn)}: a number of neighbors is at least 1.")
     if not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` is {temperature}: it must be a number above 0.")
     for name, value in (("`resize`", resize), ("`crop`", crop), ("`batch_size_per_gpu`", batch_size_per_gpu)):
@@ -106,7 +106,7 @@ def knn(pretrained_weights: str | Path, data_path: str | Path, *, checkpoint_key
     transform = EvalTransform(resize or round(crop * 256 / 224), crop, tuple(trained_with.get("image_mean", IMAGENET_MEAN)),
                               tuple(trained_with.get("image_std", IMAGENET_STD)))
     train, val, sentence = train_and_val(data_path, transform)
-    print(f"{sentence} Shorter side {transform.resize}, centre crop {transform.crop}.")
+    print(f"{sentence} Shorter side {transform.resize}, center crop {transform.crop}.")
     backbone = load_backbone(pretrained_weights, checkpoint_key, arch, patch_size)
     patch = backbone.patch_embed.patch_size if isinstance(backbone, VisionTransformer) else 1      # timm's is a pair
     if crop % patch:
@@ -119,8 +119,8 @@ def knn(pretrained_weights: str | Path, data_path: str | Path, *, checkpoint_key
                          "give a smaller number.")
     if left_out := [k for k in nb_knn if k not in fitting]:
         print(f"Left out: k = {', '.join(map(str, left_out))}, more than the {len(train_labels)} training images.")
-    similarity, neighbours = nearest(train_features.to(where), test_features.to(where), max(fitting))
-    labels, truth = train_labels.to(where)[neighbours], test_labels.to(where)
+    similarity, neighbors = nearest(train_features.to(where), test_features.to(where), max(fitting))
+    labels, truth = train_labels.to(where)[neighbors], test_labels.to(where)
     results = {}
     for k in fitting:
         top1, top5 = results[k] = vote(similarity[:, :k], labels[:, :k], truth, temperature, len(train.classes))

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..runtime.backends import Selection, select
-from ..runtime.tensor_cache import made_once
+from ..runtime.tensor_cache import cached_tensors
 from .packing import Layout, Runs
 
-ATTENTIONS = ("xformers", "varlen", "fa3", "cudnn", "sdpa", "plain")
+ATTENTIONS = ("xformers", "varlen", "fa3", "cudnn", "sdpa", "eager")
 DEFAULTS = ("xformers", "varlen", "sdpa")                     # the first that runs; the others wait for a measurement
 _FMHA = {"xformers": "xformers.ops.fmha", "mslk": "mslk.attention.fmha"}          # where each package has it
 
@@ -45,7 +45,7 @@ def unavailable_reasons(device: torch.device, dtype: torch.dtype, width: int) ->
     if not half and (width % 8 or width > 256):
         half = f"its kernels take heads of up to 256 in steps of 8, not {width}"
     return {"xformers": half or xformers_unavailable_reason(), "varlen": half, "fa3": half or fa3_unavailable_reason(device),
-            "cudnn": half or cudnn_unavailable_reason(), "sdpa": None, "plain": None}
+            "cudnn": half or cudnn_unavailable_reason(), "sdpa": None, "eager": None}
 
 
 @cache
@@ -107,7 +107,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, where: Layout, impl: str = "sdpa"
 
     xformers: `memory_efficient_attention` with a block-diagonal mask. varlen: torch's `varlen_attn` with
     FlashAttention-2; fa3: with FlashAttention-3 (see `activate`). cudnn: cuDNN's, run by run; these four take bf16 and fp16 on
-    a GPU. sdpa: torch's `scaled_dot_product_attention`, run by run. plain: the formula, run by run. The last two take any float
+    a GPU. sdpa: torch's `scaled_dot_product_attention`, run by run. eager: the formula, run by run. The last two take any float
     dtype and device.
     """
     assert q.shape[0] in (k.shape[0], len(where.cls)), "queries are all tokens, or one for each sequence"
@@ -118,9 +118,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, where: Layout, impl: str = "sdpa"
         from torch.nn.attention.varlen import varlen_attn
 
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):          # torch 2.15 would take cuDNN's on an H100
-            return varlen_attn(q, k, v, where.first if cls_only else where.starts, where.starts,
-                               1 if cls_only else where.longest, where.longest)
-    one = {"sdpa": F.scaled_dot_product_attention, "cudnn": _cudnn, "plain": _plain}[impl]
+            return varlen_attn(q, k, v, where.cls_cu_seqlens if cls_only else where.cu_seqlens, where.cu_seqlens,
+                               1 if cls_only else where.max_seqlen, where.max_seqlen)
+    one = {"sdpa": F.scaled_dot_product_attention, "cudnn": _cudnn, "eager": _eager}[impl]
     q_runs = tuple((n, 1) for n, _ in where.runs) if cls_only else where.runs
     parts = [one(*qkv) for qkv in zip(_by_run(q, q_runs), _by_run(k, where.runs), _by_run(v, where.runs), strict=True)]
     parts = [part.transpose(1, 2).flatten(0, 1) for part in parts]                           # (n N, H, d)
@@ -132,7 +132,7 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     return torch.softmax((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5, dim=-1)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention_weights(q, k) @ v
 
 
@@ -150,7 +150,7 @@ def _by_run(x: Tensor, runs: Runs) -> list[Tensor]:
 
 
 # ---- xformers as one opaque operator: its mask objects would break a compiled graph
-@made_once
+@cached_tensors
 def _block_diagonal(runs: tuple[int, ...], cls_only: bool, device: torch.device):
     lengths = [tokens for n, tokens in zip(runs[::2], runs[1::2], strict=True) for _ in range(n)]
     return fmha().attn_bias.BlockDiagonalMask.from_seqlens([1] * len(lengths) if cls_only else lengths, lengths, device=device)

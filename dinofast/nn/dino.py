@@ -55,7 +55,7 @@ class Losses:
 
 class Model(nn.Module):
     """The whole of DINO: `model(crops, teacher_temp)` gives the losses (arXiv 2104.14294, figure 2 and algorithm 1), and after
-    all micro-batches of a step `end_step()` moves the centre.
+    all micro-batches of a step `end_step()` moves the center.
 
     student, teacher: `MultiCropWrapper`s of equal shape; the teacher starts as a copy of the student and takes no gradient.
     mark: called with the name of each part of a step when it has ended, for those who time it.

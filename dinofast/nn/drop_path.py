@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..runtime.tensor_cache import made_once
+from ..runtime.tensor_cache import cached_tensors
 from .packing import Layout
 
 
@@ -26,6 +26,6 @@ def draw_scales(rates: Sequence[float], where: Layout) -> list[Tensor | None]:
     return [scale if rate > 0 else None for scale, rate in zip(scales.unbind(0), rates, strict=True)]
 
 
-@made_once
+@cached_tensors
 def _kept_rates(rates: tuple[float, ...], device: torch.device) -> Tensor:
     return 1 - torch.tensor(rates, dtype=torch.float32).view(-1, 1, 1).to(device)

@@ -1,4 +1,4 @@
-"""The projection head of DINO: an MLP, a normalised bottleneck, and weight-normed prototypes."""
+"""The projection head of DINO: an MLP, a normalized bottleneck, and weight-normed prototypes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Prototypes(nn.Module):
 class DINOHead(nn.Module):
     """Features (B, in_dim) -> prototype logits (B, out_dim), as the official `DINOHead`.
 
-    norm_last_layer: hold the prototypes' norms at 1 (`weight_g` frozen). The bottleneck is normalised in fp32 under any
+    norm_last_layer: hold the prototypes' norms at 1 (`weight_g` frozen). The bottleneck is normalized in fp32 under any
     autocast: in fp16 its square sum can vanish, a known source of NaN in the official code.
     """
 

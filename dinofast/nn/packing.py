@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime.tensor_cache import made_once
+from ..runtime.tensor_cache import cached_tensors
 
 Runs = tuple[tuple[int, int], ...]
 
@@ -21,23 +21,23 @@ class Layout(NamedTuple):
     """Where the sequences lie: `runs`, and the same as tensors on the device, for kernels that read it there."""
 
     runs: Runs
-    starts: Tensor                       # (S + 1,) int32: first token of each sequence, then T
-    first: Tensor                        # (S + 1,) int32: 0, 1, ... S: the same where each sequence is its CLS token alone
+    cu_seqlens: Tensor                   # (S + 1,) int32: first token of each sequence, then T
+    cls_cu_seqlens: Tensor               # (S + 1,) int32: 0, 1, ... S: the same where each sequence is its CLS token alone
     cls: Tensor                          # (S,) int64: row of each CLS token
     sequence: Tensor                     # (T,) int64: which sequence a token belongs to
 
     @property
-    def longest(self) -> int:
+    def max_seqlen(self) -> int:
         return max(tokens for _, tokens in self.runs)
 
 
-@made_once
+@cached_tensors
 def layout(runs: Runs, device: torch.device) -> Layout:
     lengths = torch.tensor([tokens for n, tokens in runs for _ in range(n)], dtype=torch.int64)
-    starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    cu_seqlens = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
     sequence = torch.arange(len(lengths)).repeat_interleave(lengths, output_size=sum(n * tokens for n, tokens in runs))
-    first = torch.arange(len(starts), dtype=torch.int32)
-    return Layout(runs, *(x.to(device) for x in (starts.int(), first, starts[:-1].clone(), sequence)))
+    cls_cu_seqlens = torch.arange(len(cu_seqlens), dtype=torch.int32)
+    return Layout(runs, *(x.to(device) for x in (cu_seqlens.int(), cls_cu_seqlens, cu_seqlens[:-1].clone(), sequence)))
 
 
 class PackedCrops(NamedTuple):
@@ -108,7 +108,7 @@ def patchify(crops: Tensor | Sequence[Tensor], patch_size: int, grid: int) -> Pa
     return PackedCrops(pixels, tuple(grids), where, tuple(matrices))
 
 
-@made_once
+@cached_tensors
 def resampling(grid: int, rows: int, cols: int, device: torch.device) -> Tensor:
     """The matrix (rows cols, grid grid) that resamples a square grid of positions bicubically, which is linear.
 

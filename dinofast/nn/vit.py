@@ -48,7 +48,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, where: Layout) -> Tensor:
         return self.proj(attention(*self.split_heads(x), where, self.impl).flatten(1))
 
-    def of_cls(self, x: Tensor, where: Layout) -> Tensor:
+    def forward_cls(self, x: Tensor, where: Layout) -> Tensor:
         """What `forward` gives in the rows of the CLS tokens, (S, D), without the queries of all others."""
         dim, library = x.shape[1], getattr(self.qkv, "library", "blas")
         weight, bias = operand(self.qkv, "weight"), operand(self.qkv, "bias")
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, where: Layout, drawn: Tensor | None = None, cls_only: bool = False) -> Tensor:
         """x (T, D) -> (T, D), or with `cls_only` the rows (S, D) of the CLS tokens, at a fraction of the work."""
-        attend = self.attn.of_cls if cls_only else self.attn
+        attend = self.attn.forward_cls if cls_only else self.attn
         branch = attend(self.norm1(x), where)
         x = x.index_select(0, where.cls) if cls_only else x           # its backward adds; that of x[...] sorts first
         if drawn is None:
@@ -201,7 +201,7 @@ class VisionTransformer(nn.Module):
         return attention_weights(q, k)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """Normalised outputs (B, N, D) of the last n blocks."""
+        """Normalized outputs (B, N, D) of the last n blocks."""
         packed = self.patchify(x)
         tokens, where = self.embed(packed), packed.layout
         layers = []
@@ -213,7 +213,7 @@ class VisionTransformer(nn.Module):
 
 
 def init_linear_(layer: nn.Linear, std: float = 0.02) -> None:
-    """Truncated normal weights, zero bias: the official initialisation."""
+    """Truncated normal weights, zero bias: the official initialization."""
     nn.init.trunc_normal_(layer.weight, std=std)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

@@ -38,7 +38,7 @@ OPERATIONS = {
     "adamw_ema_": Operation(_BOTH, "adamw_ema", "adamw_ema"),
     "ema_": Operation(_BOTH, "adamw_ema", "adamw_ema"),
     "grad_norms": Operation(_BOTH, "adamw_ema", "adamw_ema"),
-    "colour": Operation(_BOTH, "colour", "multicrop", has_reference=False),
+    "color": Operation(_BOTH, "color", "multicrop", has_reference=False),
     "normalize": Operation({"cuda": "triton"}, "normalize"),
 }
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

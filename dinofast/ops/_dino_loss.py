@@ -19,7 +19,7 @@ from ._choice import _C, KERNEL_DTYPES, choose, is_known, library, on_device
 # kernel has a row's gradient in hand while it reads the logits, so `saved` is the gradient (V, B, K) for an upstream of 1, and
 # backward only multiplies; of a float16 student in float32, as float16 might underflow before the loss scale lifts it. The
 # Triton kernels read the logits twice in any case, for statistics and for the gradient: so the gradient is left to backward,
-# where the upstream is known, and `saved` holds statistics of the rows, the temperature and the centre.
+# where the upstream is known, and `saved` holds statistics of the rows, the temperature and the center.
 library.define("dino_loss(Tensor student, Tensor teacher, Tensor? center, float student_temp, Tensor teacher_temp, int pairs, "
                "bool diagonal, bool with_grad, str impl) -> (Tensor loss, Tensor entropy, Tensor teacher_sum, Tensor saved)")
 library.define("dino_loss_backward(Tensor upstream, Tensor student, Tensor teacher, Tensor saved, float student_temp, "
@@ -85,8 +85,8 @@ def _dino_loss_fake(student: Tensor, teacher: Tensor, center: Tensor | None, stu
     else:
         from ..kernels import dino_loss as triton
         crops, images, prototypes = student.shape
-        centre = 0 if center is None else prototypes
-        saved = numbers(triton.saved_numbers(images, crops + teacher.shape[0], centre) if with_grad else 0)
+        center = 0 if center is None else prototypes
+        saved = numbers(triton.saved_numbers(images, crops + teacher.shape[0], center) if with_grad else 0)
     return numbers(), numbers(), numbers(0 if center is None else student.shape[2]), saved
 
 
@@ -194,7 +194,7 @@ def _choose(op: str, impl: str | None, student: Tensor, targets: Tensor) -> str:
 
 def dino_loss(student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], center: Tensor, student_temp: float,
               teacher_temp: float | Tensor, impl: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The DINO loss over materialised logits (arXiv 2104.14294, equation 2 with multi-crop); see `reference.dino_loss`.
+    """The DINO loss over materialized logits (arXiv 2104.14294, equation 2 with multi-crop); see `reference.dino_loss`.
 
     student (V, B, K), teacher (T, B, K), center (K,): float32, bfloat16, float16 or float64, all on one device; rows may be
     strided; student and teacher may be lists of tensors (B, K), the chunks of one tensor without a copy. Crops count alike on
@@ -233,7 +233,7 @@ def soft_cross_entropy(student: Tensor | Sequence[Tensor], targets: Tensor | Seq
                        diagonal: bool = True, reduction: str = "sum", impl: str | None = None) -> Tensor:
     """Cross-entropy of every student crop with every row of teacher probabilities; see `reference.soft_cross_entropy`.
 
-    For training code that centres, or balances by Sinkhorn-Knopp, by itself (DINOv2, arXiv 2304.07193). student: logits
+    For training code that centers, or balances by Sinkhorn-Knopp, by itself (DINOv2, arXiv 2304.07193). student: logits
     (V, B, K), or a list of V tensors (B, K), the chunks of one tensor without a copy. targets: probabilities (T, B, K), or a
     list, without gradient. diagonal: False leaves out the pairs with t = v. reduction: "sum" over the pairs of the
     mean over images, or the "mean" of both. dtypes, devices, impl and errors as in `dino_loss`. Returns the loss (), float32

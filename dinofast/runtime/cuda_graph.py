@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensor_cache import holding
+from .tensor_cache import keep_alive
 
 WARM_UP = 3                              # steps done eagerly first: they compile, allocate and start libraries
 
 
-class Captured:
+class CUDAGraphStep:
     """`captured(crops, teacher_temp)` does what `whole` does, leaving the gradients of `parameters` where they always were.
 
     The first steps run as they are, on a stream of their own as capturing asks; then one is recorded, and from there on each is
@@ -36,7 +36,7 @@ class Captured:
             kept.copy_(new)
         self._graph.replay()
         for p, grad in zip(self._parameters, self._grads, strict=True):
-            p.grad = grad                                     # the optimiser lets go of them after each step
+            p.grad = grad                                     # the optimizer lets go of them after each step
         return self._stats
 
     def _eagerly(self, crops: list[Tensor], teacher_temp: Tensor) -> Any:
@@ -53,7 +53,7 @@ class Captured:
         for p in self._parameters:
             p.grad = None                                     # so that backward makes them in the graph's own memory
         graph = torch.cuda.CUDAGraph()
-        with holding() as self._held, torch.cuda.graph(graph, stream=self._stream,
+        with keep_alive() as self._held, torch.cuda.graph(graph, stream=self._stream,
                                                        capture_error_mode="thread_local"):        # the loader's threads go on
             self._stats = self._whole(self._inputs[:-1], self._inputs[-1])
         self._grads = [p.grad for p in self._parameters]

@@ -17,7 +17,7 @@ _USUAL = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}
 
 
 @contextmanager
-def kept_memory(device: torch.device) -> Iterator[None]:
+def retain_freed_memory(device: torch.device) -> Iterator[None]:
     """While this lasts, memory that is freed stays with the process, for the next step, where that is a CPU's and glibc's.
 
     A block of 32 MiB and more, as packed activations are, is otherwise fetched from the system at each use, page by page: steps

@@ -70,7 +70,7 @@ class Run:
         else:
             yield
 
-    def tell_refused(self, refused: Sequence[tuple[str, str]], where: Path) -> None:
+    def log_bad_files(self, refused: Sequence[tuple[str, str]], where: Path) -> None:
         """Say how many images have been refused since this was last called, and one of them."""
         new, self._told_refused = len(refused) - self._told_refused, len(refused)
         if new:
@@ -98,7 +98,7 @@ class Run:
             numbers = "loss not finite"
         epoch = (step - 1) // self.steps_per_epoch
         if bad and self.is_main:
-            self.say(f"step {step}: {bad} step(s) skipped, their loss or gradient was not finite; weights, teacher and centre "
+            self.say(f"step {step}: {bad} step(s) skipped, their loss or gradient was not finite; weights, teacher and center "
                      "kept")
         if self._progress is not None:
             self._progress.update(self._task, completed=step, epoch=epoch + 1, numbers=numbers)

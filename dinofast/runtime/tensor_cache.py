@@ -13,7 +13,7 @@ KEPT = 512                               # results of each function, the last th
 _held: list[list[Any]] = []
 
 
-def made_once(make: Callable) -> Callable:
+def cached_tensors(make: Callable) -> Callable:
     """`make`, its last results kept by their arguments.
 
     Made outside inference mode, or training could not use what evaluation has made. While a compiler or another mode watches
@@ -39,7 +39,7 @@ def made_once(make: Callable) -> Callable:
 
 
 @contextmanager
-def holding() -> Iterator[list[Any]]:
+def keep_alive() -> Iterator[list[Any]]:
     """All results that are given out meanwhile, in a list: for a CUDA graph, which reads their memory as long as it lives."""
     results: list[Any] = []
     _held.append(results)

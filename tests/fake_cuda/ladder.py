@@ -1,6 +1,6 @@
 """The measuring parts of `make gpu` on fake CUDA tensors: every line of them but what kernels do. Times mean nothing.
 
-    python ladder.py probe | step | candidates FOLDER [full]      prints the result that FOLDER then holds; full: at full size
+    python ladder.py probe | step | options FOLDER [full]      prints the result that FOLDER then holds; full: at full size
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import steps
 
 # isort: split
 import bench_step
-import candidates
 import probe
+import step_options
 import torch
 from device import DEVICE
 from torch._subclasses import fake_tensor
@@ -105,7 +105,7 @@ def pretend() -> None:
 
 
 def main(part: str, folder: str, *size: str) -> None:
-    module = {"probe": probe, "step": bench_step, "candidates": candidates}[part]
+    module = {"probe": probe, "step": bench_step, "options": step_options}[part]
     sys.argv = [part, "--device", "cuda", "--save-results", folder, *([] if size else ["--rehearse"])]
     pretend()
     module.SECONDS = {"cuda": 0.0}

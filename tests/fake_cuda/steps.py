@@ -37,7 +37,7 @@ from dinofast.schedule import Schedule
 
 CASES: list[dict[str, Any]] = [
     {}, {"attention": "xformers"}, {"attention": "varlen"}, {"attention": "fa3"}, {"attention": "cudnn"}, {"attention": "sdpa"},
-    {"attention": "plain"}, {"precision": "fp16"}, {"precision": "fp32"}, {"residual_precision": "bf16"},
+    {"attention": "eager"}, {"precision": "fp16"}, {"precision": "fp32"}, {"residual_precision": "bf16"},
     {"teacher_precision": "bf16"}, {"teacher_precision": "bf16", "residual_precision": "bf16"}, {"grad_checkpointing": True},
     {"drop_path_rate": 0.0}, {"use_bn_in_head": True}, {"norm_last_layer": False}, {"head_layers": 1}, {"use_fp16": False},
     {"local_crops_number": 0}, {"local_crops_size": 32}, {"optimizer": "sgd"}, {"optimizer": "lars"}, {"clip_mode": "global"},
@@ -46,7 +46,7 @@ CASES: list[dict[str, Any]] = [
 # Fewer, as compiling takes long: each option once, but for those that lie outside the graphs of student and teacher.
 COMPILED: list[dict[str, Any]] = [
     {}, {"attention": "varlen"}, {"attention": "fa3", "precision": "fp16"}, {"attention": "cudnn", "local_crops_size": 32},
-    {"attention": "sdpa", "drop_path_rate": 0.0, "head_layers": 1}, {"attention": "plain", "use_bn_in_head": True},
+    {"attention": "sdpa", "drop_path_rate": 0.0, "head_layers": 1}, {"attention": "eager", "use_bn_in_head": True},
     {"use_fp16": False, "norm_last_layer": False}, {"residual_precision": "bf16", "local_crops_number": 0},
     {"teacher_precision": "bf16", "residual_precision": "bf16"}, {"grad_checkpointing": True},
 ]

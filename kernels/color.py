@@ -1,7 +1,7 @@
-"""colour: what becomes of a crop once it is cut (arXiv 2104.14294, section 3.2), bit for bit as Pillow computes it.
+"""color: what becomes of a crop once it is cut (arXiv 2104.14294, section 3.2), bit for bit as Pillow computes it.
 
-    mirror -> brightness, contrast about the crop's own grey mean, saturation and HSV hue, in the drawn order -> grey -> three
-    box blurs along rows and three along columns -> solarise -> out = table[channel, level], normalised
+    mirror -> brightness, contrast about the crop's own gray mean, saturation and HSV hue, in the drawn order -> gray -> three
+    box blurs along rows and three along columns -> solarize -> out = table[channel, level], normalized
 
 Pillow rounds to 8 bits after every step, so the steps are integers and single fp32 operations: nothing may be contracted to an
 fma, divisions are rounded to nearest, and part of the hue is fp64, as there.
@@ -31,8 +31,8 @@ FIELDS = 17                     # numbers of a crop
 ORDER = tl.constexpr(0)         # 0 brightness, 1 contrast, 2 saturation, 3 hue: four, as they are applied
 FACTOR = tl.constexpr(4)        # of each of those, the bits of an fp32; of hue the turn in steps of 256, a whole number
 CONTRAST = tl.constexpr(8)      # how many operations come before contrast; NONE without jitter
-GREY = tl.constexpr(9)          # 0 or 1
-SOLARISE = tl.constexpr(10)     # 0 or 1
+GRAY = tl.constexpr(9)          # 0 or 1
+SOLARIZE = tl.constexpr(10)     # 0 or 1
 RADIUS = tl.constexpr(11)       # whole pixels of the box on either side; NONE without blur
 NEAR = tl.constexpr(12)         # the weight of those, 24 bits
 FAR = tl.constexpr(13)          # the weight of the two beyond
@@ -96,8 +96,8 @@ def _jittered(r, g, b, fields, first, last, mean):
             middle = r * 0 + mean
             r, g, b = _blend(middle, r, factor), _blend(middle, g, factor), _blend(middle, b, factor)
         elif operation == 2:
-            grey = _luma(r, g, b)
-            r, g, b = _blend(grey, r, factor), _blend(grey, g, factor), _blend(grey, b, factor)
+            gray = _luma(r, g, b)
+            r, g, b = _blend(gray, r, factor), _blend(gray, g, factor), _blend(gray, b, factor)
         else:
             r, g, b = _hue(r, g, b, factor.to(tl.int32))
     return r, g, b
@@ -113,8 +113,8 @@ def _pixels(crops, n, i, inside, fields, B, side, area):
 
 
 @triton.jit
-def _store_normalised(out, table, n, channel, i, inside, level, solarised, area):
-    level = tl.where((level >= 128) & (solarised != 0), 255 - level, level)
+def _store_normalized(out, table, n, channel, i, inside, level, solarized, area):
+    level = tl.where((level >= 128) & (solarized != 0), 255 - level, level)
     number = tl.load(table + channel * 256 + level, inside, 0.0)
     tl.store(out + (tl.cast(n, tl.int64) * 3 + channel) * area + i, number.to(out.dtype.element_ty), inside)
 
@@ -123,7 +123,7 @@ def _store_normalised(out, table, n, channel, i, inside, level, solarised, area)
 def _means(
     crops,           # (V,) addresses of crops (B, S, S, 3)
     numbers,         # (V B, FIELDS)
-    sums,            # (V B, blocks) out: grey levels of a block of pixels, where there is contrast
+    sums,            # (V B, blocks) out: gray levels of a block of pixels, where there is contrast
     B, side, area, blocks, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Grid: V B blocks; blocks = ceil(area / BLOCK), area = S S."""
@@ -138,7 +138,7 @@ def _means(
 
 
 @triton.jit(do_not_specialize=("B",))
-def _colour(
+def _color(
     crops,           # (V,) addresses of crops (B, S, S, 3)
     numbers,         # (V B, FIELDS)
     sums,            # (V B, blocks)
@@ -160,14 +160,14 @@ def _colour(
             total += tl.load(sums + n * blocks + part, part < blocks, 0)
         mean = ((2 * tl.sum(total, 0) + area) // (2 * tl.cast(area, tl.int64))).to(tl.int32)   # to the nearest
         r, g, b = _jittered(r, g, b, fields, 0, 4, mean)
-    if tl.load(fields + GREY) != 0:
+    if tl.load(fields + GRAY) != 0:
         r = _luma(r, g, b)
         g, b = r, r
     if tl.load(fields + RADIUS) == NONE:
-        solarised = tl.load(fields + SOLARISE)
-        _store_normalised(out, table, n, 0, i, inside, r, solarised, area)
-        _store_normalised(out, table, n, 1, i, inside, g, solarised, area)
-        _store_normalised(out, table, n, 2, i, inside, b, solarised, area)
+        solarized = tl.load(fields + SOLARIZE)
+        _store_normalized(out, table, n, 0, i, inside, r, solarized, area)
+        _store_normalized(out, table, n, 1, i, inside, g, solarized, area)
+        _store_normalized(out, table, n, 2, i, inside, b, solarized, area)
     else:
         plane = planes + tl.load(fields + SLOT).to(tl.int64) * 3 * area + i
         tl.store(plane, r.to(tl.uint8), inside)
@@ -202,12 +202,12 @@ def _blur(
         total += tl.load(start + pixel, inside, 0).to(tl.uint32) * near.to(tl.uint32)
     level = (total >> 24).to(tl.int32)
     if LAST:
-        _store_normalised(out, table, n, channel, i, inside, level, tl.load(fields + SOLARISE), area)
+        _store_normalized(out, table, n, channel, i, inside, level, tl.load(fields + SOLARIZE), area)
     else:
         tl.store(blurred + tl.cast(plane, tl.int64) * area + i, level.to(tl.uint8), inside)
 
 
-def colour(crops: Sequence[Tensor], numbers: Tensor, n_blurred: int, table: Tensor, dtype: torch.dtype) -> Tensor:
+def color(crops: Sequence[Tensor], numbers: Tensor, n_blurred: int, table: Tensor, dtype: torch.dtype) -> Tensor:
     """(V B, 3, S, S) in `dtype`, from V contiguous tensors (B, S, S, 3) of uint8.
 
     On the device: numbers (V B, FIELDS) int32, as named above, of which n_blurred crops are blurred; table (3, 256) fp32.
@@ -222,7 +222,7 @@ def colour(crops: Sequence[Tensor], numbers: Tensor, n_blurred: int, table: Tens
     options = {"FIELDS": FIELDS, "BLOCK": BLOCK, "num_warps": WARPS, "enable_fp_fusion": False}
     with torch.cuda.device_of(out):
         _means[V * B * blocks,](addresses, numbers, sums, B, side, area, blocks, **options)
-        _colour[V * B * blocks,](addresses, numbers, sums, table, planes, out, B, side, area, blocks, PARTS=PARTS, **options)
+        _color[V * B * blocks,](addresses, numbers, sums, table, planes, out, B, side, area, blocks, PARTS=PARTS, **options)
         for i in range(6 if n_blurred else 0):
             _blur[n_blurred * 3 * blocks,](numbers, table, planes, others, out, side, area, blocks, ALONG_ROWS=i < 3,
                                            LAST=i == 5, **options)

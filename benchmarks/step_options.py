@@ -1,6 +1,6 @@
 """Options of the step that may make it faster, one at a time on top of the best so far, in turns with it.
 
-    python benchmarks/candidates.py --save-results
+    python benchmarks/step_options.py --save-results
 
 A candidate is kept if it takes at least 1 % more images a second than the best so far and its losses are near; each row says
 what both took. One that this version or this device refuses is a row with the reason. The last case is all that was kept
@@ -20,12 +20,12 @@ import torch
 
 from dinofast.bench import step as step_clock
 from dinofast.bench.record import main
-from dinofast.bench.step import Rival, Synthetic
+from dinofast.bench.step import Candidate, Synthetic
 from dinofast.bench.timing import row_of
 from dinofast.config import Config
-from dinofast.runtime.memory import kept_memory
+from dinofast.runtime.memory import retain_freed_memory
 
-NAME = "candidates"
+NAME = "options"
 SECONDS = {"cpu": 10.0, "cuda": 4.0}     # of a case
 # Relative, of a first step: two attentions, a teacher or a residual stream in bf16 are within 0.0001 and 0.003 of each other,
 # noise as large as the gradient of attention is 0.017 off in the norm (ViT-Ti, bf16, CPU, 2026-11-27).
@@ -59,13 +59,13 @@ def cases(device: torch.device) -> list[Case]:
 
 def rehearsal() -> list[Case]:
     """One of an option that is not there, one of no value that can be, one that the step refuses; two that can be measured."""
-    options = (("attention", "plain"), ("planted_option", "bf16"), ("cuda_graph", "no truth value"),
+    options = (("attention", "eager"), ("planted_option", "bf16"), ("cuda_graph", "no truth value"),
                ("teacher_precision", "bf16"), ("batch_size_per_gpu", 4))
     step = bench_step.rehearsal()[0]
     return [*(Case(step, (option,)) for option in options), Case(step, ())]
 
 
-def rivals_of(case: Case) -> tuple[str, ...]:
+def candidates_of(case: Case) -> tuple[str, ...]:
     return ()
 
 
@@ -74,7 +74,7 @@ class Best(NamedTuple):
     those of a candidate, which has the same weights, crops and draws of stochastic depth."""
 
     options: Options
-    rival: Rival
+    candidate: Candidate
     first: tuple[float, float]
 
 
@@ -107,30 +107,30 @@ def growing(case: Case, device: torch.device, seconds: float | None = None) -> I
                             "rows": [], "left_out": []}
     yield made
     # each network that is compiled counts against one limit, as all share the code of their forward
-    with kept_memory(device), torch._dynamo.config.patch(recompile_limit=1000):
+    with retain_freed_memory(device), torch._dynamo.config.patch(recompile_limit=1000):
         before = best_so_far(case, device, made["on_top_of"])
         if reason := why_needless(case, options, before):
             yield made | {"left_out": [f"{case}: {reason}"]}
             return
         challenger = build(case, device, made["on_top_of"] | options)
-        timed = step_clock.in_turns([before.rival, challenger.rival], device, seconds or SECONDS[device.type])
+        timed = step_clock.in_turns([before.candidate, challenger.candidate], device, seconds or SECONDS[device.type])
     rows = []
     for t, measured in zip(timed, (before, challenger), strict=True):
         row = row_of(t.name, t.step_ms, parts_ms=t.parts_ms, extra_mib=t.peak_gib and t.peak_gib * 1024,
-                     how=measured.rival.step.how)
-        row["images_per_s"] = measured.rival.step.cfg.batch_size_per_gpu / row["median_ms"] * 1e3
+                     how=measured.candidate.step.how)
+        row["images_per_s"] = measured.candidate.step.cfg.batch_size_per_gpu / row["median_ms"] * 1e3
         rows.append(row)
     rows[1] |= compared(str(case), before, challenger)
     gain = rows[1]["images_per_s"] / rows[0]["images_per_s"]
     kept = bool(case.options) and rows[1]["same_losses"] and gain >= GAIN
     if kept:
-        _best[:] = [challenger._replace(rival=replace(challenger.rival, name="best so far"))]
+        _best[:] = [challenger._replace(candidate=replace(challenger.candidate, name="best so far"))]
     yield made | {"rounds": len(timed[0].step_ms), "rows": rows, "gain": gain, "kept": kept}
 
 
 def compared(name: str, before: Best, challenger: Best) -> dict[str, Any]:
     """Whether a candidate does the same step; with another batch the crops are others, and only the loss can be near."""
-    alike = before.rival.step.cfg.batch_size_per_gpu == challenger.rival.step.cfg.batch_size_per_gpu
+    alike = before.candidate.step.cfg.batch_size_per_gpu == challenger.candidate.step.cfg.batch_size_per_gpu
     tolerances = (SAME_LOSS, SAME_NORM) if alike else (bench_step.NEAR,)
     if all(abs(theirs - ours) <= tolerance * abs(ours)
            for theirs, ours, tolerance in zip(challenger.first, before.first, tolerances, strict=False)):
@@ -145,7 +145,7 @@ def why_needless(case: Case, options: Options, before: Best) -> str:
     if options == before.options:
         return "nothing was"
     same = {name for name, value in case.options if before.options.get(name) == value}
-    runs = before.rival.step.how.split(",")[0].split()[:2]                   # such as "attention varlen"
+    runs = before.candidate.step.how.split(",")[0].split()[:2]                   # such as "attention varlen"
     if case.options and (len(same) == len(case.options) or runs == ["attention", options.get("attention")]):
         return "the best so far has it"
     return ""
@@ -157,7 +157,7 @@ def best_so_far(case: Case, device: torch.device, options: Options) -> Best:
         _best.clear()
         gc.collect()
         found = build(case, device, options)
-        _best.append(found._replace(rival=replace(found.rival, name="best so far")))
+        _best.append(found._replace(candidate=replace(found.candidate, name="best so far")))
     return _best[0]
 
 
@@ -168,12 +168,12 @@ def build(case: Case, device: torch.device, options: Options) -> Best:
     cfg = case.step.config(device, **{"compile": "on" if device.type == "cuda" else "off"} | options)
     step, clock = step_clock.ours(cfg, device, step_clock.schedule_of(cfg, device))
     crops = Synthetic(cfg, device, torch.bfloat16 if step.precision == "bf16" else torch.float32)
-    rival = Rival(str(case), step, crops, clock)
+    candidate = Candidate(str(case), step, crops, clock)
     metrics = step(0, crops)
-    rival.done = 1
+    candidate.done = 1
     first = metrics["loss"].item(), metrics["grad_norm"].item()
-    step_clock.warm_up(rival, device)
-    return Best(options, rival, first)
+    step_clock.warm_up(candidate, device)
+    return Best(options, candidate, first)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""colour: the numbers that its kernels take, C++ and Triton, and the public function with its checks.
+"""color: the numbers that its kernels take, C++ and Triton, and the public function with its checks.
 
 Nothing traces or differentiates the data path, so it is no operator of torch's.
 """
@@ -16,12 +16,12 @@ from ._choice import _C, choose
 _CPP_KINDS = {torch.float32: 1, torch.bfloat16: 2}
 
 
-def colour(crops: Sequence[Tensor], views: np.ndarray, table: Tensor, dtype: torch.dtype = torch.float32, *,
+def color(crops: Sequence[Tensor], views: np.ndarray, table: Tensor, dtype: torch.dtype = torch.float32, *,
            impl: str | None = None) -> Tensor:
-    """Mirror, colour jitter, grey, blur and solarisation as drawn, then each level by a table: what follows the cut of a crop.
+    """Mirror, color jitter, gray, blur and solarization as drawn, then each level by a table: what follows the cut of a crop.
 
     crops: V tensors (B, S, S, 3), uint8, contiguous, RGB; views (V, B) of `data.plan.VIEW`, whose boxes and sizes are not
-    looked at; table (3, 256) float32 on their device: what each level of each channel becomes, normalisation for example.
+    looked at; table (3, 256) float32 on their device: what each level of each channel becomes, normalization for example.
     Returns (V B, 3, S, S) in `dtype`, crop-major. Bit for bit what Pillow 13 makes of the same crops (arXiv 2104.14294,
     section 3.2); there is no plain torch version beside it. impl: None, "cpp" (CPU) or "triton" (CUDA; on the CPU only under
     TRITON_INTERPRET=1). Raises ValueError for tensors or views that do not fit together, RuntimeError without a kernel.
@@ -36,17 +36,17 @@ def colour(crops: Sequence[Tensor], views: np.ndarray, table: Tensor, dtype: tor
         raise ValueError(f"views are {views.shape}: give one for each of {len(crops)} x {shape[0]} crops.")
     if table.shape != (3, 256) or table.dtype != torch.float32 or not table.is_contiguous():
         raise ValueError(f"table is {tuple(table.shape)} {table.dtype}: give (3, 256) float32, contiguous.")
-    impl = choose("colour", impl, table)
+    impl = choose("color", impl, table)
     if impl == "cpp":
-        return _colour_cpp(crops, views, table, dtype)
-    from ..kernels.colour import colour as kernel
+        return _color_cpp(crops, views, table, dtype)
+    from ..kernels.color import color as kernel
 
     rows, n_blurred = numbers(views)
     return kernel(crops, _sent(torch.from_numpy(rows), device), n_blurred, table, dtype)
 
 
 def numbers(views: np.ndarray) -> tuple[np.ndarray, int]:
-    """What the Triton kernels know of each crop, int32 (V B, FIELDS) as kernels/colour.py names them, and how many are
+    """What the Triton kernels know of each crop, int32 (V B, FIELDS) as kernels/color.py names them, and how many are
     blurred."""
     views = views.ravel()
     order = views["order"].astype(np.int32)                                                    # (V B, 4)
@@ -56,7 +56,7 @@ def numbers(views: np.ndarray) -> tuple[np.ndarray, int]:
     rows = np.full((len(views), 17), -1, np.int32)
     rows[:, 0:4], rows[:, 4:8] = order, factors.view(np.int32)
     rows[:, 8] = np.where(views["jitter"], (order == 1).argmax(1), -1)
-    rows[:, 9], rows[:, 10] = views["grey"], views["solarise"]
+    rows[:, 9], rows[:, 10] = views["gray"], views["solarize"]
     rows[blurred, 11:14] = np.stack(_box_blur(views["blur_radius"][blurred]), 1)
     rows[blurred, 14] = np.arange(len(blurred))
     rows[: len(blurred), 15] = blurred
@@ -83,7 +83,7 @@ def _sent(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
-def _colour_cpp(crops: Sequence[Tensor], views: np.ndarray, table: Tensor, dtype: torch.dtype) -> Tensor:
+def _color_cpp(crops: Sequence[Tensor], views: np.ndarray, table: Tensor, dtype: torch.dtype) -> Tensor:
     (images, side, _, _), kind = crops[0].shape, dtype if dtype in _CPP_KINDS else torch.float32
     out = torch.empty(len(crops) * images, 3, side, side, dtype=kind)
     whole = views.copy()
