@@ -72,7 +72,7 @@ void multicrop(const py::array_t<uint8_t, py::array::c_style>& image, const py::
         throw std::invalid_argument("image must be (height, width, 3 or 4)");
     if (views.itemsize() != sizeof(dinofast::View) || views.ndim() != 1 || !(views.flags() & py::array::c_style) ||
         uintptr_t(views.data()) % alignof(dinofast::View) || size_t(views.size()) != crops.size())
-        throw std::invalid_argument("views must be as many as crops, one after the other, as plan.VIEW lays them out");
+        throw std::invalid_argument("views must be as many as crops, one after the other, of data.augmentation.VIEW");
     if (kind < 0 || kind > 2 || (kind && (!table || table->ndim() != 2 || table->shape(0) != 3 || table->shape(1) != 256)))
         throw std::invalid_argument("table must be (3, 256)");
     const auto* drawn = static_cast<const dinofast::View*>(views.data());
@@ -105,7 +105,7 @@ struct ArrowArray {  // as the Arrow C data interface lays it out
     void* private_data;
 };
 
-py::array_t<uint8_t> lent(const py::capsule& owner, int64_t height, int64_t width) {
+py::array_t<uint8_t> arrow_view(const py::capsule& owner, int64_t height, int64_t width) {
     if (std::strcmp(owner.name() ? owner.name() : "", "arrow_array")) throw std::invalid_argument("not an Arrow array");
     const auto* array = owner.get_pointer<ArrowArray>();
     if (!array->release || array->offset || array->length != height * width || array->n_children != 1)
@@ -181,7 +181,7 @@ PYBIND11_MODULE(_C, m) {
           "Fills teacher_sum (K,) and grad (V, B, K) unless None; returns the loss and the mean teacher entropy.");
     m.def("multicrop", &multicrop, py::arg("image").noconvert(), py::arg("views"), py::arg("crops"), py::arg("kind"),
           py::arg("table").noconvert(), "All crops of an image; kind: 0 uint8, 1 float32, 2 bfloat16, the last two by table.");
-    m.def("lent", &lent, py::arg("arrow_array"), py::arg("height"), py::arg("width"),
+    m.def("arrow_view", &arrow_view, py::arg("arrow_array"), py::arg("height"), py::arg("width"),
           "Pixels (height, width, 4) in the memory of their owner, which stays until the array has gone.");
     m.def("empty", &empty, py::arg("bytes"), "Memory for a large result, that of an earlier one where the size is the same.");
     m.attr("large") = dinofast::kLarge;

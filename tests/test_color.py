@@ -11,7 +11,7 @@ from test_pil import GOLDEN, golden_view
 
 from dinofast import ops
 from dinofast.config import Config
-from dinofast.data import augmentation as plan
+from dinofast.data import augmentation
 from dinofast.data import backend_pil as pil
 from dinofast.data.loader import views
 
@@ -51,7 +51,7 @@ def test_a_plan_of_several_crops_and_images(impl: str) -> None:
     """V and B above 1: which numbers belong to which crop; sides that do not fill a block, one larger than a block."""
     rng = np.random.default_rng(3)
     for side, images in ((1, 1), (7, 3), (33, 4)):
-        drawn = plan.draw(5, 0, np.arange(images), views(Config())).views[:, :4].T.copy()    # (4, B)
+        drawn = augmentation.draw(5, 0, np.arange(images), views(Config())).views[:, :4].T.copy()    # (4, B)
         drawn["blur_radius"][rng.random(drawn.shape) < 0.3] = 3.7
         crops = [noise(images, side, side, seed=v) for v in range(4)]
         out = ops.color(crops, drawn, LEVELS, impl=impl)
@@ -63,7 +63,7 @@ def test_a_plan_of_several_crops_and_images(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_without_any_blur_or_jitter(impl: str) -> None:
-    crops, drawn = [noise(2, 5, 5)], np.zeros((1, 2), plan.VIEW)
+    crops, drawn = [noise(2, 5, 5)], np.zeros((1, 2), augmentation.VIEW)
     assert torch.equal(ops.color(crops, drawn, LEVELS, impl=impl), crops[0].permute(0, 3, 1, 2).float())
 
 
@@ -72,7 +72,7 @@ def test_without_any_blur_or_jitter(impl: str) -> None:
 def test_levels_by_table(impl: str, dtype: torch.dtype) -> None:
     """The interpreter cuts bf16 off, so its table is one of bf16 numbers."""
     table = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).to(dtype).float()
-    crops, drawn = [noise(1, 6, 6)], np.zeros((1, 1), plan.VIEW)
+    crops, drawn = [noise(1, 6, 6)], np.zeros((1, 1), augmentation.VIEW)
     expected = torch.stack([table[c][crops[0][0, ..., c].long()] for c in range(3)]).to(dtype)
     out = ops.color(crops, drawn, table, dtype, impl=impl)
     assert out.dtype == dtype and torch.equal(out[0], expected)
@@ -87,7 +87,7 @@ def test_every_kind_of_color(impl: str) -> None:
     side = int(len(lattice) ** 0.5) + 1
     crop = torch.from_numpy(np.resize(lattice, (side, side, 3)).copy())
     for factors in ((1, 1, 1, -0.1), (0.61, 1.33, 0.87, 0.07), (1.39, 0.72, 1.19, 0.0), (1.0, 0.0, 2.5, 0.5)):
-        view = np.zeros((1, 1), plan.VIEW)
+        view = np.zeros((1, 1), augmentation.VIEW)
         view["jitter"], view["order"], view["factors"] = True, (3, 1, 0, 2), factors
         assert torch.equal(ops.color([crop[None]], view, LEVELS, impl=impl)[0], by_pil(crop, view[0, 0]).float()), factors
 
@@ -96,7 +96,7 @@ def test_every_kind_of_color(impl: str) -> None:
 def test_boxes_of_a_blur(impl: str) -> None:
     image = noise(23, 23)
     for sigma in (0.01, 0.1, 0.499, 0.5, 1.0, 1.2247, 2.0, 3.3, 5.9, 20.0):
-        view = np.zeros((), plan.VIEW)
+        view = np.zeros((), augmentation.VIEW)
         view["blur_radius"] = sigma
         out = ops.color([image[None]], view.reshape(1, 1), LEVELS, impl=impl)[0]
         assert torch.equal(out, by_pil(image, view).float()), sigma
@@ -110,19 +110,23 @@ def test_boxes_of_a_blur(impl: str) -> None:
 ])
 def test_what_does_not_fit_together(crops: list, shape: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ops.color(crops, np.zeros(shape, plan.VIEW), LEVELS)
+        ops.color(crops, np.zeros(shape, augmentation.VIEW), LEVELS)
+    with pytest.raises(ValueError, match="crops are none"):
+        ops.color([], np.zeros((0, 0), augmentation.VIEW), LEVELS)
     with pytest.raises(ValueError, match="table is"):
-        ops.color([torch.zeros(1, 4, 4, 3, dtype=torch.uint8)], np.zeros((1, 1), plan.VIEW), LEVELS[:2])
+        ops.color([torch.zeros(1, 4, 4, 3, dtype=torch.uint8)], np.zeros((1, 1), augmentation.VIEW), LEVELS[:2])
 
 
 def test_there_is_no_plain_torch_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    crops, drawn = [noise(1, 4, 4)], np.zeros((1, 1), plan.VIEW)
+    crops, drawn = [noise(1, 4, 4)], np.zeros((1, 1), augmentation.VIEW)
     with pytest.raises(ValueError, match="color has no plain torch version"):
         ops.color(crops, drawn, LEVELS, impl="reference")
     monkeypatch.setattr(ops._choice, "NO_CPP", "the C++ core was left out")
     assert ops.paths()["color"]["cpu"] == "none: the C++ core was left out"
-    with pytest.raises(RuntimeError, match="the C[+][+] core was left out"):
-        ops.color(crops, drawn, LEVELS)
+    with pytest.raises(RuntimeError, match="dinofast.color has no kernel here, .*: the C[+][+] core was left out"):
+        ops.color(crops, drawn, LEVELS)                      # nobody asked for an implementation
+    with pytest.raises(RuntimeError, match="impl='cpp' was asked for, but the C[+][+] core was left out"):
+        ops.color(crops, drawn, LEVELS, impl="cpp")
 
 
 def test_compiled_kernels_are_sound(compiled_ahead_of_time) -> None:
@@ -136,7 +140,7 @@ def test_compiled_kernels_are_sound(compiled_ahead_of_time) -> None:
 
 @pytest.mark.parametrize("side", [96, 224])
 def test_on_a_gpu_as_by_pil(gpu, side: int) -> None:
-    drawn = plan.draw(5, 0, np.arange(16), views(Config())).views[:, :4].T.copy()
+    drawn = augmentation.draw(5, 0, np.arange(16), views(Config())).views[:, :4].T.copy()
     crops, table = [noise(16, side, side, seed=v) for v in range(4)], torch.randn(3, 256)
     levels = torch.stack([by_pil(crops[v][b], drawn[v, b]) for v in range(4) for b in range(16)]).long()
     expected = torch.stack([row[channel] for row, channel in zip(table, levels.unbind(1), strict=True)], 1)

@@ -178,7 +178,7 @@ def test_what_is_lent_must_be_the_image() -> None:
     schema, array = image.__arrow_c_array__()
     for capsule, height in ((schema, 40), (array, 41), (image.convert("L").__arrow_c_array__()[1], 40)):
         with pytest.raises(ValueError, match="not "):
-            native._C.lent(capsule, height, 60)
+            native._C.arrow_view(capsule, height, 60)
 
 
 def test_memory_of_crops_is_used_again_only_when_nobody_holds_it() -> None:

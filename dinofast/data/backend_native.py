@@ -42,7 +42,7 @@ def pixels(image: Image.Image) -> np.ndarray:
     (H, W, 3)."""
     if hasattr(image, "__arrow_c_array__") and Image.core.get_alignment() == 1:  # as long as nobody asks for gaps between rows
         with suppress(ValueError):
-            return _C.lent(image.__arrow_c_array__()[1], image.height, image.width)
+            return _C.arrow_view(image.__arrow_c_array__()[1], image.height, image.width)
     return np.asarray(image)
 
 

@@ -51,7 +51,7 @@ class CropDataset(Dataset):
 
 
 def render(image: Image.Image, view: np.void) -> np.ndarray:
-    """One crop of an RGB image by one element of the plan (`plan.VIEW`): uint8 (size, size, 3)."""
+    """One crop of an RGB image by one element of the plan (`augmentation.VIEW`): uint8 (size, size, 3)."""
     crop = cut(image, view["box"].tolist(), int(view["size"]))
     if view["flip"]:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

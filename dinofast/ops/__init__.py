@@ -3,10 +3,10 @@ CUDA), fake, backward, and the public function with its checks. A call that no k
 """
 
 from ._adamw_ema import adamw_ema_, check_momentum, ema_, grad_norms
-from ._choice import OPERATIONS, check_required, paths
+from ._choice import OPERATIONS, check_required, paths, unavailable_reason
 from ._color import color
 from ._dino_loss import dino_loss, soft_cross_entropy
 from ._normalize import normalize
 
 __all__ = ["OPERATIONS", "adamw_ema_", "check_momentum", "check_required", "color", "dino_loss", "ema_", "grad_norms",
-           "normalize", "paths", "soft_cross_entropy"]
+           "normalize", "paths", "soft_cross_entropy", "unavailable_reason"]

@@ -78,7 +78,7 @@ def interpreted() -> bool:
 def choose(op: str, impl: str | None, *tensors: Tensor) -> str:
     device = tensors[0].device.type
     kernel = OPERATIONS[op].kernels.get(device)
-    takes_dtypes = all(t.dtype in KERNEL_DTYPES for t in tensors)
+    takes_dtypes, asked = all(t.dtype in KERNEL_DTYPES for t in tensors), impl is not None
     if not OPERATIONS[op].has_reference and (impl := impl or kernel) in (None, "reference"):
         raise ValueError(f"dinofast.{op} has no plain torch version: give CPU or CUDA tensors, and leave impl out.")
     if impl is None:
@@ -101,7 +101,8 @@ def choose(op: str, impl: str | None, *tensors: Tensor) -> str:
         raise ValueError(f"impl={impl!r} takes float32, bfloat16 and float16, not {[str(t.dtype) for t in tensors]}: "
                          "use impl='reference'.")
     if reason := unavailable_reason(impl):
-        raise RuntimeError(f"impl={impl!r} was asked for, but {reason}.")
+        raise RuntimeError(f"impl={impl!r} was asked for, but {reason}." if asked else
+                           f"dinofast.{op} has no kernel here, nor a plain torch version: {reason}.")
     return impl
 
 

@@ -20,12 +20,14 @@ def color(crops: Sequence[Tensor], views: np.ndarray, table: Tensor, dtype: torc
            impl: str | None = None) -> Tensor:
     """Mirror, color jitter, gray, blur and solarization as drawn, then each level by a table: what follows the cut of a crop.
 
-    crops: V tensors (B, S, S, 3), uint8, contiguous, RGB; views (V, B) of `data.plan.VIEW`, whose boxes and sizes are not
-    looked at; table (3, 256) float32 on their device: what each level of each channel becomes, normalization for example.
+    crops: V tensors (B, S, S, 3), uint8, contiguous, RGB; views (V, B) of `data.augmentation.VIEW`, whose boxes and sizes
+    are not looked at; table (3, 256) float32 on their device: what each level of each channel becomes, for example normalized.
     Returns (V B, 3, S, S) in `dtype`, crop-major. Bit for bit what Pillow 13 makes of the same crops (arXiv 2104.14294,
     section 3.2); there is no plain torch version beside it. impl: None, "cpp" (CPU) or "triton" (CUDA; on the CPU only under
     TRITON_INTERPRET=1). Raises ValueError for tensors or views that do not fit together, RuntimeError without a kernel.
     """
+    if not len(crops):
+        raise ValueError("crops are none: give one tensor (B, S, S, 3) a view.")
     shape, device = crops[0].shape, table.device
     for c in crops:
         if c.dtype != torch.uint8 or c.shape != shape or c.ndim != 4 or shape[1] != shape[2] or shape[3] != 3 \
