@@ -101,6 +101,8 @@ def test_transform_rounds_as_torchvision(size, resized):
 def test_crop_larger_than_the_image():
     with pytest.raises(ValueError, match="224 pixels does not fit.*32"):
         EvalTransform(resize=32)
+    with pytest.raises(ValueError, match="choose a `crop` from 1 to `resize`"):
+        EvalTransform(crop=0)
 
 
 def folder(root: Path, counts: dict[str, int]) -> None:

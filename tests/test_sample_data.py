@@ -70,7 +70,7 @@ def test_folder_in_use(tmp_path):
     first.unlink()                                                  # as an interrupted run leaves it
     sample_data.write(tmp_path, n_images=40)
     assert files(tmp_path) == before and second.stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match="seed=1.*remove it or name another folder"):
+    with pytest.raises(ValueError, match="`seed` 1.*remove it or name another folder"):
         sample_data.write(tmp_path, n_images=40, seed=1)
     assert files(tmp_path) == before
 
@@ -84,7 +84,7 @@ def test_a_folder_of_other_things_is_refused(tmp_path):
         sample_data.write(tmp_path / "thesis.tex", n_images=40)
 
 
-@pytest.mark.parametrize(("options", "words"), [({"n_images": 39}, "n_images is 39"), ({"size": 15}, "size is 15")])
+@pytest.mark.parametrize(("options", "words"), [({"n_images": 39}, "`n_images` is 39"), ({"size": 15}, "`size` is 15")])
 def test_wrong_options(tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         sample_data.write(tmp_path / "new", **options)

@@ -56,14 +56,14 @@ def write(folder: str | Path, n_images: int = 4000, size: int = 48, seed: int = 
     """
     root = Path(folder)
     if n_images < VALIDATION_EVERY * len(CLASSES):
-        raise ValueError(f"n_images is {n_images}: take at least {VALIDATION_EVERY * len(CLASSES)}, so that each class has an "
-                         "image to train and one to validate.")
+        raise ValueError(f"`n_images` is {n_images}: take at least {VALIDATION_EVERY * len(CLASSES)}, so that each class has "
+                         "an image to train and one to validate.")
     if size < 16:
-        raise ValueError(f"size is {size} pixels: take at least 16, smaller objects cannot be recognized.")
+        raise ValueError(f"`size` is {size} pixels: take at least 16, smaller objects cannot be recognized.")
     readme, text = root / "README.txt", _readme(n_images, size, seed)
     if root.exists() and (not root.is_dir() or any(root.iterdir())) and not (readme.is_file() and readme.read_text() == text):
-        raise ValueError(f"'{root}' already holds something other than this data set (n_images={n_images}, size={size}, "
-                         f"seed={seed}): remove it or name another folder.")
+        raise ValueError(f"'{root}' already holds something other than this data set (`n_images` {n_images}, `size` {size}, "
+                         f"`seed` {seed}): remove it or name another folder.")
     root.mkdir(parents=True, exist_ok=True)
     readme.write_text(text)                     # before the images: an interrupted data set is known as such and completed
     for i in range(n_images):

@@ -35,7 +35,7 @@ class EvalTransform:
     def __post_init__(self) -> None:
         if not 1 <= self.crop <= self.resize:
             raise ValueError(f"The center crop of {self.crop} pixels does not fit into images whose shorter side is resized to "
-                             f"{self.resize}: choose 1 <= crop <= resize.")
+                             f"{self.resize}: choose a `crop` from 1 to `resize`.")
 
     def __call__(self, image: Image.Image) -> Tensor:
         w, h = image.size
@@ -78,9 +78,9 @@ class LabeledImages(Dataset):
         """In order: images (B, 3, h, w), their rows (B,), and what could not be read in this batch as (path, reason)."""
         for rows in DataLoader(self, batch_size, num_workers=num_workers, collate_fn=list):
             good = [(i, image) for i, image, _ in rows if image is not None]
-            refused = [(self.paths[i], reason) for i, _, reason in rows if reason is not None]
+            bad_files = [(self.paths[i], reason) for i, _, reason in rows if reason is not None]
             images = torch.stack([image for _, image in good]) if good else torch.empty(0)
-            yield images, torch.tensor([i for i, _ in good], dtype=torch.long), refused
+            yield images, torch.tensor([i for i, _ in good], dtype=torch.long), bad_files
 
 
 def labeled_folder(folder: str | Path, transform: Callable[[Image.Image], Tensor]) -> LabeledImages:

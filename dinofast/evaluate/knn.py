@@ -68,8 +68,8 @@ def extract_features(backbone: nn.Module, images: LabeledImages, device: str | t
     """Features (N, D) fp32 and labels (N,) on the CPU, in the order of the files. Unreadable images are named and left out."""
     backbone = backbone.to(device).eval()
     features, rows = [], []
-    for batch, index, refused in images.batches(batch_size, num_workers):
-        for path, reason in refused:
+    for batch, index, bad_files in images.batches(batch_size, num_workers):
+        for path, reason in bad_files:
             print(f"Left out, cannot be read: {path} ({reason})")
         if len(index):
             features.append(backbone(batch.to(device, non_blocking=True)).float().cpu())
