@@ -144,7 +144,7 @@ def make_turns(case: Case, folder: Path) -> tuple[list[Turn], list[str]]:
                  global_crops_size=case.sides[0], local_crops_size=case.sides[1], num_workers=0)
     loader = loader_of(cfg, "pil")
     turns, left_out = [Turn("official", rewritten(cfg, loader).__next__)], []
-    no_dali, no_native = backend_dali.unavailable_reason(), backend_native.unavailable_reason()
+    no_dali, no_native = backend_dali.unavailable_reason("cpu"), backend_native.unavailable_reason()
     for name, make, reason in (("official checkout", checkout, no_checkout()), ("DALI", dali_pipeline, no_dali)):
         if reason:
             left_out.append(f"{name}: {reason}")

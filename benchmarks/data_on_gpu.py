@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 def growing(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     """The case after each round: every candidate has one more turn. One that fails has no more."""
-    absent = {"native": backend_native.unavailable_reason(), "dali": backend_dali.unavailable_reason()}
+    absent = {"native": backend_native.unavailable_reason(), "dali": backend_dali.unavailable_reason("cuda")}
     left_out = [f"{name}: {absent[options['data_backend']]}" for name, options in RIVALS.items()
                 if absent[options["data_backend"]]]
     before = free(device)

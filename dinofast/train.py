@@ -52,7 +52,9 @@ def _train(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distr
         backbone_maker(cfg)                               # an unknown name is told before a million files are listed
     loader = make_loader(cfg, rank=process.rank, world=process.world, device=process.device,
                          on_progress=counting("scanning files", process.is_main))
-    if not process.all_equal(int(loader.fingerprint, 16) >> 66):
+    same_files = process.all_equal(int(loader.fingerprint, 16) >> 66)
+    loader.all_are_here()
+    if not same_files:
         raise ValueError(f"process {process.rank} finds {loader.n_images} images in `data_path` {cfg.data_path}, others "
                          "find different ones: all processes must see the same files.")
     with closing(loader), checkpoint.lock_output_dir(Path(cfg.output_dir)) if process.is_main else nullcontext():
@@ -79,6 +81,8 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distrib
     position, changed = checkpoint.TrainState(), []
     if path.exists():
         position, changed = checkpoint.restore(path, *state, cfg)
+    elif process.is_main:
+        loader.begin_run()
     process.barrier()                                     # nobody writes here before everybody has read
     start, inexact = _first_step(position, loader, batch)
     loader.seek(start)
@@ -114,7 +118,8 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distrib
                     told_peak = True
                     run.say(f"peak memory so far: {peak_memory(process.device)}")
                 run.show(done, now, schedule.lr[step], loader.wait_s)
-                run.log_bad_files(loader.bad_files, output_dir / "bad_files.txt")
+                run.log_replaced(loader.bad_files, loader.n_unread, loader.unread_reason, output_dir / "bad_files.txt",
+                                 process.world)
                 if ends_epoch:
                     this = slice(epoch * per_epoch, done)
                     run.end_epoch(epoch, now, schedule.lr[this].mean(), schedule.weight_decay[this].mean())
@@ -157,7 +162,7 @@ def _introduce(run: Run, cfg: Config, process: distributed.Process, one_step: St
             "process(es)")
     note = f" ({loader.backend_note})" if loader.backend_note else ""
     run.say(f"loss: {ops.paths()['dino_loss'][process.device.type]}; step: {one_step.how}; crops: {loader.backend}{note}")
-    run.log_bad_files(loader.bad_files, Path(cfg.output_dir) / "bad_files.txt")
+    run.log_left_out(loader.bad_files, Path(cfg.output_dir) / "bad_files.txt")
     if start >= cfg.epochs * loader.steps_per_epoch:
         run.say(f"training already complete ({start} steps), in '{path}': raise `epochs` to go on")
     elif start:

@@ -191,7 +191,7 @@ def pytest_terminal_summary(terminalreporter):
         "xformers": done["xformers"] if torch.cuda.is_available() and not xformers_unavailable_reason() else
         f"not exercised: {xformers_unavailable_reason() or 'it has nothing for a CPU'} ({gpu})",
         "dali": f"{done['dali']}, on its {'GPU' if torch.cuda.is_available() else 'CPU'} operators" if _calls["dali"]
-        else f"NOT exercised: {backend_dali.unavailable_reason() or 'no test of it was chosen'}",
+        else f"NOT exercised: {backend_dali.unavailable_reason('cpu') or 'no test of it was chosen'}",
     }
     terminalreporter.section("paths")
     for name, what in lines.items():

@@ -18,7 +18,7 @@ from dinofast.data import backend_dali as dali
 from dinofast.data import make_loader
 from dinofast.data.augmentation import VIEW, Draw
 
-pytestmark = pytest.mark.skipif(bool(dali.unavailable_reason()), reason=dali.unavailable_reason() or "here")
+pytestmark = pytest.mark.skipif(bool(dali.unavailable_reason("cpu")), reason=dali.unavailable_reason("cpu") or "here")
 LEVELS = torch.arange(256.0).repeat(3, 1)
 
 

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinofast.data import dataset, decode, shared
+from dinofast.config import Config
+from dinofast.data import dataset, decode, make_loader, shared
 from dinofast.data.dataset import scan
-from dinofast.data.decode import ImageReader, UnreadableImage
+from dinofast.data.decode import UnreadableImage
 from dinofast.data.packed import PackedStrings
+from dinofast.data.reader import ImageReader
 from dinofast.data.shards import EXTENSIONS
 
 
@@ -301,6 +303,16 @@ def test_ranks_share_one_copy(kind, mixed, ranks):
     del third
     gc.collect()
     assert not os.listdir(ranks)                                       # a process that never trains leaves nothing behind
+
+
+def test_once_all_are_here_nothing_is_left_for_a_kill_to_leave(mixed, ranks, tmp_path):
+    cfg = Config(data_path=mixed, output_dir=str(tmp_path / "run"), batch_size_per_gpu=2, num_workers=0)
+    loaders = [make_loader(cfg, rank=rank, world=2) for rank in (0, 1)]
+    assert os.listdir(ranks)
+    for loader in loaders:
+        loader.all_are_here()
+        assert not os.listdir(ranks)
+    assert len(loaders[1].reader.dataset) == 8 and loaders[1].reader.dataset.read(0)
 
 
 def test_a_process_alone_shares_nothing(mixed, ranks, monkeypatch):

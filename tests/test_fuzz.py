@@ -30,8 +30,9 @@ from dinofast.data import augmentation, backend_dali, make_loader
 from dinofast.data import backend_native as native
 from dinofast.data.backend_pil import render as render_by_pil
 from dinofast.data.dataset import ImageDataset, scan
-from dinofast.data.decode import ImageReader, UnreadableImage, decode, read_file
+from dinofast.data.decode import UnreadableImage, decode, read_file
 from dinofast.data.loader import views
+from dinofast.data.reader import ImageReader
 
 pytestmark = pytest.mark.skipif(bool(native.unavailable_reason()), reason=native.unavailable_reason() or "here")
 N_FILES, N_PLANS = int(os.environ.get("DINOFAST_FUZZ", 3000)), 1500
@@ -227,8 +228,8 @@ def test_each_mutation_is_refused_and_gets_through_at_times(outcomes: dict[str, 
 @pytest.mark.parametrize("backend", ["native", "dali"])
 def test_a_run_over_all_of_them_refuses_the_same_files(folder: Path, outcomes: dict[str, Made], tmp_path: Path,
                                                        backend: str) -> None:
-    if backend == "dali" and backend_dali.unavailable_reason():
-        pytest.skip(backend_dali.unavailable_reason())
+    if backend == "dali" and backend_dali.unavailable_reason("cpu"):
+        pytest.skip(backend_dali.unavailable_reason("cpu"))
     cfg = Config(data_path=str(folder), output_dir=str(tmp_path), data_backend=backend, num_workers=2, batch_size_per_gpu=1,
                  global_crops_size=40, local_crops_size=17, local_crops_number=2, max_bad_files=1.0)
     with hang_ends_the_tests(), closing(make_loader(cfg)) as loader:

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,17 @@ FREE = {"config", "dinofast"}                                # the options and t
 
 def files():
     return sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.relative_to(PACKAGE).parts[:-1])
+
+
+def test_files_of_the_data_path_import_each_other_in_no_circle():
+    """Types included, as a person reads them."""
+    graph = {}
+    for path in (PACKAGE / "data").glob("*.py"):
+        found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        graph[path.stem] = {name for node in found for name in
+                            ([a.name for a in node.names] if node.module == "dinofast.data" else
+                             [node.module.removeprefix("dinofast.data.")] if node.module else [])}
+    assert list(TopologicalSorter(graph).static_order())
 
 
 def room(path: Path) -> str:

@@ -2,6 +2,7 @@ import json
 import math
 import signal
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,14 +69,17 @@ def test_a_log_without_checkpoint_is_set_aside(tmp_path):
     assert (tmp_path / "log.old1.txt").exists() and (tmp_path / "log.old.txt").read_text() == '{"epoch": 0}\n'
 
 
-def test_refused_images_are_told_once(tmp_path, capsys):
-    r = run(tmp_path)
-    refused = [("a.jpg", "empty file")]
-    r.log_bad_files(refused, tmp_path)
-    r.log_bad_files(refused, tmp_path)
-    r.log_bad_files([*refused, ("b.jpg", "text")], tmp_path)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and "1 unreadable" in said[0] and "a.jpg (empty file)" in said[0] and "b.jpg (text)" in said[1]
+def test_replaced_images_are_told_once(tmp_path, capsys):
+    r, bad_files = run(tmp_path), [("a.tar", "empty file")]
+    r.log_left_out(bad_files, Path("list"))
+    more = [*bad_files, ("b.jpg", "text")]
+    for files, n_unread, reason, world in ((bad_files, 0, "", 1), (more, 0, "", 1), (more, 3, "no network", 2)):
+        for _ in range(2):
+            r.log_replaced(files, n_unread, reason, Path("list"), world)
+    assert capsys.readouterr().out.splitlines() == [
+        "1 bad file(s) left out, listed in 'list'; the last: a.tar (empty file)",
+        "1 bad image(s) replaced, listed in 'list'; the last: b.jpg (text)",
+        "3 image(s) of this process could not be read this time (no network), replaced"]
 
 
 LOG_K = math.log(4096)

@@ -140,5 +140,5 @@ def test_the_demo_from_end_to_end(tmp_path, capsys):
     assert "chance" in said and "raw pixels" in said and "Color is a designed cue" in said
     again = demo.demo(tmp_path, epochs=1, device="cpu", n_images=160)
     assert again["resumed"] and again["trained"] == result["trained"] and again["untrained"] == result["untrained"]
-    with pytest.raises(ValueError, match="seed=1"):
+    with pytest.raises(ValueError, match="`seed` 1"):
         demo.demo(tmp_path, seed=1, epochs=1, device="cpu", n_images=160)

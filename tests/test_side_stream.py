@@ -153,7 +153,8 @@ LONG = 2 * 10**9                                                     # cycles: a
 
 @pytest.fixture(params=["pil", "native", "dali"])
 def config(request, gpu, photographs, tmp_path):
-    if reason := {"native": backend_native.unavailable_reason(), "dali": backend_dali.unavailable_reason()}.get(request.param):
+    reasons = {"native": backend_native.unavailable_reason(), "dali": backend_dali.unavailable_reason("cuda")}
+    if reason := reasons.get(request.param):
         pytest.skip(reason)
     options = dict(data_path=str(photographs), output_dir=str(tmp_path / "run"), data_backend=request.param, precision="fp32",
                    batch_size_per_gpu=8, num_workers=2, global_crops_size=64, local_crops_size=32, local_crops_number=2,

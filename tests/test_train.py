@@ -230,3 +230,12 @@ PINNED = [3.26099, 3.54137, 3.72959, 3.85629, 3.95512, 3.98970, 4.02587, 4.06276
 def test_head_of_the_golden_run_fits():
     model = MultiCropWrapper(golden_backbone(), DINOHead(48, 160, norm_last_layer=False, hidden_dim=64, bottleneck_dim=24))
     model.load_state_dict(golden.load("train.npz", "init."))
+
+
+def test_the_list_of_bad_files_is_begun_anew_by_new_runs_alone(monkeypatch, tmp_path):
+    loader = GoldenLoader()
+    monkeypatch.setattr(train_module, "make_loader", lambda cfg, **_: loader)
+    train_module.train(options(tmp_path, epochs=2), backbone=golden_backbone)
+    assert loader.called == ["all_are_here", "begin_run"]
+    train_module.train(options(tmp_path, epochs=3), backbone=golden_backbone)
+    assert loader.called == ["all_are_here", "begin_run", "all_are_here"]

@@ -182,7 +182,7 @@ def report(measured: Measured, wanted: float | None) -> str:
     lines = [f"source: '{m.source}', {m.n_images:,} images, listed in {m.scan_s:.2f} s"]
     if m.bad_files:
         path, reason = m.bad_files[-1]
-        lines.append(f"{len(m.bad_files):,} bad file(s) left out; the last: {path} ({reason})")
+        lines.append(f"{len(m.bad_files):,} bad file(s) replaced or left out; the last: {path} ({reason})")
     lines += [f"crops: {m.backend}, {workers}{f' ({m.backend_note})' if m.backend_note else ''}; "
               f"{m.n_crops} crops an image, {m.batch_size} images a batch, {cores()} core(s)",
               f"speed: {_short(m.images_per_s)} images/s, median of {len(m.rates)} interval(s) from {_short(min(m.rates))} to "

@@ -66,7 +66,7 @@ def run(options: Options) -> int:
 def decode_all(images, workers: int) -> Iterator[tuple[int, list[tuple[int, str, bool]]]]:
     """Decode every image; how many are done, and of each bad one its index, the reason, and whether its bytes were read."""
     global _reader, _stopped
-    from ..data.decode import ImageReader
+    from ..data.reader import ImageReader
 
     context = multiprocessing.get_context("fork")
     _reader, _stopped, done = ImageReader(images), context.Value("b", lock=False), 0  # shared with the workers

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from dinofast import ops
 from dinofast.data.augmentation import Draw
-from dinofast.data.decode import BadFiles, UnreadableImage, prepare_threads
+from dinofast.data.decode import UnreadableImage, prepare_threads
+from dinofast.data.reader import Met
 from dinofast.data.sampler import BatchIndices
 from dinofast.data.threads import Threads
 
@@ -42,13 +43,17 @@ FRAMES, PROGRESSIVE = (0xC0, 0xC1, 0xC2), 0xC2  # markers of a JPEG: baseline, e
 TABLES, SCAN, END, ADOBE = (0xC4, 0xDB, 0xDD, 0xFE), 0xDA, 0xD9, 0xEE  # of Huffman codes, quanta, restarts, and comments
 
 
-def unavailable_reason() -> str | None:
-    """Why this backend cannot be used here; None if it can."""
+def unavailable_reason(device_type: str) -> str | None:
+    """Why this backend cannot be used here with such a device; None if it can."""
     try:
         found = importlib.util.find_spec("nvidia.dali")
     except ModuleNotFoundError:  # no package of that maker at all
         found = None
-    return None if found else "NVIDIA DALI is not installed (pip install nvidia-dali-cuda130)"
+    if not found:
+        return "NVIDIA DALI is not installed (pip install nvidia-dali-cuda130)"
+    kernel = ops.OPERATIONS["color"].kernels.get(device_type)
+    reason = "no kernel for this device" if kernel is None else ops.unavailable_reason(kernel)
+    return reason and f"ops.color, which it needs, cannot run on {device_type}: {reason}"
 
 
 @cache
@@ -75,7 +80,7 @@ class Batch:
     draw: Draw
     work: list[Future]
     images: list[Encoded]
-    bad_files: BadFiles
+    met: list[Met]
     views: np.ndarray | None = None  # (B, V) of augmentation.VIEW; None if an image is missing
 
 
@@ -83,17 +88,17 @@ class Batches:
     """Endless iterator over micro-batches, AHEAD of them in the making.
 
     `next` gives the crops, one tensor (V_r B, 3, S_r, S_r) per resolution, crop-major, on the device and by its current stream,
-    in `dtype`; the bad files met; and how many images were replaced; no crops if no image decodes any more. indices: (epoch,
-    indices (B,)), endless, B always the same. draw(epoch, indices): what is drawn for them. read(index): its encoded bytes, or
-    UnreadableImage.
-    decode(index, bad_files): by PIL, the RGB image at the index or the next that decodes, and its index; no image if none does.
+    in `dtype`; the files met that gave no image; and how many images were replaced; no crops if no image can be had any more.
+    indices: (epoch, indices (B,)), endless, B always the same. draw(epoch, indices): what is drawn for them. read(index): its
+    encoded bytes, or UnreadableImage.
+    decode(index, met): by PIL, the RGB image at the index or the next that decodes, and its index; no image if none does.
     resolutions: number of crops and side, (V_r, S_r). norm_lut (3, 256) float32 on the device: what each level of each channel
     becomes. device: "cpu" takes DALI's CPU operators. hw_decoder_load: share of the JPEGs for the GPU's decoding engine, where
     it has one.
     """
 
     def __init__(self, indices: Iterator[BatchIndices], draw: Callable[[int, np.ndarray], Draw], read: Callable[[int], bytes],
-                 decode: Callable[[int, BadFiles], tuple[Image.Image | None, int]], resolutions: Sequence[tuple[int, int]],
+                 decode: Callable[[int, list[Met]], tuple[Image.Image | None, int]], resolutions: Sequence[tuple[int, int]],
                  norm_lut: Tensor, dtype: torch.dtype, device: torch.device, batch_size: int, threads: int,
                  hw_decoder_load: float) -> None:
         self._indices, self._draw, self._read, self._decode = indices, draw, read, decode
@@ -111,13 +116,13 @@ class Batches:
     def __iter__(self) -> Batches:
         return self
 
-    def __next__(self) -> tuple[list[Tensor], BadFiles, int]:
+    def __next__(self) -> tuple[list[Tensor], list[Met], int]:
         batch = self._running or self._start_next()
         self._running = None                                                   # whatever happens, it is not given twice
         cut = None if batch.views is None else self._outputs(batch)
         self._running = self._start_next()
         n_replaced = sum(image.used != index for image, index in zip(batch.images, batch.indices, strict=True))
-        return self._colored(cut, batch.views) if cut else [], batch.bad_files, n_replaced
+        return self._colored(cut, batch.views) if cut else [], batch.met, n_replaced
 
     def close(self) -> None:
         """End the threads and the graph; what they have not begun is dropped."""
@@ -169,9 +174,9 @@ class Batches:
             self._reading.append(Batch(epoch, indices.tolist(), self._draw(epoch, indices), work, [], []))
         batch = self._reading.popleft()
         for future in batch.work:
-            image, bad_files = future.result()
+            image, met = future.result()
             batch.images.append(image)
-            batch.bad_files += bad_files
+            batch.met += met
         self._run(batch)
         return batch
 
@@ -204,8 +209,8 @@ class Batches:
                 raise
         for b in failing:                                                      # PIL's turn: it decodes or replaces them
             self._by_pil.add(batch.images[b].used)
-            batch.images[b], bad_files = self._encoded(batch.images[b].used)
-            batch.bad_files += bad_files
+            batch.images[b], met = self._encoded(batch.images[b].used)
+            batch.met += met
         self._graph = self._new_graph()                                        # the old one may have lost its way
         self._run(batch)
         return None if batch.views is None else self._outputs(batch)
@@ -220,19 +225,19 @@ class Batches:
         return out
 
     # ---- images
-    def _encoded(self, index: int) -> tuple[Encoded, BadFiles]:
-        """The image at this index, or the next that decodes, and the bad files met."""
-        bad_files: BadFiles = []
+    def _encoded(self, index: int) -> tuple[Encoded, list[Met]]:
+        """The image at this index, or the next that decodes, and the files met that gave no image."""
+        met: list[Met] = []
         if index not in self._by_pil:
             with suppress(UnreadableImage):  # PIL meets the same
                 data = self._read(index)
                 size = plain_jpeg_size(data)
                 if size and 0 < size[0] * size[1] <= MOST_PIXELS:
-                    return Encoded(np.frombuffer(data, np.uint8), size, index), bad_files
-        image, used = self._decode(index, bad_files)
+                    return Encoded(np.frombuffer(data, np.uint8), size, index), met
+        image, used = self._decode(index, met)
         if image is None:
-            return Encoded(None, (0, 0), index), bad_files
-        return Encoded(_pnm(image), (image.height, image.width), used), bad_files
+            return Encoded(None, (0, 0), index), met
+        return Encoded(_pnm(image), (image.height, image.width), used), met
 
     def _decodes(self, data: np.ndarray) -> bool:
         """Whether DALI decodes the image."""

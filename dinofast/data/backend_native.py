@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from dinofast.data.augmentation import Draw
-from dinofast.data.decode import BadFiles, prepare_threads
+from dinofast.data.decode import prepare_threads
+from dinofast.data.reader import Met
 from dinofast.data.sampler import BatchIndices
 from dinofast.data.threads import Threads
 
@@ -63,15 +64,15 @@ def render(image: np.ndarray, views: np.ndarray, out: Sequence[Tensor], norm_lut
 class Batches:
     """Endless iterator over micro-batches, AHEAD of them in the making by threads.
 
-    `next` gives the crops, one tensor (V_r B, 3, S_r, S_r) per resolution, crop-major; the bad files met; and how many images
-    were replaced. No crops if no image decodes any more. indices: (epoch, indices (B,)), endless. draw(epoch, indices): what is
-    drawn for them. decode(index, bad_files): the RGB image at the index or the next that decodes, and its index; no image if
-    none does. resolutions: number of crops and side, (V_r, S_r). norm_lut, dtype: see `render`; without a table the crops are
-    uint8. pinned: in memory from which a GPU copies without waiting. threads: 0 works in `next` itself.
+    `next` gives the crops, one tensor (V_r B, 3, S_r, S_r) per resolution, crop-major; the files met that gave no image; and
+    how many images were replaced. No crops if no image can be had any more. indices: (epoch, indices (B,)), endless.
+    draw(epoch, indices): what is drawn for them. decode(index, met): the RGB image at the index or the next that decodes, and
+    its index; no image if none does. resolutions: number of crops and side, (V_r, S_r). norm_lut, dtype: see `render`; without
+    a table the crops are uint8. pinned: in memory from which a GPU copies without waiting. threads: 0 works in `next` itself.
     """
 
     def __init__(self, indices: Iterator[BatchIndices], draw: Callable[[int, np.ndarray], Draw],
-                 decode: Callable[[int, BadFiles], tuple[Image.Image | None, int]], resolutions: Sequence[tuple[int, int]],
+                 decode: Callable[[int, list[Met]], tuple[Image.Image | None, int]], resolutions: Sequence[tuple[int, int]],
                  norm_lut: np.ndarray | None, dtype: torch.dtype, pinned: bool, threads: int) -> None:
         prepare_threads()
         self._indices, self._draw, self._decode = indices, draw, decode
@@ -83,14 +84,14 @@ class Batches:
     def __iter__(self) -> Batches:
         return self
 
-    def __next__(self) -> tuple[list[Tensor], BadFiles, int]:
+    def __next__(self) -> tuple[list[Tensor], list[Met], int]:
         while len(self._ahead) < self._n_ahead:
             self._ahead.append(self._pool.submit(self._begin, *next(self._indices)))
         crops, images = self._ahead.popleft().result()
         done = [image.result() for image in images]
-        bad_files = [bad for _, _, met in done for bad in met]
+        met = [file for _, _, own in done for file in own]
         crops = [c.flatten(0, 1) for c in crops] if all(found for found, _, _ in done) else []
-        return crops, bad_files, sum(replaced for _, replaced, _ in done)
+        return crops, met, sum(replaced for _, replaced, _ in done)
 
     def _begin(self, epoch: int, indices: np.ndarray) -> tuple[list[Tensor], list[Future]]:
         """The memory of a micro-batch, (V_r, B, 3, S_r, S_r) each, and its images on their way into it."""
@@ -104,15 +105,15 @@ class Batches:
             return torch.empty(shape, dtype=self._dtype, pin_memory=True)
         return torch.from_numpy(_C.empty(math.prod(shape) * self._dtype.itemsize)).view(self._dtype).view(shape)
 
-    def _image(self, epoch: int, index: int, draw: Draw, b: int, out: list[Tensor]) -> tuple[bool, bool, BadFiles]:
-        """Whether there is an image for this place, whether it is another, and the bad files met."""
-        bad_files: BadFiles = []
-        image, used = self._decode(index, bad_files)
+    def _image(self, epoch: int, index: int, draw: Draw, b: int, out: list[Tensor]) -> tuple[bool, bool, list[Met]]:
+        """Whether there is an image for this place, whether it is another, and the files met that gave no image."""
+        met: list[Met] = []
+        image, used = self._decode(index, met)
         if image is not None:
             if used != index:
                 draw, b = self._draw(epoch, np.array([used])), 0
             render(pixels(image), draw.plan(b, image.height, image.width), out, self._norm_lut)
-        return image is not None, used != index, bad_files
+        return image is not None, used != index, met
 
     def close(self) -> None:
         """End the threads; what they have not begun is dropped."""

@@ -15,39 +15,39 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch.utils.data import Dataset
 
 from dinofast.data.augmentation import Augmentation
-from dinofast.data.decode import BadFiles
+from dinofast.data.reader import Met
 from dinofast.data.sampler import BatchIndices
 
 
 class CropDataset(Dataset):
     """Micro-batches by their indices, for a `DataLoader` without batching of its own.
 
-    An item is the uint8 crops, one array (V_r B, 3, S_r, S_r) per resolution, crop-major; the bad files met; and how many
-    images were replaced. No crops if no image decodes any more. decode(index, bad_files): the RGB image at the index or the
-    next that decodes, and its index.
+    An item is the uint8 crops, one array (V_r B, 3, S_r, S_r) per resolution, crop-major; the files met that gave no
+    image; and how many images were replaced. No crops if no image can be had any more. decode(index, met): the RGB image at the
+    index or the next that decodes, and its index.
     """
 
-    def __init__(self, augmentation: Augmentation, decode: Callable[[int, BadFiles], tuple[Image.Image | None, int]]) -> None:
+    def __init__(self, augmentation: Augmentation, decode: Callable[[int, list[Met]], tuple[Image.Image | None, int]]) -> None:
         self._augmentation, self._decode = augmentation, decode
 
-    def __getitem__(self, batch: BatchIndices) -> tuple[list[torch.Tensor], BadFiles, int]:
+    def __getitem__(self, batch: BatchIndices) -> tuple[list[torch.Tensor], list[Met], int]:
         epoch, indices = batch
         draw = self._augmentation.draw(epoch, indices)
         crops = [np.empty((n, len(indices), side, side, 3), np.uint8) for n, side in self._augmentation.resolutions]
         out = [view for c in crops for view in c]  # V arrays (B, S, S, 3)
-        bad_files: BadFiles = []
+        met: list[Met] = []
         n_replaced = 0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
             for b, index in enumerate(indices.tolist()):
-                image, used = self._decode(index, bad_files)
+                image, used = self._decode(index, met)
                 if image is None:
-                    return [], bad_files, n_replaced
+                    return [], met, n_replaced
                 n_replaced += used != index
                 own = (draw, b) if used == index else (self._augmentation.draw(epoch, np.array([used])), 0)
                 for to, view in zip(out, own[0].plan(own[1], image.height, image.width), strict=True):
                     to[b] = render(image, view)
-        return [torch.from_numpy(c).flatten(0, 1).permute(0, 3, 1, 2) for c in crops], bad_files, n_replaced
+        return [torch.from_numpy(c).flatten(0, 1).permute(0, 3, 1, 2) for c in crops], met, n_replaced
 
 
 def render(image: Image.Image, view: np.void) -> np.ndarray:

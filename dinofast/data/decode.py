@@ -1,28 +1,19 @@
-"""From bytes to an RGB image, why a file cannot be one, and which image stands in for it."""
+"""From bytes to an RGB image, or why a file cannot be one."""
 
 from __future__ import annotations
 
 import errno
 import io
-import itertools
 import os
 import stat
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-if TYPE_CHECKING:
-    from dinofast.data.dataset import ImageDataset
-
 LARGEST = 2 * 10**9  # bytes of an image: one pread gives no more, and PIL takes none whose pixels need as many
-RETRY_PAUSES_S = (0.1, 1.0)  # before a file that could not be read is tried again
-UNREAD_IN_A_ROW = 100  # files, after which it is the storage that fails
-PROBES = 100  # images tried before it is said that none decodes
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENXIO, errno.EACCES, errno.EPERM}
 
 BadFiles = list[tuple[str, str]]  # path, reason
@@ -119,59 +110,3 @@ def decode(data: bytes) -> Image.Image:
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
-
-
-class ImageReader:
-    """Decoded images of a dataset by index. The next index, cyclically, that decodes stands in for one that does not.
-
-    So what stands in depends on the files alone, not on the process, its threads or the steps before. Only a file that cannot
-    be read for the moment (`TransientReadError`) is another matter: it is tried again at once, replaced if that fails too, and
-    tried again when its turn comes next. Threads may share one.
-    """
-
-    def __init__(self, dataset: ImageDataset) -> None:
-        self.dataset = dataset
-        self._bad: set[int] = set()  # so that each is decoded once
-        self._any_decodes = False
-
-    def decode(self, index: int) -> Image.Image:
-        """The image at this index. Raises `UnreadableImage`."""
-        for pause_s in RETRY_PAUSES_S:
-            try:
-                return decode(self.dataset.read(index))
-            except TransientReadError:
-                time.sleep(pause_s)
-        return decode(self.dataset.read(index))
-
-    def decode_next(self, index: int, bad_files: BadFiles) -> tuple[Image.Image | None, int]:
-        """The first image from this index on that decodes, and its index; bad files met for the first time are added to
-        `bad_files`. No image if none decodes any more, or the storage fails: UNREAD_IN_A_ROW files cannot be read."""
-        n, unread, failed = len(self.dataset), 0, 0
-        for used in itertools.chain(range(index, n), range(index)):
-            if used in self._bad:
-                continue
-            try:
-                image = self.decode(used)
-                self._any_decodes = True
-                return image, used
-            except UnreadableImage as reason:
-                bad_files.append((self.dataset.path(used), str(reason)))
-                transient = isinstance(reason, TransientReadError)
-                unread, failed = unread + 1 if transient else 0, failed + 1
-                if not transient:
-                    self._bad.add(used)
-            if unread == UNREAD_IN_A_ROW or (failed == PROBES and not self._some_decode()):
-                break
-        return None, index
-
-    def _some_decode(self) -> bool:
-        """Whether anything has decoded in this process, or does among PROBES images from all over the dataset."""
-        for index in range(0, len(self.dataset), max(1, len(self.dataset) // PROBES)):
-            if self._any_decodes:
-                return True
-            try:
-                self.decode(index)
-                self._any_decodes = True
-            except UnreadableImage:
-                pass
-        return self._any_decodes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import signal
 import time
@@ -19,12 +20,13 @@ from dinofast.data import backend_dali, backend_native, dataset, shared
 from dinofast.data.augmentation import Augmentation, View
 from dinofast.data.backend_pil import CropDataset
 from dinofast.data.bad_files import BadFileList
-from dinofast.data.decode import BadFiles, ImageReader
+from dinofast.data.reader import UNREAD_S, ImageReader, Met
 from dinofast.data.sampler import batch_indices
 from dinofast.runtime.backends import Selection, cores, select
 from dinofast.runtime.side_stream import SideStream
 
 ENOUGH_DRAWN = 100  # images, before the share of bad ones can end a run
+CHANCE = 3.0  # standard deviations above the allowed share that are put down to which images happened to be drawn
 
 
 def make_loader(cfg: Config, *, rank: int = 0, world: int = 1, start_step: int = 0, device: str | torch.device = "cpu",
@@ -51,12 +53,18 @@ class Loader:
     the current stream waits for them, the host does not.
 
     A file that does not decode is replaced by the next one, cyclically, that does, drawn as that one is drawn. It goes into
-    `bad_files` and `output_dir/bad_files.txt`. `next` raises `ValueError` if more than the share `cfg.max_bad_files` of the
-    images drawn so far is bad (once ENOUGH_DRAWN or all are drawn), or if none decodes.
+    `bad_files` and `output_dir/bad_files.txt`, to which a run that goes on adds. `next` raises `ValueError` if none decodes,
+    or if more than the share `cfg.max_bad_files` of the images that this process has drawn so far is bad: more than chance
+    explains (CHANCE), and not before it has drawn ENOUGH_DRAWN, or all of an epoch that are its own.
+
+    A file that cannot be read for the moment is replaced likewise, but only this time: it is neither listed nor part of the
+    share. That alone may differ between a run that was resumed and one that was not. `next` raises `OSError` once no file can
+    be read for UNREAD_S.
 
     n_images: files listed, good and bad. fingerprint: equal for the same names in the same order. steps_per_epoch: optimizer
     steps; an incomplete last batch is left out. batch_size, dtype: of a micro-batch. bad_files: (path, reason) of each met so
-    far in this process. backend, backend_note: what makes the crops, and why not something faster. reader, augmentation: what
+    far in this process. n_unread, unread_reason: images replaced because they could not be read at their turn, and why the
+    last. backend, backend_note: what makes the crops, and why not something faster. reader, augmentation: what
     reads the images and what is drawn for them. n_workers: threads or processes.
     """
 
@@ -65,7 +73,9 @@ class Loader:
         images, self._unlink = shared.between_ranks(dataset.scan(cfg.data_path, on_progress))
         self.n_images, self.fingerprint, self.bad_files = len(images), images.fingerprint, list(images.bad_files)
         self._max_bad, self._known = cfg.max_bad_files, {path for path, _ in self.bad_files}
-        self._check_share(len(self.bad_files), self.n_images + len(self.bad_files))  # shards, and folders
+        n_listed = self.n_images + len(self.bad_files)
+        if len(self.bad_files) > cfg.max_bad_files * n_listed:  # shards, and folders
+            raise self._too_many(len(self.bad_files), n_listed)
         global_batch = cfg.batch_size_per_gpu * world * cfg.accumulate
         self.steps_per_epoch = self.n_images // global_batch
         if not self.steps_per_epoch:
@@ -73,7 +83,9 @@ class Loader:
                 f"`data_path` {cfg.data_path} has {self.n_images:,} images but one step takes {global_batch:,} "
                 f"(`batch_size_per_gpu` {cfg.batch_size_per_gpu} x {world} processes x `accumulate` {cfg.accumulate}): "
                 "lower `batch_size_per_gpu`.")
-        self._n_drawn = self._n_replaced = 0
+        self._n_drawn = self._n_replaced = self.n_unread = 0
+        self._n_own, self.unread_reason = self.steps_per_epoch * cfg.batch_size_per_gpu * cfg.accumulate, ""
+        self._whose = " of this process" if world > 1 else ""
         self._bad_file_list, self._rank = BadFileList(os.path.join(cfg.output_dir, "bad_files.txt")), rank
         self._device, self._step, self._batches = device, start_step, None
         self._side, self._blocked_s = SideStream(device) if device.type == "cuda" else None, 0.0
@@ -91,6 +103,14 @@ class Loader:
         if self._batches is not None:
             self.close()
         self._step, self._batches = step, None
+
+    def begin_run(self) -> None:
+        """Of a new run: remove the `bad_files.txt` of an earlier one. By one process, before any takes a batch."""
+        self._bad_file_list.clear()
+
+    def all_are_here(self) -> None:
+        """Every process of this machine has its loader: what they share needs no name in the file system any more."""
+        self._unlink()
 
     def __iter__(self) -> Loader:
         return self
@@ -113,24 +133,19 @@ class Loader:
         start = time.perf_counter()
         if self._batches is None:
             self._start()
-        crops, bad_files, n_replaced = next(self._batches)
+        crops, met, n_replaced = next(self._batches)
         self._blocked_s += time.perf_counter() - start
-        if bad_files:
-            self._record(bad_files)
         if not crops:
-            what = "no image decodes any more"
-            if not self._n_drawn:
-                what = f"none of the first {len(self.bad_files):,} images tried decodes"
-            raise ValueError(f"{what}: {dataset.examples(self.bad_files[-3:])}. `dinofast check-data` tries every file.")
-        self._n_drawn, self._n_replaced = self._n_drawn + self.batch_size, self._n_replaced + n_replaced
-        self._check_share(self._n_replaced, self._n_drawn)
+            self._record(met)
+            raise self._nothing(met)
+        self._n_drawn, self._n_replaced = self._n_drawn + self.batch_size, self._n_replaced + n_replaced - self._record(met)
+        self._check_share()
         on_device = [c.to(self._device, non_blocking=True) for c in crops]  # torch keeps pinned memory until it is copied
         return [c if c.dtype == self.dtype else self._finished(c) for c in on_device]
 
     def _start(self) -> None:
         self._unlink()
         if self._rank == 0:
-            self._bad_file_list.clear()
             self._bad_file_list.append(self.bad_files)
         _OPEN.add(self)
         atexit.unregister(_close_all)
@@ -173,23 +188,45 @@ class Loader:
         """uint8 (N, 3, S, S) as the model takes them; on a GPU in one pass over memory instead of five, to the same bits."""
         return ops.normalize(crops, self._norm_lut) if crops.is_cuda else self._normalize(crops).to(self.dtype)
 
-    def _record(self, bad_files: BadFiles) -> None:
-        new = {path: reason for path, reason in bad_files if path not in self._known}  # each worker meets it
+    def _record(self, met: list[Met]) -> int:
+        """Count and list what was met; how many images were replaced for this time only."""
+        new = {path: reason for path, reason, kind in met if kind == "bad" and path not in self._known}  # each worker meets it
         self._known |= new.keys()
         self.bad_files += new.items()
         self._bad_file_list.append(list(new.items()))
+        unread = [reason for _, reason, kind in met if kind == "unread"]
+        self.n_unread, self.unread_reason = self.n_unread + len(unread), unread[-1] if unread else self.unread_reason
+        return len(unread)
 
-    def _check_share(self, n_bad: int, n_drawn: int) -> None:
-        """Raise `ValueError` if more than the allowed share of the images drawn is bad."""
-        if n_drawn >= min(ENOUGH_DRAWN, self.n_images) and n_bad > self._max_bad * n_drawn:
-            raise ValueError(f"{n_bad:,} of {n_drawn:,} images are bad and `max_bad_files` is {self._max_bad:g}: "
-                             f"{dataset.examples(self.bad_files)}. Mend or remove these files; `dinofast check-data` "
-                             "finds them all.")
+    def _check_share(self) -> None:
+        """Raise `ValueError` if more of the images drawn are bad than the allowed share and chance explain."""
+        if self._n_drawn < min(ENOUGH_DRAWN, self._n_own):
+            return
+        epochs, rest = divmod(self._n_drawn, self._n_own)  # each epoch draws without putting back
+        spread = epochs * self._n_own * (1 - self._n_own / self.n_images) + rest * (1 - rest / self.n_images)
+        allowed = self._max_bad * self._n_drawn + CHANCE * math.sqrt(spread * self._max_bad * (1 - self._max_bad))
+        if self._n_replaced > allowed:
+            raise self._too_many(self._n_replaced, self._n_drawn, self._whose)
+
+    def _too_many(self, n_bad: int, n: int, whose: str = "") -> ValueError:
+        return ValueError(f"{n_bad:,} of {n:,} images{whose} are bad and `max_bad_files` is {self._max_bad:g}: "
+                          f"{dataset.examples(self.bad_files)}. Mend or remove these files; `dinofast check-data` finds them "
+                          "all.")
+
+    def _nothing(self, met: list[Met]) -> Exception:
+        """Why there is no batch."""
+        if lost := [(path, reason) for path, reason, kind in met if kind == "lost"]:
+            return OSError(f"the storage of `data_path` fails, no file could be read for up to {UNREAD_S:g} s: "
+                           f"{dataset.examples(lost[-1:])}.")
+        what = "no image decodes any more"
+        if not self._n_drawn:
+            what = f"none of the first {len(self.bad_files):,} images tried decodes"
+        return ValueError(f"{what}: {dataset.examples(self.bad_files[-3:])}. `dinofast check-data` tries every file.")
 
 
 def choose_backend(asked: str | None, device_type: str) -> Selection:
     """Which backend executes the plan, and why not a faster one. Raises `ValueError` if what was asked for cannot run here."""
-    reasons = {"dali": backend_dali.unavailable_reason(), "native": backend_native.unavailable_reason(), "pil": None}
+    reasons = {"dali": backend_dali.unavailable_reason(device_type), "native": backend_native.unavailable_reason(), "pil": None}
     by_speed = ["dali", "native", "pil"] if device_type == "cuda" else ["native", "pil"]  # on a CPU DALI is for tests
     return select("data_backend", asked, reasons, by_speed)
 

@@ -34,7 +34,7 @@ class Run:
         self._last: dict[str, float] = {}
         self._clock = self._wait_s = self._spoken = 0.0
         self._first_step = self._last_step = 0
-        self._bad_in_a_row = self._told_refused = 0
+        self._bad_in_a_row = self._told_bad = self._told_unread = 0
         self._start = 0.0
         self._progress = None
 
@@ -70,12 +70,25 @@ class Run:
         else:
             yield
 
-    def log_bad_files(self, refused: Sequence[tuple[str, str]], where: Path) -> None:
-        """Say how many images have been refused since this was last called, and one of them."""
-        new, self._told_refused = len(refused) - self._told_refused, len(refused)
+    def log_left_out(self, bad_files: Sequence[tuple[str, str]], where: Path) -> None:
+        """Say what listing the source has found bad, shards and folders, and where it will be listed."""
+        self._told_bad = len(bad_files)
+        if bad_files:
+            path, reason = bad_files[-1]
+            self.say(f"{len(bad_files):,} bad file(s) left out, listed in '{where}'; the last: {path} ({reason})")
+
+    def log_replaced(self, bad_files: Sequence[tuple[str, str]], n_unread: int, unread_reason: str, where: Path,
+                     world: int) -> None:
+        """Say how many bad images this process has met since this was last called, and how many it could not read at their
+        turn; of each the last."""
+        whose = " of this process" if world > 1 else ""
+        new, self._told_bad = len(bad_files) - self._told_bad, len(bad_files)
         if new:
-            path, reason = refused[-1]
-            self.say(f"{new} unreadable image(s) left out, listed in '{where}'; the last: {path} ({reason})")
+            path, reason = bad_files[-1]
+            self.say(f"{new:,} bad image(s){whose} replaced, listed in '{where}'; the last: {path} ({reason})")
+        new, self._told_unread = n_unread - self._told_unread, n_unread
+        if new:
+            self.say(f"{new:,} image(s){whose} could not be read this time ({unread_reason}), replaced")
 
     def show(self, step: int, sums: Mapping[str, float], lr: float, wait_s: float) -> None:
         """Called at logging points with what was just read from the device; `step` steps are done. Raises `Diverged`."""
