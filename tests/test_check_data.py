@@ -43,7 +43,7 @@ def test_what_is_bad_is_told_and_listed(folder, tmp_path, capsys, workers, monke
     deletable = {path for path in bad if not path.endswith("link.jpg")}        # which cannot be read
     assert set(listing.read_text().splitlines()) == deletable and f"{len(deletable)} path(s) in " in said
     assert not multiprocessing.active_children()
-    subprocess.run(["xargs", "-d", "\n", "-a", str(listing), "rm", "--"], check=True)
+    subprocess.run(["xargs", "-r", "-d", "\n", "-a", str(listing), "rm", "--"], check=True)
     assert cli.main(["check-data", str(data), "--delete_list", str(listing)]) == 1 and not listing.read_text()
 
 
@@ -61,13 +61,42 @@ def test_a_damaged_shard_is_told_and_not_to_be_deleted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("more", "message"), [
-    (["--num_workers", "-1"], "--num_workers is -1"), (["--delete_list", "no/such/folder/x"], "No such file or directory"),
+    (["--num_workers", "-1"], "--num_workers is -1"),
+    (["--delete_list", "no/such/folder/x"], "--delete_list is 'no/such/folder/x': "),
+    (["--delete_list", "/dev/null"], "name a file in a folder that is there"),
     (["--delete-lists", "x"], "Did you mean"),
 ])
 def test_what_cannot_be_is_said(photographs, more, message, capsys):
-    assert cli.main(["check-data", str(photographs), *more]) in (1, 2)
+    assert cli.main(["check-data", str(photographs), *more]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+def test_the_source_is_not_overwritten(tmp_path, capsys):
+    photograph(tmp_path / "one.png")
+    source, link = tmp_path / "list.txt", tmp_path / "link.txt"
+    source.write_text("one.png\n")
+    link.symlink_to(source)
+    for path in (source, link):
+        assert cli.main(["check-data", str(source), "--delete_list", str(path)]) == 2
+        assert "the source itself" in capsys.readouterr().err and source.read_text() == "one.png\n"
+    for shard in (tmp_path, tmp_path / "dir.txt"):
+        shard.mkdir(exist_ok=True)
+        assert cli.main(["check-data", str(source), "--delete_list", str(shard)]) == 2
+
+
+def test_an_earlier_list_stays_until_the_end(tmp_path, monkeypatch):
+    photograph(tmp_path / "data" / "one.png")
+    listing = tmp_path / "bad.txt"
+    listing.write_text("earlier\n")
+
+    def interrupted(*args):
+        assert listing.read_text() == "earlier\n"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check_data, "report", interrupted)
+    assert cli.main(["check-data", str(tmp_path / "data"), "--delete_list", str(listing)]) == 130
+    assert listing.read_text() == "earlier\n" and not list(tmp_path.glob("*.tmp"))
 
 
 def test_reasons_are_counted():

@@ -120,6 +120,15 @@ def test_what_cannot_be_right_is_said_in_one_sentence(line, words, tmp_path, cap
     assert not (tmp_path / "out").exists()                                   # nothing was allocated or written
 
 
+@pytest.mark.parametrize(("line", "words"), [
+    ("sample-data {} --n_images 3", "--n_images is 3: take at least 40"), ("sample-data {} --size 3", "--size is 3 pixels"),
+    ("check-data {} --delete_list {}", "--delete_list is '"),
+])
+def test_messages_of_other_commands_name_their_flags(line, words, tmp_path, capsys):
+    assert cli.main([word.format(tmp_path) for word in line.split()]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_missing_paths(tmp_path, capsys):
     assert cli.main(["pretrain", "--data_path", str(tmp_path / "none")]) == 2
     assert "none' does not exist: give a folder of images" in capsys.readouterr().err

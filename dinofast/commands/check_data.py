@@ -1,7 +1,7 @@
 """Decode every image of a source and say which are bad, and why. A run needs no such check: it replaces bad images as it meets
 them. The exit code is 1 if there are bad files.
 
-Remove the bad ones:  dinofast check-data DIR --delete_list bad.txt;  xargs -d '\\n' -a bad.txt rm --
+Remove the bad ones:  dinofast check-data DIR --delete_list bad.txt;  xargs -r -d '\\n' -a bad.txt rm --
 """
 
 from __future__ import annotations
@@ -31,12 +31,21 @@ SHOWN = 10  # bad files of each reason
 class Options:
     data_path: str = option(MISSING, "images, as for pretrain", metavar="DIR", positional=True)
     delete_list: str = option("", "Write the paths of images that were read and do not decode into FILE, one a line: not those "
-        "that could not be read, nor members of shards, nor paths with a line break.", metavar="FILE", shown="none")
+        "that could not be read, nor members of shards, nor paths with a line break. An earlier FILE stays until the end.",
+        metavar="FILE", shown="none")
     num_workers: int = option(0, "processes", shown="one per core")
 
     def check(self) -> Options:
         if self.num_workers < 0:
             raise ValueError(f"`num_workers` is {self.num_workers}: give 0 or more.")
+        if self.delete_list:  # so that hours of work do not end with a path that cannot be written
+            folder = os.path.dirname(self.delete_list) or "."
+            there = os.path.exists(self.delete_list)
+            if not os.path.isdir(folder) or not os.access(folder, os.W_OK) or (there and not os.path.isfile(self.delete_list)):
+                raise ValueError(f"`delete_list` is '{self.delete_list}': name a file in a folder that is there and may be "
+                                 "written to.")
+            if there and os.path.exists(self.data_path) and os.path.samefile(self.delete_list, self.data_path):
+                raise ValueError(f"`delete_list` is '{self.delete_list}', the source itself: name another file.")
         return self
 
 
@@ -46,8 +55,6 @@ def run(options: Options) -> int:
     from ..runtime.progress import counting
 
     images = dataset.scan(options.data_path, counting("scanning files", True))
-    if options.delete_list:
-        open(options.delete_list, "w").close()  # so that hours of work do not end with a path that cannot be written
     workers = options.num_workers or cores()
     progress, bad = Progress(len(images)), []
     for done, found in decode_all(images, workers):
