@@ -9,7 +9,7 @@ import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +263,8 @@ def _position(path: Path, state: Mapping[str, Any]) -> TrainState:
         ours = state.get("dinofast")
         known = TrainState.__dataclass_fields__
         position = TrainState(**{k: v for k, v in ours.items() if k in known}) if ours else TrainState(epoch=state["epoch"])
+        if isinstance(position.sums, list):              # as they were saved before metrics had names
+            position = replace(position, sums={})
         position.check()
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"'{path}' does not tell where the run stands ({error}): it was left as it is; move it away, or "

@@ -37,7 +37,7 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
     official code, of the whole gradient with "global", as in `torch.nn.utils.clip_grad_norm_`.
 
     copies: 16-bit tensors by the float32 parameter, student's or teacher's, that they are rounded copies of; every step writes
-    them too (see `low_precision`).
+    them too (see `nn.weight_copies`).
 
     After a step `grad_norm` () is the norm of the whole gradient before clipping, `skipped` () the number of steps left out
     because a gradient was not finite; both stay on the device. `lr` and `weight_decay` of a group may be floats or tensors ().

@@ -78,7 +78,7 @@ class Clock:
 
 
 @dataclass
-class Candidate:
+class StepRunner:
     """One way to do a step: `step(i, batches)`, timed by `clock` where its parts can be told apart.
 
     ready: batches that may have been made while others had their turns. So many steps go before the clock starts.
@@ -145,16 +145,16 @@ def ours(cfg: Config, device: torch.device, schedule: Schedule) -> tuple[Step, C
     return step, clock
 
 
-def warm_up(candidate: Candidate, device: torch.device) -> None:
+def warm_up(candidate: StepRunner, device: torch.device) -> None:
     """Steps before anything counts."""
     candidate.turn(device, WARM_UP if device.type == "cuda" else 2)
 
 
-def in_turns(candidates: Sequence[Candidate], device: torch.device, seconds: float, fewest: int = FEWEST) -> list[Timed]:
+def in_turns(candidates: Sequence[StepRunner], device: torch.device, seconds: float, fewest: int = FEWEST) -> list[Timed]:
     """Let candidates that are warm take turns until `seconds` are over; at least `fewest` turns each."""
     peaks: dict[str, float | None] = {}
 
-    def turn(candidate: Candidate) -> tuple[float, dict[str, float]]:
+    def turn(candidate: StepRunner) -> tuple[float, dict[str, float]]:
         if has_peak := device.type == "cuda" and not getattr(candidate.step, "graph", None):
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
@@ -171,10 +171,10 @@ def in_turns(candidates: Sequence[Candidate], device: torch.device, seconds: flo
             for candidate in candidates]
 
 
-def measure(cfg: Config, folder: str | None, seconds: float, say: Callable[[str], None] = print) -> str:
+def measure(cfg: Config, folder: str | None, seconds: float, log: Callable[[str], None] = print) -> str:
     """Time ours on random crops, on those of `folder` if one is given, and the official loop, in turns; returns the report.
 
-    say: called with a line now and then, the first ones on what is timed. The official loop runs as published: fp16 on a GPU
+    log: called with a line now and then, the first ones on what is timed. The official loop runs as published: fp16 on a GPU
     unless `precision` is fp32, fp32 on a CPU. Raises ValueError for what that loop has not got, for a backbone that is not one
     of our ViTs, and for a folder that will not do.
     """
@@ -190,13 +190,13 @@ def measure(cfg: Config, folder: str | None, seconds: float, say: Callable[[str]
         for line in (setting(cfg, device), f"dinofast: {step.precision}, {step.how}", *(f"note: {note}" for note in step.notes),
                      f"official loop: {official_cfg.precision}, eager, as published",
                      f"warming up, then {seconds:g} s in turns"):
-            say(line)
+            log(line)
         dtype = torch.bfloat16 if step.precision == "bf16" else torch.float32
-        candidates = [Candidate("dinofast", step, Synthetic(cfg, device, dtype), clock)]
+        candidates = [StepRunner("dinofast", step, Synthetic(cfg, device, dtype), clock)]
         if loader:
-            candidates.append(Candidate("dinofast, from files", step, loader, clock, ready=ready(loader)))
+            candidates.append(StepRunner("dinofast, from files", step, loader, clock, ready=ready(loader)))
         official = OfficialStep(official_cfg, their_model, device, schedule, mark=theirs.mark)
-        candidates.append(Candidate("official loop", official, Synthetic(cfg, device, torch.float32), theirs))
+        candidates.append(StepRunner("official loop", official, Synthetic(cfg, device, torch.float32), theirs))
         dtypes = [torch.float32 if way.precision == "fp32" else torch.bfloat16 for way in (step, candidates[-1].step)]
         before = peak_flops(device, dtypes[0])
         for candidate in candidates:

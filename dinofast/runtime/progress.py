@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .metrics import COUNTS, collapse_warning
+from .words import spelled
 
 PLAIN_LINE_S = 10.0                   # without a terminal, one line at most so often
 GIVE_UP_AFTER = 20                    # steps in a row without a finite loss or gradient
@@ -39,9 +40,10 @@ class Run:
         self._progress = None
 
     # ---- words
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         if not self.is_main:
             return
+        text = spelled(text)
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
@@ -75,7 +77,7 @@ class Run:
         new, self._told_refused = len(refused) - self._told_refused, len(refused)
         if new:
             path, reason = refused[-1]
-            self.say(f"{new} unreadable image(s) left out, listed in '{where}'; the last: {path} ({reason})")
+            self.log(f"{new} unreadable image(s) left out, listed in '{where}'; the last: {path} ({reason})")
 
     def show(self, step: int, sums: Mapping[str, float], lr: float, wait_s: float) -> None:
         """Called at logging points with what was just read from the device; `step` steps are done. Raises `Diverged`."""
@@ -98,7 +100,7 @@ class Run:
             numbers = "loss not finite"
         epoch = (step - 1) // self.steps_per_epoch
         if bad and self.is_main:
-            self.say(f"step {step}: {bad} step(s) skipped, their loss or gradient was not finite; weights, teacher and center "
+            self.log(f"step {step}: {bad} step(s) skipped, their loss or gradient was not finite; weights, teacher and center "
                      "kept")
         if self._progress is not None:
             self._progress.update(self._task, completed=step, epoch=epoch + 1, numbers=numbers)
@@ -135,7 +137,7 @@ class Run:
             file.write(json.dumps(line) + "\n")
         warning = collapse_warning(line["train_loss"], means["teacher_entropy"], self.log_k) if count else None
         if warning:
-            self.say(f"warning, epoch {epoch + 1}: {warning}")
+            self.log(f"warning, epoch {epoch + 1}: {warning}")
 
 
 def counting(what: str, is_main: bool) -> Callable[[int, int], None]:
