@@ -101,9 +101,10 @@ def parser(command: str | None = None) -> Parser:
     commands = whole.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, summary in COMMANDS.items():
         module = module_of(name) if name == command else None
-        one = commands.add_parser(name, help=summary, description=module and module.__doc__)
-        for field in fields(module.Options) if module else ():
-            add_argument(one, field, module.Options)
+        one = commands.add_parser(name, help=summary, description=module.__doc__ if module else None)
+        if module:
+            for field in fields(module.Options):
+                add_argument(one, field, module.Options)
     return whole
 
 

@@ -76,7 +76,7 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distrib
     schedule = Schedule(cfg, per_epoch, process.world, process.device)
     one_step = Step(cfg, Model.from_config(cfg, backbone), process, schedule)
     state = one_step.model, one_step.optimizer, one_step.scaler
-    position, changed = checkpoint.TrainState(), []
+    position, changed = checkpoint.TrainState(), list[str]()
     if path.exists():
         position, changed = checkpoint.restore(path, *state, cfg)
     process.barrier()                                     # nobody writes here before everybody has read

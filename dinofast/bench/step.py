@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median, quantiles
 from textwrap import wrap
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +51,9 @@ class Synthetic:
         self._crops = [torch.randn(n * cfg.batch_size_per_gpu, 3, side, side, generator=generator).to(device, dtype)
                        for n, side in crops_of(cfg)]
 
+    def __iter__(self) -> Synthetic:
+        return self
+
     def __next__(self) -> list[Tensor]:
         return self._crops
 
@@ -57,7 +62,8 @@ class Clock:
     """Adds up the time between marks by the name of the later one: on a GPU the device's, read only when asked for."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu, self._marks = device.type == "cuda", []
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []            # with an event on a GPU, else seconds
 
     def mark(self, part: str) -> None:
         if self._on_gpu:
@@ -162,7 +168,7 @@ def in_turns(candidates: Sequence[StepRunner], device: torch.device, seconds: fl
         peaks[candidate.name] = (torch.cuda.max_memory_allocated(device) - before) / 2**30 if has_peak else None
         return measured
 
-    together = Turns({candidate.name: lambda candidate=candidate: turn(candidate) for candidate in candidates}, catch=())
+    together = Turns({candidate.name: partial(turn, candidate) for candidate in candidates}, catch=())
     together.run(seconds, fewest)
     turns = together.results
     return [Timed(candidate.name, [ms for ms, _ in turns[candidate.name]],
@@ -205,7 +211,9 @@ def measure(cfg: Config, folder: str | None, seconds: float, log: Callable[[str]
     peak, whose = max(before, peak_flops(device, dtypes[0]), key=lambda found: found[0])       # one was perhaps disturbed
     if dtypes[0] != dtypes[1]:
         timed[-1] = replace(timed[-1], of_peak=False)
-    return report(timed, cfg.batch_size_per_gpu, flops_of(cfg, their_model.student.backbone), peak, whose, TURN[device.type])
+    vit = their_model.student.backbone
+    assert isinstance(vit, VisionTransformer)
+    return report(timed, cfg.batch_size_per_gpu, flops_of(cfg, vit), peak, whose, TURN[device.type])
 
 
 @contextmanager

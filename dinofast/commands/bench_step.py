@@ -17,7 +17,8 @@ class Options(Config):
     def check(self) -> Options:
         if not 0 < self.seconds < float("inf"):
             raise ValueError(f"`seconds` is {self.seconds:g}: give a number above 0.")
-        return super().check()
+        super().check()
+        return self
 
 
 def run(options: Options) -> None:

@@ -32,6 +32,7 @@ class CUDAGraphStep:
             return self._eagerly(crops, teacher_temp)
         if self._graph is None:
             self._record(crops, teacher_temp)
+        assert self._graph is not None
         for kept, new in zip(self._inputs, (*crops, teacher_temp), strict=True):
             kept.copy_(new)
         self._graph.replay()

@@ -11,9 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .metrics import COUNTS, collapse_warning
 from .words import spelled
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PLAIN_LINE_S = 10.0                   # without a terminal, one line at most so often
 GIVE_UP_AFTER = 20                    # steps in a row without a finite loss or gradient
@@ -37,7 +41,7 @@ class Run:
         self._first_step = self._last_step = 0
         self._bad_in_a_row = self._told_refused = 0
         self._start = 0.0
-        self._progress = None
+        self._progress: Progress | None = None
 
     # ---- words
     def log(self, text: str) -> None:
@@ -61,13 +65,14 @@ class Run:
             columns = (TextColumn("epoch {task.fields[epoch]}/" + str(self.epochs)), BarColumn(bar_width=24),
                        TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[numbers]}"), TextColumn("ETA"),
                        TimeRemainingColumn(elapsed_when_finished=True))
-            with Progress(*columns, refresh_per_second=4) as self._progress:
-                self._task = self._progress.add_task("train", total=self.epochs * self.steps_per_epoch, completed=step,
-                                                     epoch=step // self.steps_per_epoch + 1, numbers="")
+            with Progress(*columns, refresh_per_second=4) as bar:
+                self._progress = bar
+                self._task = bar.add_task("train", total=self.epochs * self.steps_per_epoch, completed=step,
+                                          epoch=step // self.steps_per_epoch + 1, numbers="")
                 try:
                     yield
                 finally:
-                    self._progress, bar = None, self._progress
+                    self._progress = None
                     bar.refresh()
         else:
             yield
@@ -135,8 +140,7 @@ class Run:
                 **{f"train_{name}": value for name, value in means.items()}, "skipped_steps": round(steps - count)}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        warning = collapse_warning(line["train_loss"], means["teacher_entropy"], self.log_k) if count else None
-        if warning:
+        if count and (warning := collapse_warning(sums["loss"] / count, sums["teacher_entropy"] / count, self.log_k)):
             self.log(f"warning, epoch {epoch + 1}: {warning}")
 
 
