@@ -1,6 +1,6 @@
 # make demo   install, build and pretrain a small ViT on an embedded data set; prints what it learned
 # make test   install, build and run the tests
-# make lint   style check
+# make lint   style and types
 # make docs   build docs/ and the API reference into build/site
 # make bench  measure, write benchmarks/results and docs/benchmarks.md: 20 to 25 minutes on 2 cores, most of it the whole step
 # make gpu    for a CUDA torch without a network: install without dependencies, build, probe the device, measure the step and what
@@ -28,6 +28,7 @@ test: $(VENV)/test-tools
 
 lint: $(VENV)/test-tools
 	$(RUN) -m ruff check .
+	$(RUN) -m mypy
 
 docs: $(VENV)/installed
 	$(PIP) --config-settings editable_mode=compat --editable ".[docs]"

@@ -61,7 +61,7 @@ def cases(device: torch.device) -> list[Case | data_on_gpu.Case]:
 
 def candidates_of(case: Case | data_on_gpu.Case) -> tuple[str, ...]:
     if isinstance(case, data_on_gpu.Case):
-        return tuple(data_on_gpu.RIVALS)
+        return tuple(data_on_gpu.CANDIDATES)
     return "official", "official checkout", "DALI", "dinofast, pil", "dinofast", ALL_CORES
 
 

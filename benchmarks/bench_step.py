@@ -32,7 +32,7 @@ from dinofast.bench import step as bench_step
 from dinofast.bench.baseline import OfficialStep
 from dinofast.bench.flops import peak_flops
 from dinofast.bench.record import main
-from dinofast.bench.step import Candidate, Synthetic, Timed
+from dinofast.bench.step import StepRunner, Synthetic, Timed
 from dinofast.bench.timing import add_ratios, extra_mib, quartiles, reason_of, row_of
 from dinofast.config import Config
 from dinofast.data import Loader
@@ -123,7 +123,7 @@ def growing(case: Case, device: torch.device, seconds: float | None = None) -> I
                       parts_ms=t.parts_ms, extra_mib=extra)
 
     with retain_freed_memory(device), ExitStack() as stack:
-        candidates: dict[str, Candidate] = {}
+        candidates: dict[str, StepRunner] = {}
         near: dict[str, float] = {}
 
         def start(name: str) -> None:
@@ -170,7 +170,7 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def make(case: Case, name: str, device: torch.device, stack: ExitStack, **exact: Any) -> Candidate | str:
+def make(case: Case, name: str, device: torch.device, stack: ExitStack, **exact: Any) -> StepRunner | str:
     """One candidate with networks of its own but the same weights and the same random crops, or why it is left out.
 
     exact: options that go before those of the case and of the candidate.
@@ -186,18 +186,18 @@ def make(case: Case, name: str, device: torch.device, stack: ExitStack, **exact:
         if not official_checkout.is_there():
             return f"official checkout: {official_checkout.NOT_SET}"
         step = official_checkout.Step(cfg, bench_step.new_model(cfg), device, schedule, official_precision)
-        return Candidate(name, step, random, None)
+        return StepRunner(name, step, random, None)
     if name in ("official", CAREFUL):
         clock, plain = bench_step.Clock(device), name == "official"
         ours = replace(cfg, precision=official_precision if plain else precision)
-        return Candidate(name, OfficialStep(ours, bench_step.new_model(cfg), device, schedule, sdpa=not plain,
+        return StepRunner(name, OfficialStep(ours, bench_step.new_model(cfg), device, schedule, sdpa=not plain,
                                         compiled=not plain and "compile" not in exact, mark=clock.mark), random, clock)
     ours = replace(cfg, **changes[name] | exact)
     step, clock = bench_step.ours(ours, device, schedule)
     if name == "dinofast, from files":
         loader = photographs_of(ours, device, stack)
-        return Candidate(name, step, loader, clock, ready=bench_step.ready(loader))
-    return Candidate(name, step, Synthetic(cfg, device, torch.bfloat16 if step.precision == "bf16" else torch.float32), clock)
+        return StepRunner(name, step, loader, clock, ready=bench_step.ready(loader))
+    return StepRunner(name, step, Synthetic(cfg, device, torch.bfloat16 if step.precision == "bf16" else torch.float32), clock)
 
 
 def photographs_of(cfg: Config, device: torch.device, stack: ExitStack) -> Loader:
@@ -207,7 +207,7 @@ def photographs_of(cfg: Config, device: torch.device, stack: ExitStack) -> Loade
     return stack.enter_context(bench_step.files(replace(cfg, num_workers=cores()), folder, device))
 
 
-def memory_mib(candidate: Candidate, timed: Timed, device: torch.device) -> float | None:
+def memory_mib(candidate: StepRunner, timed: Timed, device: torch.device) -> float | None:
     """What steps take at most beside what stays between them; on a CPU of two, as official gradients live on into the next."""
     if device.type == "cuda":
         return None if timed.peak_gib is None else timed.peak_gib * 1024
@@ -217,7 +217,7 @@ def memory_mib(candidate: Candidate, timed: Timed, device: torch.device) -> floa
     return extra_mib(two_steps, device)
 
 
-def losses(candidate: Candidate, n: int) -> list[float]:
+def losses(candidate: StepRunner, n: int) -> list[float]:
     """Of the next n steps."""
     found = []
     for _ in range(n):

@@ -24,7 +24,7 @@ from dinofast.data import Loader, backend_dali, backend_native, make_loader
 from dinofast.runtime.backends import cores
 
 ROUNDS, FIRST, BATCHES = 3, 4, 16                # of each candidate; batches before the clock starts; those timed
-RIVALS = {"dinofast, native": {"data_backend": "native"}, "dinofast": {"data_backend": "dali"},
+CANDIDATES = {"dinofast, native": {"data_backend": "native"}, "dinofast": {"data_backend": "dali"},
           "dinofast, decoding engine": {"data_backend": "dali", "hw_decoder_load": 1.0}}
 
 
@@ -41,13 +41,13 @@ class Case(NamedTuple):
 def growing(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     """The case after each round: every candidate has one more turn. One that fails has no more."""
     absent = {"native": backend_native.unavailable_reason(), "dali": backend_dali.unavailable_reason("cuda")}
-    left_out = [f"{name}: {absent[options['data_backend']]}" for name, options in RIVALS.items()
+    left_out = [f"{name}: {absent[options['data_backend']]}" for name, options in CANDIDATES.items()
                 if absent[options["data_backend"]]]
     before = free(device)
     with tempfile.TemporaryDirectory(prefix="dinofast-") as folder:
         photographs.write(Path(folder) / "photographs", case.photographs)
         turns = Turns({name: lambda name=name: take_turn(case, name, folder, device, before)
-                       for name, options in RIVALS.items() if not absent[options["data_backend"]]})
+                       for name, options in CANDIDATES.items() if not absent[options["data_backend"]]})
         for _ in range(ROUNDS):
             turns.round()
             rows = [{"candidate": name, "failed": turns.failed[name]} if name in turns.failed else
@@ -73,7 +73,7 @@ def take_turn(case: Case, name: str, folder: str, device: torch.device, before: 
     """Of a loader of its own: see `time_batches`."""
     cfg = Config(data_path=f"{folder}/photographs", output_dir=folder, batch_size_per_gpu=case.batch,
                  global_crops_size=case.sides[0], local_crops_size=case.sides[1], num_workers=cores(), precision="bf16",
-                 **RIVALS[name])
+                 **CANDIDATES[name])
     with closing(make_loader(cfg, device=device)) as loader:
         return time_batches(loader, device, before)
 

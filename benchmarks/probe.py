@@ -181,7 +181,7 @@ def profile(case: Case, device: torch.device, compiled: str) -> dict[str, Any]:
     cfg = case.step.config(device, compile=compiled)
     step = Step(cfg, step_clock.new_model(cfg), Process(0, 1, device), step_clock.schedule_of(cfg, device))
     batches = Synthetic(cfg, device, torch.bfloat16 if step.precision == "bf16" else torch.float32)
-    candidate = step_clock.Candidate("dinofast", step, batches, None)
+    candidate = step_clock.StepRunner("dinofast", step, batches, None)
     step_clock.warm_up(candidate, device)
     timed, = step_clock.in_turns([candidate], device, 0.0)
     activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU

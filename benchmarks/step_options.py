@@ -20,7 +20,7 @@ import torch
 
 from dinofast.bench import step as step_clock
 from dinofast.bench.record import main
-from dinofast.bench.step import Candidate, Synthetic
+from dinofast.bench.step import StepRunner, Synthetic
 from dinofast.bench.timing import row_of
 from dinofast.config import Config
 from dinofast.runtime.memory import retain_freed_memory
@@ -74,7 +74,7 @@ class Best(NamedTuple):
     those of a candidate, which has the same weights, crops and draws of stochastic depth."""
 
     options: Options
-    candidate: Candidate
+    runner: StepRunner
     first: tuple[float, float]
 
 
@@ -113,24 +113,24 @@ def growing(case: Case, device: torch.device, seconds: float | None = None) -> I
             yield made | {"left_out": [f"{case}: {reason}"]}
             return
         challenger = build(case, device, made["on_top_of"] | options)
-        timed = step_clock.in_turns([before.candidate, challenger.candidate], device, seconds or SECONDS[device.type])
+        timed = step_clock.in_turns([before.runner, challenger.runner], device, seconds or SECONDS[device.type])
     rows = []
     for t, measured in zip(timed, (before, challenger), strict=True):
         row = row_of(t.name, t.step_ms, parts_ms=t.parts_ms, extra_mib=t.peak_gib and t.peak_gib * 1024,
-                     how=measured.candidate.step.how)
-        row["images_per_s"] = measured.candidate.step.cfg.batch_size_per_gpu / row["median_ms"] * 1e3
+                     how=measured.runner.step.how)
+        row["images_per_s"] = measured.runner.step.cfg.batch_size_per_gpu / row["median_ms"] * 1e3
         rows.append(row)
     rows[1] |= compared(str(case), before, challenger)
     gain = rows[1]["images_per_s"] / rows[0]["images_per_s"]
     kept = bool(case.options) and rows[1]["same_losses"] and gain >= GAIN
     if kept:
-        _best[:] = [challenger._replace(candidate=replace(challenger.candidate, name="best so far"))]
+        _best[:] = [challenger._replace(runner=replace(challenger.runner, name="best so far"))]
     yield made | {"rounds": len(timed[0].step_ms), "rows": rows, "gain": gain, "kept": kept}
 
 
 def compared(name: str, before: Best, challenger: Best) -> dict[str, Any]:
     """Whether a candidate does the same step; with another batch the crops are others, and only the loss can be near."""
-    alike = before.candidate.step.cfg.batch_size_per_gpu == challenger.candidate.step.cfg.batch_size_per_gpu
+    alike = before.runner.step.cfg.batch_size_per_gpu == challenger.runner.step.cfg.batch_size_per_gpu
     tolerances = (SAME_LOSS, SAME_NORM) if alike else (bench_step.NEAR,)
     if all(abs(theirs - ours) <= tolerance * abs(ours)
            for theirs, ours, tolerance in zip(challenger.first, before.first, tolerances, strict=False)):
@@ -145,7 +145,7 @@ def why_needless(case: Case, options: Options, before: Best) -> str:
     if options == before.options:
         return "nothing was"
     same = {name for name, value in case.options if before.options.get(name) == value}
-    runs = before.candidate.step.how.split(",")[0].split()[:2]                   # such as "attention varlen"
+    runs = before.runner.step.how.split(",")[0].split()[:2]                   # such as "attention varlen"
     if case.options and (len(same) == len(case.options) or runs == ["attention", options.get("attention")]):
         return "the best so far has it"
     return ""
@@ -157,7 +157,7 @@ def best_so_far(case: Case, device: torch.device, options: Options) -> Best:
         _best.clear()
         gc.collect()
         found = build(case, device, options)
-        _best.append(found._replace(candidate=replace(found.candidate, name="best so far")))
+        _best.append(found._replace(runner=replace(found.runner, name="best so far")))
     return _best[0]
 
 
@@ -168,12 +168,12 @@ def build(case: Case, device: torch.device, options: Options) -> Best:
     cfg = case.step.config(device, **{"compile": "on" if device.type == "cuda" else "off"} | options)
     step, clock = step_clock.ours(cfg, device, step_clock.schedule_of(cfg, device))
     crops = Synthetic(cfg, device, torch.bfloat16 if step.precision == "bf16" else torch.float32)
-    candidate = Candidate(str(case), step, crops, clock)
+    runner = StepRunner(str(case), step, crops, clock)
     metrics = step(0, crops)
-    candidate.done = 1
+    runner.done = 1
     first = metrics["loss"].item(), metrics["grad_norm"].item()
-    step_clock.warm_up(candidate, device)
-    return Best(options, candidate, first)
+    step_clock.warm_up(runner, device)
+    return Best(options, runner, first)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ import fcntl
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy._core.multiarray import scalar
 from torch import Tensor, nn
 
 from . import __version__
@@ -23,8 +24,9 @@ from .nn import vit
 from .nn.dino import Model, build_backbone
 
 # What official files hold besides tensors and plain containers: the parsed arguments and float64 learning rates.
-_SAFE = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType,
-         np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
+_SAFE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType, scalar,
+    (scalar, "numpy.core.multiarray.scalar")]
 # Options that change neither the weights nor, but for rounding, the trajectory, so that another value on resuming is
 # nobody's concern.
 RESUME_MUTABLE_OPTIONS = {
@@ -263,6 +265,8 @@ def _position(path: Path, state: Mapping[str, Any]) -> TrainState:
         ours = state.get("dinofast")
         known = TrainState.__dataclass_fields__
         position = TrainState(**{k: v for k, v in ours.items() if k in known}) if ours else TrainState(epoch=state["epoch"])
+        if isinstance(position.sums, list):              # as they were saved before metrics had names
+            position = replace(position, sums={})
         position.check()
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"'{path}' does not tell where the run stands ({error}): it was left as it is; move it away, or "

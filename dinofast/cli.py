@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .config import Config, in_words, meant, nearest
+from .runtime.words import spelling
 
 COMMANDS = {
     "pretrain": "train a backbone on a folder of images without labels",
@@ -58,11 +59,14 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = sys.argv[1:] if argv is None else argv
     first = next((word for word in argv if not word.startswith("-")), None)
-    command = first if first in COMMANDS else None
-    options = module_of(command).Options if command else Config
+    options: type = Config
     try:
+        command = first if first in COMMANDS else None
+        options = module_of(command).Options if command else Config
         given = vars(parser(command).parse_args(argv))
-        code = module_of(given.pop("command")).run(options_of(options, given))
+        run = module_of(given.pop("command")).run
+        with spelling(partial(with_flags, options=options)):
+            code = run(options_of(options, given))
     except ValueError as error:
         return _say(f"dinofast: {with_flags(str(error), options)}", USAGE)
     except (OSError, RuntimeError) as error:
@@ -97,9 +101,10 @@ def parser(command: str | None = None) -> Parser:
     commands = whole.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, summary in COMMANDS.items():
         module = module_of(name) if name == command else None
-        one = commands.add_parser(name, help=summary, description=module and module.__doc__)
-        for field in fields(module.Options) if module else ():
-            add_argument(one, field, module.Options)
+        one = commands.add_parser(name, help=summary, description=module.__doc__ if module else None)
+        if module:
+            for field in fields(module.Options):
+                add_argument(one, field, module.Options)
     return whole
 
 
@@ -126,11 +131,11 @@ def add_argument(parser: argparse.ArgumentParser, field: Field, options: type) -
     shown = "" if default is MISSING else f" (default: {about.get('shown', 'auto' if default is None else in_words(default))})"
     shown = with_flags(f"{about['help']}{shown}".strip(), options).replace("%", "%%")
     extra["help"] = argparse.SUPPRESS if inherited or about.get("hidden") else shown
-    if about.get("positional"):
-        parser.add_argument(field.name, default=argparse.SUPPRESS, **extra | ({} if default is MISSING else {"nargs": "?"}))
-        extra["help"] = argparse.SUPPRESS                           # its flag is taken as well
-        if default is MISSING:
-            return
+    if about.get("positional"):                                     # its flag is taken as well; see `options_of`
+        parser.add_argument(field.name, default=argparse.SUPPRESS, nargs="?", **extra)
+        parser.add_argument(f"--{field.name}", "--" + field.name.replace("_", "-"), dest=f"--{field.name}",
+                            default=argparse.SUPPRESS, **extra | {"help": argparse.SUPPRESS})
+        return
     names = dict.fromkeys((*about.get("flags", ()), f"--{field.name}", "--" + field.name.replace("_", "-")))
     parser.add_argument(*names, dest=field.name, default=argparse.SUPPRESS,
                         required=default is MISSING, **extra)
@@ -139,6 +144,13 @@ def add_argument(parser: argparse.ArgumentParser, field: Field, options: type) -
 def options_of(make: type, given: dict[str, Any]) -> Any:
     """A command's options, from what was given on the command line; checked where they can be."""
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    for field in fields(make):
+        if (flag := f"--{field.name}") in given:
+            if given.get(field.name, given[flag]) != given[flag]:
+                raise ValueError(f"{given[field.name]} and {flag} {given[flag]} are two: give one of them.")
+            given[field.name] = given.pop(flag)
+        if field.default is MISSING and field.name not in given:
+            raise ValueError(f"{field.metadata.get('metavar', field.name)} is missing: {field.metadata['help'].rstrip('.')}.")
     if "use_fp16" in given and "precision" not in given:
         given["precision"] = "fp16" if given["use_fp16"] else "fp32"
     options = make(**given)

@@ -98,7 +98,7 @@ class Config:
     cuda_graph: bool = option(False, "[dinofast] Replay forward and backward as one CUDA graph, where launches still show: "
         "small models or batches. One process, no `accumulate`.")
     grad_checkpointing: bool = option(False, "[dinofast] Keep only the inputs of each block but the last for backward and "
-        "compute the rest anew: less memory, more time (ViT only).")
+        "recompute the rest: less memory, more time (ViT only).")
     teacher_precision: str = option("fp32", "[dinofast] bf16: the teacher's weights and tokens are rounded to bf16; its "
         "average stays in fp32, with the optimizer. Goes with `precision` bf16.", choices=("fp32", "bf16"))
 
@@ -241,7 +241,8 @@ class Config:
 
 def meant(aliases: dict[str, str], value: str | bool) -> str | bool:
     """The choice that `value` is another word for; itself where it is none."""
-    return aliases.get(str(value).lower(), value)
+    lower = str(value).lower()
+    return aliases.get(lower, lower if lower in aliases.values() else value)
 
 
 def in_words(value: Any) -> str:

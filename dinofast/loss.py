@@ -35,6 +35,8 @@ class DINOLoss(nn.Module):
     loss is not finite never reaches the center. Source: arXiv 2104.14294.
     """
 
+    center: Tensor
+
     def __init__(self, out_dim: int, ncrops: int, warmup_teacher_temp: float, teacher_temp: float,
                  warmup_teacher_temp_epochs: int, nepochs: int, student_temp: float = 0.1,
                  center_momentum: float = 0.9) -> None:

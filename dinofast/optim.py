@@ -7,7 +7,7 @@ nothing waits for the device to find out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from . import ops, reference
 CLIP_MODES = ("tensor", "global")
 _HALVES = (torch.bfloat16, torch.float16)
 _FLOAT32_STATE = ("exp_avg", "exp_avg_sq", "master", "teacher_master")    # whatever the parameter's dtype
+_T = TypeVar("_T", Tensor, Tensor | None)
 
 
 def param_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -37,7 +38,7 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
     official code, of the whole gradient with "global", as in `torch.nn.utils.clip_grad_norm_`.
 
     copies: 16-bit tensors by the float32 parameter, student's or teacher's, that they are rounded copies of; every step writes
-    them too (see `low_precision`).
+    them too (see `nn.weight_copies`).
 
     After a step `grad_norm` () is the norm of the whole gradient before clipping, `skipped` () the number of steps left out
     because a gradient was not finite; both stay on the device. `lr` and `weight_decay` of a group may be floats or tensors ().
@@ -70,17 +71,18 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None, *, momentum: float | Tensor | None = None,
-             skip: Tensor | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Tensor] | None = None, *,   # type: ignore[override]  # torch: its loss is a float
+             momentum: float | Tensor | None = None, skip: Tensor | None = None) -> Tensor | None:
         """One step. momentum: of the teacher's average, needed when there is a teacher. skip: bool tensor (), leave it out."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._teacher_of and momentum is None:
-            raise ValueError("this optimizer averages a teacher: give step(momentum=...), for example 0.996.")
-        if momentum is not None:
-            ops.check_momentum(momentum)
+        if momentum is None:
+            if self._teacher_of:
+                raise ValueError("this optimizer averages a teacher: give step(momentum=...), for example 0.996.")
+            momentum = 1.0                                     # no teacher: of nothing
+        ops.check_momentum(momentum)
         trained = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         active = [p for params in trained for p in params]
         bad = torch.zeros((), dtype=torch.bool, device=self.grad_norm.device) if skip is None else skip
@@ -97,17 +99,17 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
             for group, params, clip in zip(self.param_groups, trained, coefficients.split([len(ps) for ps in trained]),
                                            strict=True):
                 if params:
-                    self._update(group, params, clip, bad, momentum)
+                    self._update(group, params, [p.grad for p in params], clip, bad, momentum)
         updated = set(active)
         self._average([s for s in self._teacher_of if s not in updated], momentum, bad)
         self.skipped += bad
         return loss
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], coefficients: Tensor, skip: Tensor,
-                momentum: float | Tensor | None) -> None:
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], coefficients: Tensor, skip: Tensor,
+                momentum: float | Tensor) -> None:
         raise AssertionError("a child defines this")
 
-    def _average(self, students: list[Tensor], momentum: float | Tensor | None, skip: Tensor) -> None:
+    def _average(self, students: list[Tensor], momentum: float | Tensor, skip: Tensor) -> None:
         """The teachers of those that have one."""
         students = [s for s in students if s in self._teacher_of]
         if students:
@@ -118,22 +120,26 @@ class _StudentTeacherOptimizer(torch.optim.Optimizer):
         """What is kept for a parameter, in a group or not; an empty one that is not kept if there is nothing."""
         return self.state[p] if p in self.state else self._frozen_state.get(p, {})
 
-    def _masters(self, pairs: list[tuple[Tensor, Tensor | None]], name: str) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def _masters(self, pairs: list[tuple[Tensor, _T]], name: str) -> tuple[list[_T], list[Tensor | None]]:
         """For pairs (parameter, it or its teacher): the tensors to update, and those they are then rounded into (or None).
 
         Of a 16-bit tensor the float32 master kept as `name` is updated, made from its values when it is first needed.
         """
-        wide, copies = [], []
+        wide: list[_T] = []
+        copies: list[Tensor | None] = []
         for p, x in pairs:
-            is_half = x is not None and x.dtype in _HALVES
-            if is_half and name not in self.state.get(p, {}):
+            if x is None or x.dtype not in _HALVES:
+                wide.append(x)
+                copies.append(None if x is None else self.copies.get(x))
+                continue
+            if name not in self.state.get(p, {}):
                 in_group = any(p is q for group in self.param_groups for q in group["params"])
                 if in_group:
                     self.state[p].update(self._frozen_state.pop(p, {}))       # it was in none before
                 kept = self.state[p] if in_group else self._frozen_state.setdefault(p, {})
                 kept.setdefault(name, x.detach().float())
-            wide.append(self._state_of(p)[name] if is_half else x)
-            copies.append(x if is_half else self.copies.get(x))
+            wide.append(self._state_of(p)[name])
+            copies.append(x)
         return wide, copies
 
     def state_dict(self) -> dict[str, Any]:
@@ -207,8 +213,8 @@ class AdamWEMA(_StudentTeacherOptimizer):
                         capturable=False, differentiable=False, fused=None, decoupled_weight_decay=True)
         super().__init__(params, defaults, student, teacher, clip_grad, clip_mode)
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], coefficients: Tensor, skip: Tensor,
-                momentum: float | Tensor | None) -> None:
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], coefficients: Tensor, skip: Tensor,
+                momentum: float | Tensor) -> None:
         wide, param_copies = self._masters([(p, p) for p in params], "master")
         teachers, teacher_copies = self._masters([(p, self._teacher_of.get(p)) for p in params], "teacher_master")
         states = [self.state[p] for p in params]
@@ -219,10 +225,9 @@ class AdamWEMA(_StudentTeacherOptimizer):
             else:                                  # a loaded state's counter is on the host, or a float in files of torch 1.11
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
         ops.adamw_ema_(
-            wide, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
+            wide, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
             [s["step"] for s in states], teachers, coefficients, skip, lr=group["lr"], weight_decay=group["weight_decay"],
-            betas=group["betas"], eps=group["eps"], momentum=1.0 if momentum is None else momentum,
-            param_copies=param_copies, teacher_copies=teacher_copies)
+            betas=group["betas"], eps=group["eps"], momentum=momentum, param_copies=param_copies, teacher_copies=teacher_copies)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -242,13 +247,13 @@ class SGDEMA(_StudentTeacherOptimizer):
 
     _buffer = "momentum_buffer"
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], coefficients: Tensor, skip: Tensor,
-                momentum: float | Tensor | None) -> None:
-        for p, coefficient in zip(params, coefficients.unbind(0), strict=True):
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], coefficients: Tensor, skip: Tensor,
+                momentum: float | Tensor) -> None:
+        for p, grad, coefficient in zip(params, grads, coefficients.unbind(0), strict=True):
             state = self.state[p]
             if self._buffer not in state:
                 state[self._buffer] = torch.zeros_like(p)
-            self._apply(group, p, p.grad * coefficient, state[self._buffer], skip)
+            self._apply(group, p, grad * coefficient, state[self._buffer], skip)
             if p in self.copies:
                 self.copies[p].copy_(p)
         self._average(params, momentum, skip)
@@ -274,4 +279,4 @@ class LARSEMA(SGDEMA):
                         eta=group["eta"])
 
 
-OPTIMIZERS: dict[str, type[_StudentTeacherOptimizer]] = {"adamw": AdamWEMA, "sgd": SGDEMA, "lars": LARSEMA}
+OPTIMIZERS: dict[str, Callable[..., _StudentTeacherOptimizer]] = {"adamw": AdamWEMA, "sgd": SGDEMA, "lars": LARSEMA}

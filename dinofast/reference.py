@@ -114,8 +114,8 @@ def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequ
         p.sub_(m.div(denominator).mul_(rate / (1 - beta1**t)))
     if param_copies is not None:
         _round_into(param_copies, params, skip)
-    averaged = [i for i, teacher in enumerate(teachers) if teacher is not None]
-    ema_([teachers[i] for i in averaged], [params[i] for i in averaged], momentum, skip,
+    averaged = {i: teacher for i, teacher in enumerate(teachers) if teacher is not None}
+    ema_(list(averaged.values()), [params[i] for i in averaged], momentum, skip,
          None if teacher_copies is None else [teacher_copies[i] for i in averaged])
 
 

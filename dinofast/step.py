@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .config import Config
 from .nn.attention import activate, select_attention
@@ -88,7 +90,7 @@ class Step:
             if self.graph:
                 return self.graph(crops, teacher_temp)
             last = micro == cfg.accumulate - 1
-            with nullcontext() if last or process.world == 1 else self.parallel.no_sync():
+            with nullcontext() if last or not isinstance(self.parallel, DistributedDataParallel) else self.parallel.no_sync():
                 self.forward_backward(crops, teacher_temp)
         return self.model.end_step()                                          # all-reduce; the center moves
 
@@ -174,14 +176,15 @@ def compiler_unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-def _distribute(model: Model, process: distributed.Process) -> nn.Module:
+def _distribute(model: Model, process: distributed.Process) -> Model | DistributedDataParallel:
     """Gradients averaged over processes; batch statistics too where torch can (on GPUs)."""
     if process.world == 1:
         return model
     on_gpu = process.device.type == "cuda"
     if on_gpu:
         model.student, model.teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (model.student, model.teacher))
-    ddp = nn.parallel.DistributedDataParallel
-    new_name = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters          # torch 2.13; 2.11 has the old one
-    return ddp(model, device_ids=[process.device] if on_gpu else None, gradient_as_bucket_view=True,
-               **{"forward_sync_buffers" if new_name else "broadcast_buffers": False})
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"       # torch 2.13; 2.11
+    unsynced: dict[str, Any] = {name: False}
+    return DistributedDataParallel(model, device_ids=[process.device] if on_gpu else None, gradient_as_bucket_view=True,
+                                   **unsynced)

@@ -78,7 +78,7 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distrib
     schedule = Schedule(cfg, per_epoch, process.world, process.device)
     one_step = Step(cfg, Model.from_config(cfg, backbone), process, schedule)
     state = one_step.model, one_step.optimizer, one_step.scaler
-    position, changed = checkpoint.TrainState(), []
+    position, changed = checkpoint.TrainState(), list[str]()
     if path.exists():
         position, changed = checkpoint.restore(path, *state, cfg)
     elif process.is_main:
@@ -116,7 +116,7 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distrib
                 stopping = process.any(bool(stop.signum))
                 if not told_peak:
                     told_peak = True
-                    run.say(f"peak memory so far: {peak_memory(process.device)}")
+                    run.log(f"peak memory so far: {peak_memory(process.device)}")
                 run.show(done, now, schedule.lr[step], loader.wait_s)
                 run.log_replaced(loader.bad_files, loader.n_unread, loader.unread_reason, output_dir / "bad_files.txt",
                                  process.world)
@@ -131,7 +131,7 @@ def _run(cfg: Config, backbone: Callable[[], nn.Module] | None, process: distrib
                 process.barrier()                                         # nobody leaves before it is saved
                 raise Interrupted(stop.signum or signal.SIGTERM, f"stopped after step {done} of {schedule.total}, saved in "
                                   f"'{path}'; the same command goes on from there.")
-    run.say(f"done: {schedule.total} steps, teacher and student in '{path}'; peak memory {peak_memory(process.device)}")
+    run.log(f"done: {schedule.total} steps, teacher and student in '{path}'; peak memory {peak_memory(process.device)}")
     return path
 
 
@@ -157,15 +157,15 @@ def _introduce(run: Run, cfg: Config, process: distributed.Process, one_step: St
     parameters = sum(p.numel() for p in one_step.model.student.parameters())
     on_gpu = process.device.type == "cuda"
     name = torch.cuda.get_device_name(process.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    run.say(f"{loader.n_images} images, {loader.steps_per_epoch} steps an epoch, {run.images_per_step} images a step; "
+    run.log(f"{loader.n_images} images, {loader.steps_per_epoch} steps an epoch, {run.images_per_step} images a step; "
             f"{cfg.arch}: {parameters / 1e6:.2f} M parameters; {name}, {one_step.precision}, {process.world} "
             "process(es)")
     note = f" ({loader.backend_note})" if loader.backend_note else ""
-    run.say(f"loss: {ops.paths()['dino_loss'][process.device.type]}; step: {one_step.how}; crops: {loader.backend}{note}")
+    run.log(f"loss: {ops.paths()['dino_loss'][process.device.type]}; step: {one_step.how}; crops: {loader.backend}{note}")
     run.log_left_out(loader.bad_files, Path(cfg.output_dir) / "bad_files.txt")
     if start >= cfg.epochs * loader.steps_per_epoch:
-        run.say(f"training already complete ({start} steps), in '{path}': raise `epochs` to go on")
+        run.log(f"training already complete ({start} steps), in '{path}': raise `epochs` to go on")
     elif start:
-        run.say(f"resumed from '{path}' after step {start} (epoch {start // loader.steps_per_epoch + 1} of {cfg.epochs})")
+        run.log(f"resumed from '{path}' after step {start} (epoch {start // loader.steps_per_epoch + 1} of {cfg.epochs})")
     for note in [*one_step.notes, *notes]:
-        run.say(f"note: {note}")
+        run.log(f"note: {note}")

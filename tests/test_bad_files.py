@@ -219,7 +219,7 @@ def test_a_storage_that_fails_ends_the_run_soon(config, tmp_path, monkeypatch):
     start = time.monotonic()
     with pytest.raises(OSError, match=r"the storage of `data_path` fails, .*png \(cannot be read: Stale file handle\)\.$"):
         next(loader)
-    assert time.monotonic() - start < 0.5 + 0.5               # 64 images one after the other would take half a minute
+    assert time.monotonic() - start < 5                       # 64 images one after the other would take half a minute
     loader.close()
     assert len(asked) < 500 and not loader.bad_files and not (tmp_path / "run" / "bad_files.txt").exists()
 

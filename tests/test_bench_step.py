@@ -10,7 +10,7 @@ import torch
 
 from dinofast import cli
 from dinofast.bench import step as bench_step
-from dinofast.bench.step import PARTS, Candidate, Clock, Synthetic, Timed, in_turns, measure, report, warm_up
+from dinofast.bench.step import PARTS, Clock, StepRunner, Synthetic, Timed, in_turns, measure, report, warm_up
 from dinofast.config import Config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -186,11 +186,11 @@ class Counted:
         return self.weight.sum()
 
 
-def test_rivals_take_turns(monkeypatch):
+def test_candidates_take_turns(monkeypatch):
     monkeypatch.setattr(bench_step, "TABLE_STEPS", 4)
     order = []
     steps = [Counted(name, order) for name in "AB"]
-    candidates = [Candidate(step.name, step, iter(()), None) for step in steps]
+    candidates = [StepRunner(step.name, step, iter(()), None) for step in steps]
     for candidate in candidates:
         warm_up(candidate, CPU)
     timed = in_turns(candidates, CPU, 0.0)
@@ -225,7 +225,7 @@ def test_batches_made_in_the_turns_of_others_do_not_count(device, steps, monkeyp
     loader, take = Ahead(ready, now), counted.__call__
     monkeypatch.setattr(Counted, "__call__", lambda self, step, batches: (next(batches), take(step, batches))[1])
     for discarded, ms in ((ready, 1000.0), (0, 1000.0 * max(0, steps - ready) / steps)):
-        candidate = Candidate("from files", counted, loader, None, ready=discarded)
+        candidate = StepRunner("from files", counted, loader, None, ready=discarded)
         candidate.turn(device, steps)
         now[0] += 100.0                                                                # others have their turns
         assert candidate.turn(device, steps)[0] == pytest.approx(ms)
@@ -241,7 +241,7 @@ def test_marks_of_steps_that_do_not_count_are_dropped(monkeypatch):
         now[0] += 1.0
         clock.mark("data")
     monkeypatch.setattr(Counted, "__call__", take)
-    candidate = Candidate("from files", counted, iter(()), clock, ready=2)
+    candidate = StepRunner("from files", counted, iter(()), clock, ready=2)
     assert candidate.turn(CPU, 3) == (1000.0, {"data": 1000.0}) and candidate.done == 5
 
 
@@ -259,7 +259,7 @@ def test_memory_of_a_gpu_is_what_a_turn_adds(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     plain, graph = Counted("plain", []), Counted("graph", [])
     graph.graph = object()
-    candidates = [Candidate(step.name, step, iter(()), None) for step in (plain, graph)]
+    candidates = [StepRunner(step.name, step, iter(()), None) for step in (plain, graph)]
     for candidate in candidates:
         warm_up(candidate, CUDA)
     timed = in_turns(candidates, CUDA, 0.0)

@@ -1,4 +1,5 @@
 import os
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -234,3 +235,9 @@ def test_backbone_that_does_not_fit_is_named(tmp_path):
     torch.save(DINOHead(4, 8, hidden_dim=4, bottleneck_dim=4).state_dict(), tmp_path / "head.pth")
     with pytest.raises(ValueError, match="does not tell its architecture"):
         load_backbone(tmp_path / "head.pth")
+
+
+@pytest.mark.parametrize("sums", [[], [1.5] * 7])
+def test_sums_from_before_metrics_had_names_are_dropped(sums):
+    state = {"dinofast": {"version": "0.1.0", "step": 3, "epoch": 1, "sums": sums}}
+    assert checkpoint._position(pathlib.Path("checkpoint.pth"), state) == checkpoint.TrainState(step=3, epoch=1)

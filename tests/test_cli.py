@@ -231,3 +231,15 @@ def test_doctor_says_which_of_xformers_kernels_there_are(monkeypatch, there, wor
     assert words in doctor._xformers_operators()
     monkeypatch.setattr(doctor, "xformers_unavailable_reason", lambda: "xformers is not installed")
     assert doctor._xformers_operators() == ""
+
+
+@pytest.mark.parametrize("command", ["bench-data", "show-crops", "check-data"])
+@pytest.mark.parametrize("line, words", [("", "DIR is missing"), ("a --data_path b", "a and --data_path b are two")])
+def test_a_folder_is_given_once(command, line, words, capsys):
+    assert cli.main([command, *line.split()]) == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["nowhere", "--data_path nowhere", "--data-path=nowhere"])
+def test_a_folder_with_or_without_its_flag(line, capsys):
+    assert cli.main(["bench-data", *line.split()]) == 2
+    assert "--data_path nowhere cannot be read" in capsys.readouterr().err

@@ -24,13 +24,10 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "README.md", ROOT / "examples" / "README.md"]
 SHELL = ("", "bash", "sh")
 PLACEHOLDERS = {"N": "1", "X": "1", "DIR": ".", "FILE": "file", "CHECKOUT": "."}
-COMING = ("check-data",)                                      # commands that these pages describe ahead of the code
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_endpoint"}
 OTHERS = TORCHRUN | {"--shm-size", "--save-results", "--rehearse"}  # flags of programs that are not ours
 BRITISH = re.compile(r"\w*(?:centre|colour|grey|optimis|normalis|initialis|synchronis|solaris|behaviour|licence|labell|"
                      r"materialis|neighbour|recognis|serialis|favour|learnt)\w*", re.IGNORECASE)
-AMERICAN = {"centre": "center", "colour": "color", "grey": "gray", "optimis": "optimiz", "normalis": "normaliz",
-            "neighbour": "neighbor", "materialis": "materializ"}
 
 
 def name(page: Path) -> str:
@@ -86,8 +83,6 @@ def check(words: list[str]) -> None:
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_command_is_one_that_can_be_given(words):
-    if words[:1] == ["dinofast"] and words[1] in COMING and words[1] not in cli.COMMANDS:
-        pytest.skip(f"dinofast {words[1]} is not there yet")
     check(words)
 
 
@@ -105,7 +100,7 @@ def test_flags_and_commands_in_the_text_exist(page):
     assert mentioned - OTHERS <= flags(), mentioned - OTHERS - flags()
     for words in code:
         if found := re.match(r"dinofast ([a-z][a-z-]*)", words):
-            assert found[1] in {*cli.COMMANDS, *COMING}, words
+            assert found[1] in cli.COMMANDS, words
         if found := re.match(r"make (\w+)", words):
             check(["make", found[1]])
 
@@ -230,8 +225,6 @@ def words_of_the_code() -> list[str]:
                 found.append("\0".join(part.value if isinstance(part, ast.Constant) else "" for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
-    for british, american in AMERICAN.items():
-        found = [text.replace(british, american) for text in found]
     return [re.sub(r"`(\w+)`", r"--\1", text) for text in found]            # options, as the command line shows them
 
 

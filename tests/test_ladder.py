@@ -128,7 +128,7 @@ def test_a_lost_device_asks_for_another_process(script, tmp_path, monkeypatch):
     assert kept(tmp_path, "cuda")["b"]["failed"].startswith("RuntimeError: CUDA error: an illegal memory access")
 
 
-def test_a_case_with_more_rivals_takes_the_place_of_its_first_time():
+def test_a_case_with_more_candidates_takes_the_place_of_its_first_time():
     ledger = record.Ledger(record.environment("some", CPU, "a command"), None)
     for name, candidates in (("one", ["dinofast"]), ("two", ["dinofast"]), ("one", ["official", "dinofast"])):
         assert not ledger.is_done(name, candidates)

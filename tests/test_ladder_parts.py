@@ -165,7 +165,7 @@ def steps(monkeypatch):
         cfg = SimpleNamespace(batch_size_per_gpu=options.get("batch_size_per_gpu", 128))
         step = SimpleNamespace(cfg=cfg, how=f"attention {options.get('attention', 'varlen')}, compiled", ms=step_ms)
         loss = next((losses[name] for name in options if name in losses), 11.0)
-        return step_options.Best(options, step_clock.Candidate(str(case), step, iter(()), None), (loss, 1.0))
+        return step_options.Best(options, step_clock.StepRunner(str(case), step, iter(()), None), (loss, 1.0))
 
     monkeypatch.setattr(step_options, "build", build)
     monkeypatch.setattr(step_clock, "in_turns", lambda candidates, device, seconds: [
@@ -235,7 +235,7 @@ def test_an_option_that_is_unknown_or_refused_is_a_row_with_the_reason(option, m
 def test_a_candidate_is_built_and_warm():
     case = step_options.Case(bench_step.rehearsal()[0], (("attention", "eager"),))
     built = step_options.build(case, CPU, {"attention": "eager"})
-    assert built.candidate.done == 3 and built.candidate.step.how.startswith("attention eager")
+    assert built.runner.done == 3 and built.runner.step.how.startswith("attention eager")
     assert 3 < built.first[0] < 5 and built.first[1] > 0
 
 
@@ -301,7 +301,7 @@ def test_gpu_tests_stand_by_what_they_cost():
 def test_a_candidate_must_do_the_same_step(images, first, same):
     """Loss and gradient norm, as at the start the loss is the same whatever the network does; another batch has other crops."""
     before, challenger = (
-        step_options.Best({}, step_clock.Candidate("a", SimpleNamespace(cfg=Config(batch_size_per_gpu=n)), iter(()), None),
+        step_options.Best({}, step_clock.StepRunner("a", SimpleNamespace(cfg=Config(batch_size_per_gpu=n)), iter(()), None),
                           values)
         for n, values in ((128, (11.0, 2.0)), (images, first)))
     found = step_options.compared("a", before, challenger)

@@ -79,7 +79,7 @@ def test_a_finished_run_has_nothing_left_to_do(unbroken, photographs):
 def test_changed_options_are_told(unbroken, photographs, tmp_path):
     (tmp_path / "checkpoint.pth").write_bytes((unbroken / "checkpoint.pth").read_bytes())
     said = finish(photographs, tmp_path, "--drop_path_rate", "0.3", "--lr", "0.2", "--epochs", "4")
-    assert "note: `lr` was 0.1 and is now 0.2" in said and "note: `epochs` was 3 and is now 4" in said
+    assert "note: --lr was 0.1 and is now 0.2" in said and "note: --epochs was 3 and is now 4" in said
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [3]
 
 

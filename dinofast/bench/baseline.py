@@ -7,14 +7,14 @@ for each pair of crops, gradients clipped and averages taken tensor by tensor, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Config
-from ..nn.dino import Model
+from ..nn.dino import Model, MultiCropWrapper
 from ..nn.vit import Block, VisionTransformer
 from ..optim import param_groups
 from ..schedule import Schedule
@@ -34,6 +34,7 @@ class Backbone(nn.Module):
         x = vit.patch_embed.proj(x).flatten(2).transpose(1, 2)                                    # (B, N - 1, D)
         x = torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + self.positions(h, w)
         for block, rate in zip(vit.blocks, vit.drop_path_rates, strict=True):
+            assert isinstance(block, Block)
             x = x + self.drop_path(self.attention(block, block.norm1(x)), rate)
             x = x + self.drop_path(block.mlp(block.norm2(x)), rate)
         return vit.norm(x)[:, 0]
@@ -69,11 +70,16 @@ class MultiCrop(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+    def forward(self, crops: list[Tensor]) -> Tensor:
         sizes = [crop.shape[-1] for crop in crops]
         ends = [i + 1 for i in range(len(crops)) if i + 1 == len(crops) or sizes[i] != sizes[i + 1]]
         features = [self.backbone(torch.cat(crops[start:end])) for start, end in zip([0, *ends], ends, strict=False)]
         return self.head(torch.cat(features))
+
+
+def _official(network: MultiCropWrapper, sdpa: bool) -> MultiCrop:
+    assert isinstance(network.backbone, VisionTransformer)
+    return MultiCrop(Backbone(network.backbone, sdpa), network.head)
 
 
 class OfficialStep:
@@ -86,8 +92,7 @@ class OfficialStep:
     def __init__(self, cfg: Config, model: Model, device: torch.device, schedule: Schedule, *, sdpa: bool = False,
                  compiled: bool = False, mark: Callable[[str], None] = lambda part: None) -> None:
         self.cfg, self.model, self.device, self.schedule, self.mark = cfg, model.to(device), device, schedule, mark
-        self.student, self.teacher = (MultiCrop(Backbone(net.backbone, sdpa), net.head) for net in
-                                      (model.student, model.teacher))
+        self.student, self.teacher = (_official(net, sdpa) for net in (model.student, model.teacher))
         for network in (self.student, self.teacher) if compiled else ():
             network.compile(dynamic=False)
         self.precision = cfg.precision_on(device.type)
@@ -152,12 +157,14 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: fl
     crops = student.shape[0] // (teacher.shape[0] // 2)
     student_chunks = (student / student_temp).chunk(crops)                                  # V of (B, K)
     q_chunks = F.softmax((teacher - center) / teacher_temp, dim=-1, dtype=torch.float32).detach().chunk(2)
-    total, pairs = 0, 0
+    total: Tensor | int = 0
+    pairs = 0
     for t, q in enumerate(q_chunks):                                                        # (B, K)
         for v, chunk in enumerate(student_chunks):
             if v != t:
                 total = total + torch.sum(-q * F.log_softmax(chunk, dim=-1, dtype=torch.float32), dim=-1).mean()
                 pairs += 1
+    assert isinstance(total, Tensor)
     return total / pairs, torch.sum(teacher, dim=0, keepdim=True)
 
 

@@ -40,7 +40,7 @@ class Measured:
     bad_files: list[tuple[str, str]]       # path and reason
     scan_s: float
     backend: str
-    backend_note: str
+    backend_note: str | None
     n_workers: int
     batch_size: int
     n_crops: int
@@ -68,16 +68,16 @@ def measure(cfg: Config, seconds: float) -> Measured:
         with closing(loader), _between_batches():
             batches_a_round = max(1, loader.n_workers)         # workers finish at about the same time, batch by batch
             _take(loader, max(2, batches_a_round))             # starts them
-            ends, cpu = [time.perf_counter()], [_cpu_s()]
+            ends, cpu_before_s = [time.perf_counter()], _cpu_s()
             while ends[-1] - ends[0] < seconds:
                 _take(loader, batches_a_round)
                 ends.append(time.perf_counter())
-            cpu.append(_cpu_s())
+            cpu_after_s = _cpu_s()
         rounds = np.array_split(np.arange(len(ends) - 1), min(INTERVALS, len(ends) - 1))
         images_a_round = batches_a_round * cfg.batch_size_per_gpu
         rates = [len(part) * images_a_round / (ends[part[-1] + 1] - ends[part[0]]) for part in rounds]
         n_counted = (len(ends) - 1) * images_a_round
-        cpu_ms = None if None in cpu else (cpu[1] - cpu[0]) / n_counted * 1e3
+        cpu_ms = None if cpu_before_s is None or cpu_after_s is None else (cpu_after_s - cpu_before_s) / n_counted * 1e3
         return Measured(cfg.data_path, loader.n_images, loader.bad_files, scan_s, loader.backend, loader.backend_note,
                         loader.n_workers, cfg.batch_size_per_gpu, cfg.n_crops, n_counted, ends[-1] - ends[0], rates, cpu_ms,
                         _stages(loader, device, seconds * STAGES_SHARE, cpu_ms or 0.0))
@@ -123,9 +123,10 @@ def _cpu_s() -> float | None:
 
 def _stages(loader: Loader, device: torch.device, seconds: float, cpu_ms: float) -> dict[str, float]:
     """Mean CPU time an image, in ms: of images from all over the source, worked on in this thread as the loader does."""
-    reader, spent = loader.reader, []
     if loader.backend == "dali":
         return _stages_of_dali(loader, device, seconds, cpu_ms)
+    reader = loader.reader
+    spent: list[np.ndarray] = []
     on_gpu = device.type == "cuda"
     norm_lut = None if on_gpu else np.zeros((3, 256), np.float32)               # the CPU normalizes as it writes
     out = [torch.empty(3, side, side, dtype=torch.uint8 if on_gpu else torch.float32)
@@ -161,7 +162,8 @@ def _stages_of_dali(loader: Loader, device: torch.device, seconds: float, cpu_ms
     drawn, norm_lut = loader.augmentation.draw(0, indices).views, torch.zeros(3, 256, device=device)
     cut = [torch.zeros(n_images, side, side, 3, dtype=torch.uint8, device=device)
            for n, side in resolutions for _ in range(n)]
-    spent, end = [], time.perf_counter() + seconds
+    spent: list[np.ndarray] = []
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end or not spent:
         times = [time.process_time()]
         for index in indices.tolist():

@@ -38,7 +38,7 @@ def rows_of(timings: Sequence[Timing]) -> list[dict[str, Any]]:
 
     The first copy is of the same numbers; the last is the largest, and bandwidths are shares of its.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for timing in timings:
         if timing.failed:
             rows.append({"candidate": timing.candidate.name, "failed": timing.failed})
@@ -144,6 +144,10 @@ class Ledger:
     def get(self, name: str) -> dict[str, Any] | None:
         return next((case for case in self.cases if case["case"] == name), None)
 
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        """A case that is there."""
+        return {case["case"]: case for case in self.cases}[name]
+
     def is_done(self, name: str, candidates: Iterable[str] = ()) -> bool:
         """Measured, with a row or a reason for each of these candidates."""
         case = self.get(name)
@@ -155,8 +159,9 @@ class Ledger:
     def begin(self, name: str) -> int:
         """How often it has been begun, this time counted; the rows of an earlier time stay until there are new ones."""
         case = self.get(name) or {"case": name, "rows": [], "left_out": []}
-        self.put(case | {"begun": case.get("begun", 0) + 1})
-        return self.get(name)["begun"]
+        begun = case.get("begun", 0) + 1
+        self.put(case | {"begun": begun})
+        return begun
 
     def put(self, case: dict[str, Any]) -> None:
         """In the place of the one of the same name."""
@@ -240,7 +245,7 @@ def main(module: Any) -> int:
             left += 1
         else:
             measure_into(ledger, module, case, device)
-            print(text(ledger.get(str(case))), flush=True)
+            print(text(ledger[str(case)]), flush=True)
             if device.type == "cuda" and (lost := why_lost(device)):
                 print(f"another process is needed: {lost}", flush=True)
                 return MORE
@@ -260,13 +265,13 @@ def measure_into(ledger: Ledger, module: Any, case: Any, device: torch.device) -
                 module.go_on_from([each for each in ledger.cases if each["case"] != str(case)])
             growing = module.growing(case, device) if hasattr(module, "growing") else [module.measure_case(case, device)]
             for made in growing:
-                ledger.put(made | {"begun": ledger.get(str(case))["begun"]})
+                ledger.put(made | {"begun": ledger[str(case)]["begun"]})
         except Exception as error:
             failed = reason_of(error)
     gc.collect()
     if device.type == "cuda" and not why_lost(device):
         torch.cuda.empty_cache()
-    made = {name: value for name, value in ledger.get(str(case)).items() if name != "begun"}
+    made = {name: value for name, value in ledger[str(case)].items() if name != "begun"}
     ledger.put(made | ({"failed": failed} if failed else {}))
 
 

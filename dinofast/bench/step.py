@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median, quantiles
 from textwrap import wrap
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +51,9 @@ class Synthetic:
         self._crops = [torch.randn(n * cfg.batch_size_per_gpu, 3, side, side, generator=generator).to(device, dtype)
                        for n, side in crops_of(cfg)]
 
+    def __iter__(self) -> Synthetic:
+        return self
+
     def __next__(self) -> list[Tensor]:
         return self._crops
 
@@ -57,7 +62,8 @@ class Clock:
     """Adds up the time between marks by the name of the later one: on a GPU the device's, read only when asked for."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu, self._marks = device.type == "cuda", []
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []            # with an event on a GPU, else seconds
 
     def mark(self, part: str) -> None:
         if self._on_gpu:
@@ -78,7 +84,7 @@ class Clock:
 
 
 @dataclass
-class Candidate:
+class StepRunner:
     """One way to do a step: `step(i, batches)`, timed by `clock` where its parts can be told apart.
 
     ready: batches that may have been made while others had their turns. So many steps go before the clock starts.
@@ -145,16 +151,16 @@ def ours(cfg: Config, device: torch.device, schedule: Schedule) -> tuple[Step, C
     return step, clock
 
 
-def warm_up(candidate: Candidate, device: torch.device) -> None:
+def warm_up(candidate: StepRunner, device: torch.device) -> None:
     """Steps before anything counts."""
     candidate.turn(device, WARM_UP if device.type == "cuda" else 2)
 
 
-def in_turns(candidates: Sequence[Candidate], device: torch.device, seconds: float, fewest: int = FEWEST) -> list[Timed]:
+def in_turns(candidates: Sequence[StepRunner], device: torch.device, seconds: float, fewest: int = FEWEST) -> list[Timed]:
     """Let candidates that are warm take turns until `seconds` are over; at least `fewest` turns each."""
     peaks: dict[str, float | None] = {}
 
-    def turn(candidate: Candidate) -> tuple[float, dict[str, float]]:
+    def turn(candidate: StepRunner) -> tuple[float, dict[str, float]]:
         if has_peak := device.type == "cuda" and not getattr(candidate.step, "graph", None):
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
@@ -162,7 +168,7 @@ def in_turns(candidates: Sequence[Candidate], device: torch.device, seconds: flo
         peaks[candidate.name] = (torch.cuda.max_memory_allocated(device) - before) / 2**30 if has_peak else None
         return measured
 
-    together = Turns({candidate.name: lambda candidate=candidate: turn(candidate) for candidate in candidates}, catch=())
+    together = Turns({candidate.name: partial(turn, candidate) for candidate in candidates}, catch=())
     together.run(seconds, fewest)
     turns = together.results
     return [Timed(candidate.name, [ms for ms, _ in turns[candidate.name]],
@@ -171,10 +177,10 @@ def in_turns(candidates: Sequence[Candidate], device: torch.device, seconds: flo
             for candidate in candidates]
 
 
-def measure(cfg: Config, folder: str | None, seconds: float, say: Callable[[str], None] = print) -> str:
+def measure(cfg: Config, folder: str | None, seconds: float, log: Callable[[str], None] = print) -> str:
     """Time ours on random crops, on those of `folder` if one is given, and the official loop, in turns; returns the report.
 
-    say: called with a line now and then, the first ones on what is timed. The official loop runs as published: fp16 on a GPU
+    log: called with a line now and then, the first ones on what is timed. The official loop runs as published: fp16 on a GPU
     unless `precision` is fp32, fp32 on a CPU. Raises ValueError for what that loop has not got, for a backbone that is not one
     of our ViTs, and for a folder that will not do.
     """
@@ -190,13 +196,13 @@ def measure(cfg: Config, folder: str | None, seconds: float, say: Callable[[str]
         for line in (setting(cfg, device), f"dinofast: {step.precision}, {step.how}", *(f"note: {note}" for note in step.notes),
                      f"official loop: {official_cfg.precision}, eager, as published",
                      f"warming up, then {seconds:g} s in turns"):
-            say(line)
+            log(line)
         dtype = torch.bfloat16 if step.precision == "bf16" else torch.float32
-        candidates = [Candidate("dinofast", step, Synthetic(cfg, device, dtype), clock)]
+        candidates = [StepRunner("dinofast", step, Synthetic(cfg, device, dtype), clock)]
         if loader:
-            candidates.append(Candidate("dinofast, from files", step, loader, clock, ready=ready(loader)))
+            candidates.append(StepRunner("dinofast, from files", step, loader, clock, ready=ready(loader)))
         official = OfficialStep(official_cfg, their_model, device, schedule, mark=theirs.mark)
-        candidates.append(Candidate("official loop", official, Synthetic(cfg, device, torch.float32), theirs))
+        candidates.append(StepRunner("official loop", official, Synthetic(cfg, device, torch.float32), theirs))
         dtypes = [torch.float32 if way.precision == "fp32" else torch.bfloat16 for way in (step, candidates[-1].step)]
         before = peak_flops(device, dtypes[0])
         for candidate in candidates:
@@ -205,7 +211,9 @@ def measure(cfg: Config, folder: str | None, seconds: float, say: Callable[[str]
     peak, whose = max(before, peak_flops(device, dtypes[0]), key=lambda found: found[0])       # one was perhaps disturbed
     if dtypes[0] != dtypes[1]:
         timed[-1] = replace(timed[-1], of_peak=False)
-    return report(timed, cfg.batch_size_per_gpu, flops_of(cfg, their_model.student.backbone), peak, whose, TURN[device.type])
+    vit = their_model.student.backbone
+    assert isinstance(vit, VisionTransformer)
+    return report(timed, cfg.batch_size_per_gpu, flops_of(cfg, vit), peak, whose, TURN[device.type])
 
 
 @contextmanager

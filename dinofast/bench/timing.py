@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -27,7 +28,8 @@ class Turns(Generic[T]):
     failed: the reason, by name, of those that raised; they have no more turns. catch: () lets their exceptions through.
     """
 
-    def __init__(self, turns: Mapping[str, Callable[[], T]], catch: type | tuple[type, ...] = Exception) -> None:
+    def __init__(self, turns: Mapping[str, Callable[[], T]],
+                 catch: type[BaseException] | tuple[type[BaseException], ...] = Exception) -> None:
         self.turns, self._catch = turns, catch
         self.results: dict[str, list[T]] = {name: [] for name in turns}
         self.failed: dict[str, str] = {}
@@ -41,10 +43,13 @@ class Turns(Generic[T]):
             self.failed[name] = reason_of(error)
 
     def round(self) -> None:
-        for name, turn in self.turns.items():
+        for name in self.turns:
             if name not in self.failed:
-                self.attempt(name, lambda name=name, turn=turn: self.results[name].append(turn()))
+                self.attempt(name, partial(self._turn, name))
         self.rounds += 1
+
+    def _turn(self, name: str) -> None:
+        self.results[name].append(self.turns[name]())
 
     def run(self, seconds: float, fewest: int, most: float = float("inf")) -> None:
         """Rounds until `seconds` are over, within these limits."""
@@ -110,16 +115,20 @@ def measure(candidates: Sequence[Candidate], device: torch.device, seconds: floa
     more rounds, and the reason in `failed`.
     """
     clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
-    extra_mib, launch_ms = {}, {}
-    turns = Turns({c.name: lambda c=c: clock.once(c.call, launch_ms[c.name]) for c in candidates})
+    extra_mib: dict[str, float | None] = {}
+    launch_ms: dict[str, float | None] = {}
+
+    def once(candidate: Candidate) -> float:
+        return clock.once(candidate.call, launch_ms[candidate.name])
 
     def prepare(candidate: Candidate) -> None:
         candidate.call()                                                            # compiles, allocates, starts threads
         extra_mib[candidate.name] = clock.extra_mib(candidate.call)
         launch_ms[candidate.name] = clock.prepare(candidate.call)
 
+    turns = Turns({candidate.name: partial(once, candidate) for candidate in candidates})
     for candidate in candidates:
-        turns.attempt(candidate.name, lambda candidate=candidate: prepare(candidate))
+        turns.attempt(candidate.name, partial(prepare, candidate))
     turns.run(seconds, *ROUNDS[device.type])
     return [Timing(candidate, turns.results[candidate.name], extra_mib.get(candidate.name), launch_ms.get(candidate.name),
                    turns.failed.get(candidate.name, "")) for candidate in candidates]
@@ -132,7 +141,7 @@ def extra_mib(call: Callable[[], Sequence[Tensor] | None], device: torch.device)
 
 def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile."""
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else list(times) * 3
     return low, median, high
 
 
@@ -152,7 +161,7 @@ class _CpuClock:
     def prepare(self, call: Callable[[], object]) -> None:
         """Nothing to learn about a call that has finished when it returns."""
 
-    def once(self, call: Callable[[], object], launch_ms: None) -> float:
+    def once(self, call: Callable[[], object], launch_ms: float | None) -> float:
         call()                                   # pays for the state of memory that the candidate before has left
         start = time.perf_counter()
         result = call()
@@ -197,9 +206,9 @@ class _CudaClock:
         torch.cuda.synchronize()
         return statistics.median(times)
 
-    def once(self, call: Callable[[], object], launch_ms: float) -> float:
+    def once(self, call: Callable[[], object], launch_ms: float | None) -> float:
         self.other.sum()                         # reads only: written lines would be flushed at the expense of the call
-        torch.cuda._sleep(int(min(2 * launch_ms + 0.1, LEAD_MS) * self.cycles_per_ms))
+        torch.cuda._sleep(int(min(2 * (launch_ms or 0.0) + 0.1, LEAD_MS) * self.cycles_per_ms))
         self.start.record()
         result = call()
         self.stop.record()

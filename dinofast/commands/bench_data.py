@@ -20,7 +20,8 @@ class Options(Config):
         for name in ("seconds", "images_per_second"):
             if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
                 raise ValueError(f"`{name}` is {value:g}: give a number above 0.")
-        return super().check()
+        super().check()
+        return self
 
 
 def run(options: Options) -> None:

@@ -5,7 +5,6 @@ the official loop, in turns. Takes the flags of pretrain and writes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 from ..config import Config, option
 
@@ -18,10 +17,12 @@ class Options(Config):
     def check(self) -> Options:
         if not 0 < self.seconds < float("inf"):
             raise ValueError(f"`seconds` is {self.seconds:g}: give a number above 0.")
-        return super().check()
+        super().check()
+        return self
 
 
 def run(options: Options) -> None:
     from ..bench.step import measure
+    from ..runtime.words import spelled
 
-    print(measure(options, options.data_path, options.seconds, partial(print, flush=True)))
+    print(measure(options, options.data_path, options.seconds, lambda text: print(spelled(text), flush=True)))

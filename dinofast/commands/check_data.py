@@ -17,8 +17,15 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import MISSING, dataclass
+from typing import TYPE_CHECKING
 
 from ..config import option
+
+if TYPE_CHECKING:
+    import ctypes
+
+    from ..data.dataset import ImageDataset
+    from ..data.reader import ImageReader
 
 # By processes: 285 images/s and 1.5 ms of CPU an image; by threads, which share the GIL, 235 and 1.85 (2 cores, photographs of
 # 93 KB, 2026-11-27).
@@ -70,7 +77,7 @@ def run(options: Options) -> int:
     return 1 if bad or images.bad_files else 0
 
 
-def decode_all(images, workers: int) -> Iterator[tuple[int, list[tuple[int, str, bool]]]]:
+def decode_all(images: ImageDataset, workers: int) -> Iterator[tuple[int, list[tuple[int, str, bool]]]]:
     """Decode every image; how many are done, and of each bad one its index, the reason, and whether its bytes were read."""
     global _reader, _stopped
     from ..data.reader import ImageReader
@@ -91,7 +98,8 @@ def decode_all(images, workers: int) -> Iterator[tuple[int, list[tuple[int, str,
             raise
 
 
-_reader = _stopped = None
+_reader: ImageReader  # of the workers, from before they are forked
+_stopped: ctypes.c_byte
 
 
 def _ignore_interrupts() -> None:

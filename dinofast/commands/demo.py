@@ -114,7 +114,7 @@ def evaluate(data: Path, untrained: nn.Module, trained: nn.Module) -> dict:
     train_set, val_set = (labeled_folder(data / split, transform) for split in ("train", "val"))
     score: dict = {"n_train": len(train_set), "n_val": len(val_set), "k": K}
     for name, backbone in (("raw_pixels", nn.Flatten()), ("untrained", untrained), ("trained", trained)):
-        features = [*extract_features(backbone, train_set), *extract_features(backbone, val_set)]
+        features = (*extract_features(backbone, train_set), *extract_features(backbone, val_set))
         score[name] = {"knn": knn_classify(*features, k=K)[0] / 100,
                        "knn_within_palette": _within_palette(train_set.classes, *features)}
 

@@ -50,7 +50,8 @@ def report() -> str:
 
 
 def _attention(device: str) -> str:
-    why = others = ""
+    why: str | None = None
+    others = ""
     if device == "cuda" and not torch.cuda.is_available():
         why = xformers_unavailable_reason()
         chosen = "varlen" if why else "xformers"

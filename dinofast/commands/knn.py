@@ -12,7 +12,7 @@ class Options:
     pretrained_weights: str = option(MISSING, "A checkpoint of dinofast or of the official code.", metavar="FILE")
     data_path: str = option(MISSING, "Folder with train/ and val/ holding class folders, or class folders alone: then every "
         "fourth image of a class is held out.", metavar="DIR")
-    checkpoint_key: str = option("teacher", "teacher or student.")
+    checkpoint_key: str = option("teacher", "Whose weights.", choices=("teacher", "student"))
     arch: str | None = option(None, "Only where the checkpoint does not tell its architecture.", shown="from the checkpoint")
     patch_size: int | None = option(None, "Likewise.", type=int, shown="from the checkpoint")
     nb_knn: tuple[int, ...] = option((10, 20, 100, 200), "Numbers of neighbors.", nargs="+")

@@ -32,7 +32,8 @@ class Options(Config):
         for name, least in (("n_images", 1), ("epoch", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: give {least} or more.")
-        return super().check()
+        super().check()
+        return self
 
 
 def run(options: Options) -> None:

@@ -122,7 +122,8 @@ class Batches:
         cut = None if batch.views is None else self._outputs(batch)
         self._running = self._start_next()
         n_replaced = sum(image.used != index for image, index in zip(batch.images, batch.indices, strict=True))
-        return self._colored(cut, batch.views) if cut else [], batch.met, n_replaced
+        crops = self._colored(cut, batch.views) if cut and batch.views is not None else []
+        return crops, batch.met, n_replaced
 
     def close(self) -> None:
         """End the threads and the graph; what they have not begun is dropped."""
@@ -204,7 +205,7 @@ class Batches:
         try:
             return [crops.as_tensor() for crops in self._graph.outputs(cuda_stream=stream)]
         except RuntimeError:
-            failing = [b for b, image in enumerate(batch.images) if not self._decodes(image.data)]
+            failing = [b for b, image in enumerate(batch.images) if image.data is None or not self._decodes(image.data)]
             if not failing:
                 raise
         for b in failing:                                                      # PIL's turn: it decodes or replaces them

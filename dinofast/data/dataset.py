@@ -46,19 +46,19 @@ class ImageDataset:
 
     def path(self, i: int) -> str:
         """The name that people see; of a member of a shard, shard.tar/member.jpg."""
-        path, member = self._place(i)
-        return os.fsdecode(path + b"/" + self.members.names[i] if member else path)
+        path, members = self._place(i)
+        return os.fsdecode(path + b"/" + members.names[i] if members else path)
 
     def is_file(self, i: int) -> bool:
         """Whether the image is a file of its own and not a member of a shard."""
-        return not self._place(i)[1]
+        return self._place(i)[1] is None
 
     def read(self, i: int) -> bytes:
         """The whole encoded image. Raises `UnreadableImage`. Threads and forked workers may read at the same time."""
-        path, member = self._place(i)
-        if not member:
+        path, members = self._place(i)
+        if members is None:
             return read_file(path)
-        start, length = self.members.spans[i].tolist()
+        start, length = members.spans[i].tolist()
         check_length(length)
         with opened(path) as (fd, _):
             data = os.pread(fd, length, start)
@@ -66,11 +66,12 @@ class ImageDataset:
             raise UnreadableImage(shards.PAST_END)
         return data
 
-    def _place(self, i: int) -> tuple[bytes, bool]:
-        """Path of the file that holds the image, and whether it is a shard."""
-        if self.members is None:
-            return os.path.join(self.root, self.files[i]), False
-        return os.path.join(self.root, self.files[int(self.members.file[i])]), bool(self.members.spans[i, 0] >= 0)
+    def _place(self, i: int) -> tuple[bytes, Members | None]:
+        """Path of the file that holds the image, and the members if it is a shard."""
+        members = self.members
+        if members is None:
+            return os.path.join(self.root, self.files[i]), None
+        return os.path.join(self.root, self.files[int(members.file[i])]), members if members.spans[i, 0] >= 0 else None
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def scan(source: str, on_progress: Progress | None = None) -> ImageDataset:
         root = os.path.join(root, b"") if root else b""
         names = PackedStrings.of(path.removeprefix(root) for path in _named(source, root))
     members = _members(root, names, bad_files, on_progress) if any(map(shards.is_shard, names)) else None
-    digest = hashlib.blake2b(names.text, digest_size=16)
-    for part in (members.file.data, members.names.text, members.spans.data) if members else ():
+    digest = hashlib.blake2b(names.text.data, digest_size=16)
+    for part in (members.file.data, members.names.text.data, members.spans.data) if members else ():
         digest.update(part)
     dataset = ImageDataset(root, names, members, digest.hexdigest(), bad_files)
     if not len(dataset):

@@ -8,11 +8,12 @@ import os
 import signal
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dinofast import ops
 from dinofast.config import Config
@@ -27,6 +28,7 @@ from dinofast.runtime.side_stream import SideStream
 
 ENOUGH_DRAWN = 100  # images, before the share of bad ones can end a run
 CHANCE = 3.0  # standard deviations above the allowed share that are put down to which images happened to be drawn
+Batches = Iterator[tuple[list[torch.Tensor], list[Met], int]]  # crops, files that gave none, images that were replaced
 
 
 def make_loader(cfg: Config, *, rank: int = 0, world: int = 1, start_step: int = 0, device: str | torch.device = "cpu",
@@ -87,7 +89,8 @@ class Loader:
         self._n_own, self.unread_reason = self.steps_per_epoch * cfg.batch_size_per_gpu * cfg.accumulate, ""
         self._whose = " of this process" if world > 1 else ""
         self._bad_file_list, self._rank = BadFileList(os.path.join(cfg.output_dir, "bad_files.txt")), rank
-        self._device, self._step, self._batches = device, start_step, None
+        self._device, self._step = device, start_step
+        self._batches: Batches | None = None
         self._side, self._blocked_s = SideStream(device) if device.type == "cuda" else None, 0.0
         self._mean, self._std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std))
         self.backend, self.backend_note = choose_backend(cfg.data_backend, device.type)
@@ -133,6 +136,7 @@ class Loader:
         start = time.perf_counter()
         if self._batches is None:
             self._start()
+        assert self._batches is not None
         crops, met, n_replaced = next(self._batches)
         self._blocked_s += time.perf_counter() - start
         if not crops:
@@ -174,7 +178,7 @@ class Loader:
         batches, self._batches = self._batches, iter(())
         if isinstance(batches, backend_native.Batches | backend_dali.Batches):
             batches.close()
-        elif hasattr(batches, "_workers"):  # torch has no public way to end them at a known moment
+        elif isinstance(batches, _MultiProcessingDataLoaderIter):  # torch has no public way to end them at a known moment
             batches._shutdown_workers()  # waits for the batch at hand, a few seconds at most
             for worker in batches._workers:  # a stuck one ignores the SIGTERM that torch sends
                 worker.kill()

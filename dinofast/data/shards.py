@@ -36,6 +36,13 @@ class Header(NamedTuple):
     reason: str
 
 
+class _Tar(tarfile.TarFile):
+    """With the two attributes that its stubs leave out."""
+
+    firstmember: tarfile.TarInfo | None
+    members: list[tarfile.TarInfo]
+
+
 def images(file: io.RawIOBase) -> Iterator[Header]:
     """Each image in an open tar archive, in its order.
 
@@ -52,7 +59,7 @@ def images(file: io.RawIOBase) -> Iterator[Header]:
         if head.startswith(magic):
             raise UnreadableImage(f"compressed with {name}: unpack it to a plain .tar first")
     try:
-        tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
+        tar = _Tar(fileobj=file, encoding="utf-8", errors="surrogateescape")
         while True:
             header, after = _plain_header(fd, at) or _any_header(tar, at)
             if not after:
@@ -99,7 +106,7 @@ def _plain_header(fd: int, at: int) -> tuple[Header | None, int] | None:
     return Header(name, start, length, "") if is_image(name) else None, after
 
 
-def _any_header(tar: tarfile.TarFile, at: int) -> tuple[Header | None, int]:
+def _any_header(tar: _Tar, at: int) -> tuple[Header | None, int]:
     """The same by tarfile, whatever is there; 0 at the end."""
     if at:
         tar.firstmember, tar.offset = None, at
@@ -158,7 +165,7 @@ def expand(pattern: str) -> list[str]:
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
-def _alternatives(inside: str, pattern: str) -> range | list[str]:
+def _alternatives(inside: str, pattern: str) -> list[str]:
     if "," in inside:
         return inside.split(",")
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside, re.ASCII)

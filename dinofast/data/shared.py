@@ -29,7 +29,7 @@ def between_ranks(dataset: ImageDataset) -> tuple[ImageDataset, Callable[[], obj
         return dataset, lambda: None
     path = os.path.join(tempfile.gettempdir(), f"dinofast-{os.getuid()}-{dataset.fingerprint}.files")
     members = dataset.members
-    own = [dataset.files.text, dataset.files.ends]
+    own: list[np.ndarray] = [dataset.files.text, dataset.files.ends]
     if members:
         own += [members.file, members.names.text, members.names.ends, members.spans]
     try:
@@ -44,7 +44,7 @@ def between_ranks(dataset: ImageDataset) -> tuple[ImageDataset, Callable[[], obj
     return shared, weakref.finalize(shared, _remove, path)
 
 
-def _map(path: str, own: list[bytes | np.ndarray]) -> list[np.ndarray]:
+def _map(path: str, own: list[np.ndarray]) -> list[np.ndarray]:
     """The same bytes in a file that is mapped into memory, read-only: one uint8 array a part."""
     arrays = [np.frombuffer(part, np.uint8) for part in own]
     starts = np.cumsum([0, *(-(-len(array) // ALIGN) * ALIGN for array in arrays)]).tolist()
@@ -67,7 +67,7 @@ def _write(path: str, arrays: list[np.ndarray], starts: list[int]) -> None:
         with open(fd, "wb") as file:
             for array, at in zip(arrays, starts, strict=False):
                 file.seek(at)
-                file.write(array)
+                file.write(array.data)
             file.truncate(starts[-1])
         with suppress(FileExistsError):
             os.link(unfinished, path)

@@ -8,6 +8,7 @@ interpolated, so that larger images give finer maps than the network was trained
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,10 @@ def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor:
     what CLS gives to itself, a head sums to 1. Raises ValueError for a backbone without attention and for sizes that are not
     whole patches.
     """
-    if not hasattr(backbone, "get_last_selfattention"):
+    look: Callable[[Tensor], Tensor] | None = getattr(backbone, "get_last_selfattention", None)
+    if look is None:
         raise ValueError(f"A {type(backbone).__name__} has no attention to show: choose a ViT.")
-    attention = backbone.get_last_selfattention(images)[:, :, 0, 1:].float()                 # (B, heads, patches)
+    attention = look(images)[:, :, 0, 1:].float()                 # (B, heads, patches)
     return attention.unflatten(-1, _grid(images, attention.shape[-1]))
 
 
@@ -55,7 +57,8 @@ def dense_attention_maps(backbone: nn.Module, images: Tensor, patch_size: int) -
     """
     h, w = images.shape[-2:]
     wider = F.pad(images, (0, patch_size, 0, patch_size), mode="replicate")
-    total, covered = 0, torch.zeros(h + patch_size, w + patch_size, device=images.device)
+    total: Tensor | int = 0
+    covered = torch.zeros(h + patch_size, w + patch_size, device=images.device)
     for y in range(patch_size):
         for x in range(patch_size):
             maps = attention_maps(backbone, wider[..., y:y + h, x:x + w])
@@ -87,9 +90,10 @@ def patch_features(backbone: nn.Module, images: Tensor, layer: int = 1) -> Tenso
 
     layer: 1 for the last block, 2 for the one before it. Raises ValueError as `cls_attention` does.
     """
-    if not hasattr(backbone, "get_intermediate_layers"):
+    layers: Callable[[Tensor, int], list[Tensor]] | None = getattr(backbone, "get_intermediate_layers", None)
+    if layers is None:
         raise ValueError(f"A {type(backbone).__name__} has no patch features to show: choose a ViT.")
-    features = backbone.get_intermediate_layers(images, layer)[0][:, 1:].float()             # (B, patches, D)
+    features = layers(images, layer)[0][:, 1:].float()             # (B, patches, D)
     return features.unflatten(1, _grid(images, features.shape[1]))
 
 

@@ -86,4 +86,5 @@ def fit_caption(text: str, width: int, font_size: int = 15) -> tuple[str, ImageF
                 lines.append(word)
         if all(font.getlength(line) <= width for line in lines):
             break
+    assert isinstance(font, ImageFont.FreeTypeFont)            # of a given size there is no other
     return "\n".join(lines), font

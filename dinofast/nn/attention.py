@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 
@@ -118,9 +118,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, where: Layout, impl: str = "sdpa"
         from torch.nn.attention.varlen import varlen_attn
 
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):          # torch 2.15 would take cuDNN's on an H100
-            return varlen_attn(q, k, v, where.cls_cu_seqlens if cls_only else where.cu_seqlens, where.cu_seqlens,
-                               1 if cls_only else where.max_seqlen, where.max_seqlen)
-    one = {"sdpa": F.scaled_dot_product_attention, "cudnn": _cudnn, "eager": _eager}[impl]
+            return varlen_attn(q, k, v, where.cls_cu_seqlens if cls_only else where.cu_seqlens,       # type: ignore[return-value]
+                               where.cu_seqlens, 1 if cls_only else where.max_seqlen, where.max_seqlen)
+    by_run: dict[str, Callable[..., Tensor]] = {"sdpa": F.scaled_dot_product_attention, "cudnn": _cudnn, "eager": _eager}
+    one = by_run[impl]
     q_runs = tuple((n, 1) for n, _ in where.runs) if cls_only else where.runs
     parts = [one(*qkv) for qkv in zip(_by_run(q, q_runs), _by_run(k, where.runs), _by_run(v, where.runs), strict=True)]
     parts = [part.transpose(1, 2).flatten(0, 1) for part in parts]                           # (n N, H, d)

@@ -35,7 +35,8 @@ class MultiCropWrapper(nn.Module):
 
     def pack(self, crops: Sequence[Tensor]) -> PackedCrops | GroupedCrops:
         """Crops, a tensor (n, 3, h, w) per size, as this backbone takes them: its own `pack` where it has one."""
-        return self.backbone.pack(crops) if hasattr(self.backbone, "pack") else GroupedCrops(tuple(crops))
+        pack: Callable[[Sequence[Tensor]], PackedCrops] | None = getattr(self.backbone, "pack", None)
+        return pack(crops) if pack else GroupedCrops(tuple(crops))
 
     def forward(self, crops: Tensor | Sequence[Tensor] | PackedCrops | GroupedCrops) -> Tensor:
         packed = crops if isinstance(crops, PackedCrops | GroupedCrops) else self.pack(group_by_size(crops))
@@ -133,7 +134,7 @@ def backbone_maker(cfg: Config) -> Callable[[float], nn.Module]:
             continue
         build = find(library, cfg.arch)
         if build is not None:
-            return lambda rate, build=build: build()
+            return lambda rate: build()
     hint = f" Other names need torchvision or timm installed; not importable: {'; '.join(missing)}." if missing else ""
     raise ValueError(f"`arch` '{cfg.arch}' is not known: choose from {', '.join(VITS)}.{nearest(cfg.arch, list(VITS))}{hint} "
                      "A model of your own goes through Python, dinofast.train.train(cfg, backbone=...).")

@@ -73,7 +73,7 @@ def group_by_size(crops: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 class GroupedCrops(NamedTuple):
-    """Crops as any other backbone takes them: a pass for each tensor (n, C, h, w)."""
+    """Crops as any other backbone takes them: a pass for each size, of which batch statistics are taken."""
 
     images: tuple[Tensor, ...]
 
@@ -82,7 +82,7 @@ class GroupedCrops(NamedTuple):
 
     def through(self, backbone: nn.Module) -> Tensor:
         """Features (all crops, D); of a backbone that returns a tuple its first element."""
-        features = [f[0] if isinstance(f, tuple) else f for f in map(backbone, self.images)]
+        features = [f[0] if isinstance(f, tuple) else f for f in map(backbone, group_by_size(self.images))]
         return features[0] if len(features) == 1 else torch.cat(features)
 
 

@@ -41,9 +41,10 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
-    def split_heads(self, x: Tensor) -> Sequence[Tensor]:
+    def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (T, D) -> q, k, v, each (T, H, D / H)."""
-        return self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
+        q, k, v = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
+        return q, k, v
 
     def forward(self, x: Tensor, where: Layout) -> Tensor:
         return self.proj(attention(*self.split_heads(x), where, self.impl).flatten(1))
@@ -91,7 +92,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-        self.proj.reads_copies = True
+        self.proj.reads_copies = True             # type: ignore[assignment]  # torch: tensors and modules alone
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(P, C p p) -> (P, D)."""
@@ -114,12 +115,14 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: choose one that divides the "
                              "other.")
         self.num_features = self.embed_dim = embed_dim
+        self.head_width = embed_dim // num_heads
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.grid = img_size[0] // patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2 + 1, embed_dim))
         self.drop_path_rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]    # grows over the depth
-        self.grad_checkpointing, self.residual_dtype = False, None                            # see set_execution
+        self.grad_checkpointing = False                                                       # see set_execution
+        self.residual_dtype: torch.dtype | None = None
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer) for _ in range(depth))
         self.norm = norm_layer(embed_dim)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -160,10 +163,6 @@ class VisionTransformer(nn.Module):
                 x = block(x, where, branches)
         return self.norm(self.blocks[-1](x, where, drawn[-1], cls_only=True))
 
-    @property
-    def head_width(self) -> int:
-        return self.embed_dim // self.blocks[0].attn.num_heads
-
     def set_execution(self, attention: str, grad_checkpointing: bool = False, library: str = "blas",
                       residual_dtype: torch.dtype | None = None) -> None:
         """How passes are done from now on: attention (one of ATTENTIONS), whether backward computes each block's insides
@@ -197,6 +196,7 @@ class VisionTransformer(nn.Module):
         for block in self.blocks[:-1]:
             tokens = block(tokens, where)
         last = self.blocks[-1]
+        assert isinstance(last, Block)
         q, k, _ = (part.unflatten(0, where.runs[0]).transpose(1, 2) for part in last.attn.split_heads(last.norm1(tokens)))
         return attention_weights(q, k)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,10 @@ def reading() -> Iterator[None]:
         _is_reading = before
 
 
+@overload
+def operand(module: nn.Module, name: Literal["weight"]) -> Tensor: ...
+@overload
+def operand(module: nn.Module, name: Literal["bias"]) -> Tensor | None: ...
 def operand(module: nn.Module, name: str) -> Tensor | None:
     """Parameter `name` as a product reads it: while `reading`, its copy if there is one in autocast's dtype; else itself."""
     parameter, copy = getattr(module, name), module._buffers.get(f"{name}_copy")
@@ -62,7 +67,8 @@ class Copies:
 
     def __init__(self, networks: Iterable[nn.Module], dtype: torch.dtype) -> None:
         self.of: dict[Tensor, Tensor] = {}
-        self._dtype, self._versions = dtype, []
+        self._dtype = dtype
+        self._versions: list[int] = []
         modules = [module for network in networks for module in network.modules() if getattr(module, "reads_copies", False)]
         self._places = [(module, name) for module in modules for name, parameter in module.named_parameters(recurse=False)
                         if parameter.dtype == torch.float32]

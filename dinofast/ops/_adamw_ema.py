@@ -129,11 +129,10 @@ def _lie_alike(*lists: Sequence[Tensor | None]) -> bool:
                    for layout in (torch.contiguous_format, torch.channels_last)) for row in rows)
 
 
-def _check_lists(**lists: Sequence[Tensor | None]) -> None:
+def _check_lists(first_name: str, first: Sequence[Tensor], **others: Sequence[Tensor | None]) -> None:
     """Equal lengths, and equal shapes in every row."""
-    (first_name, first), *others = lists.items()
     shapes = [x.shape for x in first]
-    for name, tensors in others:
+    for name, tensors in others.items():
         if len(tensors) != len(first):
             raise ValueError(f"{name} has {len(tensors)} tensors and {first_name} has {len(first)}: give as many.")
         for i, (x, shape) in enumerate(zip(tensors, shapes, strict=True)):
@@ -184,7 +183,7 @@ def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequ
     """
     nothing = [None] * len(params)
     param_copies, teacher_copies = (nothing if x is None else x for x in (param_copies, teacher_copies))
-    _check_lists(params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, teachers=teachers,
+    _check_lists("params", params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, teachers=teachers,
                  param_copies=param_copies, teacher_copies=teacher_copies)
     if len(steps) != len(params) or any(step.ndim for step in steps) or coefficients.shape != (len(params),):
         raise ValueError(f"steps has shapes {[tuple(s.shape) for s in steps]} and coefficients {tuple(coefficients.shape)}: "
@@ -221,7 +220,7 @@ def ema_(teachers: Iterable[Tensor], students: Iterable[Tensor], momentum: float
     teachers, students = list(teachers), list(students)
     copies = [None] * len(teachers) if copies is None else copies
     check_momentum(momentum)
-    _check_lists(teachers=teachers, students=students, copies=copies)
+    _check_lists("teachers", teachers, students=students, copies=copies)
     impl = _choose_for_lists("ema_", impl, [students, copies], [teachers])
     if impl == "reference":
         return reference.ema_(teachers, students, momentum, skip, copies)

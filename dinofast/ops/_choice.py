@@ -6,17 +6,18 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 try:
-    from .. import _C
+    from .. import _C as _core
 except ImportError as error:  # no compiler when the package was installed
-    _C, NO_CPP = None, f"the C++ core dinofast._C does not load ({error}); install again on a machine with a C++17 compiler"
+    _C: Any = None
+    NO_CPP = f"the C++ core dinofast._C does not load ({error}); install again on a machine with a C++17 compiler"
 else:
-    NO_CPP = ""
+    _C, NO_CPP = _core, ""
 NO_TRITON = "" if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"  # imported when used
 
 
@@ -52,7 +53,9 @@ def paths() -> dict[str, dict[str, str]]:
     def path(operation: Operation, device: str) -> str:
         kernel = operation.kernels.get(device)
         reason = unavailable_reason(kernel) if kernel else "no kernel for this device"
-        return kernel if reason is None else f"{'reference (plain torch)' if operation.has_reference else 'none'}: {reason}"
+        if kernel and reason is None:
+            return kernel
+        return f"{'reference (plain torch)' if operation.has_reference else 'none'}: {reason}"
     return {name: {device: path(operation, device) for device in ("cpu", "cuda")} for name, operation in OPERATIONS.items()}
 
 

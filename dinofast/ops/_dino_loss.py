@@ -85,8 +85,8 @@ def _dino_loss_fake(student: Tensor, teacher: Tensor, center: Tensor | None, stu
     else:
         from ..kernels import dino_loss as triton
         crops, images, prototypes = student.shape
-        center = 0 if center is None else prototypes
-        saved = numbers(triton.saved_numbers(images, crops + teacher.shape[0], center) if with_grad else 0)
+        kept = 0 if center is None else prototypes
+        saved = numbers(triton.saved_numbers(images, crops + teacher.shape[0], kept) if with_grad else 0)
     return numbers(), numbers(), numbers(0 if center is None else student.shape[2]), saved
 
 

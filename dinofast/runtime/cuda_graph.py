@@ -14,7 +14,7 @@ WARM_UP = 3                              # steps done eagerly first: they compil
 
 
 class CUDAGraphStep:
-    """`captured(crops, teacher_temp)` does what `whole` does, leaving the gradients of `parameters` where they always were.
+    """`graph(crops, teacher_temp)` does what `whole` does, leaving the gradients of `parameters` where they always were.
 
     The first steps run as they are, on a stream of their own as capturing asks; then one is recorded, and from there on each is
     replayed on inputs copied into the recorded ones. All steps must have inputs of the same shapes, and `whole` must not wait
@@ -32,6 +32,7 @@ class CUDAGraphStep:
             return self._eagerly(crops, teacher_temp)
         if self._graph is None:
             self._record(crops, teacher_temp)
+        assert self._graph is not None
         for kept, new in zip(self._inputs, (*crops, teacher_temp), strict=True):
             kept.copy_(new)
         self._graph.replay()

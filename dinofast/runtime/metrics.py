@@ -22,6 +22,8 @@ class EpochSums:
         """metrics: by name, each () on the device; of a step with one that is not finite only the step is counted."""
         if self._sums is None:
             self._names = (*metrics, *COUNTS)
+            if set(self._values) != set(self._names):      # of a run that measured other things
+                self._values = {}
             values = [self._values.get(name, 0.0) for name in self._names]
             self._sums = torch.tensor(values, dtype=torch.float64, device=self._device)
         now = torch.stack([value.double() for value in metrics.values()])

@@ -11,8 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .metrics import COUNTS, collapse_warning
+from .words import spelled
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PLAIN_LINE_S = 10.0                   # without a terminal, one line at most so often
 GIVE_UP_AFTER = 20                    # steps in a row without a finite loss or gradient
@@ -36,12 +41,13 @@ class Run:
         self._first_step = self._last_step = 0
         self._bad_in_a_row = self._told_bad = self._told_unread = 0
         self._start = 0.0
-        self._progress = None
+        self._progress: Progress | None = None
 
     # ---- words
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         if not self.is_main:
             return
+        text = spelled(text)
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
@@ -59,13 +65,14 @@ class Run:
             columns = (TextColumn("epoch {task.fields[epoch]}/" + str(self.epochs)), BarColumn(bar_width=24),
                        TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[numbers]}"), TextColumn("ETA"),
                        TimeRemainingColumn(elapsed_when_finished=True))
-            with Progress(*columns, refresh_per_second=4) as self._progress:
-                self._task = self._progress.add_task("train", total=self.epochs * self.steps_per_epoch, completed=step,
-                                                     epoch=step // self.steps_per_epoch + 1, numbers="")
+            with Progress(*columns, refresh_per_second=4) as bar:
+                self._progress = bar
+                self._task = bar.add_task("train", total=self.epochs * self.steps_per_epoch, completed=step,
+                                          epoch=step // self.steps_per_epoch + 1, numbers="")
                 try:
                     yield
                 finally:
-                    self._progress, bar = None, self._progress
+                    self._progress = None
                     bar.refresh()
         else:
             yield
@@ -75,7 +82,7 @@ class Run:
         self._told_bad = len(bad_files)
         if bad_files:
             path, reason = bad_files[-1]
-            self.say(f"{len(bad_files):,} bad file(s) left out, listed in '{where}'; the last: {path} ({reason})")
+            self.log(f"{len(bad_files):,} bad file(s) left out, listed in '{where}'; the last: {path} ({reason})")
 
     def log_replaced(self, bad_files: Sequence[tuple[str, str]], n_unread: int, unread_reason: str, where: Path,
                      world: int) -> None:
@@ -85,10 +92,10 @@ class Run:
         new, self._told_bad = len(bad_files) - self._told_bad, len(bad_files)
         if new:
             path, reason = bad_files[-1]
-            self.say(f"{new:,} bad image(s){whose} replaced, listed in '{where}'; the last: {path} ({reason})")
+            self.log(f"{new:,} bad image(s){whose} replaced, listed in '{where}'; the last: {path} ({reason})")
         new, self._told_unread = n_unread - self._told_unread, n_unread
         if new:
-            self.say(f"{new:,} image(s){whose} could not be read this time ({unread_reason}), replaced")
+            self.log(f"{new:,} image(s){whose} could not be read this time ({unread_reason}), replaced")
 
     def show(self, step: int, sums: Mapping[str, float], lr: float, wait_s: float) -> None:
         """Called at logging points with what was just read from the device; `step` steps are done. Raises `Diverged`."""
@@ -111,7 +118,7 @@ class Run:
             numbers = "loss not finite"
         epoch = (step - 1) // self.steps_per_epoch
         if bad and self.is_main:
-            self.say(f"step {step}: {bad} step(s) skipped, their loss or gradient was not finite; weights, teacher and center "
+            self.log(f"step {step}: {bad} step(s) skipped, their loss or gradient was not finite; weights, teacher and center "
                      "kept")
         if self._progress is not None:
             self._progress.update(self._task, completed=step, epoch=epoch + 1, numbers=numbers)
@@ -146,9 +153,8 @@ class Run:
                 **{f"train_{name}": value for name, value in means.items()}, "skipped_steps": round(steps - count)}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        warning = collapse_warning(line["train_loss"], means["teacher_entropy"], self.log_k) if count else None
-        if warning:
-            self.say(f"warning, epoch {epoch + 1}: {warning}")
+        if count and (warning := collapse_warning(sums["loss"] / count, sums["teacher_entropy"] / count, self.log_k)):
+            self.log(f"warning, epoch {epoch + 1}: {warning}")
 
 
 def counting(what: str, is_main: bool) -> Callable[[int, int], None]:

@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, wraps
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
 KEPT = 512                               # results of each function, the last that were asked for
 _held: list[list[Any]] = []
+R = TypeVar("R", covariant=True)
 
 
-def cached_tensors(make: Callable) -> Callable:
+class Cached(Protocol[R]):
+    """A function whose last results are kept; `forget` lets go of them."""
+
+    forget: Callable[[], None]
+
+    def __call__(self, *args: Any) -> R: ...
+
+
+def cached_tensors(make: Callable[..., R]) -> Cached[R]:
     """`make`, its last results kept by their arguments.
 
     Made outside inference mode, or training could not use what evaluation has made. While a compiler or another mode watches
@@ -34,8 +43,9 @@ def cached_tensors(make: Callable) -> Callable:
             results.append(result)
         return result
 
-    call.forget = kept.cache_clear
-    return call
+    cached = cast(Cached[R], call)
+    cached.forget = kept.cache_clear
+    return cached
 
 
 @contextmanager

@@ -30,7 +30,7 @@ device.enter()
 from dinofast import loss
 from dinofast import step as step_module
 from dinofast.config import Config
-from dinofast.nn import attention, head, vit
+from dinofast.nn import attention, head, packing
 from dinofast.nn.dino import Model
 from dinofast.runtime.distributed import Process
 from dinofast.schedule import Schedule
@@ -69,7 +69,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {         # what a step goes through, and what becomes of its result
-    "device": (vit, "resampling", lambda matrix: torch.empty_like(matrix, device="cpu")),
+    "device": (packing, "resampling", lambda matrix: torch.empty_like(matrix, device="cpu")),
     "item": (loss.DINOLoss, "step", lambda stats: stats if stats.loss.item() else stats),
     "cpu": (loss.DINOLoss, "step", lambda stats: stats if stats.loss.cpu() is None else stats),
     "fake": (head.DINOHead, "forward", lambda x: torch.ops.planted.op(x)),

@@ -142,3 +142,18 @@ def test_timm_names_work_where_the_package_imports(monkeypatch):
     assert isinstance(build_backbone(Config(arch="convnet"), 0.0), Convolutional)
     with pytest.raises(ValueError, match="vit_smal' is not known.*Did you mean vit_small?.*torchvision"):
         build_backbone(Config(arch="vit_smal"), 0.0)
+
+
+def test_batch_statistics_are_those_of_all_crops_of_a_size():
+    """Also where the local crops are as large as the global ones: one pass of another backbone, as in the official wrapper."""
+    passes = []
+
+    class Backbone(torch.nn.Module):
+        def forward(self, x):
+            passes.append(x.shape[0])
+            return x.mean((2, 3))
+
+    model = Model.from_config(TINY, Backbone)
+    passes.clear()
+    model([torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)], 0.04)
+    assert passes == [4, 8]                                                     # teacher, student

@@ -12,6 +12,7 @@ from dinofast.data import shards
 from dinofast.runtime.metrics import EpochSums, collapse_warning
 from dinofast.runtime.progress import Diverged, Run
 from dinofast.runtime.signals import Interrupted, StopSignal
+from dinofast.runtime.words import spelling
 
 METRICS = ("loss", "teacher_entropy", "kl", "center_norm", "grad_norm")
 
@@ -118,7 +119,7 @@ def test_live_bar_on_a_terminal(tmp_path):
     code = ("from pathlib import Path; from dinofast.runtime.progress import Run; "
             "r = Run(Path('.'), True, steps_per_epoch=4, epochs=3, images_per_step=8, out_dim=64)\n"
             "with r.live(0, {}):\n  r.show(4, {'loss': 8.0, 'good_steps': 4, 'steps': 4}, 0.001, 0.0)\n"
-            "  r.say('a word [in] between')")
+            "  r.log('a word [in] between')")
     main, other = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", code], stdout=other, stderr=other, cwd=tmp_path,
                                env={**os.environ, "COLUMNS": "150", "TERM": "xterm"})
@@ -171,3 +172,17 @@ def test_an_interrupt_is_no_damaged_file(monkeypatch, tmp_path):
         with monkeypatch.context() as patched, pytest.raises(Interrupted, match="stopped"):
             patched.setattr(module, name, interrupt)
             read()
+
+
+def test_sums_of_other_metrics_are_dropped():
+    sums = EpochSums(torch.device("cpu"), {"loss": 6.0, "good_steps": 3.0, "steps": 3.0})
+    sums.add({"loss": torch.tensor(1.0), "kl": torch.tensor(2.0)})
+    assert sums.read() == {"loss": 1.0, "kl": 2.0, "good_steps": 1.0, "steps": 1.0}
+
+
+def test_options_are_spelled_as_the_reader_writes_them(tmp_path, capsys):
+    r = run(tmp_path)
+    with spelling(lambda text: text.replace("`lr`", "--lr")):
+        r.log("`lr` was 1")
+    r.log("`lr` was 1")
+    assert capsys.readouterr().out == "--lr was 1\n`lr` was 1\n"
