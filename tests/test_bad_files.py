@@ -221,7 +221,7 @@ def test_a_storage_that_fails_ends_the_run_soon(config, tmp_path, monkeypatch):
         next(loader)
     assert time.monotonic() - start < 5                       # 64 images one after the other would take half a minute
     loader.close()
-    assert len(asked) < 500 and not loader.bad_files and not (tmp_path / "run" / "bad_files.txt").exists()
+    assert len(asked) < 1000 and not loader.bad_files and not (tmp_path / "run" / "bad_files.txt").exists()
 
 
 def test_a_storage_that_is_back_is_read_as_before(storage, monkeypatch):
