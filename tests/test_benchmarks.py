@@ -155,7 +155,7 @@ def test_a_candidate_that_fails_is_flagged_and_the_others_go_on():
 
 def test_candidates_of_the_data_path_agree(monkeypatch, tmp_path):
     monkeypatch.delenv("DINO_OFFICIAL", raising=False)
-    monkeypatch.setattr(bench_data.backend_dali, "unavailable_reason", lambda: "not here")
+    monkeypatch.setattr(bench_data.backend_dali, "unavailable_reason", lambda device_type: "not here")
     result = record.environment("data", CPU, "a command") | {"cases": [bench_data.measure_case(SMALL_DATA, CPU)]}
     case = result["cases"][0]
     made = {row["candidate"]: row for row in case["rows"]}
