@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +25,7 @@ from dinofast import ops
 from dinofast.bench import record
 from dinofast.bench.inputs import loss_inputs
 from dinofast.bench.step import Synthetic, schedule_of
-from dinofast.bench.timing import row_of
+from dinofast.bench.timing import Turns, row_of
 from dinofast.config import Config
 from dinofast.nn.dino import Model
 from dinofast.nn.vit import VisionTransformer
@@ -36,6 +37,7 @@ from dinofast.step import Step
 Times = tuple[list[float], list[float]]          # milliseconds with a path, and without it
 Without = Callable[[], AbstractContextManager[None]]
 CPU, PROTOTYPES, CROPS = torch.device("cpu"), 65536, 10
+WARM_UP = 2                                       # steps of each process that do not count
 
 
 def used_ms() -> float:
@@ -71,19 +73,19 @@ def step_of(images: int, blocks: int) -> Callable[[int], object]:
 def memory(rounds: int) -> Times:
     """In two processes, as malloc's settings are a process's."""
     command = (sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--answer")
-    children = [subprocess.Popen((*command, how), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-                for how in ("kept", "usual")]
-    times: Times = [], []
-    for i in range(-2, rounds):
-        for child, elapsed_ms in zip(children, times, strict=True):
-            child.stdin.write("go\n")
-            child.stdin.flush()
-            step_ms = float(child.stdout.readline())
-            if i >= 0:
-                elapsed_ms.append(step_ms)
-    for child in children:
+    children = {how: subprocess.Popen((*command, how), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                for how in ("kept", "usual")}
+
+    def step_of_child(child: subprocess.Popen[str]) -> float:
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        return float(child.stdout.readline())
+
+    turns = Turns({how: partial(step_of_child, child) for how, child in children.items()}, catch=())
+    turns.run(0.0, fewest=WARM_UP + rounds, most=WARM_UP + rounds)
+    for child in children.values():
         child.communicate()
-    return times
+    return turns.results["kept"][WARM_UP:], turns.results["usual"][WARM_UP:]
 
 
 def answer_with_steps(how: str) -> None:

@@ -141,13 +141,14 @@ class Progress:
         self.spoken = self.start
 
     def show(self, done: int, n_bad: int) -> None:
+        from ..runtime.progress import duration
+
         now = time.monotonic()
         if now - self.spoken < SPEAK_S[self.terminal] and done < self.total:
             return
         self.spoken = now
         rate = done / max(now - self.start, 1e-9)
-        left = int((self.total - done) / rate)
-        eta = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        eta = duration((self.total - done) / rate)
         print(f"{done:,} of {self.total:,} images, {rate:,.0f} images/s, ETA {eta}, {n_bad:,} bad",
               end="\033[K\r" if self.terminal else "\n", flush=True)
 

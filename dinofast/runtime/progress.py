@@ -124,7 +124,7 @@ class Run:
             self._progress.update(self._task, completed=step, epoch=epoch + 1, numbers=numbers)
         elif self.is_main and (now - self._spoken >= PLAIN_LINE_S or step == self.epochs * self.steps_per_epoch):
             left_s = (now - self._start) / max(step - self._first_step, 1) * (self.epochs * self.steps_per_epoch - step)
-            _print(f"epoch {epoch + 1}/{self.epochs}  step {step}  {numbers}  ETA {_duration(left_s)}")
+            _print(f"epoch {epoch + 1}/{self.epochs}  step {step}  {numbers}  ETA {duration(left_s)}")
             self._spoken = now
         self._last, self._clock, self._wait_s, self._last_step = dict(sums), now, wait_s, step
 
@@ -185,7 +185,8 @@ def _print(text: str) -> None:
         sys.stdout = open(os.devnull, "w")                     # noqa: SIM115 - for the rest of the process
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}"
