@@ -1,8 +1,4 @@
-"""Optimizers that clip, update the student and average the teacher in one call: AdamW, SGD, LARS.
-
-The whole step is decided on the device: a gradient that is not finite leaves parameters, moments and teacher as they are, and
-nothing waits for the device to find out.
-"""
+"""What the optimizers have in common: norms and clip, the decision to skip, the teacher's average."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import ops, reference
+from .. import ops, reference
 
 CLIP_MODES = ("tensor", "global")
 _HALVES = (torch.bfloat16, torch.float16)
@@ -20,16 +16,8 @@ _FLOAT32_STATE = ("exp_avg", "exp_avg_sq", "master", "teacher_master")    # what
 _T = TypeVar("_T", Tensor, Tensor | None)
 
 
-def param_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The official two groups: weights with decay, then biases and one-dimensional tensors without; frozen ones left out."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [name.endswith(".bias") or p.ndim == 1 for name, p in named]
-    return [{"params": [p for (_, p), is_plain in zip(named, plain, strict=True) if not is_plain]},
-            {"params": [p for (_, p), is_plain in zip(named, plain, strict=True) if is_plain], "weight_decay": 0.0}]
-
-
-class _StudentTeacherOptimizer(torch.optim.Optimizer):
-    """What the three have in common: norms and clip, the decision to skip, the teacher's average.
+class StudentTeacherOptimizer(torch.optim.Optimizer):
+    """Base of the three; a child updates the student of one group.
 
     params: parameters or groups, as for any torch optimizer. student, teacher: modules with the same parameters in the same
     order; `teacher <- momentum teacher + (1 - momentum) student` follows every step, for frozen parameters too, not for
@@ -195,88 +183,3 @@ def _pairs(student: nn.Module, teacher: nn.Module) -> dict[Tensor, Tensor]:
         if s is t:
             raise ValueError("student and teacher share a parameter: the teacher must be a copy (copy.deepcopy(student)).")
     return dict(zip(students, teachers, strict=True))
-
-
-class AdamWEMA(_StudentTeacherOptimizer):
-    """AdamW with clipping and the teacher's average; state interchangeable with `torch.optim.AdamW`'s for float32 parameters.
-
-    Of a 16-bit parameter the optimizer updates a float32 master (`state["master"]`, with moments in float32), made from its
-    values at the first step, and the parameter is the master rounded: what is written into it from elsewhere is lost then.
-    """
-
-    def __init__(self, params: Iterable[Any], lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 1e-2, *, student: nn.Module | None = None,
-                 teacher: nn.Module | None = None, clip_grad: float = 0.0, clip_mode: str = "tensor") -> None:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas are {betas}: each must be at least 0 and below 1.")
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=False, maximize=False, foreach=None,
-                        capturable=False, differentiable=False, fused=None, decoupled_weight_decay=True)
-        super().__init__(params, defaults, student, teacher, clip_grad, clip_mode)
-
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], coefficients: Tensor, skip: Tensor,
-                momentum: float | Tensor) -> None:
-        wide, param_copies = self._masters([(p, p) for p in params], "master")
-        teachers, teacher_copies = self._masters([(p, self._teacher_of.get(p)) for p in params], "teacher_master")
-        states = [self.state[p] for p in params]
-        for p, state in zip(wide, states, strict=True):
-            if "step" not in state:
-                state["step"] = torch.zeros((), device=p.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            else:                                  # a loaded state's counter is on the host, or a float in files of torch 1.11
-                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
-        ops.adamw_ema_(
-            wide, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
-            [s["step"] for s in states], teachers, coefficients, skip, lr=group["lr"], weight_decay=group["weight_decay"],
-            betas=group["betas"], eps=group["eps"], momentum=momentum, param_copies=param_copies, teacher_copies=teacher_copies)
-
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        state["state"] = {i: {**s, "step": s["step"].cpu()} if "step" in s else s for i, s in state["state"].items()}
-        return state
-
-
-class SGDEMA(_StudentTeacherOptimizer):
-    """SGD with momentum, clipping and the teacher's average; state as `torch.optim.SGD`'s."""
-
-    def __init__(self, params: Iterable[Any], lr: float | Tensor = 0.0, momentum: float = 0.9, weight_decay: float = 0.0, *,
-                 student: nn.Module | None = None, teacher: nn.Module | None = None, clip_grad: float = 0.0,
-                 clip_mode: str = "tensor") -> None:
-        defaults = dict(lr=lr, momentum=momentum, dampening=0, weight_decay=weight_decay, nesterov=False, maximize=False,
-                        foreach=None, differentiable=False, fused=None)
-        super().__init__(params, defaults, student, teacher, clip_grad, clip_mode)
-
-    _buffer = "momentum_buffer"
-
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], coefficients: Tensor, skip: Tensor,
-                momentum: float | Tensor) -> None:
-        for p, grad, coefficient in zip(params, grads, coefficients.unbind(0), strict=True):
-            state = self.state[p]
-            if self._buffer not in state:
-                state[self._buffer] = torch.zeros_like(p)
-            self._apply(group, p, grad * coefficient, state[self._buffer], skip)
-            if p in self.copies:
-                self.copies[p].copy_(p)
-        self._average(params, momentum, skip)
-
-    def _apply(self, group: dict[str, Any], p: Tensor, grad: Tensor, buffer: Tensor, skip: Tensor) -> None:
-        reference.sgd_(p, grad, buffer, skip, lr=group["lr"], weight_decay=group["weight_decay"], momentum=group["momentum"])
-
-
-class LARSEMA(SGDEMA):
-    """LARS as the official code has it, with clipping and the teacher's average."""
-
-    def __init__(self, params: Iterable[Any], lr: float | Tensor = 0.0, momentum: float = 0.9, weight_decay: float = 0.0,
-                 eta: float = 0.001, *, student: nn.Module | None = None, teacher: nn.Module | None = None,
-                 clip_grad: float = 0.0, clip_mode: str = "tensor") -> None:
-        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta, weight_decay_filter=None,
-                        lars_adaptation_filter=None)
-        _StudentTeacherOptimizer.__init__(self, params, defaults, student, teacher, clip_grad, clip_mode)
-
-    _buffer = "mu"
-
-    def _apply(self, group: dict[str, Any], p: Tensor, grad: Tensor, buffer: Tensor, skip: Tensor) -> None:
-        reference.lars_(p, grad, buffer, skip, lr=group["lr"], weight_decay=group["weight_decay"], momentum=group["momentum"],
-                        eta=group["eta"])
-
-
-OPTIMIZERS: dict[str, Callable[..., _StudentTeacherOptimizer]] = {"adamw": AdamWEMA, "sgd": SGDEMA, "lars": LARSEMA}
