@@ -11,12 +11,7 @@ Bytes an element: adamw_ema_ reads p, grad, m, v, teacher and writes p, m, v, te
 grad_norms reads 4 before it, and ema_ alone moves 12. That is the floor, and each array is touched once. The chunks of
 adamw_ema_ are taken in reverse, to begin with the gradients that grad_norms has left in L2.
 
-A tensor is known by its address in a table on the device, so that any set of tensors is one launch, whatever their layout;
-only one that differs in dtypes costs another. A program takes a chunk of one tensor, told by a table of chunks. Both tables
-are kept: the chunks as long as the sizes are the same, the addresses until one changes, which a gradient's does when it is
-freed between steps. They travel from pinned memory without waiting; torch's pinned allocator keeps it until the copy is done.
-An address from a table says nothing about its alignment, and without 16 bytes of it there are no 128-bit loads: the host
-looks at all of a call, and a view that lies askew (a gradient in a bucket of DDP) sends the call to a second configuration.
+Any set of tensors is one launch (multi_tensor.py).
 
 The counters of the steps are moved by a program of their own, which also forms the factors of each tensor, 1 - beta^step in
 fp64: the programs of a tensor then read factors that nobody writes. Where `skip` is true every program leaves at once.
@@ -29,14 +24,14 @@ not measured.
 from __future__ import annotations
 
 import math
-from array import array
-from collections.abc import Hashable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .multi_tensor import TRITON_DTYPES, chunk_at, dtypes_of, tables_of, tensor_at
 
 BLOCK, WARPS = 1024, 4            # chunk of adamw_ema_ and ema_: 8 numbers a thread, two 16-byte loads of each fp32 array
 NORM_BLOCK, NORM_WARPS = 4096, 8  # chunk of grad_norms, which has one array: 16 a thread, four 16-byte loads of fp32
@@ -48,22 +43,6 @@ OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}  # a product and a sum 
 P, GRAD, M, V, TEACHER, P_COPY, TEACHER_COPY, STEP = map(tl.constexpr, range(8))
 EMA_TEACHER, EMA_STUDENT, EMA_COPY = map(tl.constexpr, range(3))
 COEFFICIENT, RATE, INV_ROOT, DECAY, KEEP, SHARE, COLUMNS = map(tl.constexpr, (0, 1, 2, 3, 4, 5, 8))
-
-
-@triton.jit
-def _chunk(chunks, sizes, at, BLOCK: tl.constexpr):
-    """Of chunk `at`: its tensor, its first number, and how many there are from there on."""
-    tensor = tl.load(chunks + 2 * at)
-    begin = tl.load(chunks + 2 * at + 1).to(tl.int64) * BLOCK
-    return tensor, begin, tl.load(sizes + tensor) - begin
-
-
-@triton.jit
-def _array(table, row, tensor, n, begin, dtype: tl.constexpr, VECTOR: tl.constexpr):
-    """Pointer to number `begin` of a tensor, and whether there is such a tensor; VECTOR numbers are loaded at a time."""
-    address = tl.load(table + row * n + tensor)
-    x = tl.multiple_of(address.to(tl.pointer_type(dtype)), VECTOR * dtype.primitive_bitwidth // 8)    # bytes
-    return x + begin, tl.where(address != 0, True, False)    # a plain comparison is a number to Triton 3.9's interpreter
 
 
 @triton.jit
@@ -96,8 +75,8 @@ def _square_sums(
 ):
     """Grid: the chunks, from `first` on, of gradients of one dtype."""
     at = first + tl.program_id(0)
-    tensor, begin, left = _chunk(chunks, sizes, at, BLOCK)
-    x, _ = _array(table, 0, tensor, n, begin, GRAD_DTYPE, VECTOR)
+    tensor, begin, left = chunk_at(chunks, sizes, at, BLOCK)
+    x, _ = tensor_at(table, 0, tensor, n, begin, GRAD_DTYPE, VECTOR)
     i = tl.arange(0, BLOCK)
     if left >= BLOCK:                                    # without a mask, or there would be no 128-bit loads
         total = _chunk_square_sum(x, i, tl.full((BLOCK,), True, tl.int1))
@@ -163,11 +142,11 @@ def _prepare(
 @triton.jit
 def _adamw_ema_chunk(table, factors, tensor, n, begin, i, inside, eps, keep1, share1, keep2, share2, GRAD_DTYPE: tl.constexpr,
                      P_DTYPE: tl.constexpr, TEACHER_DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    p, _ = _array(table, P, tensor, n, begin, tl.float32, VECTOR)
-    grad, _ = _array(table, GRAD, tensor, n, begin, GRAD_DTYPE, VECTOR)
-    m, _ = _array(table, M, tensor, n, begin, tl.float32, VECTOR)
-    v, _ = _array(table, V, tensor, n, begin, tl.float32, VECTOR)
-    teacher, has_teacher = _array(table, TEACHER, tensor, n, begin, tl.float32, VECTOR)
+    p, _ = tensor_at(table, P, tensor, n, begin, tl.float32, VECTOR)
+    grad, _ = tensor_at(table, GRAD, tensor, n, begin, GRAD_DTYPE, VECTOR)
+    m, _ = tensor_at(table, M, tensor, n, begin, tl.float32, VECTOR)
+    v, _ = tensor_at(table, V, tensor, n, begin, tl.float32, VECTOR)
+    teacher, has_teacher = tensor_at(table, TEACHER, tensor, n, begin, tl.float32, VECTOR)
     old_p, old_m, old_v = tl.load(p + i, inside), tl.load(m + i, inside), tl.load(v + i, inside)
     old_teacher = tl.load(teacher + i, inside & has_teacher)
     row = factors + tensor.to(tl.int64) * COLUMNS
@@ -182,10 +161,10 @@ def _adamw_ema_chunk(table, factors, tensor, n, begin, i, inside, eps, keep1, sh
     tl.store(p + i, now, inside)
     tl.store(teacher + i, average, inside & has_teacher)
     if P_DTYPE is not None:
-        copy, has_copy = _array(table, P_COPY, tensor, n, begin, P_DTYPE, VECTOR)
+        copy, has_copy = tensor_at(table, P_COPY, tensor, n, begin, P_DTYPE, VECTOR)
         tl.store(copy + i, now.to(P_DTYPE), inside & has_copy)
     if TEACHER_DTYPE is not None:
-        copy, has_copy = _array(table, TEACHER_COPY, tensor, n, begin, TEACHER_DTYPE, VECTOR)
+        copy, has_copy = tensor_at(table, TEACHER_COPY, tensor, n, begin, TEACHER_DTYPE, VECTOR)
         tl.store(copy + i, average.to(TEACHER_DTYPE), inside & has_copy)
 
 
@@ -200,7 +179,7 @@ def _adamw_ema(
     TEACHER_DTYPE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Grid: the chunks, from `first` on, of tensors of one set of dtypes; a dtype of None stands for no copy."""
-    tensor, begin, left = _chunk(chunks, sizes, first + tl.num_programs(0) - 1 - tl.program_id(0), BLOCK)
+    tensor, begin, left = chunk_at(chunks, sizes, first + tl.num_programs(0) - 1 - tl.program_id(0), BLOCK)
     if tl.load(skip):                                    # after the chunk, so that the two are waited for together
         return
     i = tl.arange(0, BLOCK)
@@ -215,12 +194,12 @@ def _adamw_ema(
 @triton.jit
 def _ema_chunk(table, tensor, n, begin, i, inside, keep, share, STUDENT_DTYPE: tl.constexpr, COPY_DTYPE: tl.constexpr,
                VECTOR: tl.constexpr):
-    teacher, _ = _array(table, EMA_TEACHER, tensor, n, begin, tl.float32, VECTOR)
-    student, _ = _array(table, EMA_STUDENT, tensor, n, begin, STUDENT_DTYPE, VECTOR)
+    teacher, _ = tensor_at(table, EMA_TEACHER, tensor, n, begin, tl.float32, VECTOR)
+    student, _ = tensor_at(table, EMA_STUDENT, tensor, n, begin, STUDENT_DTYPE, VECTOR)
     average = _average(tl.load(teacher + i, inside), tl.load(student + i, inside).to(tl.float32), keep, share)
     tl.store(teacher + i, average, inside)
     if COPY_DTYPE is not None:
-        copy, has_copy = _array(table, EMA_COPY, tensor, n, begin, COPY_DTYPE, VECTOR)
+        copy, has_copy = tensor_at(table, EMA_COPY, tensor, n, begin, COPY_DTYPE, VECTOR)
         tl.store(copy + i, average.to(COPY_DTYPE), inside & has_copy)
 
 
@@ -234,7 +213,7 @@ def _ema(
     first, n, STUDENT_DTYPE: tl.constexpr, COPY_DTYPE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Grid: the chunks, from `first` on, of tensors of one set of dtypes; a dtype of None stands for no copy."""
-    tensor, begin, left = _chunk(chunks, sizes, first + tl.program_id(0), BLOCK)
+    tensor, begin, left = chunk_at(chunks, sizes, first + tl.program_id(0), BLOCK)
     keep, share = _mix(tl.load(momentum))
     if tl.load(skip):
         return
@@ -246,81 +225,18 @@ def _ema(
         _ema_chunk(table, tensor, n, begin, i, i < left, keep, share, STUDENT_DTYPE, COPY_DTYPE, VECTOR)
 
 
-def _upload(numbers: Tensor, device: torch.device) -> Tensor:
-    """On the device without waiting for it."""
-    if device.type != "cuda":
-        return numbers.to(device)
-    return numbers.pin_memory().to(device, non_blocking=True)
-
-
-class _Tables:
-    """What launches read on the device for n tensors of certain sizes and kinds: chunks, sizes, and the addresses last seen."""
-
-    def __init__(self, device: torch.device, sizes: tuple[int, ...], kinds: tuple[Hashable, ...], block: int) -> None:
-        self.device, self.launches = device, []                      # launches: (kind, first chunk, number of chunks)
-        members: dict[Hashable, list[int]] = {}
-        for i, kind in enumerate(kinds):
-            members.setdefault(kind, []).append(i)
-        chunks, starts, end = [], [0] * len(sizes), 0
-        for kind, tensors in members.items():
-            first = end
-            for i in tensors:
-                starts[i], count = end, triton.cdiv(sizes[i], block)
-                chunks.append(torch.stack((torch.full((count,), i), torch.arange(count)), 1))
-                end += count
-            if end > first:
-                self.launches.append((kind, first, end - first))
-        self.n_chunks = end
-        self.chunks = _upload(torch.cat(chunks).int(), device)       # (chunks, 2)
-        self.sizes, self.starts = _upload(torch.tensor([sizes, starts]), device)               # (n,) each
-        self._seen: tuple[list[int], Tensor | None, bool] = [], None, False
-
-    def addresses(self, *rows: Sequence[Tensor | None], counters: Sequence[Tensor] = ()) -> tuple[Tensor, bool]:
-        """The table (rows, n), counters last, and whether the addresses of all others are multiples of 16 bytes."""
-        now = [0 if x is None else x.data_ptr() for row in (*rows, counters) for x in row]
-        seen, table, aligned = self._seen
-        if now != seen:
-            table = _upload(torch.frombuffer(array("q", now), dtype=torch.int64).clone(), self.device)
-            aligned = _are_aligned(now[:len(now) - len(counters)])
-            self._seen = now, table, aligned
-        return table, aligned
-
-
-def _are_aligned(addresses: list[int]) -> bool:
-    return not any(address % 16 for address in addresses)
-
-
-@lru_cache(maxsize=64)
-def _tables_of(device: torch.device, stream: int, sizes: tuple[int, ...], kinds: tuple[Hashable, ...], block: int) -> _Tables:
-    """Uploads are ordered with the launches of their own stream only: each stream has its own."""
-    return _Tables(device, sizes, kinds, block)
-
-
-def _tables(tensors: Sequence[Tensor], kinds: tuple[Hashable, ...], block: int) -> _Tables:
-    device = tensors[0].device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():    # the replay would write where tables once led
-        raise RuntimeError("adamw_ema_, ema_ and grad_norms cannot be captured in a CUDA graph: the addresses of their tensors "
-                           "lie in tables of the host's keeping; leave the optimizer's step outside the graph.")
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _tables_of(device, stream, tuple([x.numel() for x in tensors]), kinds, block)
-
-
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, None: None}
-
-
-def _dtypes(tensors: Sequence[Tensor | None]) -> list[torch.dtype | None]:
-    return [None if x is None else x.dtype for x in tensors]
-
-
 def grad_norms(grads: Sequence[Tensor]) -> Tensor:
     """The L2 norm of each of n tensors: (n,), fp32. They are float32, bfloat16 or float16, dense, on one device."""
     with torch.cuda.device_of(grads[0]):
-        tables = _tables(grads, tuple(_dtypes(grads)), NORM_BLOCK)
+        tables = tables_of(grads, tuple(dtypes_of(grads)), NORM_BLOCK)
         table, aligned = tables.addresses(grads)
         sums, norms = (torch.empty(k, dtype=torch.float32, device=tables.device) for k in (tables.n_chunks, len(grads)))
+        options = OPTIONS | {"num_warps": NORM_WARPS}
         for dtype, first, count in tables.launches:
-            _square_sums[count,](tables.chunks, tables.sizes, table, sums, first, len(grads), _TRITON_DTYPES[dtype],
-                                 16 // dtype.itemsize if aligned else 1, NORM_BLOCK, **OPTIONS | {"num_warps": NORM_WARPS})
+            vector = 16 // dtype.itemsize if aligned else 1
+            _square_sums[count,](
+                *(tables.chunks, tables.sizes, table, sums), first, len(grads), TRITON_DTYPES[dtype], vector, NORM_BLOCK,
+                **options)
         _norms[len(grads),](sums, tables.starts, tables.sizes, norms, NORM_BLOCK, PARTS, **OPTIONS)
     return norms
 
@@ -335,27 +251,30 @@ def adamw_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequ
     coefficients (n,), contiguous; skip, lr, weight_decay, momentum: one number each, which the host never looks at.
     """
     n = len(params)
-    kinds = tuple(zip(_dtypes(grads), _dtypes(param_copies), _dtypes(teacher_copies), strict=True))
+    kinds = tuple(zip(dtypes_of(grads), dtypes_of(param_copies), dtypes_of(teacher_copies), strict=True))
     logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
     with torch.cuda.device_of(params[0]):
-        tables = _tables(params, kinds, BLOCK)
+        tables = tables_of(params, kinds, BLOCK)
         table, aligned = tables.addresses(params, grads, exp_avgs, exp_avg_sqs, teachers, param_copies, teacher_copies,
                                           counters=steps)
         factors = torch.empty(n, COLUMNS.value, dtype=torch.float32, device=tables.device)
-        _prepare[triton.cdiv(n, TENSORS),](table, coefficients, skip, lr, weight_decay, momentum, factors, n, *logs, TENSORS,
-                                           **OPTIONS)
+        numbers = coefficients, skip, lr, weight_decay, momentum
+        _prepare[triton.cdiv(n, TENSORS),](table, *numbers, factors, n, *logs, TENSORS, **OPTIONS)
+        betas = beta1, 1 - beta1, beta2, 1 - beta2
         for kind, first, count in tables.launches:
-            _adamw_ema[count,](tables.chunks, tables.sizes, table, factors, skip, first, n, eps, beta1, 1 - beta1, beta2,
-                               1 - beta2, *map(_TRITON_DTYPES.get, kind), 4 if aligned else 1, BLOCK, **OPTIONS)
+            dtypes, vector = map(TRITON_DTYPES.get, kind), 4 if aligned else 1
+            _adamw_ema[count,](
+                *(tables.chunks, tables.sizes, table, factors, skip), first, n, eps, *betas, *dtypes, vector, BLOCK, **OPTIONS)
 
 
 def ema_(teachers: Sequence[Tensor], students: Sequence[Tensor], copies: Sequence[Tensor | None], momentum: Tensor,
          skip: Tensor) -> None:
     """As `reference.ema_`: teachers float32, students and copies float32, bfloat16 or float16; the rest as in `adamw_ema_`."""
-    kinds = tuple(zip(_dtypes(students), _dtypes(copies), strict=True))
+    kinds = tuple(zip(dtypes_of(students), dtypes_of(copies), strict=True))
     with torch.cuda.device_of(teachers[0]):
-        tables = _tables(teachers, kinds, BLOCK)
+        tables = tables_of(teachers, kinds, BLOCK)
         table, aligned = tables.addresses(teachers, students, copies)
         for kind, first, count in tables.launches:
-            _ema[count,](tables.chunks, tables.sizes, table, momentum, skip, first, len(teachers),
-                         *map(_TRITON_DTYPES.get, kind), 4 if aligned else 1, BLOCK, **OPTIONS)
+            dtypes, vector = map(TRITON_DTYPES.get, kind), 4 if aligned else 1
+            _ema[count,](
+                *(tables.chunks, tables.sizes, table, momentum, skip), first, len(teachers), *dtypes, vector, BLOCK, **OPTIONS)

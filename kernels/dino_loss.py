@@ -1,4 +1,4 @@
-"""dino_loss (arXiv 2104.14294, equation 2 with multi-crop) over materialized logits: the loss, and in backward its gradient.
+"""dino_loss (arXiv 2104.14294, equation 2 with multi-crop) over materialized logits; its gradient: dino_loss_backward.py.
 
     q[t, b, :] = softmax((teacher[t, b, :] - center) / teacher_temp), or teacher[t, b, :] itself           t = 0 .. T-1, T <= 2
     loss       = 1 / (B pairs) sum_b sum_v [mass_v log sum_k e^(d / student_temp) - <Q_v, d> / student_temp]
@@ -11,19 +11,16 @@ Bytes, in slabs of B rows of logits: the floor, with all V + T rows of an image 
 for V = 10; but those rows are 1.5 MiB at K = 65,536 in bf16, more than a multiprocessor's 228 KiB, and Triton cannot spread
 them over a cluster. So there are two passes: forward reads V + 2, backward reads V + 2 again and writes V, 34 for V = 10, with
 any upstream, and 12 where no gradient is wanted. The teacher's columns are summed first, by a kernel of its own, which reads 2
-slabs; they are then in L2 for the pass over the rows, as far as they fit. Backward takes the images in reverse, to begin with
-what forward has left in L2. Scratch, in fp32: 16 bytes per row and chunk of 512 columns until the loss is there, 1.5 MiB
-beside 96 MiB of logits at V = 10, B = 64, K = 65,536 in bf16; 2 numbers per row, the temperature and the center (which move
-before backward), until the gradient is there.
+slabs; they are then in L2 for the pass over the rows, as far as they fit. Scratch, in fp32: 16 bytes per row and chunk of 512
+columns until the loss is there, 1.5 MiB beside 96 MiB of logits at V = 10, B = 64, K = 65,536 in bf16; 2 numbers per row, the
+temperature and the center (which move before backward), until the gradient is there.
 
 A forward program is one warp with a chunk of columns of all rows of an image: the teacher's weights stay in registers while
 the student's rows go by, each chunk relative to its own maximum. A sum over the chunk is then one over a warp, without a
 barrier: 14 instructions an element in bf16, half of them the formula's, and 32 warps on a multiprocessor (tests/budgets.py);
 256 threads with 2,048 columns took 27, and 12 barriers a row. A second, small kernel joins the chunks of a row, a warp each, as
-flash attention joins its blocks. A backward program takes a block of columns of all rows and needs two numbers a row: 10
-instructions an element. Crops that meet one teacher crop alone come first, so that the loop over the others has one target.
-Both kernels load a row ahead, because a load cannot pass the store of the row before: 32 and 24 KiB are on their way to a
-multiprocessor, where 3 TB/s take some 23 KiB a microsecond. Block sizes are reasoned and counted, not measured.
+flash attention joins its blocks. A row is loaded ahead, because a load cannot pass the store of the row before: 32 KiB are on
+their way to a multiprocessor, where 3 TB/s take some 23 KiB a microsecond. Block sizes are reasoned and counted, not measured.
 
 No atomics: every sum is taken in an order fixed by the shapes. Sums over a row are fp32, in trees of a chunk and then over the
 chunks; the sum over crops and images is fp64.
@@ -39,7 +36,6 @@ from torch import Tensor
 CHUNK = 512              # columns of a forward program, one warp: 16 a thread, two 16-byte loads of bf16 a row
 ROWS, COLUMNS = 16, 256  # tile of a column-sum program: 8 KiB of bf16, of which three are on their way
 CHUNKS = 128             # chunks of a row that its warp joins at a time
-BLOCK = 2048             # columns of a backward program: 8 a thread, one 16-byte load of bf16 for each of the V + T rows
 PARTS = 1024             # numbers that the last kernel adds at a time
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}     # a product and a sum in one: Triton 3.10 will not do so unasked
 ONE_WARP = OPTIONS | {"num_warps": 1}
@@ -300,7 +296,7 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor | None, student_t
     teacher_temp, one number in any float dtype, likewise on the device: the host never looks at it.
     """
     (V, B, K), T, centered = student.shape, len(teacher), center is not None
-    N = triton.cdiv(K, CHUNK)
+    N, teacher_strides = triton.cdiv(K, CHUNK), teacher.stride()[:2]
 
     def numbers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=student.device)
@@ -310,95 +306,16 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor | None, student_t
     parts, losses, entropies = numbers(4, B, V + T, N), numbers(B * V), numbers(B)
     center = center.contiguous() if centered else teacher_temp
     with torch.cuda.device_of(student):
-        if centered:                                     # first: it leaves the teacher's rows in L2
-            _sum_columns[triton.cdiv(K, COLUMNS),](teacher, center, teacher_sum, center_kept, B, K, *teacher.stride()[:2], T,
-                                                   with_grad, ROWS, COLUMNS, **OPTIONS)
-        _statistics[B * N,](student, teacher, center, teacher_temp, parts, 1 / student_temp, V, B, K, N, *student.stride()[:2],
-                            *teacher.stride()[:2], T, centered, K % CHUNK == 0, CHUNK, **ONE_WARP)
-        _join[B * V,](parts, teacher_temp, saved, temp_kept, losses, entropies, 1 / student_temp, V, B, N, T, centered,
-                      diagonal, with_grad, CHUNKS, **ONE_WARP)
+        # first: it leaves the teacher's rows in L2
+        if centered:
+            _sum_columns[triton.cdiv(K, COLUMNS),](
+                *(teacher, center, teacher_sum, center_kept), B, K, *teacher_strides, T, with_grad, ROWS, COLUMNS, **OPTIONS)
+        whole = K % CHUNK == 0
+        _statistics[B * N,](
+            *(student, teacher, center, teacher_temp, parts), 1 / student_temp, V, B, K, N, *student.stride()[:2],
+            *teacher_strides, T, centered, whole, CHUNK, **ONE_WARP)
+        _join[B * V,](
+            *(parts, teacher_temp, saved, temp_kept, losses, entropies), 1 / student_temp, V, B, N, T, centered, diagonal,
+            with_grad, CHUNKS, **ONE_WARP)
         _finish[1,](losses, entropies, loss, entropy, 1 / pairs, V, B, T, centered, PARTS, **OPTIONS)
     return loss, entropy, teacher_sum, saved
-
-
-# ------------------------------------------------------------------------------------------------------------------- backward
-
-
-@triton.jit
-def _teacher_tile(teacher, t: tl.constexpr, center_tile, factor, scale, saved, b, k, V, K, outer_stride, image_stride,
-                  T: tl.constexpr, CENTERED: tl.constexpr):
-    """scale q[t, b, k] (BLOCK,) and scale times the mass of the whole row."""
-    at = saved + 2 * (tl.cast(b, tl.int64) * (V + T) + V + t)
-    x = tl.load(_row(teacher, t, b, outer_stride, image_stride) + k, k < K, 0.0).to(tl.float32)
-    if CENTERED:
-        q, mass = tl.exp2((x - center_tile - tl.load(at)) * factor) * (tl.load(at + 1) * scale), scale
-    else:
-        q, mass = x * scale, tl.load(at + 1) * scale
-    return q, mass
-
-
-@triton.jit
-def _student_tile(student, v, b, k, V, K, outer_stride, image_stride):
-    return tl.load(_row(student, v, b, outer_stride, image_stride) + k, (k < K) & _mask(v < V), 0.0)
-
-
-@triton.jit
-def _store_gradient(grad, s, target, mass, saved, factor, v, b, k, inside, V, B, K, T: tl.constexpr):
-    """Of crop v: mass softmax(student) - target, both scaled."""
-    at = saved + 2 * (tl.cast(b, tl.int64) * (V + T) + v)
-    g = mass * tl.load(at + 1) * tl.exp2((s.to(tl.float32) - tl.load(at)) * factor) - target
-    tl.store(_row(grad, v, b, tl.cast(B, tl.int64) * K, K) + k, g.to(grad.dtype.element_ty), inside)
-
-
-@triton.jit(do_not_specialize=("V", "B"), do_not_specialize_on_alignment=("temp_kept", "upstream"))
-def _gradient(
-    upstream,        # ()
-    student,         # (V, B, K)
-    teacher,         # (T, B, K)
-    saved,           # (B, V + T, 2)
-    center_kept,     # (K,), CENTERED only
-    temp_kept,       # (), CENTERED only
-    grad,            # (V, B, K) out, contiguous
-    student_inv_temp, grad_scale, V, B, K, student_outer_stride, student_image_stride, teacher_outer_stride,
-    teacher_image_stride, T: tl.constexpr, CENTERED: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """Grid: B blocks; blocks = ceil(K / BLOCK)."""
-    blocks = tl.cdiv(K, BLOCK)
-    b, block = B - 1 - tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    k = block * BLOCK + tl.arange(0, BLOCK)                                                    # (BLOCK,)
-    factor = LOG2E * student_inv_temp
-    ahead = _student_tile(student, 0, b, k, V, K, student_outer_stride, student_image_stride)
-    c = tl.load(center_kept + k, k < K, 0.0) if CENTERED else 0.0
-    teacher_factor = LOG2E / tl.load(temp_kept) if CENTERED else 0.0
-    scale = tl.load(upstream).to(tl.float32) * grad_scale
-    q0, mass0 = _teacher_tile(teacher, 0, c, teacher_factor, scale, saved, b, k, V, K, teacher_outer_stride,
-                              teacher_image_stride, T, CENTERED)
-    q1, mass1 = q0 * 0.0, mass0 * 0.0
-    if T == 2:
-        q1, mass1 = _teacher_tile(teacher, 1, c, teacher_factor, scale, saved, b, k, V, K, teacher_outer_stride,
-                                  teacher_image_stride, T, CENTERED)
-    if not DIAGONAL:                                     # crops that meet the other teacher crop alone; none where T is 1
-        for v in tl.static_range(T):
-            s = ahead
-            ahead = _student_tile(student, v + 1, b, k, V, K, student_outer_stride, student_image_stride)
-            target, mass = (q1, mass1) if v == 0 else (q0, mass0)
-            _store_gradient(grad, s, target, mass, saved, factor, v, b, k, (k < K) & _mask(v < V), V, B, K, T)
-    target, mass = q0 + q1, mass0 + mass1
-    for v in range(0 if DIAGONAL else T, V):
-        s = ahead
-        ahead = _student_tile(student, v + 1, b, k, V, K, student_outer_stride, student_image_stride)
-        _store_gradient(grad, s, target, mass, saved, factor, v, b, k, k < K, V, B, K, T)
-
-
-def dino_loss_backward(upstream: Tensor, student: Tensor, teacher: Tensor, saved: Tensor, student_temp: float, centered: bool,
-                       pairs: int, diagonal: bool) -> Tensor:
-    """The gradient (V, B, K) in student's dtype; upstream () in any float dtype on the device, the rest as in `dino_loss`."""
-    (V, B, K), T = student.shape, len(teacher)
-    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    temp_kept, center_kept = _parts_of(saved, B, V + T)
-    with torch.cuda.device_of(student):
-        _gradient[B * triton.cdiv(K, BLOCK),](
-            upstream, student, teacher, saved, center_kept, temp_kept, grad, 1 / student_temp,
-            1 / (B * pairs * student_temp), V, B, K, *student.stride()[:2], *teacher.stride()[:2], T, centered, diagonal, BLOCK,
-            **OPTIONS)
-    return grad

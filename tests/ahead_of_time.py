@@ -29,8 +29,8 @@ ARCHITECTURES = (80, 90)
 Launch = tuple[JITFunction, tuple, dict]
 
 
-def launches_of(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
-    """The kernels of `module` that `call` launches, with their arguments; none is run."""
+def launches_of(call: Callable[[], object], *modules: ModuleType) -> list[Launch]:
+    """The kernels of the modules that `call` launches, with their arguments; none is run."""
     recorded = []
 
     class Recorder:
@@ -40,12 +40,14 @@ def launches_of(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
         def __getitem__(self, grid: object) -> Callable[..., None]:
             return lambda *args, **options: recorded.append((self.kernel, args, options))
 
-    kernels = {name: x for name, x in vars(module).items() if isinstance(x, JITFunction)}
-    vars(module).update({name: Recorder(x) for name, x in kernels.items()})
+    kernels = [(vars(m), name, x) for m in modules for name, x in vars(m).items() if isinstance(x, JITFunction)]
+    for names, name, kernel in kernels:
+        names[name] = Recorder(kernel)
     try:
         call()
     finally:
-        vars(module).update(kernels)
+        for names, name, kernel in kernels:
+            names[name] = kernel
     return recorded
 
 
@@ -66,16 +68,16 @@ def health(source: ASTSource, options: Any, architecture: int) -> dict:
             **machine_code.read(compiled.asm["cubin"], compiled.metadata.shared, warps, architecture)}
 
 
-def _dino_loss_step(module: ModuleType, student: torch.Tensor, teacher: torch.Tensor, center: torch.Tensor | None,
-                    number: torch.Tensor) -> None:
-    *_, saved = module.dino_loss(student, teacher, center, 0.1, number, 18, center is None, True)
-    module.dino_loss_backward(number, student, teacher, saved, 0.1, center is not None, 18, center is None)
-    if center is not None:
-        module.dino_loss(student, teacher, center, 0.1, number, 18, False, False)
-
-
 def dino_loss() -> Iterator[tuple[dict[str, object], Launch]]:
-    from dinofast.kernels import dino_loss as module
+    from dinofast.kernels import dino_loss as forward
+    from dinofast.kernels import dino_loss_backward as backward
+
+    def call(student: torch.Tensor, teacher: torch.Tensor, center: torch.Tensor | None, number: torch.Tensor) -> None:
+        plain = center is None
+        *_, saved = forward.dino_loss(student, teacher, center, 0.1, number, 18, plain, True)
+        backward.dino_loss_backward(number, student, teacher, saved, 0.1, not plain, 18, plain)
+        if not plain:
+            forward.dino_loss(student, teacher, center, 0.1, number, 18, False, False)
 
     cases = [*itertools.product((torch.float32, torch.bfloat16, torch.float16), (65536,), (True, False), (2,)),
              *((torch.bfloat16, k, True, 2) for k in (1, 65537, 2**20)),  # strides of 1; unaligned rows; many chunks a row
@@ -83,15 +85,15 @@ def dino_loss() -> Iterator[tuple[dict[str, object], Launch]]:
     for dtype, prototypes, centered, teachers in cases:
         student, teacher = (torch.empty(n, 64, prototypes, dtype=dtype, device="meta") for n in (10, teachers))
         center, number = torch.empty(prototypes, device="meta") if centered else None, torch.empty((), device="meta")
-        call = partial(_dino_loss_step, module, student, teacher, center, number)
-        for launch in launches_of(module, call):
+        for launch in launches_of(partial(call, student, teacher, center, number), forward, backward):
             if launch[0].__name__ not in ("_join", "_finish") or dtype == torch.bfloat16:          # these see no logits
                 yield {"dtype": str(dtype), "prototypes": prototypes, "centered": centered, "teachers": teachers,
-                       "whole": prototypes % module.CHUNK == 0}, launch
+                       "whole": prototypes % forward.CHUNK == 0}, launch
 
 
 def adamw_ema() -> Iterator[tuple[dict[str, object], Launch]]:
     from dinofast.kernels import adamw_ema as module
+    from dinofast.kernels import multi_tensor
 
     def tensors(dtype: torch.dtype | None = torch.float32) -> list[torch.Tensor | None]:
         return [None if dtype is None else torch.empty(size, dtype=dtype, device="meta") for size in (4096, 7)]
@@ -106,9 +108,9 @@ def adamw_ema() -> Iterator[tuple[dict[str, object], Launch]]:
     cases = ((torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16),
              (torch.float16, torch.float16))
     for aligned, (grad, copy) in itertools.product((True, False), cases):
-        module._are_aligned = lambda addresses, aligned=aligned: aligned
-        module._tables_of.cache_clear()                  # tensors without memory all have the same address
-        for launch in launches_of(module, partial(call, grad, copy)):
+        multi_tensor._are_aligned = lambda addresses, aligned=aligned: aligned
+        multi_tensor._tables_on_stream.cache_clear()                  # tensors without memory all have the same address
+        for launch in launches_of(partial(call, grad, copy), module):
             if launch[0].__name__ not in ("_prepare", "_norms") or (aligned and copy is None):  # these two do not vary
                 yield {"grad": str(grad), "copy": str(copy), "aligned": aligned}, launch
 
@@ -120,7 +122,7 @@ def color() -> Iterator[tuple[dict[str, object], Launch]]:
     numbers, table = torch.empty(128, module.FIELDS, dtype=torch.int32, device="meta"), torch.empty(3, 256, device="meta")
     for dtype in (torch.float32, torch.bfloat16):
         call = partial(module.color, crops, numbers, 70, table, dtype)
-        for launch in {(kernel, str(options)): (kernel, args, options) for kernel, args, options in launches_of(module, call)
+        for launch in {(kernel, str(options)): (kernel, args, options) for kernel, args, options in launches_of(call, module)
                        }.values():
             yield {"dtype": str(dtype)}, launch
 
@@ -132,7 +134,7 @@ def normalize() -> Iterator[tuple[dict[str, object], Launch]]:
         layout = torch.channels_last if interleaved else torch.contiguous_format
         crops = torch.empty(64, 3, side, side, dtype=torch.uint8, device="meta", memory_format=layout)
         table = torch.empty(3, 256, dtype=dtype, device="meta")
-        for launch in launches_of(module, partial(module.normalize, crops, table)):
+        for launch in launches_of(partial(module.normalize, crops, table), module):
             yield {"dtype": str(dtype), "interleaved": interleaved, "whole": side % 4 == 0}, launch
 
 

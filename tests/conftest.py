@@ -130,9 +130,10 @@ def pytest_configure(config):
             if callable(getattr(ops._choice._C, name)):
                 _count(ops._choice._C, name, "cpp")
     if not ops._choice.NO_TRITON:
-        from dinofast.kernels import adamw_ema, color, dino_loss, normalize
+        from dinofast.kernels import adamw_ema, color, dino_loss, dino_loss_backward, normalize
 
-        for module, names in ((dino_loss, "dino_loss dino_loss_backward"), (adamw_ema, "adamw_ema_ ema_ grad_norms"),
+        for module, names in ((dino_loss, "dino_loss"), (dino_loss_backward, "dino_loss_backward"),
+                              (adamw_ema, "adamw_ema_ ema_ grad_norms"),
                               (color, "color"), (normalize, "normalize")):
             for name in names.split():
                 _count(module, name, "triton")

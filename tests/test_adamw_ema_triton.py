@@ -34,9 +34,9 @@ def test_compiled_for_every_configuration(compiled_ahead_of_time: Callable, arch
 
 @pytest.fixture
 def kernels(interpreter: None) -> Any:
-    from dinofast.kernels import adamw_ema
+    from dinofast.kernels import adamw_ema, multi_tensor
 
-    adamw_ema._tables_of.cache_clear()
+    multi_tensor._tables_on_stream.cache_clear()
     return adamw_ema
 
 
@@ -49,9 +49,11 @@ def test_on_the_cpu_only_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_sent(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks once for the same sizes and dtypes, addresses once for the same tensors."""
+    from dinofast.kernels import multi_tensor
+
     sent: list[tuple[int, ...]] = []
-    upload = kernels._upload
-    monkeypatch.setattr(kernels, "_upload", lambda x, device: (sent.append(tuple(x.shape)), upload(x, device))[1])
+    upload = multi_tensor._upload
+    monkeypatch.setattr(multi_tensor, "_upload", lambda x, device: (sent.append(tuple(x.shape)), upload(x, device))[1])
     x = draw([(1030,), (7,)])
     tables, addresses = [(3, 2), (2, 2)], [(16,)]                          # of 3 chunks, 2 tensors and 8 rows
     for change, expected in (("", tables + addresses), ("", []), ("grads", addresses), ("", [])):

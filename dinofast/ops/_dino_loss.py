@@ -65,15 +65,15 @@ def _dino_loss_kernel(student: Tensor, teacher: Tensor, center: Tensor | None, s
     student, teacher = _rows(student), _rows(teacher)
     if impl == "cpp":
         return _dino_loss_cpp(student, teacher, center, student_temp, teacher_temp, pairs, diagonal, with_grad)
-    from ..kernels import dino_loss as triton
-    return triton.dino_loss(student, teacher, center, student_temp, on_device(student.device, teacher_temp), pairs, diagonal,
+    from ..kernels.dino_loss import dino_loss as kernel
+    return kernel(student, teacher, center, student_temp, on_device(student.device, teacher_temp), pairs, diagonal,
                             with_grad)
 
 
 def _dino_loss_backward_kernel(upstream: Tensor, student: Tensor, teacher: Tensor, saved: Tensor, student_temp: float,
                                centered: bool, pairs: int, diagonal: bool) -> Tensor:
-    from ..kernels import dino_loss as triton
-    return triton.dino_loss_backward(upstream, _rows(student), _rows(teacher), saved, student_temp, centered, pairs, diagonal)
+    from ..kernels.dino_loss_backward import dino_loss_backward as kernel
+    return kernel(upstream, _rows(student), _rows(teacher), saved, student_temp, centered, pairs, diagonal)
 
 
 def _dino_loss_fake(student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: Tensor,
@@ -83,10 +83,10 @@ def _dino_loss_fake(student: Tensor, teacher: Tensor, center: Tensor | None, stu
     if impl == "cpp":
         saved = student.new_empty(student.shape if with_grad else (0,), dtype=_saved_dtype(student))
     else:
-        from ..kernels import dino_loss as triton
+        from ..kernels.dino_loss import saved_numbers
         crops, images, prototypes = student.shape
         kept = 0 if center is None else prototypes
-        saved = numbers(triton.saved_numbers(images, crops + teacher.shape[0], kept) if with_grad else 0)
+        saved = numbers(saved_numbers(images, crops + teacher.shape[0], kept) if with_grad else 0)
     return numbers(), numbers(), numbers(0 if center is None else student.shape[2]), saved
 
 
