@@ -16,12 +16,14 @@ import bench_adamw_ema
 import bench_data
 import bench_dino_loss
 import bench_step
+import cells
 import data_on_gpu
 import first_batch
 import launch_kernels
 import official_checkout
 import photographs
 import report
+import tables
 
 from dinofast.bench import baseline as official
 from dinofast.bench import record, timing
@@ -165,8 +167,8 @@ def test_candidates_of_the_data_path_agree(monkeypatch, tmp_path):
     for row in made.values():
         assert row["same_crops"] and row["cpu_ms"] > 0 and row["images_per_s"] == 1e3 / row["median_ms"]
     record.save(result, tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert f"| official | {made['official']['images_per_s']:,.0f} | " in report.data("cpu")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert f"| official | {made['official']['images_per_s']:,.0f} | " in tables.data("cpu")
 
 
 def test_the_data_path_onto_a_gpu_rehearsed(monkeypatch, tmp_path):
@@ -182,8 +184,8 @@ def test_the_data_path_onto_a_gpu_rehearsed(monkeypatch, tmp_path):
     for row in rows.values():
         assert row["images_per_s"] == 1e3 / row["median_ms"] > 0 and row["cpu_ms"] > 0 and row["device_gib"] is None
     record.save(result, tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    table = report.data("cuda")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    table = tables.data("cuda")
     assert "official" not in table.split("|")[1:8] and all(f"{row['images_per_s']:,.0f} |" in table or
                                                            f"{row['images_per_s']:,.0f}** |" in table for row in rows.values())
 
@@ -345,7 +347,7 @@ def results(not_compiled, monkeypatch, tmp_path):
     result = record.environment("dino_loss", CPU, "a command")
     result["cases"] = [bench_dino_loss.measure_case(SMALL_LOSS._replace(images=b), CPU, 0.01) for b in (3, 5)]
     record.save(result, tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     return tmp_path
 
 
@@ -361,10 +363,10 @@ def test_a_result_file_has_every_field(results):
 
 
 def test_report_renders_a_file(results):
-    shown = report.speed("dino_loss", "cpu")
+    shown = tables.speed("dino_loss", "cpu")
     assert "), V = 4, B = 3, K = 50, float32:" in shown and "| B = 5 |" in shown
     row = json.loads((results / "dino_loss-cpu.json").read_text())["cases"][0]["rows"][3]
-    assert f"| **dinofast** | **{report.digits(row['median_ms'])} [" in shown
+    assert f"| **dinofast** | **{cells.digits(row['median_ms'])} [" in shown
     assert f"| **{row['times_faster_than_official']:.1f}** |" in shown
     assert f"Left out: official checkout: {official_checkout.NOT_SET}." in shown and "`a command`" in shown
 
@@ -381,9 +383,9 @@ def test_report_renders_the_step(monkeypatch, tmp_path):
     cases += [cases[0] | {"case": "two", "left_out": []}, {**cases[0], "case": "three", "left_out": [], "rows": [
         row("dinofast", 50.0, 3.0, parts, None)]}]
     record.save(record.environment("step", CPU, "a command") | {"device_type": "cuda", "cases": cases}, tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert report.step("cpu") == "The step: no measurement has been committed yet."
-    shown = report.step("cuda")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.step("cpu") == "The step: no measurement has been committed yet."
+    shown = tables.step("cuda")
     assert shown.startswith("The whole step, one; 113.4 GFLOP an image, MFU of my word:\n\n")
     for line in (
             "| official | 320 | 400 [399, 401] | 1.00 | 5% | 20.50 GiB |", "| official |" + " 12.0 |" * 6,
@@ -398,14 +400,14 @@ def test_report_renders_the_step(monkeypatch, tmp_path):
 
 
 def test_report_without_a_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert report.speed("dino_loss", "cuda") == "`dino_loss`: no measurement has been committed yet."
-    assert report.gpu() == report.NO_GPU and "\n" not in report.NO_GPU
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.speed("dino_loss", "cuda") == "`dino_loss`: no measurement has been committed yet."
+    assert tables.gpu() == tables.NO_GPU and "\n" not in tables.NO_GPU
 
 
 @pytest.mark.parametrize("ms, shown", [(0.01234, "0.0123"), (1.234, "1.23"), (45.67, "45.7"), (1234.5, "1,234")])
 def test_digits(ms, shown):
-    assert report.digits(ms) == shown
+    assert cells.digits(ms) == shown
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("pytest_benchmark"), reason="needs pytest-benchmark")
@@ -465,5 +467,5 @@ def test_the_first_batch_is_timed(monkeypatch, tmp_path):
     assert 30 < told["list_bytes_an_image"] < 60
     cases = [told | {"rows": [], "left_out": []}]
     record.save(record.environment("first_batch", CPU, "a command") | {"cases": cases}, tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert "| page cache | " in report.first_batch() and "1,003 JPEGs" in report.first_batch()
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "| page cache | " in tables.first_batch() and "1,003 JPEGs" in tables.first_batch()

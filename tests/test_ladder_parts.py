@@ -14,8 +14,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_step
 import gpu_tests
 import probe
-import report
 import step_options
+import tables
 
 from dinofast.bench import record, timing
 from dinofast.bench import step as step_clock
@@ -311,8 +311,8 @@ def test_a_candidate_must_do_the_same_step(images, first, same):
 # ---- what README shows of them
 def test_report_of_a_gpu(monkeypatch, tmp_path, steps):
     """One line without results; else a table for each that is there, flagged rows as notes."""
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert report.gpu() == report.NO_GPU
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.gpu() == tables.NO_GPU
     base = record.environment("options", CPU, "a command") | {"device_type": "cuda"}
     record.save(base | {"cases": list(climb(*ORDER).values())}, tmp_path)
     rows = [{"candidate": "qkv, forward", "median_ms": 0.1234, "tflops": 612.3, "gbps": None},
@@ -320,7 +320,7 @@ def test_report_of_a_gpu(monkeypatch, tmp_path, steps):
     kernels = {"case": "one step", "kernels": [], "n_kernels": 1234.0, "kernels_us": 60_000.0, "gaps_us": 2500.0, "rows": [
         {"candidate": "without the profiler", "median_ms": 62.5}]}
     record.save(base | {"benchmark": "probe", "cases": [{"case": "products", "rows": rows}, kernels]}, tmp_path)
-    shown = report.gpu()
+    shown = tables.gpu()
     for words in ("| --attention fa3 |  | 1,280 | 1,422 | 1.111 | yes |",
                   "| --cuda_graph true | --attention fa3 | 1,422 | 1,347 | 0.947 |  |",
                   "| products | qkv, forward | 0.123 | 612 |",
