@@ -120,13 +120,15 @@ def _statistics(
     teacher,         # (T, B, K)
     center,          # (K,), CENTERED only
     teacher_temp,    # (), CENTERED only
-    parts,           # (4, B, V + T, N) out, of each chunk of the student's V rows and then the teacher's T: maximum; sum of
-    #                  2^((x - maximum) factor), or of the probabilities; the same with each term times (x - maximum) for a
-    #                  teacher's row, and for a student's with the weights of teacher crop 0; of teacher crop 1
+    parts,           # (4, B, V + T, N) out, of each chunk of the student's V rows, then of the teacher's T
     student_inv_temp, V, B, K, N, student_outer_stride, student_image_stride, teacher_outer_stride, teacher_image_stride,
     T: tl.constexpr, CENTERED: tl.constexpr, WHOLE: tl.constexpr, CHUNK: tl.constexpr,
 ):
-    """Grid: B N; N chunks a row, all of them WHOLE or not."""
+    """Grid: B N; N chunks a row, all of them WHOLE or not.
+
+    parts: maximum; sum of 2^((x - maximum) factor), or of the probabilities; the same with each term times (x - maximum) for a
+    teacher's row, and for a student's with the weights of teacher crop 0; of teacher crop 1.
+    """
     b, chunk = tl.program_id(0) // N, tl.program_id(0) % N
     plane = tl.cast(B, tl.int64) * (V + T) * N
     k = chunk * CHUNK + tl.arange(0, CHUNK)                                                    # (CHUNK,)
@@ -201,7 +203,7 @@ def _entropy(row, top, total, plane, N, temp, CHUNKS: tl.constexpr):
 def _join(
     parts,           # (4, B, V + T, N)
     teacher_temp,    # (), CENTERED only
-    saved,           # (B, V + T, 2) out, KEEP only: maximum and 1 / sum of each row; of a row of probabilities 0 and its sum
+    saved,           # (B, V + T, 2) out, KEEP only: maximum, 1 / sum; of probabilities 0, sum
     temp_kept,       # () out, KEEP only; zeros fill the place up to 16 bytes
     losses,          # (B, V) out: of each crop
     entropies,       # (B,) out, CENTERED only: sum over the teacher's rows

@@ -24,6 +24,7 @@ class Budget(NamedTuple):
 
 
 FP32, BF16, FP16 = ({"dtype": f"torch.{name}", "whole": True} for name in ("float32", "bfloat16", "float16"))
+# fmt: off
 BUDGETS = (
     # ---------------------------------- dino_loss, an element of the logits; of _join and _finish a number that they load
     Budget("_sum_columns", FP32, "16 bytes of float32",      (8.50, 0.125, 24),  (8.50, 0.125, 32)),
@@ -63,6 +64,7 @@ BUDGETS = (
     Budget("_normalize", BF16 | {"interleaved": False}, 24,  (8.0, 0, 48),       (8.0, 0, 48)),
     Budget("_normalize", BF16 | {"interleaved": True}, 24,   (10.7, 0, 48),      (11.0, 0, 48)),
 )
+# fmt: on
 
 
 def over(kernels: Iterable[dict]) -> list[str]:
