@@ -28,6 +28,7 @@ test: $(VENV)/test-tools
 
 lint: $(VENV)/test-tools
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 docs: $(VENV)/installed

@@ -8,10 +8,20 @@ from glob import glob
 import pybind11
 from setuptools import Extension, setup
 
-# errno and trapping math keep loops with a condition from being vectorized; nothing here relaxes the arithmetic itself.
-flags = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
-         "-fopenmp-simd"]
-openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has no OpenMP: one thread there
+# errno and trapping math keep loops with a condition from being vectorized; nothing here relaxes
+# the arithmetic itself.
+flags = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fopenmp-simd",
+]
+# Apple's compiler has no OpenMP: one thread there
+openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 core = Extension(
     "dinofast._C",
@@ -21,7 +31,9 @@ core = Extension(
     extra_compile_args=flags + openmp,
     extra_link_args=openmp,
     language="c++",
-    optional=True,  # without a compiler the package installs all the same, and `dinofast doctor` says what is missing
+    # without a compiler the package installs all the same, and `dinofast doctor` says what is
+    # missing
+    optional=True,
 )
 
 setup(ext_modules=[core])

@@ -1,12 +1,15 @@
-"""Images/s of the data path on a CPU: from JPEG files to batches of normalized crops, 2 x 224 and 8 x 96 an image.
+"""Images/s of the data path on a CPU: from JPEG files to batches of normalized crops, 2 x 224 and 8
+x 96 an image.
 
     python -m pytest benchmarks/bench_data.py         prints the comparison; --save-results keeps it
     python benchmarks/bench_data.py --save-results    the same without pytest
 
-"official" is the official pipeline rewritten: PIL makes each crop, tensors are normalized and collated by torch's DataLoader
-without workers. dinofast's rows give the same crops bit for bit, which is checked first. "official checkout" is the official
-`DataAugmentationDINO` itself, where $DINO_OFFICIAL names a checkout and torchvision is there; "DALI" the same kind of work by
-DALI's own CPU operators, where that is there. Those two draw crops of their own. Photographs are those of photographs.py.
+"official" is the official pipeline rewritten: PIL makes each crop, tensors are normalized and
+collated by torch's DataLoader without workers. dinofast's rows give the same crops bit for bit,
+which is checked first. "official checkout" is the official `DataAugmentationDINO` itself, where
+$DINO_OFFICIAL names a checkout and torchvision is there; "DALI" the same kind of work by DALI's own
+CPU operators, where that is there. Those two draw crops of their own. Photographs are those of
+photographs.py.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from dinofast.runtime.backends import cores
 
 NAME = "data"
 ALL_CORES = "dinofast, all cores"
-BATCHES = 4                                      # of it in a turn: its threads start and end with that
+BATCHES = 4  # of it in a turn: its threads start and end with that
 
 
 class Case(NamedTuple):
@@ -52,7 +55,10 @@ class Case(NamedTuple):
     sides: tuple[int, int] = (224, 96)
 
     def __str__(self) -> str:
-        return f"{self.photographs} photographs, 2 x {self.sides[0]} and 8 x {self.sides[1]} crops, float32, one thread"
+        return (
+            f"{self.photographs} photographs, 2 x {self.sides[0]} and 8 x {self.sides[1]} "
+            "crops, float32, one thread"
+        )
 
 
 def cases(device: torch.device) -> list[Case | data_on_gpu.Case]:
@@ -66,7 +72,8 @@ def candidates_of(case: Case | data_on_gpu.Case) -> tuple[str, ...]:
 
 
 class Turn(NamedTuple):
-    """How a candidate makes the next batch, or several, the first of which it returns: (N, 3, S, S) each, crop-major.
+    """How a candidate makes the next batch, or several, the first of which it returns: (N, 3, S, S)
+    each, crop-major.
 
     same: it makes the official crops, bit for bit. before, after: untimed.
     """
@@ -80,8 +87,8 @@ class Turn(NamedTuple):
 
 
 def measure_case(case: Case | data_on_gpu.Case, device: torch.device) -> dict[str, Any]:
-    """Every candidate makes the same batch, then every candidate the next, until all photographs are through. On a GPU see
-    data_on_gpu.py."""
+    """Every candidate makes the same batch, then every candidate the next, until all photographs
+    are through. On a GPU see data_on_gpu.py."""
     if isinstance(case, data_on_gpu.Case):
         return list(data_on_gpu.growing(case, device))[-1]
     threads = torch.get_num_threads()
@@ -92,15 +99,28 @@ def measure_case(case: Case | data_on_gpu.Case, device: torch.device) -> dict[st
             turns, left_out = make_turns(case, Path(folder))
             check_same(turns)
             rounds = case.photographs // case.batch
-            together = Turns({turn.name: lambda turn=turn: measure_turn(turn, case.batch) for turn in turns}, catch=())
+            together = Turns(
+                {turn.name: lambda turn=turn: measure_turn(turn, case.batch) for turn in turns},
+                catch=(),
+            )
             together.run(0.0, fewest=rounds, most=rounds)
     finally:
         torch.set_num_threads(threads)
-    return {"case": str(case), "photographs": case.photographs, "batch": case.batch, "dtype": "float32",
-            "implementation": "pil" if backend_native.unavailable_reason() else "native", "rounds": rounds,
-            "versions": {name: version(name) for name in ("pillow", "torchvision", "nvidia-dali-cuda130")},
-            "rows": add_ratios([data_row(turn.name, together.results[turn.name], turn.same) for turn in turns]),
-            "left_out": left_out}
+    return {
+        "case": str(case),
+        "photographs": case.photographs,
+        "batch": case.batch,
+        "dtype": "float32",
+        "implementation": "pil" if backend_native.unavailable_reason() else "native",
+        "rounds": rounds,
+        "versions": {
+            name: version(name) for name in ("pillow", "torchvision", "nvidia-dali-cuda130")
+        },
+        "rows": add_ratios(
+            [data_row(turn.name, together.results[turn.name], turn.same) for turn in turns]
+        ),
+        "left_out": left_out,
+    }
 
 
 def measure_turn(turn: Turn, batch: int) -> tuple[float, float]:
@@ -109,43 +129,73 @@ def measure_turn(turn: Turn, batch: int) -> tuple[float, float]:
     elapsed, cpu = time.perf_counter(), time.process_time()
     made = turn.call()
     images = batch * turn.batches
-    times = (time.perf_counter() - elapsed) * 1e3 / images, (time.process_time() - cpu) * 1e3 / images
+    times = (
+        (time.perf_counter() - elapsed) * 1e3 / images,
+        (time.process_time() - cpu) * 1e3 / images,
+    )
     turn.after()
     del made
     return times
 
 
-def data_row(name: str, turns: Sequence[tuple[float, ...]], same: bool, **more: Any) -> dict[str, Any]:
-    """Of a candidate whose turns took (elapsed, CPU) milliseconds an image; same: it makes the official crops, bit for bit."""
+def data_row(
+    name: str, turns: Sequence[tuple[float, ...]], same: bool, **more: Any
+) -> dict[str, Any]:
+    """Of a candidate whose turns took (elapsed, CPU) milliseconds an image; same: it makes the
+    official crops, bit for bit."""
     elapsed_ms, cpu_ms = ([turn[i] for turn in turns] for i in range(2))
-    return row_of(name, elapsed_ms, same_crops=same, images_per_s=1e3 / quartiles(elapsed_ms)[1], cpu_ms=quartiles(cpu_ms)[1],
-                  **more)
+    return row_of(
+        name,
+        elapsed_ms,
+        same_crops=same,
+        images_per_s=1e3 / quartiles(elapsed_ms)[1],
+        cpu_ms=quartiles(cpu_ms)[1],
+        **more,
+    )
 
 
 def check_same(turns: Sequence[Turn]) -> None:
-    """Raise AssertionError unless all are of one shape, and those said to be the same so bit for bit. Takes a turn of each."""
+    """Raise AssertionError unless all are of one shape, and those said to be the same so bit for
+    bit. Takes a turn of each."""
     first = by_resolution(turns[0].call())
     for turn in turns[1:]:
         turn.before()
         made = by_resolution(turn.call())
         turn.after()
-        assert [(x.shape, x.dtype) for x in made] == [(x.shape, x.dtype) for x in first], f"'{turn.name}' makes other batches"
-        assert not turn.same or all(map(torch.equal, made, first)), f"crops of '{turn.name}' differ from '{turns[0].name}'"
+        assert [(x.shape, x.dtype) for x in made] == [(x.shape, x.dtype) for x in first], (
+            f"'{turn.name}' makes other batches"
+        )
+        assert not turn.same or all(map(torch.equal, made, first)), (
+            f"crops of '{turn.name}' differ from '{turns[0].name}'"
+        )
 
 
 def by_resolution(crops: Sequence[Tensor]) -> list[Tensor]:
     """(V_r B, 3, S_r, S_r) each, as a model takes them; only dinofast makes them so."""
-    return [torch.cat([crop for crop in crops if crop.shape[-1] == side]) for side in sorted({c.shape[-1] for c in crops})]
+    return [
+        torch.cat([crop for crop in crops if crop.shape[-1] == side])
+        for side in sorted({c.shape[-1] for c in crops})
+    ]
 
 
 def make_turns(case: Case, folder: Path) -> tuple[list[Turn], list[str]]:
     """The candidates, and why others are left out."""
-    cfg = Config(data_path=str(folder / "photographs"), output_dir=str(folder), batch_size_per_gpu=case.batch, device="cpu",
-                 global_crops_size=case.sides[0], local_crops_size=case.sides[1], num_workers=0)
+    cfg = Config(
+        data_path=str(folder / "photographs"),
+        output_dir=str(folder),
+        batch_size_per_gpu=case.batch,
+        device="cpu",
+        global_crops_size=case.sides[0],
+        local_crops_size=case.sides[1],
+        num_workers=0,
+    )
     loader = loader_of(cfg, "pil")
     turns, left_out = [Turn("official", rewritten(cfg, loader).__next__)], []
     no_dali, no_native = backend_dali.unavailable_reason("cpu"), backend_native.unavailable_reason()
-    for name, make, reason in (("official checkout", checkout, no_checkout()), ("DALI", dali_pipeline, no_dali)):
+    for name, make, reason in (
+        ("official checkout", checkout, no_checkout()),
+        ("DALI", dali_pipeline, no_dali),
+    ):
         if reason:
             left_out.append(f"{name}: {reason}")
         else:
@@ -162,29 +212,39 @@ def loader_of(cfg: Config, backend: str, **changes: Any) -> Loader:
 
 
 def all_cores(cfg: Config) -> Turn:
-    """Its threads work ahead, which they must not do in others' turns: they start in its own and end after it."""
+    """Its threads work ahead, which they must not do in others' turns: they start in its own and
+    end after it."""
     loader, step = loader_of(cfg, "native", num_workers=cores()), itertools.count()
 
     def call() -> list[Tensor]:
         return [next(loader) for _ in range(BATCHES)][0]
-    return Turn(ALL_CORES, call, before=lambda: loader.seek(next(step)), after=loader.close, batches=BATCHES)
+
+    return Turn(
+        ALL_CORES, call, before=lambda: loader.seek(next(step)), after=loader.close, batches=BATCHES
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ the official pipeline
+# --------------------------------------------------------------------------------------------------
+
 
 class Rewritten(Dataset):
-    """The official semantics: crops drawn by our plan, so that results can be compared, and made one by one by PIL."""
+    """The official semantics: crops drawn by our plan, so that results can be compared, and made
+    one by one by PIL."""
 
     def __init__(self, cfg: Config, loader: Loader) -> None:
         self.read = loader.reader.dataset.read
-        self.mean, self.std = (torch.tensor(c).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std))
+        self.mean, self.std = (
+            torch.tensor(c).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std)
+        )
 
     def __getitem__(self, drawn: tuple[int, Draw, int]) -> list[Tensor]:
         index, draw, b = drawn
         image = decode(self.read(index))
         views = draw.plan(b, image.height, image.width)
-        crops = (torch.from_numpy(render(image, view).transpose(2, 0, 1).copy()) for view in views)         # ToTensor
-        return [crop.float().div(255).sub(self.mean).div(self.std) for crop in crops]                       # and Normalize
+        # ToTensor
+        crops = (torch.from_numpy(render(image, view).transpose(2, 0, 1).copy()) for view in views)
+        # and Normalize
+        return [crop.float().div(255).sub(self.mean).div(self.std) for crop in crops]
 
 
 def rewritten(cfg: Config, loader: Loader) -> Iterator[list[Tensor]]:
@@ -192,12 +252,15 @@ def rewritten(cfg: Config, loader: Loader) -> Iterator[list[Tensor]]:
         for epoch, indices in batches_of(cfg, loader):
             draw = loader.augmentation.draw(epoch, indices)
             yield [(index, draw, b) for b, index in enumerate(indices.tolist())]
+
     return iter(DataLoader(Rewritten(cfg, loader), batch_sampler=drawn()))
 
 
 def batches_of(cfg: Config, loader: Loader) -> Iterator[tuple[int, np.ndarray]]:
     """Epoch and indices of each batch, those of dinofast's loaders."""
-    return batch_indices(cfg.seed, loader.n_images, loader.steps_per_epoch, batch_size=cfg.batch_size_per_gpu)
+    return batch_indices(
+        cfg.seed, loader.n_images, loader.steps_per_epoch, batch_size=cfg.batch_size_per_gpu
+    )
 
 
 def no_checkout() -> str:
@@ -213,11 +276,22 @@ class Checkout(Dataset):
         from torchvision import transforms
 
         self.path = loader.reader.dataset.path
-        taken = {name: official_checkout.take("utils.py", name, random=random, ImageFilter=ImageFilter, ImageOps=ImageOps)
-                 for name in ("GaussianBlur", "Solarization")}
-        augmentation = official_checkout.take("main_dino.py", "DataAugmentationDINO", transforms=transforms, Image=Image,
-                                              utils=types.SimpleNamespace(**taken))
-        self.augment = augmentation(cfg.global_crops_scale, cfg.local_crops_scale, cfg.local_crops_number)
+        taken = {
+            name: official_checkout.take(
+                "utils.py", name, random=random, ImageFilter=ImageFilter, ImageOps=ImageOps
+            )
+            for name in ("GaussianBlur", "Solarization")
+        }
+        augmentation = official_checkout.take(
+            "main_dino.py",
+            "DataAugmentationDINO",
+            transforms=transforms,
+            Image=Image,
+            utils=types.SimpleNamespace(**taken),
+        )
+        self.augment = augmentation(
+            cfg.global_crops_scale, cfg.local_crops_scale, cfg.local_crops_number
+        )
 
     def __getitem__(self, sample: int) -> list[Tensor]:
         with open(self.path(sample), "rb") as file:
@@ -225,17 +299,29 @@ class Checkout(Dataset):
 
 
 def checkout(cfg: Config, loader: Loader) -> Iterator[list[Tensor]]:
-    return iter(DataLoader(Checkout(cfg, loader), batch_sampler=(samples.tolist() for _, samples in batches_of(cfg, loader))))
+    return iter(
+        DataLoader(
+            Checkout(cfg, loader),
+            batch_sampler=(samples.tolist() for _, samples in batches_of(cfg, loader)),
+        )
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------- DALI
+# --------------------------------------------------------------------------------------------------
+
 
 def dali_pipeline(cfg: Config, loader: Loader) -> Iterator[list[Tensor]]:
-    """One thread, and nothing made ahead: each run reads, decodes and makes the crops of one batch."""
+    """One thread, and nothing made ahead: each run reads, decodes and makes the crops of one
+    batch."""
     from nvidia.dali import fn, pipeline_def, types
 
     mean, std = ([255 * level for level in levels] for levels in (cfg.image_mean, cfg.image_std))
-    order = np.concatenate([samples for _, samples in itertools.islice(batches_of(cfg, loader), loader.steps_per_epoch)])
+    order = np.concatenate(
+        [
+            samples
+            for _, samples in itertools.islice(batches_of(cfg, loader), loader.steps_per_epoch)
+        ]
+    )
     paths = [loader.reader.dataset.path(sample) for sample in order.tolist()]
 
     def maybe(p: float) -> Any:
@@ -244,19 +330,38 @@ def dali_pipeline(cfg: Config, loader: Loader) -> Iterator[list[Tensor]]:
     def between(low: float, high: float) -> Any:
         return fn.random.uniform(range=(low, high))
 
-    @pipeline_def(enable_conditionals=True, batch_size=cfg.batch_size_per_gpu, num_threads=1, device_id=None, seed=0,
-                  prefetch_queue_depth=1, exec_pipelined=False, exec_async=False)
+    @pipeline_def(
+        enable_conditionals=True,
+        batch_size=cfg.batch_size_per_gpu,
+        num_threads=1,
+        device_id=None,
+        seed=0,
+        prefetch_queue_depth=1,
+        exec_pipelined=False,
+        exec_async=False,
+    )
     def graph() -> tuple:
         encoded, _ = fn.readers.file(files=paths)
         image = fn.decoders.image(encoded, output_type=types.RGB)
         crops = []
         for view in loader.augmentation.views:
-            crop = fn.random_resized_crop(image, size=(view.size, view.size), random_area=view.scale, antialias=True,
-                                          interp_type=types.INTERP_CUBIC)
+            crop = fn.random_resized_crop(
+                image,
+                size=(view.size, view.size),
+                random_area=view.scale,
+                antialias=True,
+                interp_type=types.INTERP_CUBIC,
+            )
             if maybe(augmentation.JITTER_P):
                 low, high = augmentation.FACTORS_LOW.tolist(), augmentation.FACTORS_HIGH.tolist()
                 brightness, contrast, saturation, hue = map(between, low, high)
-                crop = fn.color_twist(crop, brightness=brightness, contrast=contrast, saturation=saturation, hue=360 * hue)
+                crop = fn.color_twist(
+                    crop,
+                    brightness=brightness,
+                    contrast=contrast,
+                    saturation=saturation,
+                    hue=360 * hue,
+                )
             if maybe(augmentation.GRAY_P):
                 crop = fn.saturation(crop, saturation=0.0)
             if maybe(view.blur_p):
@@ -280,7 +385,11 @@ def rehearsal() -> list[data_on_gpu.Case]:
 
 
 def growing(case: Case | data_on_gpu.Case, device: torch.device) -> Iterator[dict[str, Any]]:
-    return data_on_gpu.growing(case, device) if isinstance(case, data_on_gpu.Case) else iter([measure_case(case, device)])
+    return (
+        data_on_gpu.growing(case, device)
+        if isinstance(case, data_on_gpu.Case)
+        else iter([measure_case(case, device)])
+    )
 
 
 def test_data(measure: Callable[[], dict[str, Any]]) -> None:

@@ -15,7 +15,10 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def once(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Without the first cell where it is that of the row above."""
     firsts = [None, *(row[0] for row in rows)]
-    return [("" if row[0] == above else row[0], *row[1:]) for row, above in zip(rows, firsts, strict=False)]
+    return [
+        ("" if row[0] == above else row[0], *row[1:])
+        for row, above in zip(rows, firsts, strict=False)
+    ]
 
 
 def different(case: str, first: str) -> str:
@@ -43,7 +46,11 @@ def rate(images_per_s: float) -> str:
 
 
 def faster(row: dict) -> str:
-    return "" if row["times_faster_than_official"] is None else f"{row['times_faster_than_official']:.2f}"
+    return (
+        ""
+        if row["times_faster_than_official"] is None
+        else f"{row['times_faster_than_official']:.2f}"
+    )
 
 
 def gib(row: dict) -> str:

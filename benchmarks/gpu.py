@@ -1,18 +1,22 @@
-"""`make gpu`: a ladder for a machine with a CUDA torch and no network that is there for minutes: builds, measures, tests.
+"""`make gpu`: a ladder for a machine with a CUDA torch and no network that is there for minutes:
+builds, measures, tests.
 
-    python benchmarks/gpu.py               the whole ladder, as far as one call gets; call again to go on
-    python benchmarks/gpu.py step data     these parts alone, with all of the time (make gpu PARTS="step data")
-    python benchmarks/gpu.py --rehearse    every part at tiny sizes on the CPU, nothing saved into results
+    python benchmarks/gpu.py              the whole ladder, as far as one call gets; call again
+    python benchmarks/gpu.py step data    these parts alone (make gpu PARTS="step data")
+    python benchmarks/gpu.py --rehearse   every part, tiny, on the CPU; nothing saved into results
 
-The parts stand in order of worth, and each begins whatever became of those before. A call ends within nine minutes. Every step
-of a part is saved at once, in --results (else $OUT, else benchmarks/results and docs), and the next call goes on from
-there if commit and device are the same: what is done is not repeated, unless --again is given. Where $OUT is emptied between
-calls, --results names a folder that is kept. A part that runs over is interrupted, so that its traceback is in its log, and
-ended if that does not help. --cache DIR keeps what torch.compile and Triton make, to be carried to the next call.
+The parts stand in order of worth, and each begins whatever became of those before. A call ends
+within nine minutes. Every step of a part is saved at once, in --results (else $OUT, else
+benchmarks/results and docs), and the next call goes on from there if commit and device are the
+same: what is done is not repeated, unless --again is given. Where $OUT is emptied between calls,
+--results names a folder that is kept. A part that runs over is interrupted, so that its traceback
+is in its log, and ended if that does not help. --cache DIR keeps what torch.compile and Triton
+make, to be carried to the next call.
 
-Nothing is downloaded: dinofast is installed without its dependencies, or, where pip may not install, built in place; either
-way what runs is this checkout. Exit code: 0 if all is done, 1 if a part failed, 75 if something is left for another call. What
-could not be installed and what racecheck had no time for are only named.
+Nothing is downloaded: dinofast is installed without its dependencies, or, where pip may not
+install, built in place; either way what runs is this checkout. Exit code: 0 if all is done, 1 if a
+part failed, 75 if something is left for another call. What could not be installed and what
+racecheck had no time for are only named.
 """
 
 from __future__ import annotations
@@ -37,18 +41,44 @@ from typing import IO, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
-MORE = 75                                        # exit code of a part, and of this: something is left; as record.MORE
-TOTAL_S, LEAST_S = 510, 10                       # of a call, ending what runs over not counted; with less no part is begun
-INTERRUPTED_S, ABORTED_S = 15, 5                 # a part that runs over has so long to end when it is told to
-LIMITS = {"install": 60, "probe": 150, "step": 420, "options": 420, "dino_loss": 75, "adamw_ema": 45, "tests": 240,
-          "data": 120, "memcheck": 90, "racecheck": 60}                  # seconds of a call at most, in a run of everything
-LAST_CASE_S = {"probe": 60, "step": 75, "options": 75}     # kept for the case begun last; of others 0.4 of the limit
-RESUMED, RESTARTS = ("probe", "step", "options", "dino_loss", "adamw_ema", "tests", "data"), 6     # parts; in one call
+MORE = 75  # exit code of a part, and of this: something is left; as record.MORE
+# of a call, ending what runs over not counted; with less no part is begun
+TOTAL_S, LEAST_S = 510, 10
+INTERRUPTED_S, ABORTED_S = 15, 5  # a part that runs over has so long to end when it is told to
+LIMITS = {
+    "install": 60,
+    "probe": 150,
+    "step": 420,
+    "options": 420,
+    "dino_loss": 75,
+    "adamw_ema": 45,
+    "tests": 240,
+    # seconds of a call at most, in a run of everything
+    "data": 120,
+    "memcheck": 90,
+    "racecheck": 60,
+}
+# kept for the case begun last; of others 0.4 of the limit
+LAST_CASE_S = {"probe": 60, "step": 75, "options": 75}
+# parts; in one call
+RESUMED, RESTARTS = ("probe", "step", "options", "dino_loss", "adamw_ema", "tests", "data"), 6
 SANITIZED = ("memcheck", "racecheck")
-SCRIPTS = {"probe": "probe.py", "options": "step_options.py", "tests": "gpu_tests.py"}          # of others bench_NAME.py
-PLANTED, PLANTED_S = "planted", 12               # a part of the rehearsal that runs over; the others have all the time
-INSTALL = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check",
-           "--editable", ".")
+# of others bench_NAME.py
+SCRIPTS = {"probe": "probe.py", "options": "step_options.py", "tests": "gpu_tests.py"}
+# a part of the rehearsal that runs over; the others have all the time
+PLANTED, PLANTED_S = "planted", 12
+INSTALL = (
+    "-m",
+    "pip",
+    "install",
+    "--quiet",
+    "--no-deps",
+    "--no-build-isolation",
+    "--no-index",
+    "--disable-pip-version-check",
+    "--editable",
+    ".",
+)
 BUILD = ("setup.py", "--quiet", "build_ext", "--inplace")
 SANITIZER_PLACES = (os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/usr/local/cuda")
 
@@ -68,27 +98,41 @@ class Ended(NamedTuple):
 def gpu_unavailable_reason() -> str:
     """Why this machine or this Python will not do, in a sentence; empty if it will."""
     if not importlib.util.find_spec("torch"):
-        return f"torch is not installed in {PYTHON}: make gpu PYTHON=... names one that has a CUDA torch."
+        return (
+            f"torch is not installed in {PYTHON}: make gpu PYTHON=... names one that has a "
+            "CUDA torch."
+        )
     import torch
 
     if not torch.cuda.is_available():
-        return f"torch {torch.__version__} in {PYTHON} sees no CUDA device: make gpu needs a machine that has one."
+        return (
+            f"torch {torch.__version__} in {PYTHON} sees no CUDA device: make gpu needs a "
+            "machine that has one."
+        )
     if not importlib.util.find_spec("triton"):
         return f"Triton is not installed in {PYTHON}: the GPU kernels are written in it."
     return ""
 
 
-def run(name: str, arguments: Sequence[str], limit_s: float, environment: dict[str, str], log: Path) -> Ended:
-    """One process of a part, with all that it says in `log` as well. One that runs over is told to end, then ended with all its
-    children."""
+def run(
+    name: str, arguments: Sequence[str], limit_s: float, environment: dict[str, str], log: Path
+) -> Ended:
+    """One process of a part, with all that it says in `log` as well. One that runs over is told to
+    end, then ended with all its children."""
     if limit_s < LEAST_S:
         return Ended(None, "not begun, no time was left")
     print(f"\n==== {name} (at most {limit_s:.0f} s): {' '.join(arguments)}", flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with log.open("ab") as file:
-        process = subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            arguments,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         printer = threading.Thread(target=_print, args=(process.stdout, file), daemon=True)
         printer.start()
         try:
@@ -97,7 +141,7 @@ def run(name: str, arguments: Sequence[str], limit_s: float, environment: dict[s
             code = None
         finally:
             said = _end(process)
-            printer.join(ABORTED_S)              # a child of its own session may hold the pipe open
+            printer.join(ABORTED_S)  # a child of its own session may hold the pipe open
     took = f"{time.monotonic() - start:.0f} s"
     if code is None:
         return Ended(None, f"not finished after {limit_s:.0f} s, {said}: {log} has where it was")
@@ -108,7 +152,7 @@ def run(name: str, arguments: Sequence[str], limit_s: float, environment: dict[s
 
 def _print(pipe: IO[bytes], log: IO[bytes]) -> None:
     for line in pipe:
-        with suppress(ValueError):               # of a log closed meanwhile
+        with suppress(ValueError):  # of a log closed meanwhile
             log.write(line)
             log.flush()
         sys.stdout.write(line.decode(errors="replace"))
@@ -116,21 +160,26 @@ def _print(pipe: IO[bytes], log: IO[bytes]) -> None:
 
 
 def _end(process: subprocess.Popen) -> str:
-    """Interrupts what still runs, for Python's traceback; then aborts it, for that of faulthandler, which needs no help of the
-    interpreter; then kills the group. What was needed."""
+    """Interrupts what still runs, for Python's traceback; then aborts it, for that of faulthandler,
+    which needs no help of the interpreter; then kills the group. What was needed."""
     said = "ended by itself"
-    for number, seconds, what in ((signal.SIGINT, INTERRUPTED_S, "interrupted"), (signal.SIGABRT, ABORTED_S, "aborted")):
+    for number, seconds, what in (
+        (signal.SIGINT, INTERRUPTED_S, "interrupted"),
+        (signal.SIGABRT, ABORTED_S, "aborted"),
+    ):
         if process.poll() is not None:
             break
         said = what
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+            os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(
+                number
+            )
         with suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
     if process.poll() is None:
         said = "killed"
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)   # children too
+        os.killpg(process.pid, signal.SIGKILL)  # children too
     process.wait()
     return said
 
@@ -145,22 +194,31 @@ class Call(NamedTuple):
     environment: dict[str, str]
 
     def part(self, name: str, limit_s: float) -> Ended:
-        """Runs it, and again in a fresh process while one leaves something and there is time: an error of the device or a crash
-        ends a process, and what it was at is not begun for ever."""
+        """Runs it, and again in a fresh process while one leaves something and there is time: an
+        error of the device or a crash ends a process, and what it was at is not begun for ever."""
         if name == "install":
             return self.install(limit_s)
         start, resume = time.monotonic(), not self.again
         if name == SANITIZED[0] and self.device != "cpu" and sanitizer():
-            run(name, kernels(self.device), limit_s, self.environment, self.logs / f"{name}.log")       # compiles them
+            # compiles them
+            run(name, kernels(self.device), limit_s, self.environment, self.logs / f"{name}.log")
         for restart in range(RESTARTS + 1):
             left_s = limit_s - (time.monotonic() - start)
             made = command(name, self, left_s, resume)
             if isinstance(made, str):
                 return Ended(1 if made.startswith("FAILED") else 0, made)
-            ended = run(name, made[0], left_s, self.environment | made[1], self.logs / f"{name}.log")
+            ended = run(
+                name, made[0], left_s, self.environment | made[1], self.logs / f"{name}.log"
+            )
             begin_s = left_s - LAST_CASE_S.get(name, 0.4 * left_s)
             is_slow = time.monotonic() - start > begin_s
-            if ended.is_finished or ended.code is None or is_slow or restart == RESTARTS or name not in RESUMED:
+            if (
+                ended.is_finished
+                or ended.code is None
+                or is_slow
+                or restart == RESTARTS
+                or name not in RESUMED
+            ):
                 return ended
             resume = True
 
@@ -171,10 +229,17 @@ class Call(NamedTuple):
         if self.has_core():
             return Ended(0, "ok, there already")
         wanted = {"setuptools": 77, "pybind11": 2}
-        absent = [f"{name} {least} or newer" for name, least in wanted.items() if major_version(name) < least]
+        absent = [
+            f"{name} {least} or newer"
+            for name, least in wanted.items()
+            if major_version(name) < least
+        ]
         if absent:
-            return Ended(0, f"left out: {PYTHON} has no {' and no '.join(absent)} to build the C++ core with; the GPU kernels "
-                            "do without")
+            return Ended(
+                0,
+                f"left out: {PYTHON} has no {' and no '.join(absent)} to build the C++ core with; "
+                "the GPU kernels do without",
+            )
         log, ended = self.logs / "install.log", Ended(1, "left out: pip is not installed")
         if importlib.util.find_spec("pip"):
             ended = run("install", (PYTHON, *INSTALL), limit_s, self.environment, log)
@@ -183,11 +248,17 @@ class Call(NamedTuple):
             ended = ended._replace(how=f"{ended.how} (built in place: pip may not install here)")
         if self.has_core():
             return Ended(0, ended.how)
-        return Ended(0, f"left out: the C++ core was not built ({ended.how}); the GPU kernels do without")
+        return Ended(
+            0, f"left out: the C++ core was not built ({ended.how}); the GPU kernels do without"
+        )
 
     def has_core(self) -> bool:
-        return not subprocess.run((PYTHON, "-c", "from dinofast import _C"), cwd=ROOT, env=self.environment,
-                                  capture_output=True).returncode
+        return not subprocess.run(
+            (PYTHON, "-c", "from dinofast import _C"),
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+        ).returncode
 
 
 def major_version(package: str) -> int:
@@ -200,14 +271,22 @@ def major_version(package: str) -> int:
 
 def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or next(
-        (found for place in SANITIZER_PLACES if (found := shutil.which("compute-sanitizer", path=f"{place}/bin"))), None)
+        (
+            found
+            for place in SANITIZER_PLACES
+            if (found := shutil.which("compute-sanitizer", path=f"{place}/bin"))
+        ),
+        None,
+    )
 
 
 def kernels(device: str) -> tuple[str, ...]:
     return PYTHON, "benchmarks/launch_kernels.py", "--device", device
 
 
-def command(name: str, call: Call, limit_s: float, resume: bool) -> tuple[tuple[str, ...], dict[str, str]] | str:
+def command(
+    name: str, call: Call, limit_s: float, resume: bool
+) -> tuple[tuple[str, ...], dict[str, str]] | str:
     """What a part runs, and in what environment beside the usual; or why it cannot."""
     if name == PLANTED:
         return (PYTHON, "-c", "import time\ndef runs_over():\n    time.sleep(600)\nruns_over()"), {}
@@ -215,15 +294,36 @@ def command(name: str, call: Call, limit_s: float, resume: bool) -> tuple[tuple[
         return f"FAILED: not run, pytest is not installed in {PYTHON}"
     if name in SANITIZED:
         if call.device == "cpu":
-            return kernels(call.device), {}                      # a stand-in: without the sanitizer
+            return kernels(call.device), {}  # a stand-in: without the sanitizer
         if not (tool := sanitizer()):
             return "left out: compute-sanitizer is not on this machine"
-        return ((tool, "--tool", name, "--report-api-errors", "no", "--error-exitcode", "9", *kernels(call.device)),
-                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})         # each allocation by itself: running over its end is seen
+        return (
+            (
+                tool,
+                "--tool",
+                name,
+                "--report-api-errors",
+                "no",
+                "--error-exitcode",
+                "9",
+                *kernels(call.device),
+            ),
+            # each allocation by itself: running over its end is seen
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
     begin_s = max(1.0, limit_s - LAST_CASE_S.get(name, 0.4 * limit_s))
     flags = [*(["--resume"] if resume else []), *(["--rehearse"] if call.device == "cpu" else [])]
-    return (PYTHON, f"benchmarks/{SCRIPTS.get(name, f'bench_{name}.py')}", "--device", call.device, "--save-results",
-            str(call.results), "--limit-s", f"{begin_s:.0f}", *flags), {}
+    return (
+        PYTHON,
+        f"benchmarks/{SCRIPTS.get(name, f'bench_{name}.py')}",
+        "--device",
+        call.device,
+        "--save-results",
+        str(call.results),
+        "--limit-s",
+        f"{begin_s:.0f}",
+        *flags,
+    ), {}
 
 
 def flagged(path: Path) -> str:
@@ -238,38 +338,69 @@ def flagged(path: Path) -> str:
 
 def environment_of(device: str, cache: Path | None) -> dict[str, str]:
     found = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    found |= {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-              "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    found |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
     if cache:
-        found |= {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
+        found |= {
+            "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+            "TRITON_CACHE_DIR": str(cache / "triton"),
+        }
     return found | ({"OMP_NUM_THREADS": "1"} if device == "cpu" else {"DINOFAST_REQUIRE": "triton"})
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(LIMITS)}; none means all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(LIMITS)}; none means all"
+    )
     parser.add_argument("--results", type=Path, metavar="DIR", help="$OUT, else benchmarks/results")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="of torch.compile and Triton; default: where they have it")
-    parser.add_argument("--total-s", type=float, default=TOTAL_S, metavar="S", help=f"of this call (default: {TOTAL_S})")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="of torch.compile and Triton; default: where they have it",
+    )
+    parser.add_argument(
+        "--total-s",
+        type=float,
+        default=TOTAL_S,
+        metavar="S",
+        help=f"of this call (default: {TOTAL_S})",
+    )
     parser.add_argument("--again", action="store_true", help="repeat what is done")
-    parser.add_argument("--rehearse", action="store_true", help="every part at tiny sizes on the CPU, not saved into results")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="every part at tiny sizes on the CPU, not saved into results",
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] = ()) -> int:
     start, args = time.monotonic(), parse(arguments)
     limits = dict(LIMITS)
-    if args.rehearse:                            # what runs over stands in the middle, so that parts are seen to go on
-        limits = {"install": 0, "probe": TOTAL_S, PLANTED: PLANTED_S} | dict.fromkeys(LIMITS, TOTAL_S)
+    if args.rehearse:  # what runs over stands in the middle, so that parts are seen to go on
+        limits = {"install": 0, "probe": TOTAL_S, PLANTED: PLANTED_S} | dict.fromkeys(
+            LIMITS, TOTAL_S
+        )
     if unknown := [name for name in args.parts if name not in limits]:
         print(f"there is no part '{unknown[0]}': choose from {', '.join(limits)}.")
         return 1
     if not args.rehearse and (reason := gpu_unavailable_reason()):
         print(reason)
         return 1
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:          # as a shell has it for what runs in the background: parts
-        signal.signal(signal.SIGINT, signal.default_int_handler)   # would inherit it, and could not be interrupted
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))     # of what is aborted
+    # as a shell has it for what runs in the background: parts
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # would inherit it, and could not be interrupted
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # of what is aborted
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     call = make_call(args)
     own = call.results == ROOT / "benchmarks" / "results"
     import torch
@@ -285,21 +416,34 @@ def main(arguments: Sequence[str] = ()) -> int:
     for name in names:
         before = state["parts"].get(name, {})
         if before.get("finished") and name != "install":
-            state["parts"][name] = before | {"how": before["how"].removesuffix(" (before)") + " (before)"}
+            state["parts"][name] = before | {
+                "how": before["how"].removesuffix(" (before)") + " (before)"
+            }
             continue
         left_s = args.total_s - (time.monotonic() - start)
         has_all = args.parts and name not in ("install", PLANTED)
         ended = call.part(name, left_s if has_all else min(limits[name], left_s))
-        state["parts"][name] = {"how": ended.how + flagged(call.results / f"{name}-{call.device}.json"), "code": ended.code,
-                                "finished": ended.is_finished, "calls": before.get("calls", 0) + 1,
-                                "date": time.strftime("%Y-%m-%d")}
+        state["parts"][name] = {
+            "how": ended.how + flagged(call.results / f"{name}-{call.device}.json"),
+            "code": ended.code,
+            "finished": ended.is_finished,
+            "calls": before.get("calls", 0) + 1,
+            "date": time.strftime("%Y-%m-%d"),
+        }
         write(state, path)
     if own:
         subprocess.run((PYTHON, "benchmarks/report.py"), cwd=ROOT, check=True)
-    print(f"\n==== make gpu, {time.monotonic() - start:.0f} s, results in {call.results}, logs in {call.logs}")
+    print(
+        f"\n==== make gpu, {time.monotonic() - start:.0f} s, results in {call.results}, logs in "
+        f"{call.logs}"
+    )
     for name in names:
         print(f"{name:10} {state['parts'][name]['how']}")
-    left = [name for name in names if not state["parts"][name]["finished"] and name not in ("racecheck", PLANTED)]
+    left = [
+        name
+        for name in names
+        if not state["parts"][name]["finished"] and name not in ("racecheck", PLANTED)
+    ]
     if left:
         print(f"left for another call: {', '.join(left)}")
     if any(state["parts"][name]["how"].startswith("FAILED") for name in names):
@@ -316,7 +460,13 @@ def make_call(args: argparse.Namespace) -> Call:
     else:
         results = Path(tempfile.mkdtemp(prefix="dinofast-rehearsal-")) if args.rehearse else own
     logs = ROOT / "build" / "gpu-logs" if results == own else results / "logs"
-    return Call(results, logs, device, args.again, environment_of(device, args.cache and args.cache.resolve()))
+    return Call(
+        results,
+        logs,
+        device,
+        args.again,
+        environment_of(device, args.cache and args.cache.resolve()),
+    )
 
 
 if __name__ == "__main__":

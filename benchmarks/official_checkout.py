@@ -1,7 +1,8 @@
-"""The official DINO's own code (facebookresearch/dino) as a candidate, from the checkout that $DINO_OFFICIAL names.
+"""The official DINO's own code (facebookresearch/dino) as a candidate, from the checkout that
+$DINO_OFFICIAL names.
 
-One class or function is executed at a time, because importing its scripts would ask for packages that a machine for benchmarks
-need not have. `dinofast.bench.baseline` is our rewrite of the same.
+One class or function is executed at a time, because importing its scripts would ask for packages
+that a machine for benchmarks need not have. `dinofast.bench.baseline` is our rewrite of the same.
 """
 
 from __future__ import annotations
@@ -33,14 +34,22 @@ def is_there() -> bool:
 
 
 def take(file: str, name: str, **more_names: Any) -> Any:
-    """The class or function `name` of `file` in $DINO_OFFICIAL, which may use `more_names` beside torch's. Raises ValueError if
-    it is not there."""
+    """The class or function `name` of `file` in $DINO_OFFICIAL, which may use `more_names` beside
+    torch's. Raises ValueError if it is not there."""
     path = Path(os.environ["DINO_OFFICIAL"]) / file
     if not path.is_file():
-        raise ValueError(f"DINO_OFFICIAL is '{path.parent}' but has no {file}: name a checkout of facebookresearch/dino.")
-    found = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", None) == name]
+        raise ValueError(
+            f"DINO_OFFICIAL is '{path.parent}' but has no {file}: name a checkout of "
+            "facebookresearch/dino."
+        )
+    found = [
+        node for node in ast.parse(path.read_text()).body if getattr(node, "name", None) == name
+    ]
     if not found:
-        raise ValueError(f"'{path}' defines no {name}: DINO_OFFICIAL must name a checkout of facebookresearch/dino.")
+        raise ValueError(
+            f"'{path}' defines no {name}: DINO_OFFICIAL must name a checkout of "
+            "facebookresearch/dino."
+        )
     names = {"torch": torch, "nn": nn, "F": F, "np": np, "dist": dist, **more_names}
     exec(compile(ast.Module([found[-1]], []), str(path), "exec"), names)
     return names[name]
@@ -51,36 +60,65 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def dino_loss(crops: int, prototypes: int, student_temp: float, teacher_temp: float, device: torch.device) -> nn.Module:
-    """The checkout's own `DINOLoss`, with the process group of one process that its all-reduce asks for."""
+def dino_loss(
+    crops: int, prototypes: int, student_temp: float, teacher_temp: float, device: torch.device
+) -> nn.Module:
+    """The checkout's own `DINOLoss`, with the process group of one process that its all-reduce asks
+    for."""
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
         atexit.register(_leave)
     loss = take("main_dino.py", "DINOLoss")
-    return loss(prototypes, crops, teacher_temp, teacher_temp, 0, 1, student_temp=student_temp).to(device)
+    return loss(prototypes, crops, teacher_temp, teacher_temp, 0, 1, student_temp=student_temp).to(
+        device
+    )
 
 
 def networks(cfg: Config) -> tuple[nn.Module, nn.Module]:
     """Student and teacher as its `train_dino` makes them, the teacher without gradients."""
-    names: dict[str, Any] = {"math": math, "partial": partial, "trunc_normal_": nn.init.trunc_normal_}
-    for name in ("drop_path", "DropPath", "Mlp", "Attention", "Block", "PatchEmbed", "VisionTransformer", "DINOHead", cfg.arch):
+    names: dict[str, Any] = {
+        "math": math,
+        "partial": partial,
+        "trunc_normal_": nn.init.trunc_normal_,
+    }
+    for name in (
+        "drop_path",
+        "DropPath",
+        "Mlp",
+        "Attention",
+        "Block",
+        "PatchEmbed",
+        "VisionTransformer",
+        "DINOHead",
+        cfg.arch,
+    ):
         names[name] = take("vision_transformer.py", name, **names)
     wrapper = take("utils.py", "MultiCropWrapper")
 
     def network(rate: float) -> nn.Module:
-        backbone = names[cfg.arch](patch_size=cfg.patch_size, drop_path_rate=rate, img_size=[cfg.global_crops_size])
+        backbone = names[cfg.arch](
+            patch_size=cfg.patch_size, drop_path_rate=rate, img_size=[cfg.global_crops_size]
+        )
         return wrapper(backbone, names["DINOHead"](backbone.embed_dim, cfg.out_dim))
 
     return network(cfg.drop_path_rate), network(0.0).requires_grad_(False)
 
 
 class Step:
-    """`step(i, batches)` of the checkout's own networks, loss, groups and clip, put together as in its `train_one_epoch`.
+    """`step(i, batches)` of the checkout's own networks, loss, groups and clip, put together as in
+    its `train_one_epoch`.
 
     It starts from the weights of `model`.
     """
 
-    def __init__(self, cfg: Config, model: Model, device: torch.device, schedule: Schedule, precision: str) -> None:
+    def __init__(
+        self, cfg: Config, model: Model, device: torch.device, schedule: Schedule, precision: str
+    ) -> None:
         self.cfg, self.device, self.schedule = cfg, device, schedule
         self.student, self.teacher = networks(cfg)
         for network, like in ((self.student, model.student), (self.teacher, model.teacher)):
@@ -96,7 +134,11 @@ class Step:
             group["lr"] = self.schedule.lr[step]
             if i == 0:
                 group["weight_decay"] = self.schedule.weight_decay[step]
-        crops = [crop for size in next(batches) for crop in size.chunk(size.shape[0] // self.cfg.batch_size_per_gpu)]
+        crops = [
+            crop
+            for size in next(batches)
+            for crop in size.chunk(size.shape[0] // self.cfg.batch_size_per_gpu)
+        ]
         with torch.autocast(self.device.type, torch.float16, enabled=self.scaler is not None):
             teacher_output = self.teacher(crops[:2])
             student_output = self.student(crops)

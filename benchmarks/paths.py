@@ -1,10 +1,11 @@
-"""Second paths to the same result, each timed against the plain one: what they gain is why they are there.
+"""Second paths to the same result, each timed against the plain one: what they gain is why they are
+there.
 
-    python benchmarks/paths.py --threads 1 --save-results          all of them; keeps what it prints in benchmarks/results
+    python benchmarks/paths.py --threads 1 --save-results    all; kept in benchmarks/results
     python benchmarks/paths.py memory chunks                       some of them
 
-The clock is the processor time of the process, so that what else runs on the machine counts little. Of the step the memory case
-has three blocks instead of twelve, which take turns in the same memory.
+The clock is the processor time of the process, so that what else runs on the machine counts little.
+Of the step the memory case has three blocks instead of twelve, which take turns in the same memory.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from dinofast.runtime.distributed import Process
 from dinofast.runtime.memory import retain_freed_memory
 from dinofast.step import Step
 
-Times = tuple[list[float], list[float]]          # milliseconds with a path, and without it
+Times = tuple[list[float], list[float]]  # milliseconds with a path, and without it
 Without = Callable[[], AbstractContextManager[None]]
 CPU, PROTOTYPES, CROPS = torch.device("cpu"), 65536, 10
-WARM_UP = 2                                       # steps of each process that do not count
+WARM_UP = 2  # steps of each process that do not count
 
 
 def used_ms() -> float:
@@ -46,7 +47,8 @@ def used_ms() -> float:
 
 
 def in_turns(call: Callable[[int], object], without: Without, rounds: int, warm_up: int) -> Times:
-    """Times of call(round), first as it is and then without a path, the next time the other way round."""
+    """Times of call(round), first as it is and then without a path, the next time the other way
+    round."""
     times: Times = [], []
     for i in range(-warm_up, rounds):
         for which in (0, 1) if i % 2 else (1, 0):
@@ -61,10 +63,19 @@ def in_turns(call: Callable[[int], object], without: Without, rounds: int, warm_
 # ---- the step
 def step_of(images: int, blocks: int) -> Callable[[int], object]:
     """An optimizer step of ViT-S/16, cut to so many blocks, on random crops."""
-    cfg = Config(arch="vit_small", batch_size_per_gpu=images, freeze_last_layer=0, data_path="none", output_dir="none")
+    cfg = Config(
+        arch="vit_small",
+        batch_size_per_gpu=images,
+        freeze_last_layer=0,
+        data_path="none",
+        output_dir="none",
+    )
 
     def backbone() -> VisionTransformer:
-        return VisionTransformer(embed_dim=384, num_heads=6, depth=blocks, drop_path_rate=cfg.drop_path_rate)
+        return VisionTransformer(
+            embed_dim=384, num_heads=6, depth=blocks, drop_path_rate=cfg.drop_path_rate
+        )
+
     step = Step(cfg, Model.from_config(cfg, backbone), Process(0, 1, CPU), schedule_of(cfg, CPU))
     crops = Synthetic(cfg, CPU, torch.float32)
     return lambda i: step(max(i, 0), crops)
@@ -73,8 +84,12 @@ def step_of(images: int, blocks: int) -> Callable[[int], object]:
 def memory(rounds: int) -> Times:
     """In two processes, as malloc's settings are a process's."""
     command = (sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--answer")
-    children = {how: subprocess.Popen((*command, how), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-                for how in ("kept", "usual")}
+    children = {
+        how: subprocess.Popen(
+            (*command, how), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for how in ("kept", "usual")
+    }
 
     def step_of_child(child: subprocess.Popen[str]) -> float:
         child.stdin.write("go\n")
@@ -101,15 +116,23 @@ def answer_with_steps(how: str) -> None:
 # ---- the loss, forward and backward
 @contextmanager
 def fresh_memory() -> Iterator[None]:
-    with mock.patch.object(_dino_loss, "_empty", lambda shape, dtype: torch.empty(shape, dtype=dtype)):
+    with mock.patch.object(
+        _dino_loss, "_empty", lambda shape, dtype: torch.empty(shape, dtype=dtype)
+    ):
         yield
 
 
 def gradient(rounds: int) -> Times:
     student, teacher, center = loss_inputs("peaked", CROPS, 32, PROTOTYPES)
     student.requires_grad_()
-    return in_turns(lambda _: torch.autograd.grad(ops.dino_loss(student, teacher, center, 0.1, 0.04)[0], student), fresh_memory,
-                    rounds, warm_up=3)
+    return in_turns(
+        lambda _: torch.autograd.grad(
+            ops.dino_loss(student, teacher, center, 0.1, 0.04)[0], student
+        ),
+        fresh_memory,
+        rounds,
+        warm_up=3,
+    )
 
 
 @contextmanager
@@ -125,23 +148,39 @@ def chunks(rounds: int, images: int = 32) -> Times:
 
     def call(_: int) -> object:
         local, both = head.split([(CROPS - 2) * images, 2 * images])
-        loss = ops.soft_cross_entropy(local.chunk(CROPS - 2), list(targets)) + ops.soft_cross_entropy(
-            [both], [targets.flatten(0, 1)])
+        loss = ops.soft_cross_entropy(
+            local.chunk(CROPS - 2), list(targets)
+        ) + ops.soft_cross_entropy([both], [targets.flatten(0, 1)])
         return torch.autograd.grad(loss, head)
-    with retain_freed_memory(CPU):                       # or fresh memory would count most
+
+    with retain_freed_memory(CPU):  # or fresh memory would count most
         return in_turns(call, stacking, rounds, warm_up=3)
 
 
-CASES: dict[str, tuple[str, int, Callable[[int], Times]]] = {       # name: what, rounds, how
-    "memory": ("step of three blocks of ViT-S/16, 16 images: freed memory kept | given back", 5, memory),
-    "gradient": ("loss, B = 32: a gradient in memory of an earlier one | in fresh memory", 21, gradient),
+CASES: dict[str, tuple[str, int, Callable[[int], Times]]] = {  # name: what, rounds, how
+    "memory": (
+        "step of three blocks of ViT-S/16, 16 images: freed memory kept | given back",
+        5,
+        memory,
+    ),
+    "gradient": (
+        "loss, B = 32: a gradient in memory of an earlier one | in fresh memory",
+        21,
+        gradient,
+    ),
     "chunks": ("loss as DINOv2 calls it, B = 32: chunks viewed | stacked", 21, chunks),
-    "fewer_chunks": ("loss as DINOv2 calls it, B = 8: chunks viewed | stacked", 21, lambda rounds: chunks(rounds, 8)),
+    "fewer_chunks": (
+        "loss as DINOv2 calls it, B = 8: chunks viewed | stacked",
+        21,
+        lambda rounds: chunks(rounds, 8),
+    ),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", nargs="*", help=", ".join(CASES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--answer", choices=("kept", "usual"), help=argparse.SUPPRESS)
@@ -154,11 +193,21 @@ def main() -> None:
     result = record.environment("paths", CPU, command) | {"clock": "processor time", "cases": []}
     for name in args.cases or CASES:
         what, rounds, run = CASES[name]
-        rows = [row_of(way, times) for way, times in zip(("with", "without"), run(rounds), strict=True)]
+        rows = [
+            row_of(way, times) for way, times in zip(("with", "without"), run(rounds), strict=True)
+        ]
         medians_ms = [row["median_ms"] for row in rows]
-        result["cases"].append({"case": what, "rounds": rounds, "rows": rows,
-                                "times_longer_without": medians_ms[1] / medians_ms[0]})
-        print(f"{what}: {medians_ms[0]:,.1f} | {medians_ms[1]:,.1f} ms of processor time", flush=True)
+        result["cases"].append(
+            {
+                "case": what,
+                "rounds": rounds,
+                "rows": rows,
+                "times_longer_without": medians_ms[1] / medians_ms[0],
+            }
+        )
+        print(
+            f"{what}: {medians_ms[0]:,.1f} | {medians_ms[1]:,.1f} ms of processor time", flush=True
+        )
         if args.save_results:
             record.save(result, args.save_results)
 

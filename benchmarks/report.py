@@ -1,6 +1,8 @@
-"""Renders tables and the chart from the committed results: `python benchmarks/report.py` rewrites them in place.
+"""Renders tables and the chart from the committed results: `python benchmarks/report.py` rewrites
+them in place.
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->` in one of `PAGES`; a test checks that pages and results agree.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->` in one of `PAGES`; a test checks that
+pages and results agree.
 """
 
 from __future__ import annotations
@@ -12,10 +14,16 @@ import chart
 import tables
 
 PAGES = ("README.md", "docs/benchmarks.md")
-TABLES = {"headline": tables.headline, "demo": tables.demo, "first_batch": tables.first_batch, "gpu": tables.gpu,
-          "step-cpu": functools.partial(tables.step, "cpu"), "data-cpu": functools.partial(tables.data, "cpu"),
-          "dino_loss-cpu": functools.partial(tables.speed, "dino_loss", "cpu"),
-          "adamw_ema-cpu": functools.partial(tables.speed, "adamw_ema", "cpu")}
+TABLES = {
+    "headline": tables.headline,
+    "demo": tables.demo,
+    "first_batch": tables.first_batch,
+    "gpu": tables.gpu,
+    "step-cpu": functools.partial(tables.step, "cpu"),
+    "data-cpu": functools.partial(tables.data, "cpu"),
+    "dino_loss-cpu": functools.partial(tables.speed, "dino_loss", "cpu"),
+    "adamw_ema-cpu": functools.partial(tables.speed, "adamw_ema", "cpu"),
+}
 
 
 def bars() -> str:
@@ -25,7 +33,8 @@ def bars() -> str:
 
 
 def render(pages: dict[str, str]) -> dict[str, str]:
-    """The texts of PAGES with every marked table made anew. Each table stands in one of them, once."""
+    """The texts of PAGES with every marked table made anew. Each table stands in one of them,
+    once."""
     pages = dict(pages)
     for name, make in TABLES.items():
         place, found = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", flags=re.S), 0
@@ -33,7 +42,9 @@ def render(pages: dict[str, str]) -> dict[str, str]:
             pages[page], n = place.subn(lambda m, make=make: m[1] + make() + "\n" + m[2], text)
             found += n
         if found != 1:
-            raise ValueError(f"{' and '.join(pages)} have {found} places for the table '{name}': expected one.")
+            raise ValueError(
+                f"{' and '.join(pages)} have {found} places for the table '{name}': expected one."
+            )
     return pages
 
 

@@ -1,4 +1,5 @@
-"""A table of docs/benchmarks.md or of the front page for each kind of committed result, in Markdown."""
+"""A table of docs/benchmarks.md or of the front page for each kind of committed result, in
+Markdown."""
 
 from __future__ import annotations
 
@@ -10,24 +11,36 @@ from cells import bandwidth, different, digits, faster, gib, memory, once, rate,
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-NO_GPU = "GPU: nothing has been measured on one yet, and no number is claimed; `make gpu` measures all of the above there."
-PARTS = ("data", "teacher", "student", "loss", "backward", "optimizer")                  # of a step
-HEADLINE = (("step", "training step, ViT-S/16, batch of 8, fp32, 2 cores", "official", "dinofast"),
-            ("step", "the same, ours compiled and in bf16", "official", "dinofast, compiled, bf16"),
-            ("dino_loss", "loss, forward and backward", "official", "dinofast"),
-            ("adamw_ema", "clip, AdamW and EMA", "official", "dinofast"),
-            ("data", "decoding and crops, one core", "official", "dinofast"))
+NO_GPU = (
+    "GPU: nothing has been measured on one yet, and no number is claimed; `make gpu` "
+    "measures all of the above there."
+)
+PARTS = ("data", "teacher", "student", "loss", "backward", "optimizer")  # of a step
+HEADLINE = (
+    ("step", "training step, ViT-S/16, batch of 8, fp32, 2 cores", "official", "dinofast"),
+    ("step", "the same, ours compiled and in bf16", "official", "dinofast, compiled, bf16"),
+    ("dino_loss", "loss, forward and backward", "official", "dinofast"),
+    ("adamw_ema", "clip, AdamW and EMA", "official", "dinofast"),
+    ("data", "decoding and crops, one core", "official", "dinofast"),
+)
 
 
 def load(benchmark: str, device_type: str) -> dict | None:
-    """results/BENCHMARK-DEVICE.json with the rows that have times; None if there is no file, or nothing in it."""
+    """results/BENCHMARK-DEVICE.json with the rows that have times; None if there is no file, or
+    nothing in it."""
     path = RESULTS / f"{benchmark}-{device_type}.json"
     if not path.is_file():
         return None
     result = json.loads(path.read_text())
-    result["cases"] = [case for case in result["cases"] if "begun" not in case]       # whose measurement has come to its end
-    result["flagged"] = [f"{case['case']}, {flag}" for case in result["cases"] for flag in flagged(case)]
-    cases = [case | {"rows": [row for row in case["rows"] if "median_ms" in row]} for case in result["cases"]]
+    # whose measurement has come to its end
+    result["cases"] = [case for case in result["cases"] if "begun" not in case]
+    result["flagged"] = [
+        f"{case['case']}, {flag}" for case in result["cases"] for flag in flagged(case)
+    ]
+    cases = [
+        case | {"rows": [row for row in case["rows"] if "median_ms" in row]}
+        for case in result["cases"]
+    ]
     result["cases"] = [case for case in cases if case["rows"]]
     return result if result["cases"] else None
 
@@ -35,7 +48,12 @@ def load(benchmark: str, device_type: str) -> dict | None:
 def flagged(case: dict) -> list[str]:
     """What went wrong in a case and in its rows."""
     whole = [case["failed"]] if "failed" in case else []
-    return whole + [f"{row['candidate']}: {row[what]}" for row in case["rows"] for what in ("failed", "differs") if what in row]
+    return whole + [
+        f"{row['candidate']}: {row[what]}"
+        for row in case["rows"]
+        for what in ("failed", "differs")
+        if what in row
+    ]
 
 
 def provenance(result: dict) -> str:
@@ -45,18 +63,23 @@ def provenance(result: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in named.items() if version)
     threads = "" if result["device_type"] == "cuda" else f", {result['threads']} threads"
     notes = [*reasons(result), *(f"Flagged: {flag}." for flag in result.get("flagged", ()))]
-    return (f"{result['device']}{threads}; {versions}; commit {commit[:10]}{' with changes' if dirty else ''}, "
-            f"{result['date']}; `{result['command']}`. {' '.join(notes)}").strip()
+    return (
+        f"{result['device']}{threads}; {versions}; commit "
+        f"{commit[:10]}{' with changes' if dirty else ''}, {result['date']}; "
+        f"`{result['command']}`. {' '.join(notes)}"
+    ).strip()
 
 
 def reasons(result: dict) -> list[str]:
     """Why candidates are absent, each said once."""
-    return sorted({f"Left out: {reason}." for case in result["cases"] for reason in case.get("left_out", ())})
+    return sorted(
+        {f"Left out: {reason}." for case in result["cases"] for reason in case.get("left_out", ())}
+    )
 
 
 def headline() -> str:
-    """Five rows for the front page: official and dinofast, from the largest case of each result on a CPU. A row that failed, or
-    whose results are not the official ones, is left out."""
+    """Five rows for the front page: official and dinofast, from the largest case of each result on
+    a CPU. A row that failed, or whose results are not the official ones, is left out."""
     rows, machines = [], set()
     for benchmark, what, official, ours in HEADLINE:
         result = load(benchmark, "cpu")
@@ -65,8 +88,12 @@ def headline() -> str:
         if official not in good or ours not in good:
             continue
         theirs, mine = good[official], good[ours]
-        said = [f"{rate(each['images_per_s'])} images/s" if "images_per_s" in each else f"{digits(each['median_ms'])} ms"
-                for each in (theirs, mine)]
+        said = [
+            f"{rate(each['images_per_s'])} images/s"
+            if "images_per_s" in each
+            else f"{digits(each['median_ms'])} ms"
+            for each in (theirs, mine)
+        ]
         rows.append((what, *said, f"**{theirs['median_ms'] / mine['median_ms']:.1f} x**"))
         machines.add(f"{result['device']}, torch {result['versions']['torch']}, {result['date']}")
     return f"{table(('', 'official', 'dinofast', ''), rows)}\n\n{'; '.join(sorted(machines))}."
@@ -75,8 +102,15 @@ def headline() -> str:
 def demo() -> str:
     """k-NN accuracy and attention of `make demo` for every seed in results/demo-seed*.json."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("demo-seed*.json"))]
-    head = ("seed", "raw pixels", "untrained", "**trained**", "within palette pairs: raw, untrained, **trained**",
-            "attention on the object: untrained, **trained** (area)", "training")
+    head = (
+        "seed",
+        "raw pixels",
+        "untrained",
+        "**trained**",
+        "within palette pairs: raw, untrained, **trained**",
+        "attention on the object: untrained, **trained** (area)",
+        "training",
+    )
     rows = []
     for run in runs:
         raw, before, after = run["raw_pixels"], run["untrained"], run["trained"]
@@ -87,43 +121,78 @@ def demo() -> str:
         def mean(values: list[float]) -> str:
             return f"{sum(values) / len(values):.0%}"
 
-        rows.append((str(run["seed"]), one_digit(raw["knn"]), one_digit(before["knn"]), f"**{one_digit(after['knn'])}**",
-                     f"{one_digit(raw['knn_within_palette'])}, {one_digit(before['knn_within_palette'])}, "
-                     f"**{one_digit(after['knn_within_palette'])}**",
-                     f"{mean(before['attention_on_object'])}, **{mean(after['attention_on_object'])}** "
-                     f"({run['object_area']:.0%})",
-                     f"{run['steps']} steps, {run['train_seconds']:.0f} s"))
-    devices = sorted({f"{run['device']}, torch {run['versions']['torch']}, {run['date']}" for run in runs})
-    how = f"`dinofast demo --seed N` (`make demo` is seed 0), k = {runs[0]['k']}, {runs[0]['n_val']} unseen images"
+        rows.append(
+            (
+                str(run["seed"]),
+                one_digit(raw["knn"]),
+                one_digit(before["knn"]),
+                f"**{one_digit(after['knn'])}**",
+                f"{one_digit(raw['knn_within_palette'])}, "
+                f"{one_digit(before['knn_within_palette'])}, "
+                f"**{one_digit(after['knn_within_palette'])}**",
+                f"{mean(before['attention_on_object'])}, **{mean(after['attention_on_object'])}** "
+                f"({run['object_area']:.0%})",
+                f"{run['steps']} steps, {run['train_seconds']:.0f} s",
+            )
+        )
+    devices = sorted(
+        {f"{run['device']}, torch {run['versions']['torch']}, {run['date']}" for run in runs}
+    )
+    how = (
+        f"`dinofast demo --seed N` (`make demo` is seed 0), k = {runs[0]['k']}, "
+        f"{runs[0]['n_val']} unseen images"
+    )
     return f"{table(head, rows)}\n\n{how}; {'; '.join(devices)}."
 
 
 def first_batch() -> str:
-    """Time to the first batch, from results/first_batch-cpu.json; a sentence if there is no file."""
+    """Time to the first batch, from results/first_batch-cpu.json; a sentence if there is no
+    file."""
     path = RESULTS / "first_batch-cpu.json"
     if not path.is_file():
         return "Time to the first batch: no measurement has been committed yet."
     result = json.loads(path.read_text())
-    case, = result["cases"]
-    rows = [(name, *(f"{case[f'{when}_{column}']:,.1f}" for column in ("list_s", "first_batch_s", "cpu_s")),
-             f"{case[f'{when}_peak_mib']:,.0f} MiB")
-            for name, when in (("cold caches" if case["is_cold"] else "page cache", "first"), ("again", "again"))]
+    (case,) = result["cases"]
+    rows = [
+        (
+            name,
+            *(
+                f"{case[f'{when}_{column}']:,.1f}"
+                for column in ("list_s", "first_batch_s", "cpu_s")
+            ),
+            f"{case[f'{when}_peak_mib']:,.0f} MiB",
+        )
+        for name, when in (
+            ("cold caches" if case["is_cold"] else "page cache", "first"),
+            ("again", "again"),
+        )
+    ]
     head = ("", "files listed, s", "first batch, s", "CPU time of both, s", "peak memory")
     title = f"Time to the first batch of {case['batch']} over {case['files']:,} JPEGs:"
-    kept = f"The list keeps {case['list_bytes_an_image']:.0f} bytes an image, once for all processes of a machine."
+    kept = (
+        f"The list keeps {case['list_bytes_an_image']:.0f} bytes an image, once for all "
+        "processes of a machine."
+    )
     return "\n\n".join([title, table(head, rows), f"{kept} {provenance(result)}"])
 
 
 def gpu() -> str:
     """All that was measured on a GPU; one line if nothing was."""
-    makers = {"step": step, "options": options, "probe": probe, "dino_loss": functools.partial(speed, "dino_loss"),
-              "adamw_ema": functools.partial(speed, "adamw_ema"), "data": data}
+    makers = {
+        "step": step,
+        "options": options,
+        "probe": probe,
+        "dino_loss": functools.partial(speed, "dino_loss"),
+        "adamw_ema": functools.partial(speed, "adamw_ema"),
+        "data": data,
+    }
     blocks = [make("cuda") for name, make in makers.items() if load(name, "cuda")]
     return "\n\n".join(blocks) or NO_GPU
 
 
 def speed(benchmark: str, device_type: str) -> str:
-    """The first case of results/BENCHMARK-DEVICE.json in full, a line for each other; a sentence if there is no file."""
+    """The first case of results/BENCHMARK-DEVICE.json in full, a line for each other; a sentence if
+    there is no file."""
     result = load(benchmark, device_type)
     if not result:
         return f"`{benchmark}`: no measurement has been committed yet."
@@ -135,27 +204,55 @@ def speed(benchmark: str, device_type: str) -> str:
 
 
 def data(device_type: str) -> str:
-    """Every candidate of the data path, from results/data-DEVICE.json; a sentence if there is no file."""
+    """Every candidate of the data path, from results/data-DEVICE.json; a sentence if there is no
+    file."""
     result = load("data", device_type)
     if not result:
         return "`data`: no measurement has been committed yet."
-    case, = result["cases"]
-    head = ("", "images/s", "ms an image: median [quartiles]", "CPU ms an image", "official / this",
-            "crops", "device memory")
+    (case,) = result["cases"]
+    head = (
+        "",
+        "images/s",
+        "ms an image: median [quartiles]",
+        "CPU ms an image",
+        "official / this",
+        "crops",
+        "device memory",
+    )
     rows = []
     for row in case["rows"]:
         low, high = row["quartiles_ms"]
         faster, gib = row["times_faster_than_official"], row.get("device_gib")
-        cells = (row["candidate"], f"{row['images_per_s']:,.0f}", f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
-                 digits(row["cpu_ms"]), "" if faster is None else f"{faster:.1f}",
-                 "" if faster is None else "official, bit for bit" if row["same_crops"] else "its own, as many",
-                 "" if gib is None else f"{gib:.1f} GiB")
-        rows.append(tuple(f"**{cell}**" if cell and row["candidate"] == "dinofast" else cell for cell in cells))
-    return "\n\n".join([f"`data` ({case['implementation']}), {case['case']}:", table(head, rows), provenance(result)])
+        cells = (
+            row["candidate"],
+            f"{row['images_per_s']:,.0f}",
+            f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
+            digits(row["cpu_ms"]),
+            "" if faster is None else f"{faster:.1f}",
+            ""
+            if faster is None
+            else "official, bit for bit"
+            if row["same_crops"]
+            else "its own, as many",
+            "" if gib is None else f"{gib:.1f} GiB",
+        )
+        rows.append(
+            tuple(
+                f"**{cell}**" if cell and row["candidate"] == "dinofast" else cell for cell in cells
+            )
+        )
+    return "\n\n".join(
+        [
+            f"`data` ({case['implementation']}), {case['case']}:",
+            table(head, rows),
+            provenance(result),
+        ]
+    )
 
 
 def step(device_type: str) -> str:
-    """The whole step, from results/step-DEVICE.json: the case with most rows in full, a line for each other."""
+    """The whole step, from results/step-DEVICE.json: the case with most rows in full, a line for
+    each other."""
     result = load("step", device_type)
     if not result:
         return "The step: no measurement has been committed yet."
@@ -163,35 +260,85 @@ def step(device_type: str) -> str:
     rows, parts = [], []
     for row in first["rows"]:
         low, high = row["quartiles_ms"]
-        cells = (row["candidate"], rate(row["images_per_s"]), f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
-                 faster(row), share(row["mfu"]), gib(row))
-        spent = (row["candidate"], *(f"{row['parts_ms'][part]:,.1f}" if part in row["parts_ms"] else "" for part in PARTS))
+        cells = (
+            row["candidate"],
+            rate(row["images_per_s"]),
+            f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
+            faster(row),
+            share(row["mfu"]),
+            gib(row),
+        )
+        spent = (
+            row["candidate"],
+            *(f"{row['parts_ms'][part]:,.1f}" if part in row["parts_ms"] else "" for part in PARTS),
+        )
         bold = row["candidate"] == "dinofast"
         rows.append(tuple(f"**{cell}**" if cell and bold else cell for cell in cells))
-        parts += [tuple(f"**{cell}**" if cell and bold else cell for cell in spent)] if any(spent[1:]) else []
-    title = f"The whole step, {first['case']}; {first['gflop_an_image']:,.1f} GFLOP an image, MFU of {first['peak']}:"
-    blocks = [title, table(("", "images/s", "ms a step: median [quartiles]", "this / official", "MFU", "memory"), rows)]
+        parts += (
+            [tuple(f"**{cell}**" if cell and bold else cell for cell in spent)]
+            if any(spent[1:])
+            else []
+        )
+    title = (
+        f"The whole step, {first['case']}; {first['gflop_an_image']:,.1f} GFLOP an image, MFU "
+        f"of {first['peak']}:"
+    )
+    blocks = [
+        title,
+        table(
+            ("", "images/s", "ms a step: median [quartiles]", "this / official", "MFU", "memory"),
+            rows,
+        ),
+    ]
     if parts:
         blocks += ["Milliseconds of each part:", table(("", *PARTS), parts)]
-    brief = [(different(case["case"], first["case"]), row["candidate"], rate(row["images_per_s"]), faster(row),
-              share(row["mfu"]), gib(row)) for case in others for row in case["rows"]]
+    brief = [
+        (
+            different(case["case"], first["case"]),
+            row["candidate"],
+            rate(row["images_per_s"]),
+            faster(row),
+            share(row["mfu"]),
+            gib(row),
+        )
+        for case in others
+        for row in case["rows"]
+    ]
     if brief:
-        blocks += ["Other cases, by what differs:",
-                   table(("case", "", "images/s", "this / official", "MFU", "memory"), once(brief))]
+        blocks += [
+            "Other cases, by what differs:",
+            table(("case", "", "images/s", "this / official", "MFU", "memory"), once(brief)),
+        ]
     return "\n\n".join([*blocks, provenance(result)])
 
 
 def probe(device_type: str) -> str:
-    """What the device can do: ceilings, products, attention; and the kernels of a step, in a sentence each."""
+    """What the device can do: ceilings, products, attention; and the kernels of a step, in a
+    sentence each."""
     result = load("probe", device_type)
     if not result:
         return "The probe: no measurement has been committed yet."
-    rows = [(case["case"], row["candidate"], digits(row["median_ms"]), "" if row.get("gbps") is None else f"{row['gbps']:,.0f}",
-             "" if row.get("tflops") is None else digits(row["tflops"])) for case in result["cases"] for row in case["rows"]]
-    kernels = [f"{case['case']}: {case['n_kernels']:,.0f} kernels, {case['kernels_us'] / 1e3:,.1f} ms; none runs for "
-               f"{case['gaps_us'] / 1e3:,.1f} ms." for case in result["cases"] if "kernels" in case]
+    rows = [
+        (
+            case["case"],
+            row["candidate"],
+            digits(row["median_ms"]),
+            "" if row.get("gbps") is None else f"{row['gbps']:,.0f}",
+            "" if row.get("tflops") is None else digits(row["tflops"]),
+        )
+        for case in result["cases"]
+        for row in case["rows"]
+    ]
+    kernels = [
+        f"{case['case']}: {case['n_kernels']:,.0f} kernels, {case['kernels_us'] / 1e3:,.1f} ms; "
+        f"none runs for {case['gaps_us'] / 1e3:,.1f} ms."
+        for case in result["cases"]
+        if "kernels" in case
+    ]
     head = ("", "", "ms", "GB/s", "TFLOP/s")
-    return "\n\n".join(["What the device does:", table(head, once(rows)), *kernels, provenance(result)])
+    return "\n\n".join(
+        ["What the device does:", table(head, once(rows)), *kernels, provenance(result)]
+    )
 
 
 def options(device_type: str) -> str:
@@ -203,37 +350,81 @@ def options(device_type: str) -> str:
     for case in result["cases"]:
         before, after = case["rows"]
         on_top = " ".join(f"--{name} {value}" for name, value in case["on_top_of"].items())
-        rows.append((case["case"], on_top, rate(before["images_per_s"]), rate(after["images_per_s"]), f"{case['gain']:.3f}",
-                     "yes" if case["kept"] else ""))
+        rows.append(
+            (
+                case["case"],
+                on_top,
+                rate(before["images_per_s"]),
+                rate(after["images_per_s"]),
+                f"{case['gain']:.3f}",
+                "yes" if case["kept"] else "",
+            )
+        )
     head = ("", "on top of", "images/s before", "images/s with it", "with it / before", "kept")
-    return "\n\n".join(["Options of the step, each on top of what was kept before:", table(head, rows), provenance(result)])
+    return "\n\n".join(
+        [
+            "Options of the step, each on top of what was kept before:",
+            table(head, rows),
+            provenance(result),
+        ]
+    )
 
 
 def full_table(case: dict) -> str:
     """Every candidate of one case."""
-    head = ("", "ms: median [quartiles]", "official / this", "this / copy", "GB/s (of the copy's)", "extra memory",
-            "ms on the host")
+    head = (
+        "",
+        "ms: median [quartiles]",
+        "official / this",
+        "this / copy",
+        "GB/s (of the copy's)",
+        "extra memory",
+        "ms on the host",
+    )
     rows = []
     for row in case["rows"]:
         low, high = row["quartiles_ms"]
-        cells = (row["candidate"], f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
-                 ratio(row["times_faster_than_official"], 1), ratio(row["times_the_copy"], 2), bandwidth(row),
-                 memory(case, row), "" if row["launch_ms"] is None else digits(row["launch_ms"]))
-        rows.append(tuple(f"**{cell}**" if cell and row["candidate"] == "dinofast" else cell for cell in cells))
+        cells = (
+            row["candidate"],
+            f"{digits(row['median_ms'])} [{digits(low)}, {digits(high)}]",
+            ratio(row["times_faster_than_official"], 1),
+            ratio(row["times_the_copy"], 2),
+            bandwidth(row),
+            memory(case, row),
+            "" if row["launch_ms"] is None else digits(row["launch_ms"]),
+        )
+        rows.append(
+            tuple(
+                f"**{cell}**" if cell and row["candidate"] == "dinofast" else cell for cell in cells
+            )
+        )
     return table(head, rows)
 
 
 def brief_table(cases: list[dict], first: str) -> str:
     """dinofast in every case."""
-    head = ("case", "dinofast, ms", "official / dinofast", "compiled reference / dinofast", "dinofast / copy",
-            "GB/s (of the copy's)")
+    head = (
+        "case",
+        "dinofast, ms",
+        "official / dinofast",
+        "compiled reference / dinofast",
+        "dinofast / copy",
+        "GB/s (of the copy's)",
+    )
     rows = []
     for case in cases:
         row = {row["candidate"]: row for row in case["rows"]}
         if "dinofast" not in row:
             continue
         ours, compiled = row["dinofast"], row.get("reference, compiled")
-        rows.append((different(case["case"], first), digits(ours["median_ms"]), ratio(ours["times_faster_than_official"], 1),
-                     f"{compiled['median_ms'] / ours['median_ms']:.1f}" if compiled else "",
-                     ratio(ours["times_the_copy"], 2) if ours["gbps"] else "", bandwidth(ours)))
+        rows.append(
+            (
+                different(case["case"], first),
+                digits(ours["median_ms"]),
+                ratio(ours["times_faster_than_official"], 1),
+                f"{compiled['median_ms'] / ours['median_ms']:.1f}" if compiled else "",
+                ratio(ours["times_the_copy"], 2) if ours["gbps"] else "",
+                bandwidth(ours),
+            )
+        )
     return table(head, rows)

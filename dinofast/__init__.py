@@ -1,6 +1,7 @@
 """dinofast: DINO pretraining (arXiv 2104.14294), exactly as published and fast.
 
-Names are loaded when they are first used, so that importing the package costs nothing and touches no device.
+Names are loaded when they are first used, so that importing the package costs nothing and touches
+no device.
 """
 
 from __future__ import annotations

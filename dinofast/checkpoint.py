@@ -1,4 +1,5 @@
-"""Checkpoints in the official layout: written atomically, read without running anything that is inside."""
+"""Checkpoints in the official layout: written atomically, read without running anything that is
+inside."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +24,54 @@ from .config import OLD_NAMES, VITS, Config
 from .nn import vit
 from .nn.dino import Model, build_backbone
 
-# What official files hold besides tensors and plain containers: the parsed arguments and float64 learning rates.
+# What official files hold besides tensors and plain containers: the parsed arguments and float64
+# learning rates.
 _SAFE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType, scalar,
-    (scalar, "numpy.core.multiarray.scalar")]
-# Options that change neither the weights nor, but for rounding, the trajectory, so that another value on resuming is
-# nobody's concern.
-RESUME_MUTABLE_OPTIONS = {
-    "data_path", "output_dir", "saveckp_freq", "saveckp_steps", "log_steps", "num_workers", "data_backend", "device",
-    "dist_url", "local_rank", "gpu", "rank", "world_size", "dist_backend", "max_bad_files", "attention", "linear", "compile",
-    "cuda_graph", "grad_checkpointing",
-}
+    argparse.Namespace,
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+    scalar,
+    (scalar, "numpy.core.multiarray.scalar"),
+]
 _VIT_OF_WIDTH = {64: "vit_nano", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 
 
 @dataclass
 class TrainState:
-    """Where a run stands: `step` optimizer steps are done. The sums make the epoch's log line exact after a resume."""
+    """Where a run stands: `step` optimizer steps are done. The sums make the epoch's log line exact
+    after a resume."""
 
     step: int = 0
     epoch: int = 0
     images_in_epoch: int = 0
     n_images: int = 0
     sums: dict[str, float] = field(default_factory=dict)
-    fingerprint: str = ""                                   # of the images, empty when unknown
+    fingerprint: str = ""  # of the images, empty when unknown
     global_batch: int = 0
 
     def check(self) -> None:
         """Raise `ValueError` for what no save of ours holds."""
         for f in fields(self):
             value = getattr(self, f.name)
-            if type(value) is not type(getattr(TrainState(), f.name)) or (isinstance(value, int) and value < 0):
+            if type(value) is not type(getattr(TrainState(), f.name)) or (
+                isinstance(value, int) and value < 0
+            ):
                 raise ValueError(f"its position in the run says {f.name}={value!r}")
 
 
-def save(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, cfg: Config,
-         position: TrainState) -> None:
-    """Write the official keys (`student` named `module.*`, `teacher`, `optimizer`, `epoch` = the next one, `args`, `dino_loss`,
-    `fp16_scaler` where used) and one more, `dinofast`, through a temporary file in the same folder and a rename."""
+def save(
+    path: Path,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    cfg: Config,
+    position: TrainState,
+) -> None:
+    """Write the official keys (`student` named `module.*`, `teacher`, `optimizer`, `epoch` = the
+    next one, `args`, `dino_loss`, `fp16_scaler` where used) and one more, `dinofast`, through a
+    temporary file in the same folder and a rename."""
     state = {
         "student": {f"module.{name}": value for name, value in model.student.state_dict().items()},
         "teacher": model.teacher.state_dict(),
@@ -80,13 +91,14 @@ def save(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: tor
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)                   # half a file would only fill a full disk
+        temporary.unlink(missing_ok=True)  # half a file would only fill a full disk
         raise
     _sync_folder(path)
 
 
 def link(path: Path, name: Path) -> None:
-    """A second name for the checkpoint just written: a hard link where the file system has them, else a copy."""
+    """A second name for the checkpoint just written: a hard link where the file system has them,
+    else a copy."""
     temporary = name.with_name(name.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -99,19 +111,26 @@ def link(path: Path, name: Path) -> None:
 
 @contextmanager
 def lock_output_dir(folder: Path) -> Iterator[None]:
-    """Make the folder, see that it can be written, and keep other runs out of it. Raises `ValueError` now, not after hours."""
+    """Make the folder, see that it can be written, and keep other runs out of it. Raises
+    `ValueError` now, not after hours."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")                  # noqa: SIM115
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:
-        raise ValueError(f"`output_dir` '{folder}' cannot be written ({error.strerror}): choose another.") from error
+        raise ValueError(
+            f"`output_dir` '{folder}' cannot be written ({error.strerror}): choose another."
+        ) from error
     with lock:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # of this process alone: it ends with it, however it ends
+            # of this process alone: it ends with it, however it ends
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise ValueError(f"another run is writing to `output_dir` '{folder}': wait for it, or choose another.") from error
+            raise ValueError(
+                f"another run is writing to `output_dir` '{folder}': wait for it, or choose "
+                "another."
+            ) from error
         except OSError:
-            pass                                            # a file system without locks: nothing can be known there
+            pass  # a file system without locks: nothing can be known there
         yield
 
 
@@ -125,168 +144,150 @@ def _sync_folder(path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint, on the CPU. Only tensors, containers, numbers and the official arguments are admitted.
+    """The contents of a checkpoint, on the CPU. Only tensors, containers, numbers and the official
+    arguments are admitted.
 
-    Raises `ValueError` for a file that is missing, truncated, or no checkpoint; the file is left as it is.
+    Raises `ValueError` for a file that is missing, truncated, or no checkpoint; the file is left as
+    it is.
     """
     if not path.is_file():
-        raise ValueError(f"'{path}' is a folder, not a checkpoint: move it away, or choose another file or `output_dir`."
-                         if path.is_dir() else f"there is no checkpoint at '{path}'.")
+        raise ValueError(
+            f"'{path}' is a folder, not a checkpoint: move it away, or choose another file or "
+            "`output_dir`."
+            if path.is_dir()
+            else f"there is no checkpoint at '{path}'."
+        )
     try:
         with torch.serialization.safe_globals(_SAFE):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:                              # what does not belong there makes the unpickler raise all kinds
-        reason = ("it is empty" if not path.stat().st_size else
-                  error.strerror if isinstance(error, OSError) and error.strerror else
-                  "it holds something other than tensors, numbers and text" if isinstance(error, pickle.UnpicklingError) else
-                  "it is truncated, damaged, or something else")
-        raise ValueError(f"'{path}' cannot be read as a checkpoint, {reason}: it was left as it is; move it away, or choose "
-                         "another file or `output_dir`.") from error
+    except Exception as error:  # what does not belong there makes the unpickler raise all kinds
+        reason = (
+            "it is empty"
+            if not path.stat().st_size
+            else error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else "it holds something other than tensors, numbers and text"
+            if isinstance(error, pickle.UnpicklingError)
+            else "it is truncated, damaged, or something else"
+        )
+        raise ValueError(
+            f"'{path}' cannot be read as a checkpoint, {reason}: it was left as it is; move it "
+            "away, or choose another file or `output_dir`."
+        ) from error
     if not isinstance(state, Mapping):
-        raise ValueError(f"'{path}' holds a {type(state).__name__}, not a checkpoint: it was left as it is.")
+        raise ValueError(
+            f"'{path}' holds a {type(state).__name__}, not a checkpoint: it was left as it is."
+        )
     return dict(state)
 
 
-def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None,
-            cfg: Config) -> tuple[TrainState, list[str]]:
-    """Load a training checkpoint, ours or an official one, into freshly built parts.
+def load_backbone(
+    path: str | Path,
+    key: str = "teacher",
+    arch: str | None = None,
+    patch_size: int | None = None,
+    backbone: nn.Module | None = None,
+) -> nn.Module:
+    """The backbone of a checkpoint, in eval mode on the CPU: images (B, 3, h, w) -> features (B,
+    D).
 
-    Returns where the run stands (`n_images` 0 when the file does not tell: an official one, to go on at the start of its epoch)
-    and sentences about options that have changed. Raises `ValueError` when the file does not fit; nothing is half loaded then.
-    """
-    state = read(path)
-    missing = [key for key in ("student", "teacher", "optimizer", "epoch", "dino_loss") if key not in state]
-    if missing:
-        raise ValueError(f"'{path}' is no DINO training checkpoint (it lacks {', '.join(missing)}): it was left as it is; "
-                         "choose another `output_dir` or move the file away.")
-    saved_args = _arguments(state)
-    parts = ((model.student, strip_prefix(state["student"], "module."), "student"),
-             (model.teacher, strip_prefix(state["teacher"], "module."), "teacher"),
-             (model.dino_loss, state["dino_loss"], "dino_loss"))
-    for module, weights, what in parts:
-        _check_fit(path, module, weights, what, saved_args)
-    position = _position(path, state)
-    _check_optimizer(path, optimizer, state["optimizer"], saved_args)
-    for module, weights, _ in parts:
-        module.load_state_dict(weights)
-    optimizer.load_state_dict(state["optimizer"])
-    if scaler is not None and "fp16_scaler" in state:
-        scaler.load_state_dict(state["fp16_scaler"])
-    now = cfg.to_dict()
-    changed = [f"`{name}` was {_told(saved_args[name])} and is now {_told(now[name])}" for name in now
-               if name in saved_args and name not in RESUME_MUTABLE_OPTIONS and _plain(saved_args[name]) != _plain(now[name])]
-    return position, changed
-
-
-def _told(value: Any) -> Any:
-    return "auto" if value is None else value
-
-
-def load_backbone(path: str | Path, key: str = "teacher", arch: str | None = None, patch_size: int | None = None,
-                  backbone: nn.Module | None = None) -> nn.Module:
-    """The backbone of a checkpoint, in eval mode on the CPU: images (B, 3, h, w) -> features (B, D).
-
-    path: a training checkpoint of ours or of the official code, or a bare state dict of a backbone. key: "teacher" or
-    "student". arch, patch_size: only needed when the file does not tell. backbone: a module of your own that takes the
-    weights. Raises `ValueError` when the weights do not fit.
+    path: a training checkpoint of ours or of the official code, or a bare state dict of a backbone.
+    key: "teacher" or "student". arch, patch_size: only needed when the file does not tell.
+    backbone: a module of your own that takes the weights. Raises `ValueError` when the weights do
+    not fit.
     """
     path = Path(path)
     state = read(path)
-    saved = _arguments(state)
+    saved = arguments_in(state)
     if key in state:
         state = state[key]
     elif "teacher" in state or "student" in state:
-        raise ValueError(f"'{path}' has no '{key}': choose from {', '.join(k for k in ('teacher', 'student') if k in state)}.")
+        raise ValueError(
+            f"'{path}' has no '{key}': choose from "
+            f"{', '.join(k for k in ('teacher', 'student') if k in state)}."
+        )
     weights = strip_prefix(state, "module.")
     if any(name.startswith("backbone.") for name in weights):
-        weights = {name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")}
+        weights = {
+            name.removeprefix("backbone."): value
+            for name, value in weights.items()
+            if name.startswith("backbone.")
+        }
     arch = arch or saved.get("arch") or ""
     arch = OLD_NAMES.get(arch, arch)
     if backbone is not None:
-        pass                                                # what its weights must be is checked below
+        pass  # what its weights must be is checked below
     elif "patch_embed.proj.weight" in weights and "pos_embed" in weights and arch in (*VITS, ""):
         width, _, patch, _ = weights["patch_embed.proj.weight"].shape
         arch = arch or _VIT_OF_WIDTH.get(width, "")
         if arch not in VITS:
-            raise ValueError(f"'{path}' does not tell its architecture (width {width}): name it with `arch`.")
+            raise ValueError(
+                f"'{path}' does not tell its architecture (width {width}): name it with `arch`."
+            )
         side = round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch
         backbone = getattr(vit, arch)(patch_size=patch, img_size=(side,))
     else:
         if not arch:
             raise ValueError(f"'{path}' does not tell its architecture: name it with `arch`.")
-        backbone = build_backbone(Config(arch=arch, patch_size=patch_size or saved.get("patch_size", 16)), 0.0)
-    _check_fit(path, backbone, weights, "backbone", saved)
+        backbone = build_backbone(
+            Config(arch=arch, patch_size=patch_size or saved.get("patch_size", 16)), 0.0
+        )
+    check_fit(path, backbone, weights, "backbone", saved)
     backbone.load_state_dict(weights)
     return backbone.eval()
 
 
 def arguments(path: str | Path) -> dict[str, Any]:
     """The options that a checkpoint was trained with; empty when it does not tell."""
-    return _arguments(read(Path(path)))
+    return arguments_in(read(Path(path)))
 
 
 def strip_prefix(state: Any, prefix: str) -> dict[str, Any]:
     if not isinstance(state, Mapping):
-        raise ValueError(f"there is a {type(state).__name__} where the weights should be: this is no DINO checkpoint.")
+        raise ValueError(
+            f"there is a {type(state).__name__} where the weights should be: this is no DINO "
+            "checkpoint."
+        )
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
-def _arguments(state: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_in(state: Mapping[str, Any]) -> dict[str, Any]:
     args = state.get("args", {})
     if isinstance(args, argparse.Namespace):
         return dict(vars(args))
     return dict(args) if isinstance(args, Mapping) else {}
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple | list) else value
-
-
-def _check_fit(path: Path, module: nn.Module, weights: Mapping[str, Any], what: str, saved: Mapping[str, Any]) -> None:
+def check_fit(
+    path: Path, module: nn.Module, weights: Mapping[str, Any], what: str, saved: Mapping[str, Any]
+) -> None:
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in strip_prefix(weights, "").items() if isinstance(value, Tensor)}
-    broken = [name for name, value in weights.items() if isinstance(value, Tensor) and not torch.isfinite(value).all()]
+    given = {
+        name: tuple(value.shape)
+        for name, value in strip_prefix(weights, "").items()
+        if isinstance(value, Tensor)
+    }
+    broken = [
+        name
+        for name, value in weights.items()
+        if isinstance(value, Tensor) and not torch.isfinite(value).all()
+    ]
     if broken:
-        raise ValueError(f"'{path}' holds numbers that are not finite, in '{broken[0]}' of the {what}: it was left as it is; "
-                         "go back to an earlier checkpoint.")
+        raise ValueError(
+            f"'{path}' holds numbers that are not finite, in '{broken[0]}' of the {what}: it was "
+            "left as it is; go back to an earlier checkpoint."
+        )
     for name in [*wanted, *given]:
         if wanted.get(name) != given.get(name):
-            origin = "".join(f", saved with `{k}` {saved[k]}" for k in ("arch", "patch_size", "out_dim") if k in saved)
-            raise ValueError(f"'{path}' does not fit this {what}: '{name}' is {given.get(name, 'absent')} in the file and "
-                             f"{wanted.get(name, 'absent')} here{origin}. Use the options it was saved with, or another "
-                             "`output_dir`.")
-
-
-def _position(path: Path, state: Mapping[str, Any]) -> TrainState:
-    """Where the run stands; of an official checkpoint only the epoch is known."""
-    try:
-        ours = state.get("dinofast")
-        known = TrainState.__dataclass_fields__
-        position = TrainState(**{k: v for k, v in ours.items() if k in known}) if ours else TrainState(epoch=state["epoch"])
-        if isinstance(position.sums, list):              # as they were saved before metrics had names
-            position = replace(position, sums={})
-        position.check()
-    except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"'{path}' does not tell where the run stands ({error}): it was left as it is; move it away, or "
-                         "choose another `output_dir`.") from error
-    return position
-
-
-def _check_optimizer(path: Path, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], args: Mapping[str, Any]) -> None:
-    """AdamW, SGD and LARS keep different things; torch itself would only notice at the first step."""
-    try:
-        ours, theirs = optimizer.param_groups, list(saved["param_groups"])
-        shapes = {i: tuple(p.shape) for i, p in enumerate(p for group in ours for p in group["params"])}
-        fits = all(value.ndim == 0 or (tuple(value.shape) == shapes[i] and bool(torch.isfinite(value).all()))
-                   for i, state in saved["state"].items() for value in state.values() if isinstance(value, Tensor))
-        lengths = [len(g["params"]) for g in theirs]
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"'{path}' holds no optimizer state that can be understood: it was left as it is; move it away, or "
-                         "choose another `output_dir`.") from error
-    same_kind = all(("betas" in a, "eta" in a) == ("betas" in b, "eta" in b) for a, b in zip(ours, theirs, strict=False))
-    if not same_kind or not fits or [len(g["params"]) for g in ours] != lengths:
-        was = f" (`optimizer` {args['optimizer']})" if "optimizer" in args else ""
-        raise ValueError(f"'{path}' was saved with another optimizer{was} or other trainable parameters: resume with the "
-                         "options it was saved with, or choose another `output_dir`.")
+            origin = "".join(
+                f", saved with `{k}` {saved[k]}"
+                for k in ("arch", "patch_size", "out_dim")
+                if k in saved
+            )
+            raise ValueError(
+                f"'{path}' does not fit this {what}: '{name}' is {given.get(name, 'absent')} in "
+                f"the file and {wanted.get(name, 'absent')} here{origin}. Use the options it was "
+                "saved with, or another `output_dir`."
+            )

@@ -1,5 +1,6 @@
-"""The command line: `dinofast COMMAND [flags]`. Every flag is made from a field of the command's options, and nowhere else is a
-flag spelled: the rest of the code names an option `like_this`, and `main` turns that into --like_this.
+"""The command line: `dinofast COMMAND [flags]`. Every flag is made from a field of the command's
+options, and nowhere else is a flag spelled: the rest of the code names an option `like_this`, and
+`main` turns that into --like_this.
 """
 
 from __future__ import annotations
@@ -30,32 +31,39 @@ COMMANDS = {
     "demo": "pretrain a small ViT on the sample data and show what it learned",
     "doctor": "what is installed, and which path each part takes",
 }
-USAGE, INTERRUPTED = 2, 128                                   # exit codes; a signal's number is added to the second
+USAGE, INTERRUPTED = 2, 128  # exit codes; a signal's number is added to the second
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, with the nearest right word, instead of printing the whole usage."""
+    """Says what is wrong in one sentence, with the nearest right word, instead of printing the
+    whole usage."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. See {self.prog} --help.")
 
-    def parse_known_args(self, args=None, namespace=None):          # type: ignore[override]
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         namespace, unknown = super().parse_known_args(args, namespace)
         for word in unknown:
             if word.startswith("-"):
-                flag, flags = word.split("=")[0], [name for action in self._actions for name in action.option_strings]
-                raise ValueError(f"there is no flag {flag}.{nearest(flag, flags)} See {self.prog} --help.")
+                flag = word.split("=")[0]
+                flags = [name for action in self._actions for name in action.option_strings]
+                raise ValueError(
+                    f"there is no flag {flag}.{nearest(flag, flags)} See {self.prog} --help."
+                )
         return namespace, unknown
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code: 0 done, 1 failed midway, 2 a wrong option, path or file, 128 + n ended by signal n."""
-    # libgomp's threads spin while they wait. On few cores, or beside anything else that runs, they take the time from each
-    # other and from the data workers: 25 instead of 246 images/s in the demo on 2 shared cores (2026-11-23). Torch's import
-    # reads it.
+    """Run one command; the exit code: 0 done, 1 failed midway, 2 a wrong option, path or file, 128
+    + n ended by signal n."""
+    # libgomp's threads spin while they wait. On few cores, or beside anything else that runs, they
+    # take the time from each other and from the data workers: 25 instead of 246 images/s in the
+    # demo on 2 shared cores (2026-11-23). Torch's import reads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = sys.argv[1:] if argv is None else argv
     first = next((word for word in argv if not word.startswith("-")), None)
@@ -74,17 +82,19 @@ def main(argv: list[str] | None = None) -> int:
         from .train import WorkerDied
 
         if not isinstance(error, Diverged | WorkerDied | OSError):
-            raise                                                   # a fault of ours, or of torch: the traceback is worth more
+            raise  # a fault of ours, or of torch: the traceback is worth more
         return _say(f"dinofast: {with_flags(str(error), options)}", 1)
-    except KeyboardInterrupt as error:                               # `Interrupted`, or one in the middle of things
-        return _say(str(error) or "dinofast: ended at once; what was last saved stands.",
-                    INTERRUPTED + getattr(error, "signum", signal.SIGINT))
+    except KeyboardInterrupt as error:  # `Interrupted`, or one in the middle of things
+        return _say(
+            str(error) or "dinofast: ended at once; what was last saved stands.",
+            INTERRUPTED + getattr(error, "signum", signal.SIGINT),
+        )
     return code or 0
 
 
 def _say(text: str, code: int) -> int:
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or code in (1, USAGE):                           # of an orderly stop one process speaks for all
+    if rank == "0" or code in (1, USAGE):  # of an orderly stop one process speaks for all
         print(text if rank == "0" else f"process {rank}: {text}", file=sys.stderr, flush=True)
     return code
 
@@ -95,13 +105,21 @@ def module_of(command: str) -> ModuleType:
 
 
 def parser(command: str | None = None) -> Parser:
-    """The parser of the program, with the flags of one command; those of the others are not needed to run it."""
-    whole = Parser(prog="dinofast", description="DINO pretraining (arXiv 2104.14294), exactly as published and fast.")
+    """The parser of the program, with the flags of one command; those of the others are not needed
+    to run it."""
+    whole = Parser(
+        prog="dinofast",
+        description="DINO pretraining (arXiv 2104.14294), exactly as published and fast.",
+    )
     whole.add_argument("--version", action="version", version=f"dinofast {__version__}")
-    commands = whole.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    commands = whole.add_subparsers(
+        title="commands", metavar="COMMAND", dest="command", required=True
+    )
     for name, summary in COMMANDS.items():
         module = module_of(name) if name == command else None
-        one = commands.add_parser(name, help=summary, description=module.__doc__ if module else None)
+        one = commands.add_parser(
+            name, help=summary, description=module.__doc__ if module else None
+        )
         if module:
             for field in fields(module.Options):
                 add_argument(one, field, module.Options)
@@ -109,8 +127,9 @@ def parser(command: str | None = None) -> Parser:
 
 
 def add_argument(parser: argparse.ArgumentParser, field: Field, options: type) -> None:
-    """The flag of an option, with underscores or dashes, or its place if it is positional. What is not given is absent from the
-    result. A command that takes the flags of `pretrain` too does not list them."""
+    """The flag of an option, with underscores or dashes, or its place if it is positional. What is
+    not given is absent from the result. A command that takes the flags of `pretrain` too does not
+    list them."""
     inherited = options is not Config and Config.__dataclass_fields__.get(field.name) is field
     about, default, extra = field.metadata, field.default, {}
     example = default[0] if isinstance(default, tuple) else default
@@ -123,34 +142,55 @@ def add_argument(parser: argparse.ArgumentParser, field: Field, options: type) -
     elif "type" in about or isinstance(example, int | float | str):
         extra["type"] = about.get("type", type(example))
         if "choices" not in extra:
-            extra["metavar"] = about.get("metavar", {int: "N", float: "X", str: "NAME"}[extra["type"]])
+            extra["metavar"] = about.get(
+                "metavar", {int: "N", float: "X", str: "NAME"}[extra["type"]]
+            )
     elif "metavar" in about:
         extra["metavar"] = about["metavar"]
     if isinstance(default, tuple):
         extra["nargs"] = about.get("nargs", len(default))
-    shown = "" if default is MISSING else f" (default: {about.get('shown', 'auto' if default is None else in_words(default))})"
+    shown = (
+        ""
+        if default is MISSING
+        else f" (default: {about.get('shown', 'auto' if default is None else in_words(default))})"
+    )
     shown = with_flags(f"{about['help']}{shown}".strip(), options).replace("%", "%%")
     extra["help"] = argparse.SUPPRESS if inherited or about.get("hidden") else shown
-    if about.get("positional"):                                     # its flag is taken as well; see `options_of`
+    if about.get("positional"):  # its flag is taken as well; see `options_of`
         parser.add_argument(field.name, default=argparse.SUPPRESS, nargs="?", **extra)
-        parser.add_argument(f"--{field.name}", "--" + field.name.replace("_", "-"), dest=f"--{field.name}",
-                            default=argparse.SUPPRESS, **extra | {"help": argparse.SUPPRESS})
+        parser.add_argument(
+            f"--{field.name}",
+            "--" + field.name.replace("_", "-"),
+            dest=f"--{field.name}",
+            default=argparse.SUPPRESS,
+            **extra | {"help": argparse.SUPPRESS},
+        )
         return
-    names = dict.fromkeys((*about.get("flags", ()), f"--{field.name}", "--" + field.name.replace("_", "-")))
-    parser.add_argument(*names, dest=field.name, default=argparse.SUPPRESS,
-                        required=default is MISSING, **extra)
+    names = dict.fromkeys(
+        (*about.get("flags", ()), f"--{field.name}", "--" + field.name.replace("_", "-"))
+    )
+    parser.add_argument(
+        *names, dest=field.name, default=argparse.SUPPRESS, required=default is MISSING, **extra
+    )
 
 
 def options_of(make: type, given: dict[str, Any]) -> Any:
     """A command's options, from what was given on the command line; checked where they can be."""
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
     for field in fields(make):
         if (flag := f"--{field.name}") in given:
             if given.get(field.name, given[flag]) != given[flag]:
-                raise ValueError(f"{given[field.name]} and {flag} {given[flag]} are two: give one of them.")
+                raise ValueError(
+                    f"{given[field.name]} and {flag} {given[flag]} are two: give one of them."
+                )
             given[field.name] = given.pop(flag)
         if field.default is MISSING and field.name not in given:
-            raise ValueError(f"{field.metadata.get('metavar', field.name)} is missing: {field.metadata['help'].rstrip('.')}.")
+            raise ValueError(
+                f"{field.metadata.get('metavar', field.name)} is missing: "
+                f"{field.metadata['help'].rstrip('.')}."
+            )
     if "use_fp16" in given and "precision" not in given:
         given["precision"] = "fp16" if given["use_fp16"] else "fp32"
     options = make(**given)
@@ -158,14 +198,19 @@ def options_of(make: type, given: dict[str, Any]) -> Any:
 
 
 def with_flags(text: str, options: type) -> str:
-    """A text with the options in it as they are written here: `lr` becomes --lr. Those of `pretrain`, and of this command."""
+    """A text with the options in it as they are written here: `lr` becomes --lr. Those of
+    `pretrain`, and of this command."""
     names = {f.name for f in (*fields(Config), *fields(options))}
-    return re.sub(r"`(\w+)`", lambda found: f"--{found[1]}" if found[1] in names else found[0], text)
+    return re.sub(
+        r"`(\w+)`", lambda found: f"--{found[1]}" if found[1] in names else found[0], text
+    )
 
 
 def parse_bool(text: str) -> bool:
     """`true/false/on/off/1/0`, as the official flags take them."""
-    value = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}.get(text.lower())
+    value = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}.get(
+        text.lower()
+    )
     if value is None:
         raise argparse.ArgumentTypeError(f"'{text}' is not a truth value: use true or false")
     return value

@@ -1,6 +1,8 @@
-"""Every option of a pretraining run: one flat, frozen dataclass with the official names and defaults.
+"""Every option of a pretraining run: one flat, frozen dataclass with the official names and
+defaults.
 
-The command line is made from it (`dinofast.cli`), so that a flag, its default and its advice stand in one place.
+The command line is made from it (`dinofast.cli`), so that a flag, its default and its advice stand
+in one place.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 VITS = ("vit_tiny", "vit_small", "vit_base", "vit_nano")
-OLD_NAMES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small", "deit_base": "vit_base"}      # as the official code maps them
+# as the official code maps them
+OLD_NAMES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small", "deit_base": "vit_base"}
 PRECISIONS = ("bf16", "fp16", "fp32")
 CLIP_MODES = ("tensor", "global")
 
@@ -20,128 +23,250 @@ CLIP_MODES = ("tensor", "global")
 def option(default: Any, advice: str = "", **metadata: Any) -> Any:
     """A field of a command's options, from which `dinofast.cli` makes a flag.
 
-    metadata: `choices`; `aliases`, other words for a choice; `metavar`; `flags`, other names of the flag; `positional`,
-    without a flag; `type`, where the default does not tell; `shown`, the default in words; `hidden`, not in the help.
+    metadata: `choices`; `aliases`, other words for a choice; `metavar`; `flags`, other names of the
+    flag; `positional`, without a flag; `type`, where the default does not tell; `shown`, the
+    default in words; `hidden`, not in the help.
     """
     return field(default=default, metadata={"help": advice, **metadata})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Options of `dinofast pretrain`. Names and defaults are those of facebookresearch/dino unless marked [dinofast]."""
+    """Options of `dinofast pretrain`. Names and defaults are those of facebookresearch/dino unless
+    marked [dinofast]."""
 
     # ---- model
-    arch: str = option("vit_small", "Backbone: vit_tiny, vit_small or vit_base (deit_tiny and deit_small are the same); "
-        "any torchvision or timm name where that package is installed; vit_nano is a two-layer ViT for demos. "
-        "For quick experiments take vit_tiny or vit_small.")
-    patch_size: int = option(16, "Side of a square patch in pixels (ViT only). Smaller patches learn better features and cost "
-        "more memory and time. Below 16, fp32 (`precision` fp32) is the safe choice.")
-    out_dim: int = option(65536, "Number of prototypes K, the width of the DINO head's output. Large values suit large data "
-        "sets; for fewer than 100,000 images try 1024 to 8192.")
-    norm_last_layer: bool = option(True, "Keep the last layer's weight norms at 1. Not normalizing can give better features "
-        "but is less stable; the official runs use false with vit_small and true with vit_base.")
-    momentum_teacher: float = option(0.996, "First value of the teacher's EMA momentum; it rises to 1 by a cosine. "
-        "Take more for small batches: 0.9995 for a batch of 256.")
+    arch: str = option(
+        "vit_small",
+        "Backbone: vit_tiny, vit_small or vit_base (deit_tiny and deit_small are the same); any "
+        "torchvision or timm name where that package is installed; vit_nano is a two-layer ViT for "
+        "demos. For quick experiments take vit_tiny or vit_small.",
+    )
+    patch_size: int = option(
+        16,
+        "Side of a square patch in pixels (ViT only). Smaller patches learn better features and "
+        "cost more memory and time. Below 16, fp32 (`precision` fp32) is the safe choice.",
+    )
+    out_dim: int = option(
+        65536,
+        "Number of prototypes K, the width of the DINO head's output. Large values suit large data "
+        "sets; for fewer than 100,000 images try 1024 to 8192.",
+    )
+    norm_last_layer: bool = option(
+        True,
+        "Keep the last layer's weight norms at 1. Not normalizing can give better features "
+        "but is less stable; the official runs use false with vit_small and true with vit_base.",
+    )
+    momentum_teacher: float = option(
+        0.996,
+        "First value of the teacher's EMA momentum; it rises to 1 by a cosine. "
+        "Take more for small batches: 0.9995 for a batch of 256.",
+    )
     use_bn_in_head: bool = option(False, "Batch normalization in the projection head.")
     head_layers: int = option(3, "[dinofast] Layers of the head's MLP.")
     head_hidden_dim: int = option(2048, "[dinofast] Hidden width of the head's MLP.")
-    head_bottleneck_dim: int = option(256, "[dinofast] Width of the L2-normalized bottleneck before the prototypes.")
+    head_bottleneck_dim: int = option(
+        256, "[dinofast] Width of the L2-normalized bottleneck before the prototypes."
+    )
 
     # ---- temperatures and center
-    warmup_teacher_temp: float = option(0.04, "Teacher temperature at the start. 0.04 works in most cases; lower it if the "
-        "loss does not fall.")
-    teacher_temp: float = option(0.04, "Teacher temperature after its warm-up. Above 0.07 training is usually unstable; start "
-        "with 0.04 and raise it slightly if needed.")
-    warmup_teacher_temp_epochs: int = option(0, "Epochs of linear warm-up of the teacher temperature (30 in the boosted "
-        "recipe).")
+    warmup_teacher_temp: float = option(
+        0.04,
+        "Teacher temperature at the start. 0.04 works in most cases; lower it if the "
+        "loss does not fall.",
+    )
+    teacher_temp: float = option(
+        0.04,
+        "Teacher temperature after its warm-up. Above 0.07 training is usually unstable; start "
+        "with 0.04 and raise it slightly if needed.",
+    )
+    warmup_teacher_temp_epochs: int = option(
+        0, "Epochs of linear warm-up of the teacher temperature (30 in the boosted recipe)."
+    )
     student_temp: float = option(0.1, "[dinofast] Student temperature.")
     center_momentum: float = option(0.9, "[dinofast] Momentum of the center.")
 
     # ---- optimization
-    use_fp16: bool = option(True, "Mixed precision. By default training runs in bf16 on a GPU and in fp32 on a CPU; given as "
-        "true it means fp16 with a loss scaler as in the official code, given as false it means fp32. "
-        "Disable it if the loss is unstable.")
-    precision: str | None = option(None, "[dinofast] bf16, fp16 or fp32; overrides `use_fp16`.", choices=PRECISIONS)
-    weight_decay: float = option(0.04, "Weight decay at the start. With ViTs a smaller value at the beginning works well.")
-    weight_decay_end: float = option(0.4, "Weight decay at the end, reached by a cosine. "
-        "A larger decay at the end helps ViTs.")
-    clip_grad: float = option(3.0, "Largest L2 norm of each parameter tensor's gradient; 0 switches clipping off. "
-        "0.3 to 1.0 can help larger ViTs.")
-    clip_mode: str = option("tensor", "[dinofast] What `clip_grad` limits: tensor, each parameter tensor's gradient by itself "
-        "as in the official code; global, the whole gradient, which keeps its direction and needs a larger limit.",
-        choices=CLIP_MODES)
+    use_fp16: bool = option(
+        True,
+        "Mixed precision. By default training runs in bf16 on a GPU and in fp32 on a CPU; given as "
+        "true it means fp16 with a loss scaler as in the official code, given as false it means "
+        "fp32. Disable it if the loss is unstable.",
+    )
+    precision: str | None = option(
+        None, "[dinofast] bf16, fp16 or fp32; overrides `use_fp16`.", choices=PRECISIONS
+    )
+    weight_decay: float = option(
+        0.04, "Weight decay at the start. With ViTs a smaller value at the beginning works well."
+    )
+    weight_decay_end: float = option(
+        0.4, "Weight decay at the end, reached by a cosine. A larger decay at the end helps ViTs."
+    )
+    clip_grad: float = option(
+        3.0,
+        "Largest L2 norm of each parameter tensor's gradient; 0 switches clipping off. "
+        "0.3 to 1.0 can help larger ViTs.",
+    )
+    clip_mode: str = option(
+        "tensor",
+        "[dinofast] What `clip_grad` limits: tensor, each parameter tensor's gradient by itself as "
+        "in the official code; global, the whole gradient, which keeps its direction and needs a "
+        "larger limit.",
+        choices=CLIP_MODES,
+    )
     batch_size_per_gpu: int = option(64, "Images per process and forward pass.")
-    accumulate: int = option(1, "[dinofast] Forward passes whose gradients are summed for one optimizer step. "
-        "The learning rate is scaled with the whole batch.")
+    accumulate: int = option(
+        1,
+        "[dinofast] Forward passes whose gradients are summed for one optimizer step. "
+        "The learning rate is scaled with the whole batch.",
+    )
     epochs: int = option(100, "Number of epochs.")
-    freeze_last_layer: int = option(1, "Epochs during which the last layer is held fixed. Raise it if the loss does not fall.")
-    lr: float = option(0.0005, "Highest learning rate for a batch of 256; scaled linearly with the batch over all processes.")
+    freeze_last_layer: int = option(
+        1, "Epochs during which the last layer is held fixed. Raise it if the loss does not fall."
+    )
+    lr: float = option(
+        0.0005,
+        "Highest learning rate for a batch of 256; scaled linearly with the batch over all "
+        "processes.",
+    )
     warmup_epochs: int = option(10, "Epochs of linear learning-rate warm-up.")
     min_lr: float = option(1e-6, "Learning rate at the end of the cosine.")
-    optimizer: str = option("adamw", "adamw for ViTs; sgd or lars for convolutional networks.",
-        choices=("adamw", "sgd", "lars"))
-    drop_path_rate: float = option(0.1, "Stochastic depth rate of the student's last block (ViT only).")
+    optimizer: str = option(
+        "adamw",
+        "adamw for ViTs; sgd or lars for convolutional networks.",
+        choices=("adamw", "sgd", "lars"),
+    )
+    drop_path_rate: float = option(
+        0.1, "Stochastic depth rate of the student's last block (ViT only)."
+    )
 
     # ---- how the step is computed
-    attention: str | None = option(None, "[dinofast] Attention of our ViTs: xformers (or mslk, its successor), varlen "
-        "(torch's own) or fa3 (FlashAttention-3, for H100 and H200) over all packed crops at once, in bf16 or fp16 on a GPU; "
-        "cudnn and sdpa, cuDNN's and torch's kernels for each crop size; eager, the formula. Default: the first of xformers, "
-        "varlen, sdpa that runs here.", choices=("xformers", "varlen", "fa3", "cudnn", "sdpa", "eager"),
-        aliases={"mslk": "xformers"})
-    linear: str | None = option(None, "[dinofast] Linear layers of our ViTs, in fp32 on a CPU: blas, torch's own way, or "
-        "onednn, as convolutions of one pixel. Default: onednn on AMD's CPUs with AVX-512, where it is faster; blas "
-        "elsewhere.", choices=("blas", "onednn"))
-    compile: str | None = option(None, "[dinofast] on: student and teacher under torch.compile; the first step then takes a "
-        "minute, less when the same was compiled before. max-autotune: the same with matrix products chosen by timing, bias "
-        "and GELU inside them; compiling takes many minutes. Default: on for our ViTs on a GPU; on a CPU it gains little.",
-        choices=("on", "max-autotune", "off"), aliases={"true": "on", "1": "on", "false": "off", "0": "off"})
-    cuda_graph: bool = option(False, "[dinofast] Replay forward and backward as one CUDA graph, where launches still show: "
-        "small models or batches. One process, no `accumulate`.")
-    grad_checkpointing: bool = option(False, "[dinofast] Keep only the inputs of each block but the last for backward and "
-        "recompute the rest: less memory, more time (ViT only).")
-    teacher_precision: str = option("fp32", "[dinofast] bf16: the teacher's weights and tokens are rounded to bf16; its "
-        "average stays in fp32, with the optimizer. Goes with `precision` bf16.", choices=("fp32", "bf16"))
+    attention: str | None = option(
+        None,
+        "[dinofast] Attention of our ViTs: xformers (or mslk, its successor), varlen (torch's own) "
+        "or fa3 (FlashAttention-3, for H100 and H200) over all packed crops at once, in bf16 or "
+        "fp16 on a GPU; cudnn and sdpa, cuDNN's and torch's kernels for each crop size; eager, the "
+        "formula. Default: the first of xformers, varlen, sdpa that runs here.",
+        choices=("xformers", "varlen", "fa3", "cudnn", "sdpa", "eager"),
+        aliases={"mslk": "xformers"},
+    )
+    linear: str | None = option(
+        None,
+        "[dinofast] Linear layers of our ViTs, in fp32 on a CPU: blas, torch's own way, or onednn, "
+        "as convolutions of one pixel. Default: onednn on AMD's CPUs with AVX-512, where it is "
+        "faster; blas elsewhere.",
+        choices=("blas", "onednn"),
+    )
+    compile: str | None = option(
+        None,
+        "[dinofast] on: student and teacher under torch.compile; the first step then takes a "
+        "minute, less when the same was compiled before. max-autotune: the same with matrix "
+        "products chosen by timing, bias and GELU inside them; compiling takes many minutes. "
+        "Default: on for our ViTs on a GPU; on a CPU it gains little.",
+        choices=("on", "max-autotune", "off"),
+        aliases={"true": "on", "1": "on", "false": "off", "0": "off"},
+    )
+    cuda_graph: bool = option(
+        False,
+        "[dinofast] Replay forward and backward as one CUDA graph, where launches still show: "
+        "small models or batches. One process, no `accumulate`.",
+    )
+    grad_checkpointing: bool = option(
+        False,
+        "[dinofast] Keep only the inputs of each block but the last for backward and "
+        "recompute the rest: less memory, more time (ViT only).",
+    )
+    teacher_precision: str = option(
+        "fp32",
+        "[dinofast] bf16: the teacher's weights and tokens are rounded to bf16; its "
+        "average stays in fp32, with the optimizer. Goes with `precision` bf16.",
+        choices=("fp32", "bf16"),
+    )
 
-    residual_precision: str = option("fp32", "[dinofast] bf16: the sum that each branch of our ViTs adds to is kept in "
-        "bf16, not fp32: fewer bytes to move, less exact. Goes with `precision` bf16.", choices=("fp32", "bf16"))
+    residual_precision: str = option(
+        "fp32",
+        "[dinofast] bf16: the sum that each branch of our ViTs adds to is kept in "
+        "bf16, not fp32: fewer bytes to move, less exact. Goes with `precision` bf16.",
+        choices=("fp32", "bf16"),
+    )
 
     # ---- crops
-    global_crops_scale: tuple[float, float] = option((0.4, 1.0), "Smallest and largest share of the image's area in a global "
-        "crop. Without local crops take a wider range: 0.14 1.")
-    local_crops_number: int = option(8, "Local crops per image; 0 switches multi-crop off (then `global_crops_scale` 0.14 1).")
-    local_crops_scale: tuple[float, float] = option((0.05, 0.4), "Smallest and largest share of the image's area in a local "
-        "crop.")
+    global_crops_scale: tuple[float, float] = option(
+        (0.4, 1.0),
+        "Smallest and largest share of the image's area in a global "
+        "crop. Without local crops take a wider range: 0.14 1.",
+    )
+    local_crops_number: int = option(
+        8, "Local crops per image; 0 switches multi-crop off (then `global_crops_scale` 0.14 1)."
+    )
+    local_crops_scale: tuple[float, float] = option(
+        (0.05, 0.4), "Smallest and largest share of the image's area in a local crop."
+    )
     global_crops_size: int = option(224, "[dinofast] Side of a global crop in pixels.")
     local_crops_size: int = option(96, "[dinofast] Side of a local crop in pixels.")
-    blur_radius: tuple[float, float] = option((0.1, 2.0), "[dinofast] Smallest and largest radius of the Gaussian blur in "
-        "pixels. Scale it down together with the crops.")
-    image_mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), "[dinofast] Mean of each channel in [0, 1].")
-    image_std: tuple[float, float, float] = option((0.229, 0.224, 0.225), "[dinofast] Standard deviation of each channel.")
+    blur_radius: tuple[float, float] = option(
+        (0.1, 2.0),
+        "[dinofast] Smallest and largest radius of the Gaussian blur in "
+        "pixels. Scale it down together with the crops.",
+    )
+    image_mean: tuple[float, float, float] = option(
+        (0.485, 0.456, 0.406), "[dinofast] Mean of each channel in [0, 1]."
+    )
+    image_std: tuple[float, float, float] = option(
+        (0.229, 0.224, 0.225), "[dinofast] Standard deviation of each channel."
+    )
 
     # ---- data, files, processes
-    data_path: str = option("/path/to/imagenet/train/", "Folder of images (a tree, with or without class folders, or flat) "
-        "or of WebDataset .tar shards, one shard, a pattern such as shards-{000000..000146}.tar, or a text file with one path "
-        "a line.")
-    output_dir: str = option(".", "Folder of the checkpoints and of log.txt. A run found there is resumed.")
+    data_path: str = option(
+        "/path/to/imagenet/train/",
+        "Folder of images (a tree, with or without class folders, or flat) or of WebDataset .tar "
+        "shards, one shard, a pattern such as shards-{000000..000146}.tar, or a text file with one "
+        "path a line.",
+    )
+    output_dir: str = option(
+        ".", "Folder of the checkpoints and of log.txt. A run found there is resumed."
+    )
     saveckp_freq: int = option(20, "Keep a numbered checkpoint every so many epochs; 0 keeps none.")
-    saveckp_steps: int = option(0, "[dinofast] Also save checkpoint.pth every so many steps; 0 saves at the end of each epoch "
-        "only.")
-    log_steps: int = option(10, "[dinofast] Steps between two readings of the loss; the device is waited for only then.")
-    max_bad_files: float = option(0.5, "[dinofast] Share of unreadable images at which the run stops.")
+    saveckp_steps: int = option(
+        0,
+        "[dinofast] Also save checkpoint.pth every so many steps; 0 saves at the end of each epoch "
+        "only.",
+    )
+    log_steps: int = option(
+        10, "[dinofast] Steps between two readings of the loss; the device is waited for only then."
+    )
+    max_bad_files: float = option(
+        0.5, "[dinofast] Share of unreadable images at which the run stops."
+    )
     seed: int = option(0, "Random seed of the weights, the order of images and the augmentation.")
-    num_workers: int = option(10, "Threads (dali, native) or processes (pil) that make crops, per training process; at most "
-        "one per core is started.")
-    data_backend: str | None = option(None, "[dinofast] What makes the crops: dali, decoding and cuts by NVIDIA DALI on the "
-        "GPU; native, C++ in threads; or pil, processes. native and pil make the same bits, dali the same but for rounding. "
-        "Default: dali on a GPU where it is installed, else native where it was built.", choices=("dali", "native", "pil"))
-    hw_decoder_load: float = option(0.0, "[dinofast] dali: share of the JPEGs for the GPU's decoding engine (A100, H100), "
-        "the rest is decoded by its cores. The two differ slightly: shares between 0 and 1 do not repeat a run exactly.")
-    device: str | None = option(None, "[dinofast] cuda or cpu. Default: a GPU if there is one.", choices=("cuda", "cpu"))
+    num_workers: int = option(
+        10,
+        "Threads (dali, native) or processes (pil) that make crops, per training process; at most "
+        "one per core is started.",
+    )
+    data_backend: str | None = option(
+        None,
+        "[dinofast] What makes the crops: dali, decoding and cuts by NVIDIA DALI on the GPU; "
+        "native, C++ in threads; or pil, processes. native and pil make the same bits, dali the "
+        "same but for rounding. Default: dali on a GPU where it is installed, else native where it "
+        "was built.",
+        choices=("dali", "native", "pil"),
+    )
+    hw_decoder_load: float = option(
+        0.0,
+        "[dinofast] dali: share of the JPEGs for the GPU's decoding engine (A100, H100), the rest "
+        "is decoded by its cores. The two differ slightly: shares between 0 and 1 do not repeat a "
+        "run exactly.",
+    )
+    device: str | None = option(
+        None, "[dinofast] cuda or cpu. Default: a GPU if there is one.", choices=("cuda", "cpu")
+    )
     dist_url: str = option("env://", "Where processes meet; torchrun sets it up.")
     local_rank: int = option(0, "Ignored; torchrun sets it through the environment.")
 
     def __post_init__(self) -> None:
-        for name in ("data_path", "output_dir"):                # a Path would make a checkpoint that nothing reads
+        # a Path would make a checkpoint that nothing reads
+        for name in ("data_path", "output_dir"):
             object.__setattr__(self, name, os.fspath(getattr(self, name)))
         for f in fields(self):
             value = getattr(self, f.name)
@@ -150,7 +275,7 @@ class Config:
             elif "aliases" in f.metadata and isinstance(value, str | bool):
                 object.__setattr__(self, f.name, meant(f.metadata["aliases"], value))
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     @property
     def n_crops(self) -> int:
         """Crops per image, V: two global ones and the local ones."""
@@ -172,24 +297,62 @@ class Config:
         return asdict(self)
 
     def check(self) -> Config:
-        """Raise `ValueError` (one sentence: the value and the way out) for the first option that cannot be right."""
+        """Raise `ValueError` (one sentence: the value and the way out) for the first option that
+        cannot be right."""
         for f in fields(self):
             value = getattr(self, f.name)
             self._check_type(f.name, value, f.default, f.metadata.get("type", str))
             numbers = value if isinstance(value, tuple) else (value,)
             if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
                 raise ValueError(f"`{f.name}` is {value}: give a finite number.")
-            if f.metadata.get("choices") and value is not None and value not in f.metadata["choices"]:
-                raise ValueError(f"`{f.name}` is '{value}': choose from {', '.join(f.metadata['choices'])}.")
-        for name in ("patch_size", "out_dim", "batch_size_per_gpu", "accumulate", "epochs", "head_layers", "head_hidden_dim",
-                     "head_bottleneck_dim", "global_crops_size", "local_crops_size", "log_steps"):
+            if (
+                f.metadata.get("choices")
+                and value is not None
+                and value not in f.metadata["choices"]
+            ):
+                raise ValueError(
+                    f"`{f.name}` is '{value}': choose from {', '.join(f.metadata['choices'])}."
+                )
+        for name in (
+            "patch_size",
+            "out_dim",
+            "batch_size_per_gpu",
+            "accumulate",
+            "epochs",
+            "head_layers",
+            "head_hidden_dim",
+            "head_bottleneck_dim",
+            "global_crops_size",
+            "local_crops_size",
+            "log_steps",
+        ):
             self._need(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("warmup_teacher_temp_epochs", "freeze_last_layer", "warmup_epochs", "local_crops_number", "saveckp_freq",
-                     "saveckp_steps", "num_workers", "weight_decay", "weight_decay_end", "clip_grad", "lr", "min_lr", "seed"):
+        for name in (
+            "warmup_teacher_temp_epochs",
+            "freeze_last_layer",
+            "warmup_epochs",
+            "local_crops_number",
+            "saveckp_freq",
+            "saveckp_steps",
+            "num_workers",
+            "weight_decay",
+            "weight_decay_end",
+            "clip_grad",
+            "lr",
+            "min_lr",
+            "seed",
+        ):
             self._need(name, getattr(self, name) >= 0, "must not be negative")
         self._need("seed", self.seed < 2**63, "must be below 2^63")
-        for name, most in (("epochs", 10**6), ("out_dim", 2**24), ("batch_size_per_gpu", 2**20), ("head_hidden_dim", 2**20),
-                           ("global_crops_size", 2**14), ("local_crops_size", 2**14), ("local_crops_number", 1000)):
+        for name, most in (
+            ("epochs", 10**6),
+            ("out_dim", 2**24),
+            ("batch_size_per_gpu", 2**20),
+            ("head_hidden_dim", 2**20),
+            ("global_crops_size", 2**14),
+            ("local_crops_size", 2**14),
+            ("local_crops_number", 1000),
+        ):
             self._need(name, getattr(self, name) <= most, f"must be at most {most}")
         for name in ("warmup_teacher_temp", "teacher_temp", "student_temp"):
             self._need(name, getattr(self, name) > 0, "must be above 0")
@@ -198,14 +361,24 @@ class Config:
         self._need("drop_path_rate", 0 <= self.drop_path_rate < 1, "must be at least 0 and below 1")
         for name in ("global_crops_scale", "local_crops_scale"):
             low, high = getattr(self, name)
-            self._need(name, 0 < low <= high <= 1, "must be two shares of the area, 0 < smallest <= largest <= 1")
+            self._need(
+                name,
+                0 < low <= high <= 1,
+                "must be two shares of the area, 0 < smallest <= largest <= 1",
+            )
         low, high = self.blur_radius
-        self._need("blur_radius", 0 <= low <= high < 1000, "must be two radii, 0 <= smallest <= largest < 1000")
+        self._need(
+            "blur_radius",
+            0 <= low <= high < 1000,
+            "must be two radii, 0 <= smallest <= largest < 1000",
+        )
         self._need("image_std", all(s > 0 for s in self.image_std), "must be three numbers above 0")
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
             if getattr(self, name) > self.epochs:
-                raise ValueError(f"`{name}` is {getattr(self, name)} but `epochs` is only {self.epochs}: the warm-up cannot be "
-                                 f"longer than the training; lower `{name}` or raise `epochs`.")
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)} but `epochs` is only {self.epochs}: the "
+                    f"warm-up cannot be longer than the training; lower `{name}` or raise `epochs`."
+                )
         if self.vit is not None:
             self._check_patches("global_crops_size", needed=True)
             self._check_patches("local_crops_size", needed=self.local_crops_number > 0)
@@ -220,11 +393,20 @@ class Config:
         elif default is None or default is MISSING:
             wanted = (int, float) if no_default is float else no_default
             if value is not default and not isinstance(value, wanted):
-                raise ValueError(f"`{name}` is {value!r}: give a {'word' if no_default is str else 'number'}.")
+                raise ValueError(
+                    f"`{name}` is {value!r}: give a {'word' if no_default is str else 'number'}."
+                )
         else:
             wanted = (int, float) if isinstance(default, float) else type(default)
-            if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool)):
-                kind = {bool: "True or False", int: "a whole number", float: "a number", str: "a word"}[type(default)]
+            if not isinstance(value, wanted) or (
+                isinstance(value, bool) and not isinstance(default, bool)
+            ):
+                kind = {
+                    bool: "True or False",
+                    int: "a whole number",
+                    float: "a number",
+                    str: "a word",
+                }[type(default)]
                 raise ValueError(f"`{name}` is {value!r}: give {kind}.")
 
     def _need(self, name: str, good: bool, rule: str) -> None:
@@ -236,7 +418,10 @@ class Config:
         if needed and size % patch:
             below, above = size // patch * patch, (size // patch + 1) * patch
             near = f"{below} or {above}" if below else f"{above}"
-            raise ValueError(f"`{name}` {size} is not a multiple of `patch_size` {patch}: take {near}, or another patch size.")
+            raise ValueError(
+                f"`{name}` {size} is not a multiple of `patch_size` {patch}: take {near}, or "
+                "another patch size."
+            )
 
 
 def meant(aliases: dict[str, str], value: str | bool) -> str | bool:

@@ -14,81 +14,120 @@ from .reference import center_update
 
 @dataclass(frozen=True)
 class LossStats:
-    """Means over all ranks and micro-batches of one step, on the device, without gradient: each ()."""
+    """Means over all ranks and micro-batches of one step, on the device, without gradient: each
+    ()."""
 
     loss: Tensor
     teacher_entropy: Tensor
 
     @property
     def kl(self) -> Tensor:
-        """Divergence from teacher to student: loss minus entropy, as every teacher row meets equally many student crops."""
+        """Divergence from teacher to student: loss minus entropy, as every teacher row meets
+        equally many student crops."""
         return self.loss - self.teacher_entropy
 
 
 class DINOLoss(nn.Module):
-    """Drop-in for the official `DINOLoss`: same constructor, same `forward`, same state (one buffer `center` (1, K), fp32).
+    """Drop-in for the official `DINOLoss`: same constructor, same `forward`, same state (one buffer
+    `center` (1, K), fp32).
 
-    out_dim: prototypes K. ncrops: student crops V, the two global ones first. Temperatures of the teacher: linear from
-    `warmup_teacher_temp` to `teacher_temp` over `warmup_teacher_temp_epochs`, then constant, up to `nepochs`.
+    out_dim: prototypes K. ncrops: student crops V, the two global ones first. Temperatures of the
+    teacher: linear from `warmup_teacher_temp` to `teacher_temp` over `warmup_teacher_temp_epochs`,
+    then constant, up to `nepochs`.
 
-    Beyond the official class: works without a process group, takes any float dtype (statistics are fp32), and a batch whose
-    loss is not finite never reaches the center. Source: arXiv 2104.14294.
+    Beyond the official class: works without a process group, takes any float dtype (statistics are
+    fp32), and a batch whose loss is not finite never reaches the center. Source: arXiv 2104.14294.
     """
 
     center: Tensor
 
-    def __init__(self, out_dim: int, ncrops: int, warmup_teacher_temp: float, teacher_temp: float,
-                 warmup_teacher_temp_epochs: int, nepochs: int, student_temp: float = 0.1,
-                 center_momentum: float = 0.9) -> None:
+    def __init__(
+        self,
+        out_dim: int,
+        ncrops: int,
+        warmup_teacher_temp: float,
+        teacher_temp: float,
+        warmup_teacher_temp_epochs: int,
+        nepochs: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+    ) -> None:
         super().__init__()
         if ncrops < 2:
-            raise ValueError(f"ncrops is {ncrops}: the loss compares two global crops with all others, so give at least 2.")
+            raise ValueError(
+                f"ncrops is {ncrops}: the loss compares two global crops with all others, so give "
+                "at least 2."
+            )
         if warmup_teacher_temp_epochs > nepochs:
-            raise ValueError(f"warmup_teacher_temp_epochs is {warmup_teacher_temp_epochs} but nepochs is only {nepochs}: "
-                             "the warm-up cannot be longer than the training.")
+            raise ValueError(
+                f"warmup_teacher_temp_epochs is {warmup_teacher_temp_epochs} but nepochs is only "
+                f"{nepochs}: the warm-up cannot be longer than the training."
+            )
         self.ncrops = ncrops
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
-        rise = torch.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, dtype=torch.float64).tolist()
+        rise = torch.linspace(
+            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, dtype=torch.float64
+        ).tolist()
         self.teacher_temp_schedule = rise + [teacher_temp] * (nepochs - warmup_teacher_temp_epochs)
         self._pending: list[tuple[Tensor, Tensor, Tensor, int]] = []
 
     def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
-        """student_output (ncrops B, K) and teacher_output (2 B, K), rows crop-major; the loss (). Then updates the center.
+        """student_output (ncrops B, K) and teacher_output (2 B, K), rows crop-major; the loss ().
+        Then updates the center.
 
         Raises `ValueError` for shapes that do not fit and for an epoch outside 0 .. nepochs - 1.
         """
         if not 0 <= epoch < len(self.teacher_temp_schedule):
-            raise ValueError(f"epoch is {epoch} but the loss was made for nepochs={len(self.teacher_temp_schedule)}: "
-                             "epochs count from 0.")
+            raise ValueError(
+                f"epoch is {epoch} but the loss was made for "
+                f"nepochs={len(self.teacher_temp_schedule)}: epochs count from 0."
+            )
         self._pending.clear()
         loss = self.accumulate(student_output, teacher_output, self.teacher_temp_schedule[epoch])
         self.step()
         return loss
 
-    def accumulate(self, student_output: Tensor, teacher_output: Tensor, teacher_temp: float | Tensor) -> Tensor:
+    def accumulate(
+        self, student_output: Tensor, teacher_output: Tensor, teacher_temp: float | Tensor
+    ) -> Tensor:
         """The loss () of one micro-batch; what the center needs of it is kept until `step`."""
         k = self.center.shape[1]
         images, rest = divmod(teacher_output.shape[0], 2) if teacher_output.ndim == 2 else (0, 1)
-        if rest or not images or teacher_output.shape[1] != k or student_output.shape != (self.ncrops * images, k):
-            raise ValueError(f"student_output {tuple(student_output.shape)} and teacher_output {tuple(teacher_output.shape)} "
-                             f"do not fit: expected ({self.ncrops} B, {k}) and (2 B, {k}) for ncrops={self.ncrops} and "
-                             f"out_dim={k}.")
+        if (
+            rest
+            or not images
+            or teacher_output.shape[1] != k
+            or student_output.shape != (self.ncrops * images, k)
+        ):
+            raise ValueError(
+                f"student_output {tuple(student_output.shape)} and teacher_output "
+                f"{tuple(teacher_output.shape)} do not fit: expected ({self.ncrops} B, {k}) and (2 "
+                f"B, {k}) for ncrops={self.ncrops} and out_dim={k}."
+            )
         loss, entropy, teacher_sum = ops.dino_loss(
-            student_output.unflatten(0, (self.ncrops, images)), teacher_output.detach().unflatten(0, (2, images)),
-            self.center[0], self.student_temp, teacher_temp)
+            student_output.unflatten(0, (self.ncrops, images)),
+            teacher_output.detach().unflatten(0, (2, images)),
+            self.center[0],
+            self.student_temp,
+            teacher_temp,
+        )
         self._pending.append((teacher_sum, loss.detach(), entropy, 2 * images))
         return loss
 
     @torch.no_grad()
     def step(self) -> LossStats:
-        """Average what was accumulated over micro-batches and ranks, and move the center unless a number is not finite.
+        """Average what was accumulated over micro-batches and ranks, and move the center unless a
+        number is not finite.
 
-        One all-reduce of K + 2 numbers, so that every rank comes to the same decision; no wait for the device.
+        One all-reduce of K + 2 numbers, so that every rank comes to the same decision; no wait for
+        the device.
         """
         if not self._pending:
-            raise RuntimeError("there is nothing to average: call forward or accumulate before step.")
+            raise RuntimeError(
+                "there is nothing to average: call forward or accumulate before step."
+            )
         sums, losses, entropies, rows = zip(*self._pending, strict=True)
         self._pending.clear()
         means = torch.stack((*losses, *entropies)).view(2, -1).mean(1)

@@ -1,6 +1,9 @@
-"""DINO as a LightningModule: Lightning owns the loop, processes and precision, dinofast the loss and the optimizer.
+"""DINO as a LightningModule: Lightning owns the loop, processes and precision, dinofast the loss
+and the optimizer.
 
-    python examples/lightning_dino.py images.npy        # uint8 (N, H, W, 3); needs `pip install lightning`
+    python examples/lightning_dino.py images.npy    # uint8 (N, H, W, 3)
+
+Needs `pip install lightning`.
 """
 
 from __future__ import annotations
@@ -23,9 +26,12 @@ class DINO(lightning.LightningModule):
     def __init__(self, epochs: int, lr: float = 2e-3, momentum: float = 0.99) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.student = nn.Sequential(vit_nano(), DINOHead(64, OUT_DIM, hidden_dim=256, bottleneck_dim=64))
+        self.student = nn.Sequential(
+            vit_nano(), DINOHead(64, OUT_DIM, hidden_dim=256, bottleneck_dim=64)
+        )
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.dino_loss = DINOLoss(OUT_DIM, 2 + N_LOCAL, 0.03, 0.03, 0, epochs)      # its center is part of the checkpoint
+        # its center is part of the checkpoint
+        self.dino_loss = DINOLoss(OUT_DIM, 2 + N_LOCAL, 0.03, 0.03, 0, epochs)
 
     def training_step(self, crops: list[Tensor], batch_index: int) -> Tensor:
         both = [torch.cat(crops[:2]), torch.cat(crops[2:])]
@@ -35,25 +41,37 @@ class DINO(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # Clips by itself: leave the Trainer's gradient_clip_val alone.
-        return AdamWEMA(param_groups(self.student), lr=self.hparams.lr, weight_decay=0.04, student=self.student,
-                        teacher=self.teacher, clip_grad=3.0)
+        return AdamWEMA(
+            param_groups(self.student),
+            lr=self.hparams.lr,
+            weight_decay=0.04,
+            student=self.student,
+            teacher=self.teacher,
+            clip_grad=3.0,
+        )
 
     def optimizer_step(self, epoch, batch_index, optimizer, optimizer_closure=None) -> None:
         done = self.trainer.global_step / self.trainer.estimated_stepping_batches
         momentum = 1 - (1 - self.hparams.momentum) * (math.cos(math.pi * done) + 1) / 2
-        optimizer.step(closure=optimizer_closure, momentum=momentum)               # clip, AdamW, teacher average
+        optimizer.step(closure=optimizer_closure, momentum=momentum)  # clip, AdamW, teacher average
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("images", help=".npy, uint8 (N, H, W, 3)")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--output_dir", default="runs/lightning")
     options = parser.parse_args()
 
     lightning.seed_everything(0)
-    loader = DataLoader(Crops(np.load(options.images, mmap_mode="r")), batch_size=32, shuffle=True, drop_last=True)
-    trainer = lightning.Trainer(max_epochs=options.epochs, default_root_dir=options.output_dir, log_every_n_steps=1)
+    loader = DataLoader(
+        Crops(np.load(options.images, mmap_mode="r")), batch_size=32, shuffle=True, drop_last=True
+    )
+    trainer = lightning.Trainer(
+        max_epochs=options.epochs, default_root_dir=options.output_dir, log_every_n_steps=1
+    )
     trainer.fit(DINO(options.epochs), loader)
     print(f"{trainer.global_step} steps, loss {trainer.callback_metrics['loss']:.4f}")
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")          # before torch is imported; see cli.main
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see cli.main
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")           # before triton is imported: its kernels are decorated then
+    # before triton is imported: its kernels are decorated then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
@@ -38,10 +39,19 @@ def why_not_here(impl):
         return reason
     if impl == "triton":
         if not ops._choice.interpreted():
-            return "Triton kernels are compiled in this run (TRITON_INTERPRET is not 1), for the GPU alone"
-        triton, numpy = (tuple(map(int, importlib.metadata.version(name).split(".")[:2])) for name in ("triton", "numpy"))
+            return (
+                "Triton kernels are compiled in this run (TRITON_INTERPRET is not 1), for the "
+                "GPU alone"
+            )
+        triton, numpy = (
+            tuple(map(int, importlib.metadata.version(name).split(".")[:2]))
+            for name in ("triton", "numpy")
+        )
         if triton < (3, 7) and numpy >= (2, 4):
-            return "the interpreter of Triton 3.6 does not work with NumPy 2.4 and newer: pip install 'numpy<2.4' to run it"
+            return (
+                "the interpreter of Triton 3.6 does not work with NumPy 2.4 and newer: pip "
+                "install 'numpy<2.4' to run it"
+            )
     return ""
 
 
@@ -49,7 +59,9 @@ def why_not_here(impl):
 def implementation_is_here(request):
     """Skips a test whose parameter `impl`, or else its module's NEEDS, names what is not here."""
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if reason := why_not_here(params["impl"] if "impl" in params else getattr(request.module, "NEEDS", None)):
+    if reason := why_not_here(
+        params["impl"] if "impl" in params else getattr(request.module, "NEEDS", None)
+    ):
         pytest.skip(reason)
 
 
@@ -69,9 +81,10 @@ def gpu():
         pytest.skip("TRITON_INTERPRET is 1: Triton kernels are not compiled in this run")
 
 
-@pytest.hookimpl(tryfirst=True)                              # before pytest leaves out what `-m` does not name
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what `-m` does not name
 def pytest_collection_modifyitems(items):
-    """What uses the fixture `gpu` has the mark `gpu`: 86 tests that were to be marked by hand were not."""
+    """What uses the fixture `gpu` has the mark `gpu`: 86 tests that were to be marked by hand were
+    not."""
     for item in items:
         if "gpu" in item.fixturenames:
             item.add_marker("gpu")
@@ -87,20 +100,27 @@ def compiled_ahead_of_time():
             pytest.skip(ops._choice.NO_TRITON)
         if operation not in done:
             environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-            script = Path(__file__).parent / "ahead_of_time.py"      # Triton warns where it is left to choose whether to fuse
-            process = subprocess.run([sys.executable, "-W", "error:TRITON_DEFAULT_FP_FUSION", script, operation], timeout=300,
-                                     capture_output=True, text=True, env=environment)
+            # Triton warns where it is left to choose whether to fuse
+            script = Path(__file__).parent / "ahead_of_time.py"
+            process = subprocess.run(
+                [sys.executable, "-W", "error:TRITON_DEFAULT_FP_FUSION", script, operation],
+                timeout=300,
+                capture_output=True,
+                text=True,
+                env=environment,
+            )
             assert process.returncode == 0, process.stderr
             done[operation] = json.loads(process.stdout)
         return done[operation]
+
     done = {}
     return found
 
 
 @pytest.fixture(scope="session")
 def fake_cuda(tmp_path_factory):
-    """A function: what a script of fake_cuda/ prints last. Each run is a process of its own, as the fake device must be there
-    before torch is (see fake_cuda/device.py)."""
+    """A function: what a script of fake_cuda/ prints last. Each run is a process of its own, as the
+    fake device must be there before torch is (see fake_cuda/device.py)."""
     folder = Path(__file__).parent / "fake_cuda"
     sys.path.insert(0, str(folder))
     import device
@@ -110,10 +130,16 @@ def fake_cuda(tmp_path_factory):
     environment = device.environment(tmp_path_factory.mktemp("fake_cuda"))
 
     def run(script, *arguments):
-        done = subprocess.run([sys.executable, folder / script, *arguments], env=environment, capture_output=True, text=True,
-                              timeout=600)
+        done = subprocess.run(
+            [sys.executable, folder / script, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
+
     return run
 
 
@@ -132,9 +158,13 @@ def pytest_configure(config):
     if not ops._choice.NO_TRITON:
         from dinofast.kernels import adamw_ema, color, dino_loss, dino_loss_backward, normalize
 
-        for module, names in ((dino_loss, "dino_loss"), (dino_loss_backward, "dino_loss_backward"),
-                              (adamw_ema, "adamw_ema_ ema_ grad_norms"),
-                              (color, "color"), (normalize, "normalize")):
+        for module, names in (
+            (dino_loss, "dino_loss"),
+            (dino_loss_backward, "dino_loss_backward"),
+            (adamw_ema, "adamw_ema_ ema_ grad_norms"),
+            (color, "color"),
+            (normalize, "normalize"),
+        ):
             for name in names.split():
                 _count(module, name, "triton")
     if torch.cuda.is_available() and not xformers_unavailable_reason():
@@ -158,14 +188,15 @@ def _count(module, name, kind):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """Of `make test`: two, but not on a GPU, of which some tests need most of the memory and others all of the time."""
+    """Of `make test`: two, but not on a GPU, of which some tests need most of the memory and others
+    all of the time."""
     from dinofast.runtime.backends import cores
 
     return 0 if torch.cuda.is_available() else min(2, cores())
 
 
 def pytest_sessionfinish(session):
-    if hasattr(session.config, "workeroutput"):              # of one of several processes (pytest -n)
+    if hasattr(session.config, "workeroutput"):  # of one of several processes (pytest -n)
         session.config.workeroutput["calls"] = _calls
 
 
@@ -182,17 +213,27 @@ def pytest_terminal_summary(terminalreporter):
 
     gpu = "no GPU here" if not torch.cuda.is_available() else "a GPU is here"
     interpreted = ops._choice.interpreted()
-    done = {kind: f"exercised, {n} {'batches' if kind == 'dali' else 'calls'}" if n else "NOT exercised"
-            for kind, n in _calls.items()}
+    done = {
+        kind: f"exercised, {n} {'batches' if kind == 'dali' else 'calls'}" if n else "NOT exercised"
+        for kind, n in _calls.items()
+    }
     lines = {
         "cpp": done["cpp"],
-        "triton interpreted": done["triton"] if interpreted else f"not exercised: TRITON_INTERPRET is not 1 ({gpu})",
-        "triton compiled": f"not exercised: TRITON_INTERPRET is 1 ({gpu})" if interpreted else done["triton"],
+        "triton interpreted": done["triton"]
+        if interpreted
+        else f"not exercised: TRITON_INTERPRET is not 1 ({gpu})",
+        "triton compiled": f"not exercised: TRITON_INTERPRET is 1 ({gpu})"
+        if interpreted
+        else done["triton"],
         "cuda": f"not exercised: no CUDA kernel in this version ({gpu})",
-        "xformers": done["xformers"] if torch.cuda.is_available() and not xformers_unavailable_reason() else
-        f"not exercised: {xformers_unavailable_reason() or 'it has nothing for a CPU'} ({gpu})",
-        "dali": f"{done['dali']}, on its {'GPU' if torch.cuda.is_available() else 'CPU'} operators" if _calls["dali"]
-        else f"NOT exercised: {backend_dali.unavailable_reason('cpu') or 'no test of it was chosen'}",
+        "xformers": done["xformers"]
+        if torch.cuda.is_available() and not xformers_unavailable_reason()
+        else f"not exercised: {xformers_unavailable_reason() or 'it has nothing for a CPU'} "
+        f"({gpu})",
+        "dali": f"{done['dali']}, on its {'GPU' if torch.cuda.is_available() else 'CPU'} operators"
+        if _calls["dali"]
+        else "NOT exercised: "
+        f"{backend_dali.unavailable_reason('cpu') or 'no test of it was chosen'}",
     }
     terminalreporter.section("paths")
     for name, what in lines.items():

@@ -12,4 +12,8 @@ DATA = Path(__file__).parent / "data"
 def load(name: str, prefix: str = "") -> dict[str, Tensor]:
     """The arrays of a golden file whose names begin with `prefix`, without it."""
     with np.load(DATA / name) as arrays:
-        return {key.removeprefix(prefix): torch.from_numpy(arrays[key]) for key in arrays.files if key.startswith(prefix)}
+        return {
+            key.removeprefix(prefix): torch.from_numpy(arrays[key])
+            for key in arrays.files
+            if key.startswith(prefix)
+        }

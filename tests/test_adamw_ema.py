@@ -1,5 +1,5 @@
-"""adamw_ema_, ema_ and grad_norms: C++, Triton (interpreted on the CPU) and the reference, against float64, torch's AdamW and
-by hand. What Triton compiles to: test_adamw_ema_triton.py."""
+"""adamw_ema_, ema_ and grad_norms: C++, Triton (interpreted on the CPU) and the reference, against
+float64, torch's AdamW and by hand. What Triton compiles to: test_adamw_ema_triton.py."""
 
 from __future__ import annotations
 
@@ -17,29 +17,51 @@ NEEDS = "cpp"
 KERNELS = ("cpp", "triton")
 IMPLS = ("reference", *KERNELS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of gradients, and of the students of ema_
-SHAPES = [(1,), (7,), (3, 11), (4097,), (0,), (), (2, 50_001), (5, 3, 2, 2)]  # shorter than a vector, odd, four chunks, empty
-CHUNKS = [(1,), (0,), (2, 1025), (), (2048,), (5, 3, 2, 2)]                   # the same for Triton's chunks, fewer: interpreted
-OPTIONS: dict[str, Any] = dict(lr=0.003, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8, momentum=0.99)
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")  # NumPy's, from the interpreter
+# shorter than a vector, odd, four chunks, empty
+SHAPES = [(1,), (7,), (3, 11), (4097,), (0,), (), (2, 50_001), (5, 3, 2, 2)]
+# the same for Triton's chunks, fewer: interpreted
+CHUNKS = [(1,), (0,), (2, 1025), (), (2048,), (5, 3, 2, 2)]
+OPTIONS: dict[str, Any] = dict(
+    lr=0.003, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8, momentum=0.99
+)
+# NumPy's, from the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
 
 
-def draw(shapes: list[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32, teachers: bool = True,
-         seed: int = 0) -> dict[str, Any]:
-    """Arguments of adamw_ema_: tensors in the middle of a training, every one at another step; every third has no teacher."""
+def draw(
+    shapes: list[tuple[int, ...]] = SHAPES,
+    dtype: torch.dtype = torch.float32,
+    teachers: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Arguments of adamw_ema_: tensors in the middle of a training, every one at another step;
+    every third has no teacher."""
     generator = torch.Generator().manual_seed(seed)
 
     def tensors(scale: float) -> list[Tensor]:
         return [torch.randn(shape, generator=generator) * scale for shape in shapes]
+
     n = len(shapes)
-    return {"params": tensors(0.02), "grads": [g.to(dtype) for g in tensors(1e-3)], "exp_avgs": tensors(1e-3),
-            "exp_avg_sqs": [v.square() for v in tensors(1e-3)], "steps": [torch.tensor(float(7 * i)) for i in range(n)],
-            "teachers": [t if teachers and i % 3 < 2 else None for i, t in enumerate(tensors(0.02))],
-            "coefficients": torch.rand(n, generator=generator), "skip": torch.tensor(False)}
+    return {
+        "params": tensors(0.02),
+        "grads": [g.to(dtype) for g in tensors(1e-3)],
+        "exp_avgs": tensors(1e-3),
+        "exp_avg_sqs": [v.square() for v in tensors(1e-3)],
+        "steps": [torch.tensor(float(7 * i)) for i in range(n)],
+        "teachers": [t if teachers and i % 3 < 2 else None for i, t in enumerate(tensors(0.02))],
+        "coefficients": torch.rand(n, generator=generator),
+        "skip": torch.tensor(False),
+    }
 
 
 def clone(x: Any) -> Any:
-    return {k: clone(v) for k, v in x.items()} if isinstance(x, dict) else [clone(v) for v in x] if isinstance(x, list) else (
-        x.clone() if isinstance(x, Tensor) else x)
+    return (
+        {k: clone(v) for k, v in x.items()}
+        if isinstance(x, dict)
+        else [clone(v) for v in x]
+        if isinstance(x, list)
+        else (x.clone() if isinstance(x, Tensor) else x)
+    )
 
 
 def run(arguments: dict[str, Any], impl: str | None, **options: Any) -> dict[str, Any]:
@@ -50,7 +72,12 @@ def run(arguments: dict[str, Any], impl: str | None, **options: Any) -> dict[str
 
 
 def flat(arguments: dict[str, Any]) -> list[Tensor]:
-    return [x for value in arguments.values() for x in (value if isinstance(value, list) else [value]) if x is not None]
+    return [
+        x
+        for value in arguments.values()
+        for x in (value if isinstance(value, list) else [value])
+        if x is not None
+    ]
 
 
 def assert_same_bits(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -60,37 +87,59 @@ def assert_same_bits(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", KERNELS)
-@pytest.mark.parametrize("options", [{}, {"betas": (0.0, 0.5)}, {"betas": (0.4, 0.99)}, {"eps": 0.1}, {"momentum": 0.0},
-                                     {"momentum": 0.3}, {"lr": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"betas": (0.0, 0.5)},
+        {"betas": (0.4, 0.99)},
+        {"eps": 0.1},
+        {"momentum": 0.0},
+        {"momentum": 0.3},
+        {"lr": 0.0},
+    ],
+    ids=str,
+)
 def test_same_as_the_reference(options: dict[str, Any], impl: str, dtype: torch.dtype) -> None:
     before = draw(SHAPES if impl == "cpp" else CHUNKS, dtype=dtype)
     ours, theirs = run(before, impl, **options), run(before, "reference", **options)
     for name in before:
-        for a, b, old in zip(flat({"": ours[name]}), flat({"": theirs[name]}), flat({"": before[name]}), strict=True):
+        for a, b, old in zip(
+            flat({"": ours[name]}), flat({"": theirs[name]}), flat({"": before[name]}), strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-8)
             frozen = name in ("grads", "coefficients", "skip")
-            assert not a.numel() or torch.equal(a, old) == (frozen or (name == "params" and options == {"lr": 0.0}))
+            assert not a.numel() or torch.equal(a, old) == (
+                frozen or (name == "params" and options == {"lr": 0.0})
+            )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", (1, 33, 40_003))
 def test_no_worse_than_torch(size: int, dtype: torch.dtype, impl: str) -> None:
-    """Six steps from zero moments, against torch's AdamW in float64, with its error in float32 as the measure."""
+    """Six steps from zero moments, against torch's AdamW in float64, with its error in float32 as
+    the measure."""
     steps, decay, clip = 6, 0.1, 0.37
     if impl == "triton" and size > 4096:
-        size = 4099                                                                     # interpreted: five chunks are enough
+        size = 4099  # interpreted: five chunks are enough
     start = draw([(size,)], dtype=dtype)
     grads = [draw([(size,)], dtype=dtype, seed=1 + i)["grads"][0] for i in range(steps)]
-    ours = start | {"exp_avgs": [torch.zeros(size)], "exp_avg_sqs": [torch.zeros(size)], "steps": [torch.zeros(())],
-                    "coefficients": torch.tensor([clip])}
+    ours = start | {
+        "exp_avgs": [torch.zeros(size)],
+        "exp_avg_sqs": [torch.zeros(size)],
+        "steps": [torch.zeros(())],
+        "coefficients": torch.tensor([clip]),
+    }
     for grad in grads:
         ours = run(ours | {"grads": [grad]}, impl)
 
     def by_torch(wide: torch.dtype) -> tuple[Tensor, ...]:
         p = torch.nn.Parameter(start["params"][0].to(wide))
         teacher = start["teachers"][0].to(wide)
-        optimizer = torch.optim.AdamW([p], lr=OPTIONS["lr"], betas=OPTIONS["betas"], eps=OPTIONS["eps"], weight_decay=decay)
+        optimizer = torch.optim.AdamW(
+            [p], lr=OPTIONS["lr"], betas=OPTIONS["betas"], eps=OPTIONS["eps"], weight_decay=decay
+        )
         for grad in grads:
             p.grad = grad.to(wide) * torch.tensor(clip).to(wide)
             optimizer.step()
@@ -98,8 +147,12 @@ def test_no_worse_than_torch(size: int, dtype: torch.dtype, impl: str) -> None:
         state = optimizer.state[p]
         return p.detach(), state["exp_avg"], state["exp_avg_sq"], teacher
 
-    for name, eager, exact in zip(("params", "exp_avgs", "exp_avg_sqs", "teachers"), by_torch(torch.float32),
-                                  by_torch(torch.float64), strict=True):
+    for name, eager, exact in zip(
+        ("params", "exp_avgs", "exp_avg_sqs", "teachers"),
+        by_torch(torch.float32),
+        by_torch(torch.float64),
+        strict=True,
+    ):
         assert_no_worse(ours[name][0], eager, exact)
     assert ours["steps"][0] == steps
 
@@ -107,11 +160,24 @@ def test_no_worse_than_torch(size: int, dtype: torch.dtype, impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_first_step_by_hand(impl: str) -> None:
     """From zero moments the first step is lr against the gradient's sign, whatever its size."""
-    done = run({"params": [torch.tensor([2.0, 2.0])], "grads": [torch.tensor([4.0, -1e3])], "exp_avgs": [torch.zeros(2)],
-                "exp_avg_sqs": [torch.zeros(2)], "steps": [torch.zeros(())], "teachers": [torch.zeros(2)],
-                "coefficients": torch.tensor([0.5]), "skip": torch.tensor(False)}, impl, lr=0.25, weight_decay=0.5,
-               momentum=0.75)
-    torch.testing.assert_close(done["params"][0], torch.tensor([1.5, 2.0]))             # 2 (1 - 0.25 0.5) -+ 0.25
+    done = run(
+        {
+            "params": [torch.tensor([2.0, 2.0])],
+            "grads": [torch.tensor([4.0, -1e3])],
+            "exp_avgs": [torch.zeros(2)],
+            "exp_avg_sqs": [torch.zeros(2)],
+            "steps": [torch.zeros(())],
+            "teachers": [torch.zeros(2)],
+            "coefficients": torch.tensor([0.5]),
+            "skip": torch.tensor(False),
+        },
+        impl,
+        lr=0.25,
+        weight_decay=0.5,
+        momentum=0.75,
+    )
+    # 2 (1 - 0.25 0.5) -+ 0.25
+    torch.testing.assert_close(done["params"][0], torch.tensor([1.5, 2.0]))
     torch.testing.assert_close(done["teachers"][0], torch.tensor([0.375, 0.5]))
     torch.testing.assert_close(done["exp_avgs"][0], torch.tensor([0.2, -50]))
     torch.testing.assert_close(done["exp_avg_sqs"][0], torch.tensor([0.004, 250.0]))
@@ -197,8 +263,14 @@ def test_unaligned_views_are_taken(impl: str) -> None:
     """As gradients in a bucket of DDP are, with neighbors that nobody touches."""
     plain = draw([(2049,), (4, 3)])
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "teachers")
-    buckets = {name: [torch.nn.functional.pad(x.flatten(), (1, 1), value=7) for x in plain[name]] for name in names}
-    views = {name: [x[1:-1].view(y.shape) for x, y in zip(buckets[name], plain[name], strict=True)] for name in names}
+    buckets = {
+        name: [torch.nn.functional.pad(x.flatten(), (1, 1), value=7) for x in plain[name]]
+        for name in names
+    }
+    views = {
+        name: [x[1:-1].view(y.shape) for x, y in zip(buckets[name], plain[name], strict=True)]
+        for name in names
+    }
     ours = clone(plain) | views
     assert all(x.data_ptr() % 16 for x in ours["params"])
     assert torch.equal(ops.grad_norms(views["grads"], impl), ops.grad_norms(plain["grads"], impl))
@@ -211,16 +283,22 @@ def test_unaligned_views_are_taken(impl: str) -> None:
 @pytest.mark.parametrize("impl", KERNELS)
 def test_gradients_of_several_dtypes_in_one_call(impl: str) -> None:
     before = draw([(5,), (1030,), (7,), (3,)])
-    before["grads"] = [g.to(dtype) for g, dtype in zip(before["grads"], (*DTYPES, torch.float32), strict=True)]
+    before["grads"] = [
+        g.to(dtype) for g, dtype in zip(before["grads"], (*DTYPES, torch.float32), strict=True)
+    ]
     done, expected = run(before, impl), run(before, "reference")
     for a, b in zip(flat(done), flat(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-8)
-    torch.testing.assert_close(ops.grad_norms(before["grads"], impl), torch.stack([g.float().norm() for g in before["grads"]]))
+    torch.testing.assert_close(
+        ops.grad_norms(before["grads"], impl),
+        torch.stack([g.float().norm() for g in before["grads"]]),
+    )
 
 
 @pytest.mark.parametrize("impl", KERNELS)
 def test_addresses_may_change_between_calls(impl: str) -> None:
-    """The same tensors twice, then another gradient, and then another parameter, of the same sizes."""
+    """The same tensors twice, then another gradient, and then another parameter, of the same
+    sizes."""
     tensors, expected = draw([(1030,), (7,)]), draw([(1030,), (7,)])
     for name in ("", "", "grads", "params"):
         for x in (tensors, expected):
@@ -233,16 +311,22 @@ def test_addresses_may_change_between_calls(impl: str) -> None:
 
 def with_copies(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Every second parameter, and every teacher, has a 16-bit copy."""
-    copies = {"param_copies": [torch.zeros_like(p, dtype=dtype) if i % 2 == 0 else None
-                               for i, p in enumerate(arguments["params"])],
-              "teacher_copies": [None if t is None else torch.zeros_like(t, dtype=dtype) for t in arguments["teachers"]]}
+    copies = {
+        "param_copies": [
+            torch.zeros_like(p, dtype=dtype) if i % 2 == 0 else None
+            for i, p in enumerate(arguments["params"])
+        ],
+        "teacher_copies": [
+            None if t is None else torch.zeros_like(t, dtype=dtype) for t in arguments["teachers"]
+        ],
+    }
     return arguments | copies
 
 
 def assert_rounded(copies: list[Tensor | None], originals: list[Tensor], impl: str) -> None:
     for copy, x in zip(copies, originals, strict=True):
         if copy is not None:
-            if impl == "triton" and copy.dtype == torch.bfloat16:                       # its interpreter cuts bits off
+            if impl == "triton" and copy.dtype == torch.bfloat16:  # its interpreter cuts bits off
                 x = (x.view(torch.int32) & -65536).view(torch.float32)
             assert torch.equal(copy, x.to(copy.dtype))
 
@@ -268,10 +352,14 @@ def test_norms(dtype: torch.dtype, impl: str) -> None:
     exact = torch.stack([g.double().norm() for g in grads])
     norms = ops.grad_norms(grads, impl)
     assert norms.dtype == torch.float32
-    torch.testing.assert_close(norms.double(), exact, rtol={"cpp": 6e-8, "triton": 3e-7, "reference": 1e-5}[impl], atol=0)
+    torch.testing.assert_close(
+        norms.double(), exact, rtol={"cpp": 6e-8, "triton": 3e-7, "reference": 1e-5}[impl], atol=0
+    )
     for bad in (math.nan, math.inf):
         grads[3][4096] = bad
-        assert ops.grad_norms(grads, impl).isfinite().tolist() == [i != 3 for i in range(len(grads))]
+        assert ops.grad_norms(grads, impl).isfinite().tolist() == [
+            i != 3 for i in range(len(grads))
+        ]
 
 
 def test_norms_neither_overflow_nor_vanish() -> None:
@@ -310,7 +398,8 @@ def test_no_tensors_at_all() -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_leaves_are_written_and_marked(impl: str) -> None:
-    """Parameters need no torch.no_grad around the call, and backward through what was saved before it is refused."""
+    """Parameters need no torch.no_grad around the call, and backward through what was saved before
+    it is refused."""
     weight = torch.nn.Parameter(torch.ones(3))
     saved = weight.square().sum()
     ops.ema_([weight], [torch.zeros(3)], 0.5, impl=impl)
@@ -328,14 +417,36 @@ def test_leaves_are_written_and_marked(impl: str) -> None:
 def test_opcheck(dtype: torch.dtype, impl: str) -> None:
     x = with_copies(draw([(5,), (3, 4), ()], dtype=dtype), torch.bfloat16)
     number = torch.tensor(0.1, dtype=torch.float64)
-    holes = [y for name in ("teachers", "param_copies", "teacher_copies")
-             for y in ([t for t in x[name] if t is not None], [t is not None for t in x[name]])]
+    holes = [
+        y
+        for name in ("teachers", "param_copies", "teacher_copies")
+        for y in ([t for t in x[name] if t is not None], [t is not None for t in x[name]])
+    ]
     for skip in (False, True):
-        torch.library.opcheck(torch.ops.dinofast.adamw_ema_.default, (
-            x["params"], x["grads"], x["exp_avgs"], x["exp_avg_sqs"], x["steps"], *holes, x["coefficients"],
-            torch.tensor(skip), number, number, 0.9, 0.999, 1e-8, number, impl))
-        torch.library.opcheck(torch.ops.dinofast.ema_.default, (
-            x["params"], x["grads"], *holes[2:4], number, torch.tensor(skip), impl))
+        torch.library.opcheck(
+            torch.ops.dinofast.adamw_ema_.default,
+            (
+                x["params"],
+                x["grads"],
+                x["exp_avgs"],
+                x["exp_avg_sqs"],
+                x["steps"],
+                *holes,
+                x["coefficients"],
+                torch.tensor(skip),
+                number,
+                number,
+                0.9,
+                0.999,
+                1e-8,
+                number,
+                impl,
+            ),
+        )
+        torch.library.opcheck(
+            torch.ops.dinofast.ema_.default,
+            (x["params"], x["grads"], *holes[2:4], number, torch.tensor(skip), impl),
+        )
     torch.library.opcheck(torch.ops.dinofast.grad_norms.default, (x["grads"], impl))
 
 
@@ -359,18 +470,35 @@ def test_compiles_as_one_graph(impl: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"grads": [torch.zeros(5)]}, "grads has 1 tensors and params has 2"),
-    ({"teachers": [None, torch.zeros(4)]}, r"teachers\[1\] has shape \(4,\): expected \(3,\), that of params\[1\]"),
-    ({"steps": []}, r"steps has shapes \[\] and coefficients \(2,\): expected 2 tensors \(\) and one \(2,\)"),
-    ({"steps": [torch.zeros(0), torch.zeros(())]}, r"steps has shapes \[\(0,\), \(\)\]"),
-    ({"coefficients": torch.ones(3)}, r"coefficients \(3,\): expected 2 tensors \(\) and one \(2,\)"),
-    ({"param_copies": [torch.zeros(5)]}, "param_copies has 1 tensors and params has 2"),
-    ({"teachers": [None, None], "teacher_copies": [None, torch.zeros(3)]},
-     r"teacher_copies\[1\] is a tensor but teachers\[1\] is None"),
-    ({"impl": "fast"}, "impl is 'fast': use one of"),
-    ({"impl": "cpp", "steps": [torch.zeros((), device="meta")] * 2}, "impl='cpp' takes tensors on one device"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grads": [torch.zeros(5)]}, "grads has 1 tensors and params has 2"),
+        (
+            {"teachers": [None, torch.zeros(4)]},
+            r"teachers\[1\] has shape \(4,\): expected \(3,\), that of params\[1\]",
+        ),
+        (
+            {"steps": []},
+            r"steps has shapes \[\] and coefficients \(2,\): expected 2 tensors \(\) and one",
+        ),
+        ({"steps": [torch.zeros(0), torch.zeros(())]}, r"steps has shapes \[\(0,\), \(\)\]"),
+        (
+            {"coefficients": torch.ones(3)},
+            r"coefficients \(3,\): expected 2 tensors \(\) and one \(2,\)",
+        ),
+        ({"param_copies": [torch.zeros(5)]}, "param_copies has 1 tensors and params has 2"),
+        (
+            {"teachers": [None, None], "teacher_copies": [None, torch.zeros(3)]},
+            r"teacher_copies\[1\] is a tensor but teachers\[1\] is None",
+        ),
+        ({"impl": "fast"}, "impl is 'fast': use one of"),
+        (
+            {"impl": "cpp", "steps": [torch.zeros((), device="meta")] * 2},
+            "impl='cpp' takes tensors on one device",
+        ),
+    ],
+)
 def test_refusals(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.adamw_ema_(**draw([(5,), (3,)]) | OPTIONS | change)

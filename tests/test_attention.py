@@ -1,4 +1,5 @@
-"""Attention over packed sequences: every implementation against the formula in float64, and how one is chosen."""
+"""Attention over packed sequences: every implementation against the formula in float64, and how one
+is chosen."""
 
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ CPU, HEADS = torch.device("cpu"), 3
 RUNS = {
     "one": ((3, 8),),
     "one sequence": ((1, 13),),
-    "two": ((2, 17), (5, 5)),                                # global and local crops, odd lengths
+    "two": ((2, 17), (5, 5)),  # global and local crops, odd lengths
     "lone tokens": ((2, 9), (3, 1)),
-    "only lone tokens": ((4, 1),),                           # all queries and CLS queries are as many
-    "three": ((1, 3), (2, 50), (1, 3)),                      # the same length again, but not beside
+    "only lone tokens": ((4, 1),),  # all queries and CLS queries are as many
+    "three": ((1, 3), (2, 50), (1, 3)),  # the same length again, but not beside
 }
 
 
@@ -35,13 +36,17 @@ def lengths(runs):
 
 def mask(q_lengths, kv_lengths):
     """(Tq, T): may this query look at this key?"""
-    return torch.block_diag(*[torch.ones(q, kv) for q, kv in zip(q_lengths, kv_lengths, strict=True)]).bool()
+    return torch.block_diag(
+        *[torch.ones(q, kv) for q, kv in zip(q_lengths, kv_lengths, strict=True)]
+    ).bool()
 
 
 def dense(q, k, v, where):
     """The formula over all pairs of tokens, those of different sequences masked."""
     kv_lengths = lengths(where.runs)
-    allowed = mask([1] * len(kv_lengths) if len(q) != len(k) else kv_lengths, kv_lengths).to(q.device)
+    allowed = mask([1] * len(kv_lengths) if len(q) != len(k) else kv_lengths, kv_lengths).to(
+        q.device
+    )
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~allowed, -torch.inf).softmax(-1), v)
 
@@ -52,7 +57,8 @@ def run(function, runs, cls_only, dtype, device=CPU, width=16):
     total, where = sum(lengths(runs)), layout(runs, device)
 
     def leaf(*shape):
-        drawn = torch.randn(*shape, generator=generator).bfloat16()                          # the same numbers in every dtype
+        # the same numbers in every dtype
+        drawn = torch.randn(*shape, generator=generator).bfloat16()
         return drawn.to(device, dtype).requires_grad_()
 
     if cls_only:
@@ -85,8 +91,11 @@ def using(name):
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 def test_float64_is_the_formula(name, runs, cls_only):
-    for ours, exact in zip(run(using(name), runs, cls_only, torch.float64), run(dense, runs, cls_only, torch.float64),
-                           strict=True):
+    for ours, exact in zip(
+        run(using(name), runs, cls_only, torch.float64),
+        run(dense, runs, cls_only, torch.float64),
+        strict=True,
+    ):
         torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-13)
 
 
@@ -94,7 +103,8 @@ def test_float64_is_the_formula(name, runs, cls_only):
 @pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
 def test_sdpa_no_worse_than_eager(runs, cls_only, dtype):
-    exact, eager = run(dense, runs, cls_only, torch.float64), run(using("eager"), runs, cls_only, dtype)
+    exact = run(dense, runs, cls_only, torch.float64)
+    eager = run(using("eager"), runs, cls_only, dtype)
     for tensors in zip(run(using("sdpa"), runs, cls_only, dtype), eager, exact, strict=True):
         assert_no_worse(*tensors)
 
@@ -107,7 +117,9 @@ def test_gpu_no_worse_than_eager(gpu, name, runs, cls_only, dtype):
     need(name)
     exact = run(dense, runs, cls_only, torch.float64, "cuda", 64)
     eager = run(using("eager"), runs, cls_only, dtype, "cuda", 64)
-    for tensors in zip(run(using(name), runs, cls_only, dtype, "cuda", 64), eager, exact, strict=True):
+    for tensors in zip(
+        run(using(name), runs, cls_only, dtype, "cuda", 64), eager, exact, strict=True
+    ):
         assert_no_worse(*tensors)
 
 
@@ -115,8 +127,10 @@ def test_gpu_no_worse_than_eager(gpu, name, runs, cls_only, dtype):
 def test_gpu_compiled_is_the_same(gpu, name):
     need(name)
     for cls_only in (False, True):
-        results = [run(f, RUNS["two"], cls_only, torch.bfloat16, "cuda", 64)
-                   for f in (torch.compile(using(name), fullgraph=True), using(name))]
+        results = [
+            run(f, RUNS["two"], cls_only, torch.bfloat16, "cuda", 64)
+            for f in (torch.compile(using(name), fullgraph=True), using(name))
+        ]
         for compiled, eager in zip(*results, strict=True):
             torch.testing.assert_close(compiled, eager)
 
@@ -130,8 +144,17 @@ def test_queries_that_fit_nothing_are_refused():
 # ---- where the sequences lie
 def test_layout():
     where = layout(((2, 3), (1, 2)), CPU)
-    assert where.cu_seqlens.tolist() == [0, 3, 6, 8] and where.cls_cu_seqlens.tolist() == [0, 1, 2, 3]
-    assert where.cls.tolist() == [0, 3, 6] and where.sequence.tolist() == [0, 0, 0, 1, 1, 1, 2, 2] and where.max_seqlen == 3
+    assert where.cu_seqlens.tolist() == [0, 3, 6, 8] and where.cls_cu_seqlens.tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert (
+        where.cls.tolist() == [0, 3, 6]
+        and where.sequence.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+        and where.max_seqlen == 3
+    )
     assert where.cu_seqlens.dtype == where.cls_cu_seqlens.dtype == torch.int32
     assert where.cls.dtype == where.sequence.dtype == torch.int64
     assert layout(((2, 3), (1, 2)), CPU) is where
@@ -164,37 +187,61 @@ class BlockDiagonalMask:
 
 @pytest.fixture(params=["xformers", "mslk"])
 def xformers(request, monkeypatch):
-    """A stand-in with the interface of xformers 0.0.35 or mslk 1.1, where it has moved; gives the masks it has seen."""
+    """A stand-in with the interface of xformers 0.0.35 or mslk 1.1, where it has moved; gives the
+    masks it has seen."""
+
     def scores(q, k, attn_bias):
         assert q.ndim == k.ndim == 4 and len(q) == len(k) == 1 and q.dtype == k.dtype
         seen.append(attn_bias)
         allowed = mask(attn_bias.q_lengths, attn_bias.kv_lengths)
-        return (torch.einsum("qhd,khd->hqk", q[0], k[0]) / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf)
+        return (torch.einsum("qhd,khd->hqk", q[0], k[0]) / q.shape[-1] ** 0.5).masked_fill(
+            ~allowed, -torch.inf
+        )
 
-    def forward(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
+    def forward(
+        query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
+    ):
         s = scores(query, key, attn_bias)
-        return torch.einsum("hqk,khd->qhd", s.softmax(-1), value[0])[None], s.logsumexp(-1)[None].float()
+        return torch.einsum("hqk,khd->qhd", s.softmax(-1), value[0])[None], s.logsumexp(-1)[
+            None
+        ].float()
 
-    def backward(grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
-        assert grad.shape == output.shape == query.shape and lse.shape == (1, query.shape[2], query.shape[1])
+    def backward(
+        grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None
+    ):
+        assert grad.shape == output.shape == query.shape and lse.shape == (
+            1,
+            query.shape[2],
+            query.shape[1],
+        )
         assert grad.is_contiguous() and lse.dtype == torch.float32
-        weights = (scores(query, key, attn_bias) - lse[0].to(query.dtype)[:, :, None]).exp()               # (H, Tq, T)
-        inner = torch.einsum("qhd,khd->hqk", grad[0], value[0]) - (grad[0] * output[0]).sum(-1).t()[:, :, None]
+        # (H, Tq, T)
+        weights = (scores(query, key, attn_bias) - lse[0].to(query.dtype)[:, :, None]).exp()
+        inner = (
+            torch.einsum("qhd,khd->hqk", grad[0], value[0])
+            - (grad[0] * output[0]).sum(-1).t()[:, :, None]
+        )
         d_scores = weights * inner / query.shape[-1] ** 0.5
-        dq, dk = torch.einsum("hqk,khd->qhd", d_scores, key[0]), torch.einsum("hqk,qhd->khd", d_scores, query[0])
+        dq = torch.einsum("hqk,khd->qhd", d_scores, key[0])
+        dk = torch.einsum("hqk,qhd->khd", d_scores, query[0])
         return dq[None], dk[None], torch.einsum("hqk,qhd->khd", weights, grad[0])[None]
 
     seen = []
-    path = {"xformers": "xformers.ops.fmha", "mslk": "mslk.attention.fmha"}[request.param].split(".")
+    path = {"xformers": "xformers.ops.fmha", "mslk": "mslk.attention.fmha"}[request.param].split(
+        "."
+    )
     for i in range(1, len(path) + 1):
         module = types.ModuleType(".".join(path[:i]))
         module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    module.memory_efficient_attention_forward_requires_grad, module.memory_efficient_attention_backward = forward, backward
+    module.memory_efficient_attention_forward_requires_grad = forward
+    module.memory_efficient_attention_backward = backward
     module.attn_bias = types.SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask)
     if request.param == "mslk":
         there = importlib.util.find_spec
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xformers" else there(name))
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: None if name == "xformers" else there(name)
+        )
     attention_module._block_diagonal.forget()
     fmha.cache_clear()
     yield seen
@@ -205,13 +252,18 @@ def xformers(request, monkeypatch):
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
 def test_xformers_operator(xformers, runs, cls_only):
     """1e-6: the log-sum-exp travels in float32."""
-    for ours, exact in zip(run(using("xformers"), runs, cls_only, torch.float64), run(dense, runs, cls_only, torch.float64),
-                           strict=True):
+    for ours, exact in zip(
+        run(using("xformers"), runs, cls_only, torch.float64),
+        run(dense, runs, cls_only, torch.float64),
+        strict=True,
+    ):
         torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-6)
     one = cls_only and len(lengths(runs)) != sum(lengths(runs))
     for bias in xformers:
-        assert bias.kv_lengths == lengths(runs) and bias.q_lengths == ([1] * len(lengths(runs)) if one else lengths(runs))
-    assert len(xformers) == 2 and xformers[0] is xformers[1]                                 # forward and backward, made once
+        assert bias.kv_lengths == lengths(runs) and bias.q_lengths == (
+            [1] * len(lengths(runs)) if one else lengths(runs)
+        )
+    assert len(xformers) == 2 and xformers[0] is xformers[1]  # forward and backward, made once
 
 
 def test_xformers_mask_of_inference_serves_training(xformers):
@@ -228,34 +280,68 @@ def test_xformers_operator_keeps_its_promises(xformers, cls_only):
     q, where = (q[:3] if cls_only else q), ([2, 5, 1, 2], cls_only)
     torch.library.opcheck(torch.ops.dinofast.packed_attention.default, (q, k, v, *where))
     out, lse = torch.ops.dinofast.packed_attention(q, k, v, *where)
-    torch.library.opcheck(torch.ops.dinofast.packed_attention_backward.default,
-                          [x.detach() if isinstance(x, torch.Tensor) else x for x in (out.cos(), out, lse, q, k, v, *where)])
+    torch.library.opcheck(
+        torch.ops.dinofast.packed_attention_backward.default,
+        [
+            x.detach() if isinstance(x, torch.Tensor) else x
+            for x in (out.cos(), out, lse, q, k, v, *where)
+        ],
+    )
 
 
 @pytest.mark.parametrize("cls_only", [False, True], ids=["all", "cls"])
 def test_xformers_compiles_into_one_graph(xformers, cls_only):
     compiled = torch.compile(using("xformers"), fullgraph=True, backend="aot_eager")
-    for ours, eager in zip(run(compiled, RUNS["two"], cls_only, torch.float32),
-                           run(using("xformers"), RUNS["two"], cls_only, torch.float32), strict=True):
+    for ours, eager in zip(
+        run(compiled, RUNS["two"], cls_only, torch.float32),
+        run(using("xformers"), RUNS["two"], cls_only, torch.float32),
+        strict=True,
+    ):
         torch.testing.assert_close(ours, eager)
 
 
 # ---- which one serves
-@pytest.mark.parametrize(("asked", "device", "dtype", "capability", "installed", "chosen"), [
-    (None, "cuda", torch.bfloat16, (8, 0), True, ("xformers", None)),
-    (None, "cuda", torch.float16, (9, 0), True, ("xformers", None)),
-    (None, "cuda", torch.bfloat16, (9, 0), False, ("varlen", "not xformers: neither xformers nor mslk is installed")),
-    (None, "cuda", torch.float32, (9, 0), True, ("sdpa", "not xformers: it needs bf16 or fp16 on a GPU, not float32 on cuda")),
-    (None, "cpu", torch.bfloat16, None, True, ("sdpa", None)),
-    (None, "cuda", torch.float16, (7, 5), True,
-     ("sdpa", "not xformers: Some GPU is older than the A100, for which its kernels are made")),
-    ("xformers", "cuda", torch.bfloat16, (8, 0), True, ("xformers", None)),
-    ("varlen", "cuda", torch.bfloat16, (8, 6), True, ("varlen", None)),
-    ("sdpa", "cuda", torch.bfloat16, (9, 0), True, ("sdpa", None)),
-    ("eager", "cpu", torch.float64, None, False, ("eager", None)),
-    ("fa3", "cuda", torch.bfloat16, (9, 0), True, ("fa3", None)),
-    ("cudnn", "cuda", torch.bfloat16, (8, 0), False, ("cudnn", None)),
-])
+@pytest.mark.parametrize(
+    ("asked", "device", "dtype", "capability", "installed", "chosen"),
+    [
+        (None, "cuda", torch.bfloat16, (8, 0), True, ("xformers", None)),
+        (None, "cuda", torch.float16, (9, 0), True, ("xformers", None)),
+        (
+            None,
+            "cuda",
+            torch.bfloat16,
+            (9, 0),
+            False,
+            ("varlen", "not xformers: neither xformers nor mslk is installed"),
+        ),
+        (
+            None,
+            "cuda",
+            torch.float32,
+            (9, 0),
+            True,
+            ("sdpa", "not xformers: it needs bf16 or fp16 on a GPU, not float32 on cuda"),
+        ),
+        (None, "cpu", torch.bfloat16, None, True, ("sdpa", None)),
+        (
+            None,
+            "cuda",
+            torch.float16,
+            (7, 5),
+            True,
+            (
+                "sdpa",
+                "not xformers: Some GPU is older than the A100, for which its kernels are made",
+            ),
+        ),
+        ("xformers", "cuda", torch.bfloat16, (8, 0), True, ("xformers", None)),
+        ("varlen", "cuda", torch.bfloat16, (8, 6), True, ("varlen", None)),
+        ("sdpa", "cuda", torch.bfloat16, (9, 0), True, ("sdpa", None)),
+        ("eager", "cpu", torch.float64, None, False, ("eager", None)),
+        ("fa3", "cuda", torch.bfloat16, (9, 0), True, ("fa3", None)),
+        ("cudnn", "cuda", torch.bfloat16, (8, 0), False, ("cudnn", None)),
+    ],
+)
 def test_choice(machine, asked, device, dtype, capability, installed, chosen):
     machine(capability, installed)
     assert select_attention(asked, torch.device(device), dtype, 64) == chosen
@@ -264,8 +350,10 @@ def test_choice(machine, asked, device, dtype, capability, installed, chosen):
 def test_an_xformers_that_does_not_import_is_not_chosen(machine):
     machine((9, 0), True, ImportError("it was built for another torch\nand so on"))
     assert select_attention(None, torch.device("cuda"), torch.bfloat16, 64) == (
-        "varlen", "not xformers: xformers does not import (it was built for another torch), and mslk does not import "
-        "(it was built for another torch)")
+        "varlen",
+        "not xformers: xformers does not import (it was built for another torch), and mslk does "
+        "not import (it was built for another torch)",
+    )
 
 
 def test_a_good_mslk_stands_in_for_an_xformers_that_does_not_import(machine, monkeypatch):
@@ -278,13 +366,23 @@ def test_a_good_mslk_stands_in_for_an_xformers_that_does_not_import(machine, mon
         return good
 
     monkeypatch.setattr(attention_module.importlib, "import_module", import_module)
-    assert select_attention(None, torch.device("cuda"), torch.bfloat16, 64) == ("xformers", None) and fmha() is good
+    assert (
+        select_attention(None, torch.device("cuda"), torch.bfloat16, 64) == ("xformers", None)
+        and fmha() is good
+    )
 
 
 def test_what_a_failed_import_leaves_behind_is_not_taken(tmp_path, monkeypatch):
-    """Python forgets a package whose import fails, not the submodules that it had imported until then."""
-    for name, text in {"xformers": "", "xformers/ops": "from . import fmha\nraise ImportError('undefined symbol')",
-                       "xformers/ops/fmha": "", "mslk": "", "mslk/attention": "", "mslk/attention/fmha": ""}.items():
+    """Python forgets a package whose import fails, not the submodules that it had imported until
+    then."""
+    for name, text in {
+        "xformers": "",
+        "xformers/ops": "from . import fmha\nraise ImportError('undefined symbol')",
+        "xformers/ops/fmha": "",
+        "mslk": "",
+        "mslk/attention": "",
+        "mslk/attention/fmha": "",
+    }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
@@ -293,7 +391,10 @@ def test_what_a_failed_import_leaves_behind_is_not_taken(tmp_path, monkeypatch):
     try:
         for _ in range(2):
             fmha.cache_clear()
-            assert not attention_module.xformers_unavailable_reason() and fmha().__name__ == "mslk.attention.fmha"
+            assert (
+                not attention_module.xformers_unavailable_reason()
+                and fmha().__name__ == "mslk.attention.fmha"
+            )
     finally:
         fmha.cache_clear()
         for name in [name for name in sys.modules if name.split(".")[0] in ("xformers", "mslk")]:
@@ -302,8 +403,12 @@ def test_what_a_failed_import_leaves_behind_is_not_taken(tmp_path, monkeypatch):
 
 def test_an_old_torch_cannot_take_fa3_and_one_without_cudnn_has_none(machine, monkeypatch):
     machine((9, 0), True)
-    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA4"], raising=False)
-    with pytest.raises(ValueError, match="fa3 was asked for, but torch .* cannot take FlashAttention-3"):
+    monkeypatch.setattr(
+        torch.nn.attention, "list_flash_attention_impls", lambda: ["FA4"], raising=False
+    )
+    with pytest.raises(
+        ValueError, match="fa3 was asked for, but torch .* cannot take FlashAttention-3"
+    ):
         select_attention("fa3", torch.device("cuda"), torch.bfloat16, 64)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     with pytest.raises(ValueError, match="cudnn was asked for, but this torch is without cuDNN"):
@@ -311,12 +416,37 @@ def test_an_old_torch_cannot_take_fa3_and_one_without_cudnn_has_none(machine, mo
 
 
 def test_flash_attention_3_is_there_for_those_that_ask_for_it_alone(monkeypatch):
-    """torch has one flash attention for the process: each step sees to it that it is its own, and leaves a user's alone."""
+    """torch has one flash attention for the process: each step sees to it that it is its own, and
+    leaves a user's alone."""
     calls = []
-    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: calls[-1] if calls else None, raising=False)
-    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", calls.append, raising=False)
-    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda: calls.append(None), raising=False)
-    for impl in ("varlen", "fa3", "fa3", "varlen", "sdpa", "fa3", "xformers", "fa3", "cudnn", "fa3", "eager"):
+    monkeypatch.setattr(
+        torch.nn.attention,
+        "current_flash_attention_impl",
+        lambda: calls[-1] if calls else None,
+        raising=False,
+    )
+    monkeypatch.setattr(
+        torch.nn.attention, "activate_flash_attention_impl", calls.append, raising=False
+    )
+    monkeypatch.setattr(
+        torch.nn.attention,
+        "restore_flash_attention_impl",
+        lambda: calls.append(None),
+        raising=False,
+    )
+    for impl in (
+        "varlen",
+        "fa3",
+        "fa3",
+        "varlen",
+        "sdpa",
+        "fa3",
+        "xformers",
+        "fa3",
+        "cudnn",
+        "fa3",
+        "eager",
+    ):
         activate(impl)
     assert calls == ["FA3", None] * 4
     calls.append("FA4")
@@ -326,35 +456,101 @@ def test_flash_attention_3_is_there_for_those_that_ask_for_it_alone(monkeypatch)
 
 def test_cudnn_is_sdpa_by_its_own_kernel_and_leaves_single_queries_to_torch(monkeypatch):
     asked = []
-    monkeypatch.setattr(attention_module, "sdpa_kernel", lambda backend: asked.append(backend) or nullcontext())
+    monkeypatch.setattr(
+        attention_module, "sdpa_kernel", lambda backend: asked.append(backend) or nullcontext()
+    )
     for cls_only, kernels in ((False, 2), (True, 0)):
-        for ours, exact in zip(run(using("cudnn"), RUNS["two"], cls_only, torch.float64),
-                               run(dense, RUNS["two"], cls_only, torch.float64), strict=True):
+        for ours, exact in zip(
+            run(using("cudnn"), RUNS["two"], cls_only, torch.float64),
+            run(dense, RUNS["two"], cls_only, torch.float64),
+            strict=True,
+        ):
             torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-13)
         assert asked == [SDPBackend.CUDNN_ATTENTION] * kernels
         asked.clear()
 
 
-@pytest.mark.parametrize("width, chosen", [(64, "xformers"), (256, "xformers"), (50, "sdpa"), (264, "sdpa")])
+@pytest.mark.parametrize(
+    "width, chosen", [(64, "xformers"), (256, "xformers"), (50, "sdpa"), (264, "sdpa")]
+)
 def test_choice_by_the_width_of_a_head(machine, width, chosen):
     machine((9, 0), True)
     impl, note = select_attention(None, torch.device("cuda"), torch.bfloat16, width)
     assert impl == chosen and (not note or f"up to 256 in steps of 8, not {width}" in note)
 
 
-@pytest.mark.parametrize(("asked", "device", "dtype", "capability", "installed", "message"), [
-    ("flash", "cuda", torch.bfloat16, (9, 0), True, "`attention` is 'flash': choose from xformers, varlen, fa3, cudnn, sdpa,"),
-    ("", "cpu", torch.float32, None, True, "`attention` is '': choose from"),
-    ("xformers", "cuda", torch.bfloat16, (9, 0), False,
-     "`attention` xformers was asked for, but neither xformers nor mslk is installed: leave `attention` out, or give sdpa."),
-    ("xformers", "cpu", torch.float32, None, True,
-     "but it needs bf16 or fp16 on a GPU, not float32 on cpu: leave `attention` out, or give sdpa."),
-    ("varlen", "cuda", torch.float32, (9, 0), True, "`attention` varlen was asked for, but it needs bf16 or fp16 on a GPU"),
-    ("varlen", "cuda", torch.bfloat16, (7, 0), True, "`attention` varlen was asked for, but Some GPU is older than the A100"),
-    ("fa3", "cuda", torch.bfloat16, (8, 0), True, "`attention` fa3 was asked for, but Some GPU is no H100 or H200"),
-    ("fa3", "cuda", torch.bfloat16, (9, 0), False, "but flash_attn_interface is not installed (it is"),
-    ("cudnn", "cuda", torch.float32, (9, 0), True, "`attention` cudnn was asked for, but it needs bf16 or fp16 on a GPU"),
-])
+@pytest.mark.parametrize(
+    ("asked", "device", "dtype", "capability", "installed", "message"),
+    [
+        (
+            "flash",
+            "cuda",
+            torch.bfloat16,
+            (9, 0),
+            True,
+            "`attention` is 'flash': choose from xformers, varlen, fa3, cudnn, sdpa,",
+        ),
+        ("", "cpu", torch.float32, None, True, "`attention` is '': choose from"),
+        (
+            "xformers",
+            "cuda",
+            torch.bfloat16,
+            (9, 0),
+            False,
+            "`attention` xformers was asked for, but neither xformers nor mslk is installed: leave "
+            "`attention` out, or give sdpa.",
+        ),
+        (
+            "xformers",
+            "cpu",
+            torch.float32,
+            None,
+            True,
+            "but it needs bf16 or fp16 on a GPU, not float32 on cpu: leave `attention` out, or "
+            "give sdpa.",
+        ),
+        (
+            "varlen",
+            "cuda",
+            torch.float32,
+            (9, 0),
+            True,
+            "`attention` varlen was asked for, but it needs bf16 or fp16 on a GPU",
+        ),
+        (
+            "varlen",
+            "cuda",
+            torch.bfloat16,
+            (7, 0),
+            True,
+            "`attention` varlen was asked for, but Some GPU is older than the A100",
+        ),
+        (
+            "fa3",
+            "cuda",
+            torch.bfloat16,
+            (8, 0),
+            True,
+            "`attention` fa3 was asked for, but Some GPU is no H100 or H200",
+        ),
+        (
+            "fa3",
+            "cuda",
+            torch.bfloat16,
+            (9, 0),
+            False,
+            "but flash_attn_interface is not installed (it is",
+        ),
+        (
+            "cudnn",
+            "cuda",
+            torch.float32,
+            (9, 0),
+            True,
+            "`attention` cudnn was asked for, but it needs bf16 or fp16 on a GPU",
+        ),
+    ],
+)
 def test_choice_refused(machine, asked, device, dtype, capability, installed, message):
     machine(capability, installed)
     with pytest.raises(ValueError) as error:
@@ -364,9 +560,11 @@ def test_choice_refused(machine, asked, device, dtype, capability, installed, me
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that sets the GPU's capability and whether xformers and mslk are installed, and how they fail if they do."""
+    """A function that sets the GPU's capability and whether xformers and mslk are installed, and
+    how they fail if they do."""
+
     def pretend(capability, installed, fails=None):
-        fmha.cache_clear()                                                    # of what was there before
+        fmha.cache_clear()  # of what was there before
 
         def import_module(name):
             if fails:
@@ -376,7 +574,9 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: object() if installed else None
+        )
 
     yield pretend
     fmha.cache_clear()

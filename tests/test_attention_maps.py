@@ -1,4 +1,5 @@
-"""Attention maps on attention made by hand: what is kept, where, how much of it is on the object; planted components."""
+"""Attention maps on attention made by hand: what is kept, where, how much of it is on the object;
+planted components."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Fixed(nn.Module):
 
     def get_last_selfattention(self, x):
         heads, patches = self.cls_row.shape
-        attention = torch.full((len(x), heads, patches + 1, patches + 1), 9.0)          # all but the CLS row must be ignored
+        # all but the CLS row must be ignored
+        attention = torch.full((len(x), heads, patches + 1, patches + 1), 9.0)
         attention[:, :, 0, 1:] = self.cls_row
         return attention
 
@@ -46,7 +48,9 @@ def test_maps_have_the_size_of_the_image():
 
 
 def test_keep_is_decided_on_patches_for_each_head_alone():
-    maps = attention_maps(Fixed([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]]), torch.zeros(1, 3, 4, 4), keep=0.6)
+    maps = attention_maps(
+        Fixed([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]]), torch.zeros(1, 3, 4, 4), keep=0.6
+    )
     np.testing.assert_array_equal(maps[0, 0], np.kron([[0, 0], [1, 1]], np.ones((2, 2))))
     np.testing.assert_array_equal(maps[0, 1], np.kron([[1, 0], [0, 0]], np.ones((2, 2))))
 
@@ -54,7 +58,9 @@ def test_keep_is_decided_on_patches_for_each_head_alone():
 @pytest.mark.parametrize("share", [0.1, 0.6, 0.95])
 def test_the_kept_mass(share):
     """At least the share, the largest first, and no entry more than is needed."""
-    attention = torch.rand(20, 3, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) ** 3
+    attention = (
+        torch.rand(20, 3, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) ** 3
+    )
     kept = keep_mass(attention, share)
     total = attention.sum(-1)
     assert (((attention * kept).sum(-1) / total) >= share - 1e-12).all()
@@ -77,7 +83,8 @@ def test_a_share_that_cannot_be(share):
 
 
 def test_mass_on_the_object():
-    maps = torch.tensor([[[[1.0, 1.0], [1.0, 1.0]], [[8.0, 0.0], [2.0, 0.0]]]])          # one image, two heads; any scale
+    # one image, two heads; any scale
+    maps = torch.tensor([[[[1.0, 1.0], [1.0, 1.0]], [[8.0, 0.0], [2.0, 0.0]]]])
     masks = torch.tensor([[[1.0, 0.0], [0.5, 0.0]]])
     torch.testing.assert_close(mass_on_mask(maps, masks), torch.tensor([[0.375, 0.9]]))
 
@@ -93,17 +100,18 @@ def test_sizes_that_are_not_whole_patches():
 
 
 def test_one_hot_patch_lights_its_place_when_upsampled():
-    """Patch (1, 2) of 2 x 4: brightest at its middle, falling to both sides, nothing in the far corner."""
+    """Patch (1, 2) of 2 x 4: brightest at its middle, falling to both sides, nothing in the far
+    corner."""
     row = torch.zeros(1, 8)
     row[0, 6] = 0.5
     maps = attention_maps(Fixed(row), torch.zeros(1, 3, 8, 16), size=(40, 80))
     assert maps.shape == (1, 1, 40, 80) and maps.dtype == torch.float32
     y, x = divmod(int(maps[0, 0].argmax()), 80)
     assert 20 <= y < 40 and 40 <= x < 60
-    assert maps.max() <= 0.5 and maps.min() >= 0                        # bicubic alone would go past both
+    assert maps.max() <= 0.5 and maps.min() >= 0  # bicubic alone would go past both
     center_of_mass = (maps[0, 0].sum(0) * (torch.arange(80) + 0.5)).sum() / maps.sum()
     assert abs(center_of_mass - 50) < 0.5
-    assert maps[0, 0, :10, :20].max() < 0.02 * maps.max()                 # the tail of the bicubic kernel
+    assert maps[0, 0, :10, :20].max() < 0.02 * maps.max()  # the tail of the bicubic kernel
 
 
 @pytest.mark.parametrize(("side", "grid"), [(32, 8), (64, 16), (96, 24)])
@@ -115,21 +123,24 @@ def test_larger_images_give_finer_maps(side, grid):
     torch.testing.assert_close(attention_maps(backbone, images)[..., ::4, ::4], attention)
     features = patch_features(backbone, images)
     assert features.shape == (2, grid, grid, 64)
-    torch.testing.assert_close(features.flatten(1, 2), backbone.get_intermediate_layers(images)[0][:, 1:])
+    torch.testing.assert_close(
+        features.flatten(1, 2), backbone.get_intermediate_layers(images)[0][:, 1:]
+    )
 
 
 class Brightest(nn.Module):
     """All attention on the brightest patch of 4 pixels."""
 
     def get_last_selfattention(self, x):
-        brightness = nn.functional.avg_pool2d(x.mean(1, keepdim=True), 4).flatten(1)                            # (B, patches)
+        brightness = nn.functional.avg_pool2d(x.mean(1, keepdim=True), 4).flatten(1)  # (B, patches)
         attention = torch.zeros(len(x), 1, brightness.shape[1] + 1, brightness.shape[1] + 1)
         attention[:, 0, 0, 1:] = nn.functional.one_hot(brightness.argmax(1), brightness.shape[1])
         return attention
 
 
 def test_dense_maps_are_finer_than_patches():
-    """One bright pixel at (9, 6): a tent of 7 x 7 pixels around it, highest on it, where patches alone give a square of 4."""
+    """One bright pixel at (9, 6): a tent of 7 x 7 pixels around it, highest on it, where patches
+    alone give a square of 4."""
     images = torch.zeros(1, 3, 16, 16)
     images[..., 9, 6] = 1
     dense = dense_attention_maps(Brightest(), images, patch_size=4)
@@ -139,7 +150,9 @@ def test_dense_maps_are_finer_than_patches():
 
 
 def test_dense_maps_reach_the_borders():
-    maps = dense_attention_maps(Fixed(torch.full((1, 4), 0.25)), torch.zeros(1, 3, 8, 8), patch_size=4)
+    maps = dense_attention_maps(
+        Fixed(torch.full((1, 4), 0.25)), torch.zeros(1, 3, 8, 8), patch_size=4
+    )
     torch.testing.assert_close(maps, torch.full((1, 1, 8, 8), 0.25))
 
 
@@ -173,7 +186,9 @@ def test_signs_of_components_are_fixed():
     """Whatever the order of the rows: the direction's largest entry is positive."""
     features, direction = planted()
     first = principal_components(features)[:, 0]
-    torch.testing.assert_close(principal_components(features.flip(0))[:, 0].flip(0), first, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        principal_components(features.flip(0))[:, 0].flip(0), first, atol=1e-5, rtol=0
+    )
     side = direction[direction.abs().argmax()].sign()
     assert (side * (first[:30].mean() - first[30:].mean())) > 0
 
@@ -203,4 +218,6 @@ def test_pca_colors():
     assert (red[:30].mean() - red[30:].mean()).abs() > 0.7
     foreground = (torch.arange(100) < 30).view(1, 10, 10)
     kept = pca_colors(grid, foreground)
-    assert (kept.movedim(1, -1)[~foreground] == 0).all() and kept.movedim(1, -1)[foreground].mean() > 0.2
+    assert (kept.movedim(1, -1)[~foreground] == 0).all() and kept.movedim(1, -1)[
+        foreground
+    ].mean() > 0.2

@@ -1,4 +1,5 @@
-"""`dinofast check-data`: everything is decoded, bad files are told by reason, and what may be deleted is listed."""
+"""`dinofast check-data`: everything is decoded, bad files are told by reason, and what may be
+deleted is listed."""
 
 import multiprocessing
 import os
@@ -24,7 +25,9 @@ def folder(tmp_path):
     good, bad = odd_images(data), bad_images(data)
     (data / "two\nlines.png").write_bytes(b"text")
     os.mkfifo(data / "pipe.jpg")
-    pack(data / "shard.tar", {"a.png": photograph(tmp_path / "a.png").read_bytes(), "b.png": b"text"})
+    pack(
+        data / "shard.tar", {"a.png": photograph(tmp_path / "a.png").read_bytes(), "b.png": b"text"}
+    )
     return data, len(good) + 1, bad
 
 
@@ -33,18 +36,33 @@ def test_what_is_bad_is_told_and_listed(folder, tmp_path, capsys, workers, monke
     data, n_good, bad = folder
     monkeypatch.setattr(check_data, "CHUNK", 4)
     listing = tmp_path / "bad.txt"
-    assert cli.main(["check-data", str(data), "--delete-list", str(listing), "--num_workers", str(workers)]) == 1
+    assert (
+        cli.main(
+            ["check-data", str(data), "--delete-list", str(listing), "--num_workers", str(workers)]
+        )
+        == 1
+    )
     said = capsys.readouterr().out
     n_bad = len(bad) + 3
     n = n_good + n_bad
     assert f"{n} of {n} images, " in said and f"{n_bad} of {n} images do not decode:" in said
-    for path, reason in [*bad.items(), (f"{data}/shard.tar/b.png", "text"), (f"{data}/pipe.jpg", "not a regular file")]:
+    for path, reason in [
+        *bad.items(),
+        (f"{data}/shard.tar/b.png", "text"),
+        (f"{data}/pipe.jpg", "not a regular file"),
+    ]:
         assert path in said and reason in said
-    deletable = {path for path in bad if not path.endswith("link.jpg")}        # which cannot be read
-    assert set(listing.read_text().splitlines()) == deletable and f"{len(deletable)} path(s) in " in said
+    deletable = {path for path in bad if not path.endswith("link.jpg")}  # which cannot be read
+    assert (
+        set(listing.read_text().splitlines()) == deletable
+        and f"{len(deletable)} path(s) in " in said
+    )
     assert not multiprocessing.active_children()
     subprocess.run(["xargs", "-r", "-d", "\n", "-a", str(listing), "rm", "--"], check=True)
-    assert cli.main(["check-data", str(data), "--delete_list", str(listing)]) == 1 and not listing.read_text()
+    assert (
+        cli.main(["check-data", str(data), "--delete_list", str(listing)]) == 1
+        and not listing.read_text()
+    )
 
 
 def test_a_good_folder(photographs, capsys):
@@ -53,19 +71,25 @@ def test_a_good_folder(photographs, capsys):
 
 
 def test_a_damaged_shard_is_told_and_not_to_be_deleted(tmp_path, capsys):
-    shard = pack(tmp_path / "a.tar", {f"{i}.png": photograph(tmp_path / f"{i}.png").read_bytes() for i in range(3)})
+    shard = pack(
+        tmp_path / "a.tar",
+        {f"{i}.png": photograph(tmp_path / f"{i}.png").read_bytes() for i in range(3)},
+    )
     os.truncate(shard, offset_of(shard, "2.png")[1] + 10)
     assert cli.main(["check-data", str(shard), "--delete_list", str(tmp_path / "bad.txt")]) == 1
     assert f"{shard}: damaged tar archive" in capsys.readouterr().out
     assert not (tmp_path / "bad.txt").read_text()
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    (["--num_workers", "-1"], "--num_workers is -1"),
-    (["--delete_list", "no/such/folder/x"], "--delete_list is 'no/such/folder/x': "),
-    (["--delete_list", "/dev/null"], "name a file in a folder that is there"),
-    (["--delete-lists", "x"], "Did you mean"),
-])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--num_workers", "-1"], "--num_workers is -1"),
+        (["--delete_list", "no/such/folder/x"], "--delete_list is 'no/such/folder/x': "),
+        (["--delete_list", "/dev/null"], "name a file in a folder that is there"),
+        (["--delete-lists", "x"], "Did you mean"),
+    ],
+)
 def test_what_cannot_be_is_said(photographs, more, message, capsys):
     assert cli.main(["check-data", str(photographs), *more]) == 2
     said = capsys.readouterr().err
@@ -103,19 +127,38 @@ def test_reasons_are_counted():
     bad = [(f"{i}.jpg", "empty file") for i in range(12)] + [("x.jpg", "text, not an image")]
     said = check_data.report(bad, 1000).splitlines()
     assert said[0] == "13 of 1,000 images do not decode:" and said[1] == "       12  empty file"
-    assert said[12:] == ["           and 2 more", "        1  text, not an image", "           x.jpg"]
+    assert said[12:] == [
+        "           and 2 more",
+        "        1  text, not an image",
+        "           x.jpg",
+    ]
 
 
 def test_ctrl_c_ends_it(tmp_path):
     photograph(tmp_path / "one.png", (3000, 3000))
     (tmp_path / "list.txt").write_text("one.png\n" * 5000)
-    command = [sys.executable, "-m", "dinofast", "check-data", str(tmp_path / "list.txt"), "--num_workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                               env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
-    children, deadline = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 30
+    command = [
+        sys.executable,
+        "-m",
+        "dinofast",
+        "check-data",
+        str(tmp_path / "list.txt"),
+        "--num_workers",
+        "2",
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 30
     while len(children.read_text().split()) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)                                     # as a terminal does
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said, said

@@ -3,19 +3,41 @@ import pathlib
 import pickle
 import subprocess
 import sys
+import textwrap
 
 import golden
 import pytest
 import torch
 
-from dinofast import SGDEMA, AdamWEMA, DINOHead, checkpoint, load_backbone, param_groups, vit_nano, vit_tiny
+from dinofast import (
+    SGDEMA,
+    AdamWEMA,
+    DINOHead,
+    checkpoint,
+    load_backbone,
+    param_groups,
+    resume,
+    vit_nano,
+    vit_tiny,
+)
 from dinofast.config import Config
 from dinofast.nn.dino import Model
 
-CFG = Config(arch="vit_nano", patch_size=4, out_dim=32, head_hidden_dim=16, head_bottleneck_dim=8, local_crops_number=2,
-             global_crops_size=16, local_crops_size=8, norm_last_layer=False)
+CFG = Config(
+    arch="vit_nano",
+    patch_size=4,
+    out_dim=32,
+    head_hidden_dim=16,
+    head_bottleneck_dim=8,
+    local_crops_number=2,
+    global_crops_size=16,
+    local_crops_size=8,
+    norm_last_layer=False,
+)
 
-POSITION = checkpoint.TrainState(7, 1, 12, 40, {"loss": 1.5, "good_steps": 3.0, "steps": 3.0}, "f" * 32, 4)
+POSITION = checkpoint.TrainState(
+    7, 1, 12, 40, {"loss": 1.5, "good_steps": 3.0, "steps": 3.0}, "f" * 32, 4
+)
 
 
 def parts(cfg=CFG):
@@ -36,32 +58,57 @@ def saved(folder, cfg=CFG):
 
 def test_layout_is_the_official_one(tmp_path):
     path, model, optimizer = saved(tmp_path)
-    ours = torch.load(path)                       # the default, weights only: what the official evaluation scripts do today
+    # the default, weights only: what the official evaluation scripts do today
+    ours = torch.load(path)
     with torch.serialization.safe_globals(checkpoint._SAFE):
         theirs = torch.load(golden.DATA / "official_checkpoint.pth")
     assert set(theirs) | {"dinofast", "fp16_scaler"} == set(ours)
-    assert all(name.startswith("module.") for name in ours["student"]) and "backbone.cls_token" in ours["teacher"]
+    assert (
+        all(name.startswith("module.") for name in ours["student"])
+        and "backbone.cls_token" in ours["teacher"]
+    )
     assert list(ours["dino_loss"]) == ["center"] and ours["epoch"] == 1
-    assert ours["optimizer"]["param_groups"][0].keys() == theirs["optimizer"]["param_groups"][0].keys()
+    assert (
+        ours["optimizer"]["param_groups"][0].keys() == theirs["optimizer"]["param_groups"][0].keys()
+    )
     assert ours["optimizer"]["state"][0].keys() == theirs["optimizer"]["state"][0].keys()
     assert type(ours["args"]) is dict and ours["args"]["global_crops_scale"] == (0.4, 1.0)
     torch.optim.AdamW(param_groups(model.student)).load_state_dict(ours["optimizer"])
     # as the official evaluation does
-    state = {k.replace("module.", "").replace("backbone.", ""): v for k, v in ours["teacher"].items()}
+    state = {
+        k.replace("module.", "").replace("backbone.", ""): v for k, v in ours["teacher"].items()
+    }
     assert not model.student.backbone.load_state_dict(state, strict=False).missing_keys
 
 
 def test_restore_is_exact(tmp_path):
     path, model, optimizer = saved(tmp_path)
-    other = Config(**{**CFG.to_dict(), "seed": 5, "lr": 0.1, "attention": "plain", "compile": "off", "cuda_graph": True,
-                      "grad_checkpointing": True, "linear": "blas", "precision": "bf16"})     # but the last: same numbers
+    other = Config(
+        **{
+            **CFG.to_dict(),
+            "seed": 5,
+            "lr": 0.1,
+            "attention": "plain",
+            "compile": "off",
+            "cuda_graph": True,
+            # but the last: same numbers
+            "grad_checkpointing": True,
+            "linear": "blas",
+            "precision": "bf16",
+        }
+    )
     model2, optimizer2 = parts(other)
-    position, changed = checkpoint.restore(path, model2, optimizer2, None, other)
+    position, changed = resume.restore(path, model2, optimizer2, None, other)
     assert position == POSITION
-    assert sorted(changed) == ["`lr` was 0.0005 and is now 0.1", "`precision` was auto and is now bf16",
-                               "`seed` was 0 and is now 5"]
+    assert sorted(changed) == [
+        "`lr` was 0.0005 and is now 0.1",
+        "`precision` was auto and is now bf16",
+        "`seed` was 0 and is now 5",
+    ]
     torch.testing.assert_close(model2.state_dict(), model.state_dict(), rtol=0, atol=0)
-    torch.testing.assert_close(optimizer2.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        optimizer2.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0
+    )
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
@@ -108,8 +155,11 @@ def test_foreign_contents_are_named(tmp_path):
     with pytest.raises(ValueError, match="holds a list"):
         checkpoint.read(tmp_path / "list.pth")
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="no DINO training checkpoint .it lacks student, teacher, optimizer, epoch, dino_loss"):
-        checkpoint.restore(tmp_path / "other.pth", *parts(), None, CFG)
+    with pytest.raises(
+        ValueError,
+        match="no DINO training checkpoint .it lacks student, teacher, optimizer, epoch, dino_loss",
+    ):
+        resume.restore(tmp_path / "other.pth", *parts(), None, CFG)
     with pytest.raises(ValueError, match="no checkpoint at"):
         checkpoint.read(tmp_path / "absent.pth")
 
@@ -119,22 +169,34 @@ def test_nothing_is_half_loaded(tmp_path):
     wider = Config(**{**CFG.to_dict(), "out_dim": 33})
     model, optimizer = parts(wider)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"does not fit this student: 'head.last_layer.weight_g' is \(32, 1\) in the file and "
-                                         r"\(33, 1\) here, saved with `arch` vit_nano"):
-        checkpoint.restore(path, model, optimizer, None, wider)
+    with pytest.raises(
+        ValueError,
+        match=r"does not fit this student: 'head.last_layer.weight_g' is \(32, 1\) in the file and "
+        r"\(33, 1\) here, saved with `arch` vit_nano",
+    ):
+        resume.restore(path, model, optimizer, None, wider)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("key, value, words", [
-    ("optimizer", {"a": 1}, "no optimizer state"), ("optimizer", None, "no optimizer state"),
-    ("dinofast", {"step": "x", "epoch": 1}, "does not tell where the run stands"),
-    ("dinofast", {"step": -3}, "does not tell where the run stands"),
-    ("epoch", -5, "does not tell where"), ("student", [1], "list where the weights should be"),
-    ("dino_loss", {"center": torch.full((1, 32), NAN)}, "not finite, in 'center' of the dino_loss"),
-])
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("optimizer", {"a": 1}, "no optimizer state"),
+        ("optimizer", None, "no optimizer state"),
+        ("dinofast", {"step": "x", "epoch": 1}, "does not tell where the run stands"),
+        ("dinofast", {"step": -3}, "does not tell where the run stands"),
+        ("epoch", -5, "does not tell where"),
+        ("student", [1], "list where the weights should be"),
+        (
+            "dino_loss",
+            {"center": torch.full((1, 32), NAN)},
+            "not finite, in 'center' of the dino_loss",
+        ),
+    ],
+)
 def test_damaged_parts_are_named_and_nothing_is_loaded(key, value, words, tmp_path):
     path, _, _ = saved(tmp_path)
     state = checkpoint.read(path)
@@ -145,18 +207,21 @@ def test_damaged_parts_are_named_and_nothing_is_loaded(key, value, words, tmp_pa
     model, optimizer = parts(Config(**{**CFG.to_dict(), "seed": 3}))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match=words):
-        checkpoint.restore(path, model, optimizer, None, CFG)
+        resume.restore(path, model, optimizer, None, CFG)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("damage", [lambda m: m[:1].fill_(NAN), lambda m: m])          # the second has another shape
+# the second has another shape
+@pytest.mark.parametrize("damage", [lambda m: m[:1].fill_(NAN), lambda m: m])
 def test_damaged_moments_are_named(damage, tmp_path):
     path, _, _ = saved(tmp_path)
     state = checkpoint.read(path)
-    state["optimizer"]["state"][0]["exp_avg"] = damage(state["optimizer"]["state"][0]["exp_avg"].expand(2, -1, -1).clone())
+    state["optimizer"]["state"][0]["exp_avg"] = damage(
+        state["optimizer"]["state"][0]["exp_avg"].expand(2, -1, -1).clone()
+    )
     torch.save(state, path)
     with pytest.raises(ValueError, match="another optimizer .*or other trainable parameters"):
-        checkpoint.restore(path, *parts(), None, CFG)
+        resume.restore(path, *parts(), None, CFG)
 
 
 def test_paths_in_the_options_stay_readable(tmp_path):
@@ -166,24 +231,40 @@ def test_paths_in_the_options_stay_readable(tmp_path):
 
 
 def test_a_folder_is_claimed_by_one_run_at_a_time(tmp_path):
-    hold = ("import sys, time; from pathlib import Path; from dinofast import checkpoint\n"
-            "with checkpoint.lock_output_dir(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)")
-    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    hold = textwrap.dedent("""\
+        import sys, time
+        from pathlib import Path
+        from dinofast import checkpoint
+        with checkpoint.lock_output_dir(Path(sys.argv[1])):
+            print('held', flush=True)
+            time.sleep(60)
+        """)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="another run is writing"), checkpoint.lock_output_dir(tmp_path / "out"):
+        with (
+            pytest.raises(ValueError, match="another run is writing"),
+            checkpoint.lock_output_dir(tmp_path / "out"),
+        ):
             pass
     finally:
         holder.kill()
         holder.wait()
-    with checkpoint.lock_output_dir(tmp_path / "out"):                          # free again, however the other ended
+    with checkpoint.lock_output_dir(tmp_path / "out"):  # free again, however the other ended
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written"), checkpoint.lock_output_dir(tmp_path / "file" / "out"):
+    with (
+        pytest.raises(ValueError, match="cannot be written"),
+        checkpoint.lock_output_dir(tmp_path / "file" / "out"),
+    ):
         pass
 
 
-@pytest.mark.parametrize("content", [b"texts begin anyhow", b"a", b"some", b"ends", b"\x80\x02]", b"PK\x03\x04 no zip"])
+@pytest.mark.parametrize(
+    "content", [b"texts begin anyhow", b"a", b"some", b"ends", b"\x80\x02]", b"PK\x03\x04 no zip"]
+)
 def test_whatever_a_file_begins_with_is_named(content, tmp_path):
     (tmp_path / "notes.pth").write_bytes(content)
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
@@ -196,7 +277,7 @@ def test_another_optimizer_is_named_before_anything_is_loaded(tmp_path):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     sgd = SGDEMA(param_groups(model.student), student=model.student, teacher=model.teacher)
     with pytest.raises(ValueError, match="another optimizer .`optimizer` adamw."):
-        checkpoint.restore(path, model, sgd, None, CFG)
+        resume.restore(path, model, sgd, None, CFG)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
@@ -210,7 +291,8 @@ def test_backbone_of_our_checkpoint(key, tmp_path):
 
 
 def test_backbone_of_published_weights(tmp_path):
-    """The official releases hold the bare state of the backbone; the width tells which ViT it is."""
+    """The official releases hold the bare state of the backbone; the width tells which ViT it
+    is."""
     published = vit_tiny(patch_size=8, img_size=[32])
     torch.save(published.state_dict(), tmp_path / "dino_vit.pth")
     backbone = load_backbone(tmp_path / "dino_vit.pth")
@@ -221,14 +303,16 @@ def test_backbone_of_published_weights(tmp_path):
 def test_backbone_of_your_own_takes_the_weights(tmp_path):
     path, model, _ = saved(tmp_path)
     own = vit_nano(patch_size=4, img_size=(16,))
-    assert load_backbone(path, backbone=own) is own and torch.equal(own.pos_embed, model.teacher.backbone.pos_embed)
+    assert load_backbone(path, backbone=own) is own and torch.equal(
+        own.pos_embed, model.teacher.backbone.pos_embed
+    )
     with pytest.raises(ValueError, match="does not fit this backbone"):
         load_backbone(path, backbone=torch.nn.Linear(2, 2))
 
 
 def test_backbone_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(ValueError, match="does not fit this backbone: 'cls_token'"):
-        load_backbone(golden.DATA / "official_checkpoint.pth")                      # says vit_tiny, is 48 wide
+        load_backbone(golden.DATA / "official_checkpoint.pth")  # says vit_tiny, is 48 wide
     path, _, _ = saved(tmp_path)
     with pytest.raises(ValueError, match="has no 'pupil': choose from teacher, student"):
         load_backbone(path, "pupil")
@@ -240,4 +324,6 @@ def test_backbone_that_does_not_fit_is_named(tmp_path):
 @pytest.mark.parametrize("sums", [[], [1.5] * 7])
 def test_sums_from_before_metrics_had_names_are_dropped(sums):
     state = {"dinofast": {"version": "0.1.0", "step": 3, "epoch": 1, "sums": sums}}
-    assert checkpoint._position(pathlib.Path("checkpoint.pth"), state) == checkpoint.TrainState(step=3, epoch=1)
+    assert resume._position(pathlib.Path("checkpoint.pth"), state) == checkpoint.TrainState(
+        step=3, epoch=1
+    )

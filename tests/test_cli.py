@@ -12,19 +12,44 @@ from dinofast.nn import attention
 from dinofast.nn.onednn_linear import select_library
 
 OFFICIAL_DEFAULTS = {
-    "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True, "momentum_teacher": 0.996,
-    "use_bn_in_head": False, "warmup_teacher_temp": 0.04, "teacher_temp": 0.04, "warmup_teacher_temp_epochs": 0,
-    "use_fp16": True, "weight_decay": 0.04, "weight_decay_end": 0.4, "clip_grad": 3.0, "batch_size_per_gpu": 64, "epochs": 100,
-    "freeze_last_layer": 1, "lr": 0.0005, "warmup_epochs": 10, "min_lr": 1e-6, "optimizer": "adamw", "drop_path_rate": 0.1,
-    "global_crops_scale": (0.4, 1.0), "local_crops_number": 8, "local_crops_scale": (0.05, 0.4), "output_dir": ".",
-    "saveckp_freq": 20, "seed": 0, "num_workers": 10, "dist_url": "env://", "local_rank": 0,
+    "arch": "vit_small",
+    "patch_size": 16,
+    "out_dim": 65536,
+    "norm_last_layer": True,
+    "momentum_teacher": 0.996,
+    "use_bn_in_head": False,
+    "warmup_teacher_temp": 0.04,
+    "teacher_temp": 0.04,
+    "warmup_teacher_temp_epochs": 0,
+    "use_fp16": True,
+    "weight_decay": 0.04,
+    "weight_decay_end": 0.4,
+    "clip_grad": 3.0,
+    "batch_size_per_gpu": 64,
+    "epochs": 100,
+    "freeze_last_layer": 1,
+    "lr": 0.0005,
+    "warmup_epochs": 10,
+    "min_lr": 1e-6,
+    "optimizer": "adamw",
+    "drop_path_rate": 0.1,
+    "global_crops_scale": (0.4, 1.0),
+    "local_crops_number": 8,
+    "local_crops_scale": (0.05, 0.4),
+    "output_dir": ".",
+    "saveckp_freq": 20,
+    "seed": 0,
+    "num_workers": 10,
+    "dist_url": "env://",
+    "local_rank": 0,
     "data_path": "/path/to/imagenet/train/",
 }
 RECIPES = {
     "vanilla": "",
-    "boosted": "--epochs 300 --teacher_temp 0.07 --warmup_teacher_temp_epochs 30 --norm_last_layer false",
-    "ResNet-50": "--arch resnet50 --optimizer sgd --lr 0.03 --weight_decay 1e-4 --weight_decay_end 1e-4 "
-                 "--global_crops_scale 0.14 1 --local_crops_scale 0.05 0.14",
+    "boosted": "--epochs 300 --teacher_temp 0.07 --warmup_teacher_temp_epochs 30 --norm_last_layer "
+    "false",
+    "ResNet-50": "--arch resnet50 --optimizer sgd --lr 0.03 --weight_decay 1e-4 --weight_decay_end "
+    "1e-4 --global_crops_scale 0.14 1 --local_crops_scale 0.05 0.14",
 }
 
 
@@ -55,12 +80,24 @@ def test_official_recipes_parse_unchanged(pretrain, name):
     for flag, *values in map(str.split, given):
         value = getattr(cfg, flag)
         assert [str(v).lower() for v in (value if isinstance(value, tuple) else (value,))] == [
-            v if not v[0].isdigit() else str(type(value[0] if isinstance(value, tuple) else value)(v)) for v in values]
+            v
+            if not v[0].isdigit()
+            else str(type(value[0] if isinstance(value, tuple) else value)(v))
+            for v in values
+        ]
 
 
-@pytest.mark.parametrize("text, value", [
-    ("true", True), ("ON", True), ("1", True), ("false", False), ("off", False), ("0", False),
-])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("true", True),
+        ("ON", True),
+        ("1", True),
+        ("false", False),
+        ("off", False),
+        ("0", False),
+    ],
+)
 def test_booleans_as_the_official_ones(pretrain, text, value):
     assert pretrain(f"--norm_last_layer {text}").norm_last_layer is value
 
@@ -68,62 +105,106 @@ def test_booleans_as_the_official_ones(pretrain, text, value):
 def test_dashes_and_old_names(pretrain):
     cfg = pretrain("--batch-size-per-gpu 8 --arch deit_tiny --local-rank 3")
     assert (cfg.batch_size_per_gpu, cfg.vit, cfg.local_rank) == (8, "vit_tiny", 3)
-    assert pretrain("--arch deit_small_patch16_224").vit is None                # of timm: left alone
+    assert pretrain("--arch deit_small_patch16_224").vit is None  # of timm: left alone
 
 
-@pytest.mark.parametrize("line, on_gpu, on_cpu", [
-    ("", "bf16", "fp32"), ("--use_fp16 true", "fp16", "fp16"), ("--use_fp16 false", "fp32", "fp32"),
-    ("--precision bf16", "bf16", "bf16"), ("--use_fp16 true --precision fp32", "fp32", "fp32"),
-])
+@pytest.mark.parametrize(
+    "line, on_gpu, on_cpu",
+    [
+        ("", "bf16", "fp32"),
+        ("--use_fp16 true", "fp16", "fp16"),
+        ("--use_fp16 false", "fp32", "fp32"),
+        ("--precision bf16", "bf16", "bf16"),
+        ("--use_fp16 true --precision fp32", "fp32", "fp32"),
+    ],
+)
 def test_precision(pretrain, line, on_gpu, on_cpu):
     cfg = pretrain(line)
     assert (cfg.precision_on("cuda"), cfg.precision_on("cpu")) == (on_gpu, on_cpu)
 
 
-@pytest.mark.parametrize("name, word, given, meant", [
-    ("compile", "true", True, "on"), ("compile", "False", False, "off"), ("compile", "1", "TRUE", "on"),
-    ("compile", "off", "off", "off"), ("attention", "mslk", "mslk", "xformers"),
-])
+@pytest.mark.parametrize(
+    "name, word, given, meant",
+    [
+        ("compile", "true", True, "on"),
+        ("compile", "False", False, "off"),
+        ("compile", "1", "TRUE", "on"),
+        ("compile", "off", "off", "off"),
+        ("attention", "mslk", "mslk", "xformers"),
+    ],
+)
 def test_another_word_for_the_same(pretrain, name, word, given, meant):
-    assert getattr(pretrain(f"--{name} {word}"), name) == getattr(Config(**{name: given}).check(), name) == meant
+    assert (
+        getattr(pretrain(f"--{name} {word}"), name)
+        == getattr(Config(**{name: given}).check(), name)
+        == meant
+    )
 
 
-@pytest.mark.parametrize("line, words", [
-    ("--epcohs 3", "there is no flag --epcohs. Did you mean --epochs?"),
-    ("--epochs three", "argument --epochs: invalid int value: 'three'"),
-    ("--epochs 5", "--warmup_epochs is 10 but --epochs is only 5"),
-    ("--epochs 20 --warmup_teacher_temp_epochs 30", "--warmup_teacher_temp_epochs is 30 but --epochs is only 20"),
-    ("--epochs 0", "--epochs is 0: it must be at least 1"),
-    ("--norm_last_layer maybe", "'maybe' is not a truth value"),
-    ("--optimizer adam", "invalid choice: 'adam'"),
-    ("--global_crops_size 225", "--global_crops_size 225 is not a multiple of --patch_size 16: take 224 or 240"),
-    ("--local_crops_size 8", "take 16"),
-    ("--patch_size 0", "--patch_size is 0"),
-    ("--local_crops_number -1", "--local_crops_number is -1"),
-    ("--global_crops_scale 0.5", "expected 2 arguments"),
-    ("--global_crops_scale 1 0.4", "--global_crops_scale is 1.0 0.4"),
-    ("--teacher_temp 0", "--teacher_temp is 0.0: it must be above 0"),
-    ("--momentum_teacher 1.5", "--momentum_teacher is 1.5"),
-    ("--drop_path_rate 1", "--drop_path_rate is 1.0"),
-    ("--lr nan", "--lr is nan"),
-    ("--arch vit_smal", "--arch 'vit_smal' is not known"),
-    ("--epochs 2000000000 --warmup_epochs 0", "--epochs is 2000000000: it must be at most 1000000"),
-    ("--out_dim 99999999999", "--out_dim is 99999999999"),
-    ("stray", "unrecognized arguments: stray"),
-])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--epcohs 3", "there is no flag --epcohs. Did you mean --epochs?"),
+        ("--epochs three", "argument --epochs: invalid int value: 'three'"),
+        ("--epochs 5", "--warmup_epochs is 10 but --epochs is only 5"),
+        (
+            "--epochs 20 --warmup_teacher_temp_epochs 30",
+            "--warmup_teacher_temp_epochs is 30 but --epochs is only 20",
+        ),
+        ("--epochs 0", "--epochs is 0: it must be at least 1"),
+        ("--norm_last_layer maybe", "'maybe' is not a truth value"),
+        ("--optimizer adam", "invalid choice: 'adam'"),
+        (
+            "--global_crops_size 225",
+            "--global_crops_size 225 is not a multiple of --patch_size 16: take 224 or 240",
+        ),
+        ("--local_crops_size 8", "take 16"),
+        ("--patch_size 0", "--patch_size is 0"),
+        ("--local_crops_number -1", "--local_crops_number is -1"),
+        ("--global_crops_scale 0.5", "expected 2 arguments"),
+        ("--global_crops_scale 1 0.4", "--global_crops_scale is 1.0 0.4"),
+        ("--teacher_temp 0", "--teacher_temp is 0.0: it must be above 0"),
+        ("--momentum_teacher 1.5", "--momentum_teacher is 1.5"),
+        ("--drop_path_rate 1", "--drop_path_rate is 1.0"),
+        ("--lr nan", "--lr is nan"),
+        ("--arch vit_smal", "--arch 'vit_smal' is not known"),
+        (
+            "--epochs 2000000000 --warmup_epochs 0",
+            "--epochs is 2000000000: it must be at most 1000000",
+        ),
+        ("--out_dim 99999999999", "--out_dim is 99999999999"),
+        ("stray", "unrecognized arguments: stray"),
+    ],
+)
 def test_what_cannot_be_right_is_said_in_one_sentence(line, words, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
-    assert cli.main(["pretrain", "--data_path", str(folder), "--output_dir", str(tmp_path / "out"), *line.split()]) == 2
+    assert (
+        cli.main(
+            [
+                "pretrain",
+                "--data_path",
+                str(folder),
+                "--output_dir",
+                str(tmp_path / "out"),
+                *line.split(),
+            ]
+        )
+        == 2
+    )
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1 and said.startswith("dinofast: ")
-    assert not (tmp_path / "out").exists()                                   # nothing was allocated or written
+    assert not (tmp_path / "out").exists()  # nothing was allocated or written
 
 
-@pytest.mark.parametrize(("line", "words"), [
-    ("sample-data {} --n_images 3", "--n_images is 3: take at least 40"), ("sample-data {} --size 3", "--size is 3 pixels"),
-    ("check-data {} --delete_list {}", "--delete_list is '"),
-])
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("sample-data {} --n_images 3", "--n_images is 3: take at least 40"),
+        ("sample-data {} --size 3", "--size is 3 pixels"),
+        ("check-data {} --delete_list {}", "--delete_list is '"),
+    ],
+)
 def test_messages_of_other_commands_name_their_flags(line, words, tmp_path, capsys):
     assert cli.main([word.format(tmp_path) for word in line.split()]) == 2
     assert words in capsys.readouterr().err
@@ -133,7 +214,10 @@ def test_missing_paths(tmp_path, capsys):
     assert cli.main(["pretrain", "--data_path", str(tmp_path / "none")]) == 2
     assert "none' does not exist: give a folder of images" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert cli.main(["pretrain", "--data_path", str(tmp_path), "--output_dir", str(tmp_path / "file")]) == 2
+    assert (
+        cli.main(["pretrain", "--data_path", str(tmp_path), "--output_dir", str(tmp_path / "file")])
+        == 2
+    )
     assert "is a file: give a folder" in capsys.readouterr().err
 
 
@@ -144,12 +228,17 @@ def test_data_errors_leave_nothing_behind(tmp_path, capsys):
     assert "has no images" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"epochs": "3"}, "`epochs` is '3': give a whole number"), ({"lr": "0.1"}, "`lr` is '0.1': give a number"),
-    ({"global_crops_scale": 0.4}, "`global_crops_scale` is 0.4: give 2 numbers"), ({"out_dim": 64.0}, "`out_dim` is 64.0"),
-    ({"norm_last_layer": 1}, "`norm_last_layer` is 1: give True or False"),
-    ({"precision": 16}, "`precision` is 16: give a word"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"epochs": "3"}, "`epochs` is '3': give a whole number"),
+        ({"lr": "0.1"}, "`lr` is '0.1': give a number"),
+        ({"global_crops_scale": 0.4}, "`global_crops_scale` is 0.4: give 2 numbers"),
+        ({"out_dim": 64.0}, "`out_dim` is 64.0"),
+        ({"norm_last_layer": 1}, "`norm_last_layer` is 1: give True or False"),
+        ({"precision": 16}, "`precision` is 16: give a word"),
+    ],
+)
 def test_options_of_the_wrong_type(options, words):
     with pytest.raises(ValueError, match=words.replace(".", "[.]")):
         Config(**options).check()
@@ -158,16 +247,35 @@ def test_options_of_the_wrong_type(options, words):
 
 def test_required_kernels_are_checked_first(monkeypatch, tmp_path, capsys, photographs):
     monkeypatch.setenv("DINOFAST_REQUIRE", "cpp,warp")
-    assert cli.main(["pretrain", "--data_path", str(photographs), "--output_dir", str(tmp_path / "out")]) == 2
-    assert "DINOFAST_REQUIRE names 'warp'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert (
+        cli.main(
+            ["pretrain", "--data_path", str(photographs), "--output_dir", str(tmp_path / "out")]
+        )
+        == 2
+    )
+    assert (
+        "DINOFAST_REQUIRE names 'warp'" in capsys.readouterr().err
+        and not (tmp_path / "out").exists()
+    )
 
 
-@pytest.mark.parametrize("line, words", [
-    ("--temperature nan", "--temperature is nan"), ("--crop 0", "--crop is 0"), ("--nb_knn 0", "--nb_knn is 0"),
-    ("--batch_size_per_gpu 0", "--batch_size_per_gpu is 0"), ("--num_workers -1", "--num_workers is -1"),
-])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--temperature nan", "--temperature is nan"),
+        ("--crop 0", "--crop is 0"),
+        ("--nb_knn 0", "--nb_knn is 0"),
+        ("--batch_size_per_gpu 0", "--batch_size_per_gpu is 0"),
+        ("--num_workers -1", "--num_workers is -1"),
+    ],
+)
 def test_knn_options_that_cannot_be_right(line, words, capsys, tmp_path):
-    assert cli.main(["knn", "--data_path", str(tmp_path), "--pretrained_weights", "none.pth", *line.split()]) == 2
+    assert (
+        cli.main(
+            ["knn", "--data_path", str(tmp_path), "--pretrained_weights", "none.pth", *line.split()]
+        )
+        == 2
+    )
     assert words in capsys.readouterr().err
 
 
@@ -176,20 +284,30 @@ def test_unknown_command_and_none(capsys):
     assert cli.main([]) == 2 and "COMMAND" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["pretrain", "knn", "sample-data", "demo", "doctor", "show-crops", "bench-data",
-                                     "bench-step"])
+@pytest.mark.parametrize(
+    "command",
+    ["pretrain", "knn", "sample-data", "demo", "doctor", "show-crops", "bench-data", "bench-step"],
+)
 def test_help_of_every_command(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and "usage:" in text
     if command == "pretrain":
-        assert all(f"--{name}" in text for name in OFFICIAL_DEFAULTS) and "0.9995" in text and "(default: 0.4 1.0)" in text
+        assert (
+            all(f"--{name}" in text for name in OFFICIAL_DEFAULTS)
+            and "0.9995" in text
+            and "(default: 0.4 1.0)" in text
+        )
 
 
 def test_module_is_the_same_program():
-    done = subprocess.run([sys.executable, "-m", "dinofast", "pretrain", "--epcohs", "3"],
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "dinofast", "pretrain", "--epcohs", "3"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2 and "Did you mean --epochs?" in done.stderr
 
 
@@ -200,41 +318,66 @@ def test_doctor_says_what_and_why(capsys):
     for name, paths in ops.paths().items():
         assert f"{name:22} {paths['cpu']}" in text
     library = select_library(None, torch.device("cpu"), torch.float32)
-    assert (f"{'linear layers':22} the ViTs' large ones in fp32 by oneDNN" in text) == (library == "onednn")
-    assert f"{'linear layers':22} torch's BLAS\n" in text                              # on cuda
+    assert (f"{'linear layers':22} the ViTs' large ones in fp32 by oneDNN" in text) == (
+        library == "onednn"
+    )
+    assert f"{'linear layers':22} torch's BLAS\n" in text  # on cuda
 
 
 def test_doctor_says_which_other_attention_a_gpu_has(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
-    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA3"], raising=False)
+    monkeypatch.setattr(
+        torch.nn.attention, "list_flash_attention_impls", lambda: ["FA3"], raising=False
+    )
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     for module in (attention, doctor):
-        monkeypatch.setattr(module, "xformers_unavailable_reason", lambda: "xformers is not installed")
-    assert doctor._attention("cuda").startswith("varlen, over all packed crops") and doctor._attention("cuda").endswith(
-        "; others: cudnn, sdpa, eager; not xformers: xformers is not installed; not fa3: Some GPU is no H100 or H200, for "
-        "which its kernels are made")
+        monkeypatch.setattr(
+            module, "xformers_unavailable_reason", lambda: "xformers is not installed"
+        )
+    assert doctor._attention("cuda").startswith(
+        "varlen, over all packed crops"
+    ) and doctor._attention("cuda").endswith(
+        "; others: cudnn, sdpa, eager; not xformers: xformers is not installed; not fa3: Some GPU "
+        "is no H100 or H200, for which its kernels are made"
+    )
 
 
-@pytest.mark.parametrize("there, words", [
-    ({"flash": "fa2F@2.7.4-pt"}, "flash operators: fa2F@2.7.4-pt (torch has it); what it warns of"),
-    ({"flash3": "fa3F@pip_pkg", "flash": "fa2F@2.8.3"}, "flash operators: fa3F@pip_pkg, fa2F@2.8.3; what it warns of"),
-    ({}, "flash operators: none; what it warns of"),
-], ids=str)
+@pytest.mark.parametrize(
+    "there, words",
+    [
+        (
+            {"flash": "fa2F@2.7.4-pt"},
+            "flash operators: fa2F@2.7.4-pt (torch has it); what it warns of",
+        ),
+        (
+            {"flash3": "fa3F@pip_pkg", "flash": "fa2F@2.8.3"},
+            "flash operators: fa3F@pip_pkg, fa2F@2.8.3; what it warns of",
+        ),
+        ({}, "flash operators: none; what it warns of"),
+    ],
+    ids=str,
+)
 def test_doctor_says_which_of_xformers_kernels_there_are(monkeypatch, there, words):
     def operator(name):
-        return SimpleNamespace(FwOp=SimpleNamespace(NAME=there.get(name, "unused"), is_available=lambda: name in there))
+        return SimpleNamespace(
+            FwOp=SimpleNamespace(NAME=there.get(name, "unused"), is_available=lambda: name in there)
+        )
 
     monkeypatch.setattr(doctor, "xformers_unavailable_reason", lambda: None)
-    monkeypatch.setattr(doctor, "fmha", lambda: SimpleNamespace(flash3=operator("flash3"), flash=operator("flash")))
+    monkeypatch.setattr(
+        doctor, "fmha", lambda: SimpleNamespace(flash3=operator("flash3"), flash=operator("flash"))
+    )
     assert words in doctor._xformers_operators()
     monkeypatch.setattr(doctor, "xformers_unavailable_reason", lambda: "xformers is not installed")
     assert doctor._xformers_operators() == ""
 
 
 @pytest.mark.parametrize("command", ["bench-data", "show-crops", "check-data"])
-@pytest.mark.parametrize("line, words", [("", "DIR is missing"), ("a --data_path b", "a and --data_path b are two")])
+@pytest.mark.parametrize(
+    "line, words", [("", "DIR is missing"), ("a --data_path b", "a and --data_path b are two")]
+)
 def test_a_folder_is_given_once(command, line, words, capsys):
     assert cli.main([command, *line.split()]) == 2 and words in capsys.readouterr().err
 

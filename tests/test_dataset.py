@@ -1,4 +1,5 @@
-"""Which files are images, in which order; which of them do not decode and for what reason; one copy for all processes."""
+"""Which files are images, in which order; which of them do not decode and for what reason; one copy
+for all processes."""
 
 import gc
 import os
@@ -57,11 +58,15 @@ def odd_images(folder):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 30)).save(folder / "odd_turned.jpg", exif=exif)
-    Image.new("RGB", (20, 20)).save(folder / "odd_moving.gif", save_all=True, append_images=[Image.new("RGB", (20, 20), "red")])
+    Image.new("RGB", (20, 20)).save(
+        folder / "odd_moving.gif", save_all=True, append_images=[Image.new("RGB", (20, 20), "red")]
+    )
     Image.new("RGB", (20, 20)).save(folder / "odd_misnamed.jpg", format="png")
     data = (folder / "odd_plain.jpg").read_bytes()
     (folder / "odd_trailing.jpg").write_bytes(data + b"\0" * 500)
-    (folder / "odd_long_header.jpg").write_bytes(data[:2] + (b"\xff\xe5\xff\xff" + b"\0" * 65533) + data[2:])
+    (folder / "odd_long_header.jpg").write_bytes(
+        data[:2] + (b"\xff\xe5\xff\xff" + b"\0" * 65533) + data[2:]
+    )
     return sorted(str(p) for p in folder.glob("odd_*"))
 
 
@@ -76,17 +81,38 @@ def bad_images(folder):
     (folder / "bad_text.jpg").write_text("version https://git-lfs.github.com/spec/v1\n")
     (folder / "bad_header.jpg").write_bytes(b"\x01\x02" + jpeg[2:])
     header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    bomb = png[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+    bomb = (
+        png[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+    )
     (folder / "bad_bomb.png").write_bytes(bomb)
     (folder / "bad_link.jpg").symlink_to(folder / "nowhere.jpg")
-    reasons = {"truncated.jpg": "truncated", "truncated.png": "truncated", "empty.jpg": "empty", "text.jpg": "text",
-               "header.jpg": "wrong header", "bomb.png": "decompression bomb", "link.jpg": "No such file"}
+    reasons = {
+        "truncated.jpg": "truncated",
+        "truncated.png": "truncated",
+        "empty.jpg": "empty",
+        "text.jpg": "text",
+        "header.jpg": "wrong header",
+        "bomb.png": "decompression bomb",
+        "link.jpg": "No such file",
+    }
     return {str(folder / f"bad_{name}"): reason for name, reason in reasons.items()}
 
 
 def test_folders_of_any_depth_are_searched_in_sorted_order(tmp_path):
-    names = ["b/2.JPG", "b/1.jpeg", "a/deep/er/x.PNG", "top.webp", "z.tif", "a.bmp", "g.gif", "p.ppm", "t.TIFF", "b-c/y.png",
-             "b.d/y.png", "b.png"]
+    names = [
+        "b/2.JPG",
+        "b/1.jpeg",
+        "a/deep/er/x.PNG",
+        "top.webp",
+        "z.tif",
+        "a.bmp",
+        "g.gif",
+        "p.ppm",
+        "t.TIFF",
+        "b-c/y.png",
+        "b.d/y.png",
+        "b.png",
+    ]
     for name in names:
         photograph(tmp_path / name)
     photograph(tmp_path / "q.png").rename(tmp_path / "q.npy")
@@ -131,17 +157,25 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 
 
 def test_a_text_file_keeps_its_order_and_its_folder_is_the_start(tmp_path):
-    photograph(tmp_path / "images" / "b.jpg"), photograph(tmp_path / "images" / "a.jpg"), photograph(tmp_path / "far" / "c.jpg")
+    (
+        photograph(tmp_path / "images" / "b.jpg"),
+        photograph(tmp_path / "images" / "a.jpg"),
+        photograph(tmp_path / "far" / "c.jpg"),
+    )
     listing = tmp_path / "images" / "train.txt"
     listing.write_text(f"b.jpg\r\n\na.jpg \n{tmp_path}/far/c.jpg", encoding="utf-8-sig")
-    assert find(str(listing)) == [str(tmp_path / name) for name in ("images/b.jpg", "images/a.jpg", "far/c.jpg")]
+    assert find(str(listing)) == [
+        str(tmp_path / name) for name in ("images/b.jpg", "images/a.jpg", "far/c.jpg")
+    ]
     assert not why_bad(scan(str(listing)))
 
 
 def test_sources_named_from_the_folder_they_are_in(tmp_path, monkeypatch):
     photograph(tmp_path / "images" / "a.jpg"), (tmp_path / "list.txt").write_text("images/a.jpg\n")
     monkeypatch.chdir(tmp_path)
-    assert find("images") == find("list.txt") == find("images/") == ["images/a.jpg"] and find(".") == ["./images/a.jpg"]
+    assert find("images") == find("list.txt") == find("images/") == ["images/a.jpg"] and find(
+        "."
+    ) == ["./images/a.jpg"]
     assert not why_bad(scan("list.txt"))
 
 
@@ -159,7 +193,9 @@ def test_odd_images_decode_and_bad_ones_say_why(tmp_path):
         warnings.filterwarnings("ignore", "Palette images|Truncated File Read")
         got = why_bad(images)
     assert find(str(tmp_path)) == sorted([*odd, *bad]) and not images.bad_files
-    assert ImageReader(images).decode(find(str(tmp_path)).index(str(tmp_path / "odd_turned.jpg"))).size == (40, 30)
+    assert ImageReader(images).decode(
+        find(str(tmp_path)).index(str(tmp_path / "odd_turned.jpg"))
+    ).size == (40, 30)
     assert got.keys() == bad.keys()
     for path, reason in got.items():
         assert bad[path] in reason and "\n" not in reason and "\t" not in reason, (path, reason)
@@ -176,7 +212,9 @@ def test_a_folder_that_cannot_be_listed_is_a_bad_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", locked)
     images = scan(str(tmp_path))
-    assert len(images) == 1 and images.bad_files == [(f"{tmp_path}/locked/", "cannot be read: Permission denied")]
+    assert len(images) == 1 and images.bad_files == [
+        (f"{tmp_path}/locked/", "cannot be read: Permission denied")
+    ]
 
 
 def test_progress_reaches_the_total(tmp_path, monkeypatch):
@@ -189,7 +227,9 @@ def test_progress_reaches_the_total(tmp_path, monkeypatch):
 
 
 def test_a_source_that_cannot_be_used_says_why(tmp_path):
-    with pytest.raises(ValueError, match=r"/nowhere cannot be read \(No such file or directory\): give a folder"):
+    with pytest.raises(
+        ValueError, match=r"/nowhere cannot be read \(No such file or directory\): give a folder"
+    ):
         find(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no images: .*" + EXTENSIONS[0]):
@@ -207,21 +247,33 @@ def test_a_source_that_cannot_be_used_says_why(tmp_path):
 def test_pipes_devices_and_links_to_themselves_are_bad_and_not_waited_for(tmp_path):
     photograph(tmp_path / "a.png")
     os.mkfifo(tmp_path / "pipe.jpg")
-    (tmp_path / "self.png").symlink_to(tmp_path / "self.png"), (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (
+        (tmp_path / "self.png").symlink_to(tmp_path / "self.png"),
+        (tmp_path / "zero.jpg").symlink_to("/dev/zero"),
+    )
     (tmp_path / "folder.png").symlink_to(tmp_path), os.mkfifo(tmp_path / "pipe.tar")
     assert scan(str(tmp_path)).bad_files == [(f"{tmp_path}/pipe.tar", "not a regular file")]
-    assert why_bad(scan(str(tmp_path))) == {f"{tmp_path}/{name}": reason for name, reason in (
-        ("pipe.jpg", "not a regular file"), ("self.png", "cannot be read: Too many levels of symbolic links"),
-        ("zero.jpg", "not a regular file"), ("folder.png", "not a regular file"))}
+    assert why_bad(scan(str(tmp_path))) == {
+        f"{tmp_path}/{name}": reason
+        for name, reason in (
+            ("pipe.jpg", "not a regular file"),
+            ("self.png", "cannot be read: Too many levels of symbolic links"),
+            ("zero.jpg", "not a regular file"),
+            ("folder.png", "not a regular file"),
+        )
+    }
 
 
 def test_a_file_too_large_for_an_image_is_not_read(tmp_path):
     photograph(tmp_path / "a.jpg"), photograph(tmp_path / "b.jpg")
     with open(tmp_path / "b.jpg", "r+b") as file:
         end = file.read()[-2:]
-        file.seek(decode.LARGEST)  # a header and an end, and between them zeros that take no room on the disk
+        # a header and an end, and between them zeros that take no room on the disk
+        file.seek(decode.LARGEST)
         file.write(end)
-    assert why_bad(scan(str(tmp_path))) == {str(tmp_path / "b.jpg"): "2,000,000,002 bytes, too many for an image"}
+    assert why_bad(scan(str(tmp_path))) == {
+        str(tmp_path / "b.jpg"): "2,000,000,002 bytes, too many for an image"
+    }
 
 
 def test_fingerprint_follows_the_names_and_not_the_place(tmp_path):
@@ -229,7 +281,9 @@ def test_fingerprint_follows_the_names_and_not_the_place(tmp_path):
         (tmp_path / place).mkdir()
         for name in ("a.png", "c.png" if place == "other" else "b.png"):
             Image.new("RGB", (8, 8 + (place == "there"))).save(tmp_path / place / name)
-    here, there, other = (scan(str(tmp_path / place)).fingerprint for place in ("here", "there", "other"))
+    here, there, other = (
+        scan(str(tmp_path / place)).fingerprint for place in ("here", "there", "other")
+    )
     assert here == there != other and scan(f"{tmp_path}/here/").fingerprint == here
     (tmp_path / "here" / "list.txt").write_text(f"a.png\n{tmp_path}/here/b.png\n")
     assert scan(str(tmp_path / "here" / "list.txt")).fingerprint == here
@@ -253,7 +307,9 @@ def test_an_interrupt_ends_the_scan(tmp_path):
 def test_packed_strings():
     listed = [b"a", b"", b"ccc", b"a", b"\xe9\n"]
     strings = PackedStrings.of(listed)
-    assert len(strings) == 5 and list(strings) == listed and [strings[i] for i in range(5)] == listed
+    assert (
+        len(strings) == 5 and list(strings) == listed and [strings[i] for i in range(5)] == listed
+    )
     assert list(PackedStrings(b"")) == [] and list(PackedStrings.of([b"a\0b"])) == [b"a?b"]
     many = [b"%d" % i for i in range(10_000)]
     assert list(PackedStrings.of(many)) == many
@@ -275,7 +331,10 @@ def mixed(tmp_path):
     """Photographs and a shard."""
     from test_shards import pack
 
-    files = {f"{i}.png": photograph(tmp_path / "data" / f"{i}.png", seed=i).read_bytes() for i in range(4)}
+    files = {
+        f"{i}.png": photograph(tmp_path / "data" / f"{i}.png", seed=i).read_bytes()
+        for i in range(4)
+    }
     pack(tmp_path / "data" / "a.tar", files)
     return str(tmp_path / "data")
 
@@ -286,8 +345,9 @@ def test_ranks_share_one_copy(kind, mixed, ranks):
         os.remove(f"{mixed}/a.tar")
     own = scan(mixed)
     (first, remove), (second, _) = shared.between_ranks(own), shared.between_ranks(scan(mixed))
-    name, = os.listdir(ranks)
-    assert first.files.text.base is not second.files.text.base        # two processes would map it by themselves
+    (name,) = os.listdir(ranks)
+    # two processes would map it by themselves
+    assert first.files.text.base is not second.files.text.base
     maps = open("/proc/self/maps").read() if os.path.exists("/proc/self/maps") else name * 2
     assert maps.count(name) == 2
     for dataset_ in (first, second, pickle.loads(pickle.dumps(first))):
@@ -302,11 +362,13 @@ def test_ranks_share_one_copy(kind, mixed, ranks):
     assert os.listdir(ranks)
     del third
     gc.collect()
-    assert not os.listdir(ranks)                                       # a process that never trains leaves nothing behind
+    assert not os.listdir(ranks)  # a process that never trains leaves nothing behind
 
 
 def test_once_all_are_here_nothing_is_left_for_a_kill_to_leave(mixed, ranks, tmp_path):
-    cfg = Config(data_path=mixed, output_dir=str(tmp_path / "run"), batch_size_per_gpu=2, num_workers=0)
+    cfg = Config(
+        data_path=mixed, output_dir=str(tmp_path / "run"), batch_size_per_gpu=2, num_workers=0
+    )
     loaders = [make_loader(cfg, rank=rank, world=2) for rank in (0, 1)]
     assert os.listdir(ranks)
     for loader in loaders:
@@ -324,7 +386,10 @@ def test_a_process_alone_shares_nothing(mixed, ranks, monkeypatch):
 def test_where_nothing_can_be_shared_each_keeps_its_own(mixed, ranks, monkeypatch):
     own = scan(mixed)
     path = ranks / f"dinofast-{os.getuid()}-{own.fingerprint}.files"
-    for spoil in (lambda: path.write_bytes(b"something else"), lambda: path.write_bytes(b"\0" * path.stat().st_size)):
+    for spoil in (
+        lambda: path.write_bytes(b"something else"),
+        lambda: path.write_bytes(b"\0" * path.stat().st_size),
+    ):
         kept, _ = shared.between_ranks(own)
         spoil()
         assert shared.between_ranks(own)[0] is own

@@ -8,8 +8,16 @@ from torch import nn
 from dinofast.config import Config
 from dinofast.nn.dino import Model, MultiCropWrapper, build_backbone, feature_width
 
-TINY = Config(arch="vit_nano", patch_size=4, out_dim=32, head_hidden_dim=16, head_bottleneck_dim=8, local_crops_number=2,
-              global_crops_size=16, local_crops_size=8)
+TINY = Config(
+    arch="vit_nano",
+    patch_size=4,
+    out_dim=32,
+    head_hidden_dim=16,
+    head_bottleneck_dim=8,
+    local_crops_number=2,
+    global_crops_size=16,
+    local_crops_size=8,
+)
 
 
 class Convolutional(nn.Module):
@@ -17,7 +25,9 @@ class Convolutional(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
 
     def forward(self, x):
         return self.layers(x)
@@ -43,7 +53,9 @@ def test_wrapper_makes_one_pass_per_size_and_keeps_the_order():
 
 def test_teacher_is_a_frozen_copy_of_the_student():
     model = Model.from_config(TINY)
-    for (name, s), t in zip(model.student.named_parameters(), model.teacher.parameters(), strict=True):
+    for (name, s), t in zip(
+        model.student.named_parameters(), model.teacher.parameters(), strict=True
+    ):
         assert torch.equal(s, t) and not t.requires_grad, name
     model(crops(), 0.04).total.backward()
     assert all(t.grad is None for t in model.teacher.parameters())
@@ -52,14 +64,19 @@ def test_teacher_is_a_frozen_copy_of_the_student():
 
 @pytest.mark.parametrize("local_size", [8, 16], ids=["smaller", "as large as the global crops"])
 def test_teacher_sees_global_crops_and_student_all(local_size):
-    """The loss is that of separate passes, the student's with stochastic depth, the teacher's without."""
-    model = Model.from_config(Config(**{**TINY.to_dict(), "drop_path_rate": 0.5, "local_crops_size": local_size}))
+    """The loss is that of separate passes, the student's with stochastic depth, the teacher's
+    without."""
+    model = Model.from_config(
+        Config(**{**TINY.to_dict(), "drop_path_rate": 0.5, "local_crops_size": local_size})
+    )
     with torch.no_grad():
-        model.teacher.head.mlp[0].weight.mul_(2)                                  # or who sees what could not be told apart
+        model.teacher.head.mlp[0].weight.mul_(2)  # or who sees what could not be told apart
     views, locals_ = torch.randn(6, 3, 16, 16), torch.randn(6, 3, local_size, local_size)
     seen = {}
     for name in ("student", "teacher"):
-        getattr(model, name).register_forward_hook(lambda module, args, out, name=name: seen.update({name: out}))
+        getattr(model, name).register_forward_hook(
+            lambda module, args, out, name=name: seen.update({name: out})
+        )
     torch.manual_seed(5)
     loss = model([views, locals_], 0.04).total
     together = dict(seen)
@@ -69,14 +86,22 @@ def test_teacher_sees_global_crops_and_student_all(local_size):
     torch.testing.assert_close(together["student"], student)
     assert not torch.allclose(student, model.student.head(backbone.eval()([views, locals_])))
     torch.testing.assert_close(together["teacher"], model.teacher(views))
-    assert student.shape == (12, 32) and together["teacher"].shape == (6, 32) and not together["teacher"].requires_grad
-    torch.testing.assert_close(loss, model.dino_loss.accumulate(student, model.teacher(views), 0.04))
+    assert (
+        student.shape == (12, 32)
+        and together["teacher"].shape == (6, 32)
+        and not together["teacher"].requires_grad
+    )
+    torch.testing.assert_close(
+        loss, model.dino_loss.accumulate(student, model.teacher(views), 0.04)
+    )
 
 
 def test_wrapper_makes_one_packed_pass_of_a_vit_and_keeps_the_order():
     student = Model.from_config(TINY).student.double().eval()
     calls = []
-    hook = student.backbone.register_forward_pre_hook(lambda module, args: calls.append(args[0].grids))
+    hook = student.backbone.register_forward_pre_hook(
+        lambda module, args: calls.append(args[0].grids)
+    )
     images = [torch.randn(2, 3, s, s, dtype=torch.float64) for s in (8, 8, 16, 16, 8)]
     out = student(images)
     assert calls == [((4, 2, 2), (4, 4, 4), (2, 2, 2))]
@@ -101,7 +126,8 @@ def test_same_seed_same_weights():
 def test_any_module_is_a_backbone():
     model = Model.from_config(TINY, backbone=Convolutional)
     assert model.student.head.mlp[0].in_features == 7
-    assert model.student.backbone.layers[1].num_batches_tracked == 0          # the trial image left no trace
+    # the trial image left no trace
+    assert model.student.backbone.layers[1].num_batches_tracked == 0
     assert torch.isfinite(model(crops(), 0.04).total)
 
 
@@ -140,12 +166,15 @@ def test_timm_names_work_where_the_package_imports(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setitem(sys.modules, "timm", timm)
     assert isinstance(build_backbone(Config(arch="convnet"), 0.0), Convolutional)
-    with pytest.raises(ValueError, match="vit_smal' is not known.*Did you mean vit_small?.*torchvision"):
+    with pytest.raises(
+        ValueError, match="vit_smal' is not known.*Did you mean vit_small?.*torchvision"
+    ):
         build_backbone(Config(arch="vit_smal"), 0.0)
 
 
 def test_batch_statistics_are_those_of_all_crops_of_a_size():
-    """Also where the local crops are as large as the global ones: one pass of another backbone, as in the official wrapper."""
+    """Also where the local crops are as large as the global ones: one pass of another backbone, as
+    in the official wrapper."""
     passes = []
 
     class Backbone(torch.nn.Module):
@@ -156,4 +185,4 @@ def test_batch_statistics_are_those_of_all_crops_of_a_size():
     model = Model.from_config(TINY, Backbone)
     passes.clear()
     model([torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)], 0.04)
-    assert passes == [4, 8]                                                     # teacher, student
+    assert passes == [4, 8]  # teacher, student

@@ -1,4 +1,5 @@
-"""The pages tell the truth: commands parse, code compiles and runs, links lead somewhere, quoted messages exist."""
+"""The pages tell the truth: commands parse, code compiles and runs, links lead somewhere, quoted
+messages exist."""
 
 from __future__ import annotations
 
@@ -25,9 +26,13 @@ PAGES = [*DOCS, ROOT / "README.md", ROOT / "examples" / "README.md"]
 SHELL = ("", "bash", "sh")
 PLACEHOLDERS = {"N": "1", "X": "1", "DIR": ".", "FILE": "file", "CHECKOUT": "."}
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_endpoint"}
-OTHERS = TORCHRUN | {"--shm-size", "--save-results", "--rehearse"}  # flags of programs that are not ours
-BRITISH = re.compile(r"\w*(?:centre|colour|grey|optimis|normalis|initialis|synchronis|solaris|behaviour|licence|labell|"
-                     r"materialis|neighbour|recognis|serialis|favour|learnt)\w*", re.IGNORECASE)
+# flags of programs that are not ours
+OTHERS = TORCHRUN | {"--shm-size", "--save-results", "--rehearse"}
+BRITISH = re.compile(
+    r"\w*(?:centre|colour|grey|optimis|normalis|initialis|synchronis|solaris|behaviour|licence|labell|"
+    r"materialis|neighbour|recognis|serialis|favour|learnt)\w*",
+    re.IGNORECASE,
+)
 
 
 def name(page: Path) -> str:
@@ -45,8 +50,13 @@ def prose(page: Path) -> str:
 
 
 # ---- commands
-COMMANDS = [pytest.param(words, id=f"{name(page)}: {line[:60].strip()}") for page in PAGES for block in blocks(page, *SHELL)
-            for line in block.replace("\\\n", " ").splitlines() if (words := shlex.split(line, comments=True))]
+COMMANDS = [
+    pytest.param(words, id=f"{name(page)}: {line[:60].strip()}")
+    for page in PAGES
+    for block in blocks(page, *SHELL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if (words := shlex.split(line, comments=True))
+]
 
 
 def parse(words: list[str]) -> None:
@@ -61,24 +71,42 @@ def check(words: list[str]) -> None:
     words = [PLACEHOLDERS.get(word, word) for word in words]
     program, rest = words[0], words[1:]
     if program == "dinofast" or (program in ("python", "torchrun") and "dinofast" in rest):
-        ours = rest if program == "dinofast" else rest[rest.index("dinofast") + 1:]
+        ours = rest if program == "dinofast" else rest[rest.index("dinofast") + 1 :]
         parse(ours)
-        launcher = [] if program == "dinofast" else rest[:rest.index("dinofast")]
+        launcher = [] if program == "dinofast" else rest[: rest.index("dinofast")]
         assert {word.split("=")[0] for word in launcher if word.startswith("--")} <= TORCHRUN
-    elif any(word.endswith("main_dino.py") for word in rest):                       # of the official code: the same flags
-        parse(["pretrain", *rest[next(i for i, word in enumerate(rest) if word.endswith("main_dino.py")) + 1:]])
+    # of the official code: the same flags
+    elif any(word.endswith("main_dino.py") for word in rest):
+        parse(
+            [
+                "pretrain",
+                *rest[
+                    next(i for i, word in enumerate(rest) if word.endswith("main_dino.py")) + 1 :
+                ],
+            ]
+        )
     elif program in ("python", "torchrun") and rest[0] == "-c":
         check_python(rest[1])
     elif program in ("python", "torchrun"):
-        files = [word for word in rest if word.endswith(".py") or "/" in word and (ROOT / word.split("/")[0]).is_dir()]
-        assert files and all((ROOT / file).exists() for file in files if not file.startswith("./")), files
+        files = [
+            word
+            for word in rest
+            if word.endswith(".py") or "/" in word and (ROOT / word.split("/")[0]).is_dir()
+        ]
+        assert files and all(
+            (ROOT / file).exists() for file in files if not file.startswith("./")
+        ), files
     elif program == "make":
         makefile = (ROOT / "Makefile").read_text()
-        assert all(re.search(f"^{target}:", makefile, flags=re.M) for target in rest if "=" not in target)
+        assert all(
+            re.search(f"^{target}:", makefile, flags=re.M) for target in rest if "=" not in target
+        )
     elif program == "pip":
         assert rest[0] == "install"
     else:
-        assert program == "source" and rest == [".venv/bin/activate"], f"nothing is known of '{program}'"
+        assert program == "source" and rest == [".venv/bin/activate"], (
+            f"nothing is known of '{program}'"
+        )
 
 
 @pytest.mark.parametrize("words", COMMANDS)
@@ -89,8 +117,13 @@ def test_a_command_is_one_that_can_be_given(words):
 @cache
 def flags() -> set[str]:
     """Of all commands of ours."""
-    parsers = [cli.parser(command)._subparsers._group_actions[0].choices[command] for command in cli.COMMANDS]
-    return {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
+    parsers = [
+        cli.parser(command)._subparsers._group_actions[0].choices[command]
+        for command in cli.COMMANDS
+    ]
+    return {
+        flag for parser in parsers for action in parser._actions for flag in action.option_strings
+    }
 
 
 @pytest.mark.parametrize("page", DOCS, ids=name)
@@ -121,13 +154,17 @@ def test_python_uses_what_exists(page):
 
 def migrating(words: str) -> str:
     """The one block of the page that has these words."""
-    block, = (b for b in blocks(ROOT / "docs" / "migrating.md", "python") if words in b)
+    (block,) = (b for b in blocks(ROOT / "docs" / "migrating.md", "python") if words in b)
     return block
 
 
 def test_the_loss_of_the_page_drops_in():
-    names = {"student_output": torch.randn(20, 65536, requires_grad=True), "teacher_output": torch.randn(4, 65536), "epoch": 3}
-    exec(migrating("nepochs=100"), names)                     # noqa: S102 - our own page
+    names = {
+        "student_output": torch.randn(20, 65536, requires_grad=True),
+        "teacher_output": torch.randn(4, 65536),
+        "epoch": 3,
+    }
+    exec(migrating("nepochs=100"), names)  # noqa: S102 - our own page
     names["loss"].backward()
     assert names["student_output"].grad.abs().sum() > 0 and names["dino_loss"].center.any()
 
@@ -137,25 +174,37 @@ def test_optimizer_and_average_of_the_page_run():
     for copy in (teacher, start):
         copy.load_state_dict(student.state_dict())
     student(torch.ones(1, 3)).sum().backward()
-    for words in ("optimizer.step(momentum=0.996)                               #", "import ema_"):
-        exec(migrating(words), {"student": student, "teacher": teacher})      # noqa: S102 - our own page
-    for s, t, old in zip(student.parameters(), teacher.parameters(), start.parameters(), strict=True):
-        torch.testing.assert_close(t - old, (1 - 0.996 ** 2) * (s - old), rtol=0.02, atol=1e-7)
+    for words in ("optimizer.step(momentum=0.996)  #", "import ema_"):
+        exec(migrating(words), {"student": student, "teacher": teacher})  # noqa: S102 - our own page
+    for s, t, old in zip(
+        student.parameters(), teacher.parameters(), start.parameters(), strict=True
+    ):
+        torch.testing.assert_close(t - old, (1 - 0.996**2) * (s - old), rtol=0.02, atol=1e-7)
 
 
 def test_the_accelerate_loop_of_the_page_runs():
     pytest.importorskip("accelerate", reason="accelerate is not installed (pip install accelerate)")
     crops = [[torch.randn(3, side, side) for side in (16, 16, 8, 8)] for _ in range(4)]
     student = nn.Sequential(vit_nano(), DINOHead(64, 16, hidden_dim=16, bottleneck_dim=8))
-    names = {"student": student, "out_dim": 16, "ncrops": 4, "epochs": 2, "loader": DataLoader(crops, batch_size=2)}
+    names = {
+        "student": student,
+        "out_dim": 16,
+        "ncrops": 4,
+        "epochs": 2,
+        "loader": DataLoader(crops, batch_size=2),
+    }
     before = student[0].cls_token.detach().clone()
-    exec(migrating("Accelerator()"), names)                   # noqa: S102 - our own page
+    exec(migrating("Accelerator()"), names)  # noqa: S102 - our own page
     assert not torch.equal(student[0].cls_token, before) and names["dino_loss"].center.any()
     assert not torch.equal(names["teacher"][0].cls_token, before)
 
 
 def test_excerpts_of_the_kernel_page_are_those_of_the_code():
-    files = [ROOT / "kernels" / "normalize.py", ROOT / "dinofast" / "ops" / "_normalize.py", ROOT / "dinofast" / "reference.py"]
+    files = [
+        ROOT / "kernels" / "normalize.py",
+        ROOT / "dinofast" / "ops" / "_normalize.py",
+        ROOT / "dinofast" / "reference.py",
+    ]
     code = {line.strip() for file in files for line in file.read_text().splitlines()}
     for block in blocks(ROOT / "docs" / "adding_a_kernel.md", "python"):
         for line in block.splitlines():
@@ -173,7 +222,9 @@ def test_places_of_the_kernel_page_exist():
 
 def test_the_map_of_the_code_is_that_of_the_package():
     page = ROOT / "docs" / "architecture.md"
-    tree, order = (block for block in blocks(page, "text") if "dinofast/" in block or " > " in block)
+    tree, order = (
+        block for block in blocks(page, "text") if "dinofast/" in block or " > " in block
+    )
     for line in tree.splitlines():
         folder = ROOT / "dinofast" if line.startswith("  ") else ROOT
         for path in re.findall(r"^\S+|[\w]+\.py\b|[\w]+/(?=,|$)", line.strip()):
@@ -199,13 +250,17 @@ def test_links_lead_somewhere(page):
         linked = (page.parent / path) if path else page
         assert linked.exists(), target
         if anchor:
-            assert anchor in map(slug, re.findall(r"^#+ (.*)$", linked.read_text(), flags=re.M)), target
+            assert anchor in map(slug, re.findall(r"^#+ (.*)$", linked.read_text(), flags=re.M)), (
+                target
+            )
 
 
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "index.md").read_text()
     for page in DOCS:
-        assert page.stem == "index" or (f"({page.name})" in index and f"\n{page.stem}\n" in index), page.name
+        assert page.stem == "index" or (
+            f"({page.name})" in index and f"\n{page.stem}\n" in index
+        ), page.name
 
 
 # ---- words
@@ -222,13 +277,21 @@ def words_of_the_code() -> list[str]:
     for path in (ROOT / "dinofast").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                found.append("\0".join(part.value if isinstance(part, ast.Constant) else "" for part in node.values))
+                found.append(
+                    "\0".join(
+                        part.value if isinstance(part, ast.Constant) else "" for part in node.values
+                    )
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
-    return [re.sub(r"`(\w+)`", r"--\1", text) for text in found]            # options, as the command line shows them
+    # options, as the command line shows them
+    return [re.sub(r"`(\w+)`", r"--\1", text) for text in found]
 
 
-@pytest.mark.parametrize("message", re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.M))
+@pytest.mark.parametrize(
+    "message",
+    re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.M),
+)
 def test_messages_that_are_explained_exist(message):
     pieces = [piece.strip(" '") for piece in message.split("...")]
     assert any(all(piece in text for piece in pieces) for text in words_of_the_code()), message
@@ -238,8 +301,13 @@ def test_messages_that_are_explained_exist(message):
 def test_the_site_builds(tmp_path):
     for package in ("sphinx", "myst_parser", "furo"):
         pytest.importorskip(package, reason=f"{package} is not installed (pip install '.[docs]')")
-    build = subprocess.run((sys.executable, "-m", "sphinx", "-q", "-b", "html", ROOT / "docs", tmp_path), cwd=ROOT,
-                           capture_output=True, text=True, timeout=300)
+    build = subprocess.run(
+        (sys.executable, "-m", "sphinx", "-q", "-b", "html", ROOT / "docs", tmp_path),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert build.returncode == 0 and not build.stderr, build.stderr
     api = (tmp_path / "api.html").read_text()
     for what in ("dinofast.DINOLoss", "dinofast.ops.normalize", "dinofast.reference.dino_loss"):

@@ -21,7 +21,9 @@ def seeded():
 
 
 def build(rate=0.5):
-    return VisionTransformer(img_size=[16], patch_size=8, embed_dim=24, depth=3, num_heads=3, drop_path_rate=rate).double()
+    return VisionTransformer(
+        img_size=[16], patch_size=8, embed_dim=24, depth=3, num_heads=3, drop_path_rate=rate
+    ).double()
 
 
 def crops():
@@ -38,8 +40,8 @@ def test_scales_are_0_or_make_up_for_it_by_whole_sequences():
 
 def test_scales_have_mean_1_and_both_branches_and_all_blocks_are_independent():
     """6 standard errors of 100,000 draws."""
-    drawn = torch.stack(draw_scales(RATES, layout(((100_000, 1),), CPU))[1:])                 # (3, 2, S)
-    spread = torch.tensor([(rate / (1 - rate)) ** 0.5 for rate in RATES[1:]])                 # of one draw
+    drawn = torch.stack(draw_scales(RATES, layout(((100_000, 1),), CPU))[1:])  # (3, 2, S)
+    spread = torch.tensor([(rate / (1 - rate)) ** 0.5 for rate in RATES[1:]])  # of one draw
     assert ((drawn.mean(-1) - 1).abs() <= 6 * spread[:, None] / 100_000**0.5).all()
     correlation = torch.corrcoef(drawn.flatten(0, 1)) - torch.eye(6)
     assert correlation.abs().max() <= 6 / 100_000**0.5
@@ -56,12 +58,15 @@ def test_mask_multiplies_branches_by_what_was_drawn():
         attend, mlp = scale[:, where.sequence, None]
         x = x + block.attn(block.norm1(x), where) * attend
         x = x + block.mlp(block.norm2(x)) * mlp
-    torch.testing.assert_close(model(patches._replace(drop_path=drawn)), model.norm(x[where.cls]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        model(patches._replace(drop_path=drawn)), model.norm(x[where.cls]), rtol=1e-6, atol=1e-6
+    )
 
 
 # ---- in the whole model
 def test_mean_over_many_draws_is_the_whole_branch():
-    """One block with a constant branch, which LayerNorm cannot bend: 6 standard errors of 500 draws."""
+    """One block with a constant branch, which LayerNorm cannot bend: 6 standard errors of 500
+    draws."""
     block, x = build().blocks[-1], torch.zeros(80, 24, dtype=torch.float64)
     torch.nn.init.zeros_(block.mlp.fc2.weight)
     torch.nn.init.zeros_(block.attn.proj.weight)
@@ -82,7 +87,10 @@ def test_same_seed_same_draws_and_evaluation_draws_nothing():
     assert torch.equal(outputs[0], outputs[1]) and not torch.allclose(outputs[0], outputs[2])
     state = torch.get_rng_state()
     evaluated = model.eval()(batch)
-    assert torch.equal(torch.get_rng_state(), state) and model.draw(model.patchify(batch).layout) == (None,) * 3
+    assert (
+        torch.equal(torch.get_rng_state(), state)
+        and model.draw(model.patchify(batch).layout) == (None,) * 3
+    )
     model.train().drop_path_rates = [0.0] * 3
     assert torch.equal(model(batch), evaluated) and torch.equal(torch.get_rng_state(), state)
 

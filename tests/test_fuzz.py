@@ -1,4 +1,5 @@
-"""Files and plans that nobody should send: each is refused in a line or makes the right crops; none ends or holds up a run.
+"""Files and plans that nobody should send: each is refused in a line or makes the right crops; none
+ends or holds up a run.
 
 DINOFAST_FUZZ=20000 python -m pytest tests/test_fuzz.py tries so many files instead of 3,000.
 """
@@ -34,7 +35,9 @@ from dinofast.data.decode import UnreadableImage, decode, read_file
 from dinofast.data.loader import views
 from dinofast.data.reader import ImageReader
 
-pytestmark = pytest.mark.skipif(bool(native.unavailable_reason()), reason=native.unavailable_reason() or "here")
+pytestmark = pytest.mark.skipif(
+    bool(native.unavailable_reason()), reason=native.unavailable_reason() or "here"
+)
 N_FILES, N_PLANS = int(os.environ.get("DINOFAST_FUZZ", 3000)), 1500
 SLOWEST_S, HUNG_S = 10, 600  # a file, which takes a millisecond; all of them
 KINDS = views(Config(global_crops_size=40, local_crops_size=17, local_crops_number=2))
@@ -58,12 +61,36 @@ def originals() -> list[bytes]:
     deep = Image.fromarray(np.arange(36 * 48, dtype=np.uint16).reshape(36, 48) * 37)
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "long " * 5000  # headers of several segments
-    gray, cmyk, palette, pixel = rgb.convert("L"), rgb.convert("CMYK"), rgb.quantize(16), rgb.resize((1, 1))
-    jpegs = [(rgb, {}), (rgb, {"progressive": True}), (rgb, {"subsampling": 0, "restart_marker_blocks": 2}),
-             (rgb, {"exif": exif}), (gray, {}), (cmyk, {}), (cmyk, {"progressive": True}), (pixel, {})]
-    pngs = [(rgb, {}), (rgb.convert("RGBA"), {}), (gray, {}), (rgb.convert("LA"), {}), (rgb.convert("1"), {}), (palette, {}),
-            (palette, {"transparency": bytes(range(0, 256, 16))}), (deep, {}), (pixel, {})]
-    return [encoded(image, kind, options) for kind, images in (("JPEG", jpegs), ("PNG", pngs)) for image, options in images]
+    gray = rgb.convert("L")
+    cmyk = rgb.convert("CMYK")
+    palette = rgb.quantize(16)
+    pixel = rgb.resize((1, 1))
+    jpegs = [
+        (rgb, {}),
+        (rgb, {"progressive": True}),
+        (rgb, {"subsampling": 0, "restart_marker_blocks": 2}),
+        (rgb, {"exif": exif}),
+        (gray, {}),
+        (cmyk, {}),
+        (cmyk, {"progressive": True}),
+        (pixel, {}),
+    ]
+    pngs = [
+        (rgb, {}),
+        (rgb.convert("RGBA"), {}),
+        (gray, {}),
+        (rgb.convert("LA"), {}),
+        (rgb.convert("1"), {}),
+        (palette, {}),
+        (palette, {"transparency": bytes(range(0, 256, 16))}),
+        (deep, {}),
+        (pixel, {}),
+    ]
+    return [
+        encoded(image, kind, options)
+        for kind, images in (("JPEG", jpegs), ("PNG", pngs))
+        for image, options in images
+    ]
 
 
 def encoded(image: Image.Image, kind: str, options: dict) -> bytes:
@@ -73,11 +100,16 @@ def encoded(image: Image.Image, kind: str, options: dict) -> bytes:
 
 
 def parts(data: bytes) -> list[bytes]:
-    """Signature, segments or chunks, and what follows the start of a JPEG's scan; their sum is the file."""
+    """Signature, segments or chunks, and what follows the start of a JPEG's scan; their sum is the
+    file."""
     png = data.startswith(b"\x89PNG")
     at = [0, 8 if png else 2]
     while at[-1] + 4 <= len(data):
-        length = struct.unpack_from(">I", data, at[-1])[0] + 12 if png else struct.unpack_from(">H", data, at[-1] + 2)[0] + 2
+        length = (
+            struct.unpack_from(">I", data, at[-1])[0] + 12
+            if png
+            else struct.unpack_from(">H", data, at[-1] + 2)[0] + 2
+        )
         at.append(at[-1] + length)
         if not png and data[at[-2] + 1] == 0xDA:
             break
@@ -103,7 +135,13 @@ def overwrite(rng: Generator, data: bytes, other: bytes) -> bytes:
 
 def truncate(rng: Generator, data: bytes, other: bytes) -> bytes:
     """Half of them with the end marker, so that only decoding finds out."""
-    end = b"" if rng.random() < 0.5 else b"\xff\xd9" if data.startswith(b"\xff") else chunk(b"IEND", b"")
+    end = (
+        b""
+        if rng.random() < 0.5
+        else b"\xff\xd9"
+        if data.startswith(b"\xff")
+        else chunk(b"IEND", b"")
+    )
     return data[: rng.integers(len(data))] + end
 
 
@@ -125,7 +163,8 @@ def swap_parts(rng: Generator, data: bytes, other: bytes) -> bytes:
 
 
 def change_part(rng: Generator, data: bytes, other: bytes) -> bytes:
-    """A JPEG's segment of another length or content; a PNG's chunk of another content with the right checksum, pixels too."""
+    """A JPEG's segment of another length or content; a PNG's chunk of another content with the
+    right checksum, pixels too."""
     pieces = parts(data)
     at = int(rng.integers(1, len(pieces)))
     piece = pieces[at]
@@ -135,9 +174,12 @@ def change_part(rng: Generator, data: bytes, other: bytes) -> bytes:
         pieces[at] = piece[:4] + flip_bits(rng, piece[4:] + b"\0", b"")
     elif piece[4:8] == b"IDAT" and rng.random() < 0.7:
         lines = zlib.decompress(piece[8:-4])
-        pieces[at] = chunk(b"IDAT", zlib.compress((flip_bits if rng.random() < 0.5 else truncate)(rng, lines, b"")))
+        pieces[at] = chunk(
+            b"IDAT", zlib.compress((flip_bits if rng.random() < 0.5 else truncate)(rng, lines, b""))
+        )
     elif piece[4:8] == b"IHDR":
-        pieces[at] = chunk(b"IHDR", piece[8:16] + flip_bits(rng, piece[16:-4], b""))  # depth, color, method, interlace
+        # depth, color, method, interlace
+        pieces[at] = chunk(b"IHDR", piece[8:16] + flip_bits(rng, piece[16:-4], b""))
     else:
         pieces[at] = chunk(piece[4:8], flip_bits(rng, piece[8:-4] + b"\0", b""))
     return b"".join(pieces)
@@ -146,11 +188,20 @@ def change_part(rng: Generator, data: bytes, other: bytes) -> bytes:
 def change_size(rng: Generator, data: bytes, other: bytes) -> bytes:
     """Another size in the header, now and then an enormous one."""
     huge = rng.random() < 0.2
-    width, height = rng.choice(HUGE) if huge else rng.choice((0, 1, 2, 7, 35, 36, 37, 47, 48, 49, 300, 2000), 2)
+    width, height = (
+        rng.choice(HUGE) if huge else rng.choice((0, 1, 2, 7, 35, 36, 37, 47, 48, 49, 300, 2000), 2)
+    )
     return resized(data, int(width), int(height))
 
 
-HUGE = ((65500, 65500), (2**31 - 1, 1), (1, 2**31 - 1), (2**31 - 1, 2**31 - 1), (13400, 13400), (2**32 - 1, 40))
+HUGE = (
+    (65500, 65500),
+    (2**31 - 1, 1),
+    (1, 2**31 - 1),
+    (2**31 - 1, 2**31 - 1),
+    (13400, 13400),
+    (2**32 - 1, 40),
+)
 
 
 def resized(data: bytes, width: int, height: int) -> bytes:
@@ -159,7 +210,9 @@ def resized(data: bytes, width: int, height: int) -> bytes:
         if piece[4:8] == b"IHDR":
             pieces[i] = chunk(b"IHDR", struct.pack(">II", width, height) + piece[16:-4])
         elif piece[:2] in (b"\xff\xc0", b"\xff\xc2"):
-            pieces[i] = piece[:5] + struct.pack(">HH", min(height, 65535), min(width, 65535)) + piece[9:]
+            pieces[i] = (
+                piece[:5] + struct.pack(">HH", min(height, 65535), min(width, 65535)) + piece[9:]
+            )
     return b"".join(pieces)
 
 
@@ -167,7 +220,8 @@ MUTATIONS = (flip_bits, overwrite, truncate, splice, repeat, swap_parts, change_
 
 
 class Made(NamedTuple):
-    """What became of a file: its pixels (H, W, 3), the plan (V,) and the crops, levels by TABLE; or the reason alone."""
+    """What became of a file: its pixels (H, W, 3), the plan (V,) and the crops, levels by TABLE; or
+    the reason alone."""
 
     reason: str = ""
     image: np.ndarray | None = None
@@ -184,7 +238,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rng = np.random.default_rng(i)
         mutation = MUTATIONS[i % len(MUTATIONS)]
         data = mutation(rng, whole[rng.integers(len(whole))], whole[rng.integers(len(whole))])
-        (folder / f"{i:06}_{mutation.__name__}.{'jpg' if i % 3 else 'png'}").write_bytes(data)  # names may lie
+        # names may lie
+        (folder / f"{i:06}_{mutation.__name__}.{'jpg' if i % 3 else 'png'}").write_bytes(data)
     return folder
 
 
@@ -214,24 +269,39 @@ def test_mutated_files_are_refused_in_a_line_or_make_crops(outcomes: dict[str, M
     for name, made in outcomes.items():
         assert bool(made.reason) == (not made.crops), name
         assert made.reason.isprintable() and len(made.reason) < 500, (name, made.reason)
-        assert all(torch.isfinite(crop).all() for crop in made.crops), name  # each pixel was written
+        # each pixel was written
+        assert all(torch.isfinite(crop).all() for crop in made.crops), name
         assert made.seconds < SLOWEST_S, name
 
 
 def test_each_mutation_is_refused_and_gets_through_at_times(outcomes: dict[str, Made]) -> None:
     """Or the files would try little."""
     for mutation in MUTATIONS:
-        ended = [bool(made.reason) for name, made in outcomes.items() if name[7:].startswith(mutation.__name__)]
+        ended = [
+            bool(made.reason)
+            for name, made in outcomes.items()
+            if name[7:].startswith(mutation.__name__)
+        ]
         assert 0.05 < np.mean(ended) < 0.98, mutation.__name__
 
 
 @pytest.mark.parametrize("backend", ["native", "dali"])
-def test_a_run_over_all_of_them_refuses_the_same_files(folder: Path, outcomes: dict[str, Made], tmp_path: Path,
-                                                       backend: str) -> None:
+def test_a_run_over_all_of_them_refuses_the_same_files(
+    folder: Path, outcomes: dict[str, Made], tmp_path: Path, backend: str
+) -> None:
     if backend == "dali" and backend_dali.unavailable_reason("cpu"):
         pytest.skip(backend_dali.unavailable_reason("cpu"))
-    cfg = Config(data_path=str(folder), output_dir=str(tmp_path), data_backend=backend, num_workers=2, batch_size_per_gpu=1,
-                 global_crops_size=40, local_crops_size=17, local_crops_number=2, max_bad_files=1.0)
+    cfg = Config(
+        data_path=str(folder),
+        output_dir=str(tmp_path),
+        data_backend=backend,
+        num_workers=2,
+        batch_size_per_gpu=1,
+        global_crops_size=40,
+        local_crops_size=17,
+        local_crops_number=2,
+        max_bad_files=1.0,
+    )
     with hang_ends_the_tests(), closing(make_loader(cfg)) as loader:
         for _ in range(loader.steps_per_epoch):
             assert all(torch.isfinite(crops).all() for crops in next(loader))
@@ -250,7 +320,9 @@ def test_crops_of_mutated_files_are_those_of_pil(outcomes: dict[str, Made]) -> N
 
 
 @pytest.mark.parametrize("size", HUGE, ids=str)
-def test_a_huge_claimed_size_is_refused_before_memory_is_taken(size: tuple[int, int], tmp_path: Path) -> None:
+def test_a_huge_claimed_size_is_refused_before_memory_is_taken(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for i, data in enumerate(originals()):
         if data.startswith(b"\xff") and max(size) > 65535:
@@ -264,11 +336,15 @@ def test_a_huge_claimed_size_is_refused_before_memory_is_taken(size: tuple[int, 
 
 # ---- plans, straight into C++
 GUARD = 64  # bytes before and after a crop, which must stay as they are
-INTS, FLOATS = np.iinfo(np.int32), np.array([np.nan, np.inf, -np.inf, 1e300, -1e300, 1e9, -1e9, 5e-324, -0.0, -1, 999.9, 1000])
+INTS = np.iinfo(np.int32)
+FLOATS = np.array(
+    [np.nan, np.inf, -np.inf, 1e300, -1e300, 1e9, -1e9, 5e-324, -0.0, -1, 999.9, 1000]
+)
 
 
 class Called(NamedTuple):
-    """A plan (V,), the image (H, W, 3) it came with, and the crops, uint8 (S, S, 3); None if it was refused."""
+    """A plan (V,), the image (H, W, 3) it came with, and the crops, uint8 (S, S, 3); None if it was
+    refused."""
 
     drawn: np.ndarray
     image: np.ndarray
@@ -276,17 +352,37 @@ class Called(NamedTuple):
 
 
 def hostile_plan(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
-    """An image and one to three views of it, in whose fields one number in some is not what it should be."""
-    height, width = (rng.integers(0, 3, 2) if rng.random() < 0.1 else rng.integers(1, 70, 2)).tolist()
+    """An image and one to three views of it, in whose fields one number in some is not what it
+    should be."""
+    height, width = (
+        rng.integers(0, 3, 2) if rng.random() < 0.1 else rng.integers(1, 70, 2)
+    ).tolist()
     draw = augmentation.draw(int(rng.integers(2**32)), 0, np.arange(rng.integers(1, 4)), KINDS[:1])
-    drawn = np.concatenate([draw.plan(b, max(height, 1), max(width, 1)) for b in range(len(draw.views))])
+    drawn = np.concatenate(
+        [draw.plan(b, max(height, 1), max(width, 1)) for b in range(len(draw.views))]
+    )
     drawn["size"] = rng.integers(1, 50, len(drawn))
     for name in rng.permutation(augmentation.VIEW.names)[: rng.integers(3)]:
         field = drawn[name].reshape(-1)  # a copy where it has several numbers
         kind, at = field.dtype.kind, rng.integers(len(field))
         field.view(np.uint8 if kind == "b" else field.dtype)[at] = rng.choice(
-            FLOATS if kind == "f" else range(7) if kind == "u" else range(256) if kind == "b" else  # a switch that is 77, too
-            [INTS.min, INTS.max, -1, 0, 2**14 + 1, rng.integers(70), rng.integers(INTS.min, INTS.max)])
+            # a switch that is 77, too
+            FLOATS
+            if kind == "f"
+            else range(7)
+            if kind == "u"
+            else range(256)
+            if kind == "b"
+            else [
+                INTS.min,
+                INTS.max,
+                -1,
+                0,
+                2**14 + 1,
+                rng.integers(70),
+                rng.integers(INTS.min, INTS.max),
+            ]
+        )
         drawn[name] = field.reshape(drawn[name].shape)
     if rng.random() < 0.05:
         drawn[0] = np.frombuffer(rng.bytes(augmentation.VIEW.itemsize), augmentation.VIEW)[0]
@@ -295,15 +391,25 @@ def hostile_plan(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
 
 def legal(view: np.void, image: np.ndarray) -> bool:
     y, x, h, w = view["box"].tolist()
-    return (0 <= y and 0 <= x and 0 < h <= len(image) - y and 0 < w <= image.shape[1] - x and 0 < view["size"] <= 2**14
-            and (not view["jitter"] or ((view["order"] < 4).all() and (np.abs(view["factors"]) < 1000).all()))
-            and 0 <= view["blur_radius"] < 1000)
+    return (
+        0 <= y
+        and 0 <= x
+        and 0 < h <= len(image) - y
+        and 0 < w <= image.shape[1] - x
+        and 0 < view["size"] <= 2**14
+        and (
+            not view["jitter"]
+            or ((view["order"] < 4).all() and (np.abs(view["factors"]) < 1000).all())
+        )
+        and 0 <= view["blur_radius"] < 1000
+    )
 
 
 def call(drawn: np.ndarray, image: np.ndarray) -> Called:
     """The crops as C++ makes them, between guards."""
     allowed = all(legal(view, image) for view in drawn)
-    sides = [int(view["size"]) if allowed else 1 for view in drawn]  # what is refused needs no memory
+    # what is refused needs no memory
+    sides = [int(view["size"]) if allowed else 1 for view in drawn]
     memory = [np.full(3 * side * side + 2 * GUARD, 77, np.uint8) for side in sides]
     try:
         native._C.multicrop(image, drawn, [m.ctypes.data + GUARD for m in memory], 0, None)
@@ -336,40 +442,87 @@ def test_what_is_carried_out_is_what_pil_makes_of_it(calls: list[Called]) -> Non
 
 VIEWS = np.concatenate([one(noise(9, 9), size=4)] * 2)
 BAD_VIEWS = {
-    "packed": VIEWS.astype(np.dtype([(name, VIEWS.dtype[name]) for name in VIEWS.dtype.names])), "floats": np.zeros((2, 9)),
-    "bytes": np.zeros(2 * VIEWS.itemsize, np.uint8), "stride": np.repeat(VIEWS, 2)[::2], "backwards": VIEWS[::-1],
-    "columns": VIEWS[:, None], "one": VIEWS[:1], "three": np.repeat(VIEWS, 2)[:3], "scalar": VIEWS[0], "none": None,
-    "misaligned": np.frombuffer(b"\0" + VIEWS.tobytes(), VIEWS.dtype, offset=1), "empty": VIEWS[:0],
+    "packed": VIEWS.astype(np.dtype([(name, VIEWS.dtype[name]) for name in VIEWS.dtype.names])),
+    "floats": np.zeros((2, 9)),
+    "bytes": np.zeros(2 * VIEWS.itemsize, np.uint8),
+    "stride": np.repeat(VIEWS, 2)[::2],
+    "backwards": VIEWS[::-1],
+    "columns": VIEWS[:, None],
+    "one": VIEWS[:1],
+    "three": np.repeat(VIEWS, 2)[:3],
+    "scalar": VIEWS[0],
+    "none": None,
+    "misaligned": np.frombuffer(b"\0" + VIEWS.tobytes(), VIEWS.dtype, offset=1),
+    "empty": VIEWS[:0],
 }
 BAD_IMAGES = {
-    "floats": np.zeros((9, 9, 3), np.float32), "signed": np.zeros((9, 9, 3), np.int8), "gray": noise(9, 9)[..., 0],
-    "five": np.zeros((9, 9, 5), np.uint8), "fortran": np.asfortranarray(noise(9, 9)), "stride": noise(18, 9)[::2],
-    "planes": noise(9, 9).transpose(2, 0, 1), "empty": noise(0, 9), "no columns": noise(9, 0), "none": None, "text": "rgb",
-    "small": noise(8, 9), "nothing": np.zeros(0, np.uint8), "scalar": np.uint8(3),
+    "floats": np.zeros((9, 9, 3), np.float32),
+    "signed": np.zeros((9, 9, 3), np.int8),
+    "gray": noise(9, 9)[..., 0],
+    "five": np.zeros((9, 9, 5), np.uint8),
+    "fortran": np.asfortranarray(noise(9, 9)),
+    "stride": noise(18, 9)[::2],
+    "planes": noise(9, 9).transpose(2, 0, 1),
+    "empty": noise(0, 9),
+    "no columns": noise(9, 0),
+    "none": None,
+    "text": "rgb",
+    "small": noise(8, 9),
+    "nothing": np.zeros(0, np.uint8),
+    "scalar": np.uint8(3),
 }
 BAD_TABLES = {
-    "none": None, "turned": TABLE.T.copy(), "short": TABLE[:, :255].copy(), "flat": TABLE.ravel(),
-    "doubles": TABLE.astype(float), "stride": np.repeat(TABLE, 2, 1)[:, ::2], "two": TABLE[:2], "empty": TABLE[:0],
+    "none": None,
+    "turned": TABLE.T.copy(),
+    "short": TABLE[:, :255].copy(),
+    "flat": TABLE.ravel(),
+    "doubles": TABLE.astype(float),
+    "stride": np.repeat(TABLE, 2, 1)[:, ::2],
+    "two": TABLE[:2],
+    "empty": TABLE[:0],
     "number": 1.0,
 }
 PLACES = np.zeros((2, 3 * 4 * 4), np.float32)
 ADDRESSES = [place.ctypes.data for place in PLACES]
 GOOD = {"image": noise(9, 9), "views": VIEWS, "crops": ADDRESSES, "kind": 1, "table": TABLE}
-BAD = [(name, word, value) for name, values in (("views", BAD_VIEWS), ("image", BAD_IMAGES), ("table", BAD_TABLES), (
-    "crops", {"null": [ADDRESSES[0], 0], "negative": [-1, -1], "few": ADDRESSES[:1], "none": None, "text": "crops",
-              "floats": [0.5, 0.5], "beyond": [2**64, 2**64]}), (
-    "kind", {"below": -1, "above": 3, "beyond": 2**40, "none": None, "float": 1.5})) for word, value in values.items()]
+BAD = [
+    (name, word, value)
+    for name, values in (
+        ("views", BAD_VIEWS),
+        ("image", BAD_IMAGES),
+        ("table", BAD_TABLES),
+        (
+            "crops",
+            {
+                "null": [ADDRESSES[0], 0],
+                "negative": [-1, -1],
+                "few": ADDRESSES[:1],
+                "none": None,
+                "text": "crops",
+                "floats": [0.5, 0.5],
+                "beyond": [2**64, 2**64],
+            },
+        ),
+        ("kind", {"below": -1, "above": 3, "beyond": 2**40, "none": None, "float": 1.5}),
+    )
+    for word, value in values.items()
+]
 
 
 def test_right_arguments_are_taken() -> None:
     native._C.multicrop(**GOOD)
     assert np.isin(PLACES, TABLE).all()
     made = PLACES.copy()
-    native._C.multicrop(**GOOD | {"image": np.concatenate([GOOD["image"], noise(9, 9)[..., :1]], 2)})  # a byte to spare
+    # a byte to spare
+    native._C.multicrop(
+        **GOOD | {"image": np.concatenate([GOOD["image"], noise(9, 9)[..., :1]], 2)}
+    )
     assert (PLACES == made).all()
 
 
-@pytest.mark.parametrize(("name", "value"), [pytest.param(name, value, id=f"{name} {word}") for name, word, value in BAD])
+@pytest.mark.parametrize(
+    ("name", "value"), [pytest.param(name, value, id=f"{name} {word}") for name, word, value in BAD]
+)
 def test_arguments_of_the_wrong_kind_are_refused(name: str, value: object) -> None:
     PLACES.fill(7)
     with pytest.raises((ValueError, TypeError)):

@@ -6,20 +6,29 @@ import torch
 
 from dinofast import DINOHead
 
-CASES = {"frozen_g": {}, "free_g": {"norm_last_layer": False}, "one_layer": {"nlayers": 1}, "bn": {"use_bn": True}}
+CASES = {
+    "frozen_g": {},
+    "free_g": {"norm_last_layer": False},
+    "one_layer": {"nlayers": 1},
+    "bn": {"use_bn": True},
+}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_official_outputs_and_gradients(name):
     case = golden.load("head.npz", f"{name}.")
     head = DINOHead(48, 96, hidden_dim=64, bottleneck_dim=24, **CASES[name])
-    head.load_state_dict({k.removeprefix("state."): v for k, v in case.items() if k.startswith("state.")})
+    head.load_state_dict(
+        {k.removeprefix("state."): v for k, v in case.items() if k.startswith("state.")}
+    )
     x = case["x"].requires_grad_()
     y = head(x)
     y.square().sum().backward()
     torch.testing.assert_close(y, case["y"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(x.grad, case["dx"], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(head.last_layer.weight_v.grad, case["d_weight_v"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        head.last_layer.weight_v.grad, case["d_weight_v"], rtol=1e-4, atol=1e-6
+    )
     assert head.last_layer.weight_g.requires_grad == (name == "free_g")
 
 
@@ -27,7 +36,7 @@ def test_prototypes_start_with_norm_one_and_stay_there_when_frozen():
     head = DINOHead(8, 16, hidden_dim=8, bottleneck_dim=4)
     assert (head.last_layer.weight_g == 1).all() and not head.last_layer.weight_g.requires_grad
     out = head(torch.randn(5, 8))
-    assert out.abs().max() <= 1 + 1e-6                        # cosines
+    assert out.abs().max() <= 1 + 1e-6  # cosines
 
 
 def test_tiny_features_do_not_vanish_in_half_precision():

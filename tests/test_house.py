@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import textwrap
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ LAYERS = [
     {"loss", "optim"},
     {"nn"},
     {"checkpoint"},
+    {"resume"},
     {"evaluate"},
     {"step"},
     {"train"},
@@ -26,21 +28,35 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-FREE = {"config", "dinofast"}                                # the options and the version may be read from anywhere above
+FREE = {"config", "dinofast"}  # the options and the version may be read from anywhere above
 
 
 def files():
-    return sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.relative_to(PACKAGE).parts[:-1])
+    return sorted(
+        p for p in PACKAGE.rglob("*.py") if "kernels" not in p.relative_to(PACKAGE).parts[:-1]
+    )
 
 
 def test_files_of_the_data_path_import_each_other_in_no_circle():
     """Types included, as a person reads them."""
     graph = {}
     for path in (PACKAGE / "data").glob("*.py"):
-        found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
-        graph[path.stem] = {name for node in found for name in
-                            ([a.name for a in node.names] if node.module == "dinofast.data" else
-                             [node.module.removeprefix("dinofast.data.")] if node.module else [])}
+        found = [
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom)
+        ]
+        graph[path.stem] = {
+            name
+            for node in found
+            for name in (
+                [a.name for a in node.names]
+                if node.module == "dinofast.data"
+                else [node.module.removeprefix("dinofast.data.")]
+                if node.module
+                else []
+            )
+        }
     assert list(TopologicalSorter(graph).static_order())
 
 
@@ -59,12 +75,14 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = (node.module or "").split(".") if node.module else []
             if node.level:
-                base = list(inside[:len(inside) - node.level + 1]) + base
+                base = list(inside[: len(inside) - node.level + 1]) + base
             elif base[0] != "dinofast":
                 continue
             else:
                 base = base[1:]
-            found |= {base[0]} if base else {a.name for a in node.names if not a.name.startswith("__")}
+            found |= (
+                {base[0]} if base else {a.name for a in node.names if not a.name.startswith("__")}
+            )
     return found
 
 
@@ -79,7 +97,9 @@ def test_imports_only_point_down(path):
         return
     for other in imports(path) - {me} - FREE:
         if me in SERVICES:
-            assert other in FREE | {"_C", "ops", "runtime"}, f"{me} is a service and imports {other}"
+            assert other in FREE | {"_C", "ops", "runtime"}, (
+                f"{me} is a service and imports {other}"
+            )
         elif other in SERVICES:
             assert level(me) >= level("checkpoint"), f"{me} imports the service {other}"
         else:
@@ -93,7 +113,19 @@ def test_every_file_has_a_layer():
 
 def test_only_the_named_files_read_the_configuration():
     readers = {room(p) for p in files() if "config" in imports(p)} - {"__init__"}
-    assert readers <= {"nn", "data", "schedule", "step", "train", "cli", "checkpoint", "commands", "evaluate", "bench"}
+    assert readers <= {
+        "nn",
+        "data",
+        "schedule",
+        "step",
+        "train",
+        "cli",
+        "checkpoint",
+        "resume",
+        "commands",
+        "evaluate",
+        "bench",
+    }
 
 
 def test_no_file_outgrows_its_room():
@@ -105,14 +137,21 @@ def test_no_file_outgrows_its_room():
 
 def test_importing_has_no_effect():
     """Nothing beyond torch and numpy, no CUDA, no output, no thread."""
-    code = ("import sys, threading, dinofast\n"
-            "from dinofast import DINOLoss, AdamWEMA, vit_small, Config, load_backbone, Model\n"
-            "import torch\n"
-            "assert not torch.cuda.is_initialized()\n"
-            "late = {'PIL', 'rich', 'triton', 'xformers', 'nvidia.dali', 'torchvision', 'timm'} & set(sys.modules)\n"
-            "assert not late, late\n"
-            "assert threading.active_count() == 1\n")
-    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True, timeout=60)
+    code = textwrap.dedent("""\
+        import sys, threading, dinofast
+        from dinofast import DINOLoss, AdamWEMA, vit_small, Config, load_backbone, Model
+        import torch
+        assert not torch.cuda.is_initialized()
+        late = {'PIL', 'rich', 'triton', 'xformers', 'nvidia.dali', 'torchvision', 'timm'}
+        assert late.isdisjoint(sys.modules), late & set(sys.modules)
+        assert threading.active_count() == 1
+        """)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and not done.stdout and not done.stderr, done.stderr
 
 
@@ -125,20 +164,43 @@ def test_plain_import_takes_no_notable_time():
 def test_scripts_beside_the_clone_find_the_package(tmp_path):
     """A folder named like the package, as a clone is, must not hide it."""
     (tmp_path / "dinofast" / "dinofast").mkdir(parents=True)
-    done = subprocess.run([sys.executable, "-c", "from dinofast import DINOLoss"], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=60)
-    assert done.returncode == 0, f"{done.stderr}: install as the Makefile does, with --config-settings editable_mode=compat"
+    done = subprocess.run(
+        [sys.executable, "-c", "from dinofast import DINOLoss"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, (
+        f"{done.stderr}: install as the Makefile does, with --config-settings editable_mode=compat"
+    )
 
 
 def test_gpu_tests_are_marked_by_the_fixture_they_use(request):
-    """All of this run: with the mark alone a test fails where there is no GPU, with the fixture alone it is not run on one."""
+    """All of this run: with the mark alone a test fails where there is no GPU, with the fixture
+    alone it is not run on one."""
     for item in request.session.items:
-        assert ("gpu" in item.fixturenames) == (item.get_closest_marker("gpu") is not None), item.nodeid
+        assert ("gpu" in item.fixturenames) == (item.get_closest_marker("gpu") is not None), (
+            item.nodeid
+        )
 
 
 def test_a_run_of_the_gpu_tests_alone_finds_those_of_attention():
-    command = (sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider",
-               "tests/test_attention.py")
+    command = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "--collect-only",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_attention.py",
+    )
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     found = [line.split("::")[1].split("[")[0] for line in done.stdout.splitlines() if "::" in line]
-    assert set(found) == {"test_gpu_no_worse_than_eager", "test_gpu_compiled_is_the_same"} and len(found) > 80, done.stdout
+    assert (
+        set(found) == {"test_gpu_no_worse_than_eager", "test_gpu_compiled_is_the_same"}
+        and len(found) > 80
+    ), done.stdout

@@ -1,4 +1,5 @@
-"""k-NN: the official numbers exactly, the cases in which the official code fails, and folders of images."""
+"""k-NN: the official numbers exactly, the cases in which the official code fails, and folders of
+images."""
 
 from __future__ import annotations
 
@@ -23,45 +24,60 @@ def golden():
 
 
 def four(golden, n_test=None):
-    return golden["train_features"], golden["train_labels"], golden["test_features"][:n_test], golden["test_labels"][:n_test]
+    return (
+        golden["train_features"],
+        golden["train_labels"],
+        golden["test_features"][:n_test],
+        golden["test_labels"][:n_test],
+    )
 
 
 @pytest.mark.parametrize("k", [5, 10, 20])
 @pytest.mark.parametrize("elements", [2**26, 1000])
 def test_agrees_with_the_official_code(golden, k, elements, monkeypatch):
-    monkeypatch.setattr(knn_module, "CHUNK_ELEMENTS", elements)                # 1000: two images of 200 at a time
+    monkeypatch.setattr(knn_module, "CHUNK_ELEMENTS", elements)  # 1000: two images of 200 at a time
     assert knn_classify(*four(golden), k=k) == tuple(golden[f"k{k}"].tolist())
 
 
 def test_lengths_of_the_features_do_not_matter(golden):
     train, train_labels, test, test_labels = four(golden)
-    scaled = knn_classify(train * torch.rand(len(train), 1).add(0.1), train_labels, test * 7, test_labels, k=10)
+    scaled = knn_classify(
+        train * torch.rand(len(train), 1).add(0.1), train_labels, test * 7, test_labels, k=10
+    )
     assert scaled == tuple(golden["k10"].tolist())
 
 
 def test_fewer_than_100_test_images(golden):
     train, labels, test, truth = four(golden, n_test=7)
-    alone = [knn_classify(train, labels, test[i:i + 1], truth[i:i + 1], k=10) for i in range(7)]
-    assert knn_classify(train, labels, test, truth, k=10) == tuple(sum(percent) / 7 for percent in zip(*alone, strict=True))
+    alone = [knn_classify(train, labels, test[i : i + 1], truth[i : i + 1], k=10) for i in range(7)]
+    assert knn_classify(train, labels, test, truth, k=10) == tuple(
+        sum(percent) / 7 for percent in zip(*alone, strict=True)
+    )
 
 
 def test_votes_by_hand():
-    """One neighbor at cosine 1 beats two at cosine 0.9, exp(1/T) > 2 exp(0.9/T), below T = 0.1 / log 2 = 0.144."""
+    """One neighbor at cosine 1 beats two at cosine 0.9, exp(1/T) > 2 exp(0.9/T), below T = 0.1 /
+    log 2 = 0.144."""
     side = (1 - 0.9**2) ** 0.5
-    train, labels = torch.tensor([[1.0, 0.0], [0.9, side], [0.9, -side], [-1.0, 0.0]]), torch.tensor([0, 1, 1, 2])
+    train = torch.tensor([[1.0, 0.0], [0.9, side], [0.9, -side], [-1.0, 0.0]])
+    labels = torch.tensor([0, 1, 1, 2])
     test, truth = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
     assert knn_classify(train, labels, test, truth, k=3, temperature=0.14)[0] == 100
     assert knn_classify(train, labels, test, truth, k=3, temperature=0.15)[0] == 0
     assert knn_classify(train, labels, test, truth, k=1, temperature=0.15)[0] == 100
-    assert knn_classify(train, labels, test, truth + 1, k=1) == (0, 0)         # one neighbor names one class, not five
+    # one neighbor names one class, not five
+    assert knn_classify(train, labels, test, truth + 1, k=1) == (0, 0)
 
 
 def test_one_class_and_fewer_than_five():
     features, labels = torch.randn(6, 4), torch.zeros(6, dtype=torch.long)
     assert knn_classify(features, labels, features[:2], labels[:2], k=6) == (100.0, 100.0)
-    assert knn_classify(features, labels + 2, features[:2], labels[:2] + 1, k=6, n_classes=3)[0] == 0.0
+    assert (
+        knn_classify(features, labels + 2, features[:2], labels[:2] + 1, k=6, n_classes=3)[0] == 0.0
+    )
     three = torch.arange(6) % 3
-    assert knn_classify(features, three, features, (three + 1) % 3, k=6)[1] == 100.0     # top-5 of three is all of them
+    # top-5 of three is all of them
+    assert knn_classify(features, three, features, (three + 1) % 3, k=6)[1] == 100.0
 
 
 def test_ties_go_to_the_first_class():
@@ -69,7 +85,10 @@ def test_ties_go_to_the_first_class():
     features, test = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0]])
     for labels in ([1, 3], [3, 1]):
         assert knn_classify(features, torch.tensor(labels), test, torch.tensor([1]), k=2)[0] == 100
-        assert knn_classify(features, torch.tensor(labels), test, torch.tensor([3]), k=2) == (0, 100)
+        assert knn_classify(features, torch.tensor(labels), test, torch.tensor([3]), k=2) == (
+            0,
+            100,
+        )
 
 
 @pytest.mark.parametrize("k", [0, 401])
@@ -85,13 +104,30 @@ def test_nothing_to_classify(golden):
 
 # ---- images
 
-@pytest.mark.parametrize(("size", "resized"), [((100, 75), (341, 256)), ((75, 100), (256, 341)), ((256, 256), (256, 256)),
-                                               ((60, 100), (256, 426))])
+
+@pytest.mark.parametrize(
+    ("size", "resized"),
+    [
+        ((100, 75), (341, 256)),
+        ((75, 100), (256, 341)),
+        ((256, 256), (256, 256)),
+        ((60, 100), (256, 426)),
+    ],
+)
 def test_transform_rounds_as_torchvision(size, resized):
-    """torchvision: the long side is int(256 * long / short), the crop starts at int(round((side - 224) / 2)), half to even."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    left, top = ({256: 16, 341: 58, 426: 101}[side] for side in resized)       # 341.3 -> 341, 58.5 -> 58; 426.7 -> 426
-    expected = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))[top:top + 224, left:left + 224] / 255
+    """torchvision: the long side is int(256 * long / short), the crop starts at int(round((side -
+    224) / 2)), half to even."""
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
+    # 341.3 -> 341, 58.5 -> 58; 426.7 -> 426
+    left, top = ({256: 16, 341: 58, 426: 101}[side] for side in resized)
+    expected = (
+        np.asarray(image.resize(resized, Image.Resampling.BICUBIC))[
+            top : top + 224, left : left + 224
+        ]
+        / 255
+    )
     expected = (expected - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     result = EvalTransform()(image)
     assert result.dtype == torch.float32
@@ -106,11 +142,14 @@ def test_crop_larger_than_the_image():
 
 
 def folder(root: Path, counts: dict[str, int]) -> None:
-    """Images whose red channel tells the class, so that the mean pixel classifies them perfectly."""
+    """Images whose red channel tells the class, so that the mean pixel classifies them
+    perfectly."""
     for c, (name, n) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for i in range(n):
-            Image.new("RGB", (20, 20), (200 if c else 10, 10 if c else 200, i)).save(root / name / f"{i:03}.png")
+            Image.new("RGB", (20, 20), (200 if c else 10, 10 if c else 200, i)).save(
+                root / name / f"{i:03}.png"
+            )
 
 
 class MeanPixel(nn.Module):
@@ -133,7 +172,7 @@ def test_official_folders(tmp_path, capsys, mean_pixel):
     assert knn(data_path=tmp_path, **mean_pixel) == {10: (100.0, 100.0), 20: (100.0, 100.0)}
     said = capsys.readouterr().out
     assert "10-NN classifier result: Top1: 100.0, Top5: 100.0" in said
-    assert "Shorter side 16, center crop 14." in said                          # as the checkpoint was trained
+    assert "Shorter side 16, center crop 14." in said  # as the checkpoint was trained
     assert "Left out: k = 100, 200, more than the 21 training images" in said
     assert "broken.jpg" in said and "notes.txt" not in said
     with pytest.raises(ValueError, match="`nb_knn` is 50 but there are only 21 training images"):
@@ -143,7 +182,7 @@ def test_official_folders(tmp_path, capsys, mean_pixel):
 def test_classes_go_by_name_and_not_by_number(tmp_path, mean_pixel):
     folder(tmp_path / "train", {"cat": 4, "dog": 4})
     folder(tmp_path / "val", {"cat": 1, "dog": 3})
-    shutil.rmtree(tmp_path / "val" / "cat")                                    # dog is class 1 of train and class 0 of val
+    shutil.rmtree(tmp_path / "val" / "cat")  # dog is class 1 of train and class 0 of val
     assert knn(data_path=tmp_path, nb_knn=[3], **mean_pixel)[3][0] == 100
     (tmp_path / "val" / "fish").mkdir()
     with pytest.raises(ValueError, match="has the class 'fish'"):
@@ -158,11 +197,16 @@ def test_hold_out_of_every_fourth_image(tmp_path):
     assert val.labels == (0, 0, 2) and "every 4th image of each class is held out; 13" in sentence
 
 
-@pytest.mark.parametrize(("make", "words"), [
-    (lambda root: None, "is not a folder"), (lambda root: (root / "cat").mkdir(parents=True), "holds no labeled images"),
-    (lambda root: folder(root, {"cat": 9}), "one class only, 'cat'"),
-    (lambda root: folder(root / "train", {"cat": 9, "dog": 9}), "has train/ but not val/"),
-    (lambda root: folder(root, {"cat": 3, "dog": 3}), "fewer than 4 images in each class")])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda root: None, "is not a folder"),
+        (lambda root: (root / "cat").mkdir(parents=True), "holds no labeled images"),
+        (lambda root: folder(root, {"cat": 9}), "one class only, 'cat'"),
+        (lambda root: folder(root / "train", {"cat": 9, "dog": 9}), "has train/ but not val/"),
+        (lambda root: folder(root, {"cat": 3, "dog": 3}), "fewer than 4 images in each class"),
+    ],
+)
 def test_folders_that_cannot_be_evaluated(tmp_path, make, words):
     make(tmp_path / "data")
     with pytest.raises(ValueError, match=words):

@@ -1,4 +1,5 @@
-"""`make gpu`: a ladder that loses nothing. What is done is known, what runs over is interrupted, what fails is flagged."""
+"""`make gpu`: a ladder that loses nothing. What is done is known, what runs over is interrupted,
+what fails is flagged."""
 
 import itertools
 import json
@@ -41,7 +42,12 @@ class Module:
 
     def growing(self, case, device):
         self.begun.append(case)
-        row = {"candidate": "dinofast", "median_ms": 1.0, "quartiles_ms": [1.0, 1.0], "elapsed_ms": [1.0]}
+        row = {
+            "candidate": "dinofast",
+            "median_ms": 1.0,
+            "quartiles_ms": [1.0, 1.0],
+            "elapsed_ms": [1.0],
+        }
         yield {"case": case, "rows": [row], "left_out": []}
         if case in self.trouble:
             raise self.trouble[case]
@@ -54,36 +60,58 @@ def script(monkeypatch, tmp_path):
     monkeypatch.setattr(record, "commit", lambda: "abc")
 
     def main(module, *flags):
-        monkeypatch.setattr(sys, "argv", ["bench_some.py", "--device", "cpu", "--save-results", str(tmp_path), *flags])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["bench_some.py", "--device", "cpu", "--save-results", str(tmp_path), *flags],
+        )
         return record.main(module)
+
     return main
 
 
 def kept(folder, device="cpu"):
-    return {case["case"]: case for case in json.loads((folder / f"some-{device}.json").read_text())["cases"]}
+    return {
+        case["case"]: case
+        for case in json.loads((folder / f"some-{device}.json").read_text())["cases"]
+    }
 
 
 def test_a_case_that_fails_is_flagged_with_what_it_had(script, tmp_path, capsys):
     module = Module(b=RuntimeError("CUDA error: out of memory\nmore"))
     assert script(module) == 0 and module.begun == ["a", "b", "c"]
     found = kept(tmp_path)
-    assert found["b"]["failed"] == "RuntimeError: CUDA error: out of memory" and found["b"]["rows"][0]["median_ms"] == 1.0
-    assert found["c"]["rows"][0]["median_ms"] == 2.0 and not any("begun" in case for case in found.values())
+    assert (
+        found["b"]["failed"] == "RuntimeError: CUDA error: out of memory"
+        and found["b"]["rows"][0]["median_ms"] == 1.0
+    )
+    assert found["c"]["rows"][0]["median_ms"] == 2.0 and not any(
+        "begun" in case for case in found.values()
+    )
     assert "FLAGGED: b: RuntimeError: CUDA error: out of memory" in capsys.readouterr().out
     result = json.loads((tmp_path / "some-cpu.json").read_text())
-    assert result["command"] == "python benchmarks/bench_some.py --device cpu --save-results" and result["commit"] == "abc"
+    assert (
+        result["command"] == "python benchmarks/bench_some.py --device cpu --save-results"
+        and result["commit"] == "abc"
+    )
 
 
 def test_a_second_call_goes_on_where_the_first_ended(script, tmp_path, monkeypatch, capsys):
-    """An interruption leaves the rows that are there; the case at hand is begun again, and those before are not."""
+    """An interruption leaves the rows that are there; the case at hand is begun again, and those
+    before are not."""
     module = Module(b=KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         script(module)
     assert kept(tmp_path)["b"]["begun"] == 1 and kept(tmp_path)["b"]["rows"][0]["median_ms"] == 1.0
     module = Module()
-    assert script(module, "--resume") == 0 and module.begun == ["b", "c"] and "a: measured before" in capsys.readouterr().out
+    assert (
+        script(module, "--resume") == 0
+        and module.begun == ["b", "c"]
+        and "a: measured before" in capsys.readouterr().out
+    )
     assert list(kept(tmp_path)) == ["a", "b", "c"] and kept(tmp_path)["b"]["rounds"] == 3
-    for other, flags in (("abc", ()), ("def", ("--resume",))):                       # all anew: as asked, for another commit
+    # all anew: as asked, for another commit
+    for other, flags in (("abc", ()), ("def", ("--resume",))):
         module = Module()
         monkeypatch.setattr(record, "commit", lambda other=other: other)
         assert script(module, *flags) == 0 and module.begun == ["a", "b", "c"]
@@ -107,55 +135,103 @@ def test_no_case_is_begun_after_the_limit(script, monkeypatch):
 
 def test_a_rehearsal_takes_tiny_cases_and_little_time(script):
     module = Module()
-    assert script(module, "--rehearse") == 0 and module.begun == ["a"] and module.SECONDS == {"cpu": 0.1}
+    assert (
+        script(module, "--rehearse") == 0
+        and module.begun == ["a"]
+        and module.SECONDS == {"cpu": 0.1}
+    )
 
 
 def test_a_lost_device_asks_for_another_process(script, tmp_path, monkeypatch):
-    """After a bad access each later call fails: the cases to come are left to a process of their own."""
+    """After a bad access each later call fails: the cases to come are left to a process of their
+    own."""
     lost = []
 
     def synchronize(device):
         if lost:
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
-    for name, value in dict(get_device_name=lambda device: "a GPU", synchronize=synchronize, empty_cache=lambda: None).items():
+
+    for name, value in dict(
+        get_device_name=lambda device: "a GPU", synchronize=synchronize, empty_cache=lambda: None
+    ).items():
         monkeypatch.setattr(torch.cuda, name, value)
     module = Module(b=RuntimeError("CUDA error: an illegal memory access was encountered"))
-    module.growing = lambda case, device: (lost.append(1) if case == "b" else None, Module.growing(module, case, device))[1]
+    module.growing = lambda case, device: (
+        lost.append(1) if case == "b" else None,
+        Module.growing(module, case, device),
+    )[1]
     assert script(module, "--device", "cuda") == record.MORE and module.begun == ["a", "b"]
     lost.clear()
     module = Module()
     assert script(module, "--device", "cuda", "--resume") == 0 and module.begun == ["c"]
-    assert kept(tmp_path, "cuda")["b"]["failed"].startswith("RuntimeError: CUDA error: an illegal memory access")
+    assert kept(tmp_path, "cuda")["b"]["failed"].startswith(
+        "RuntimeError: CUDA error: an illegal memory access"
+    )
 
 
 def test_a_case_with_more_candidates_takes_the_place_of_its_first_time():
     ledger = record.Ledger(record.environment("some", CPU, "a command"), None)
-    for name, candidates in (("one", ["dinofast"]), ("two", ["dinofast"]), ("one", ["official", "dinofast"])):
+    for name, candidates in (
+        ("one", ["dinofast"]),
+        ("two", ["dinofast"]),
+        ("one", ["official", "dinofast"]),
+    ):
         assert not ledger.is_done(name, candidates)
-        ledger.put({"case": name, "rows": [{"candidate": candidate} for candidate in candidates],
-                    "left_out": ["official checkout: not here"]})
+        ledger.put(
+            {
+                "case": name,
+                "rows": [{"candidate": candidate} for candidate in candidates],
+                "left_out": ["official checkout: not here"],
+            }
+        )
     assert [len(case["rows"]) for case in ledger.cases] == [2, 1]
-    assert ledger.is_done("one", ["official", "dinofast", "official checkout"]) and not ledger.is_done("two", ["official"])
+    assert ledger.is_done(
+        "one", ["official", "dinofast", "official checkout"]
+    ) and not ledger.is_done("two", ["official"])
 
 
 # ---- one part as a process
-STUCK = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{}\ndef is_stuck():\n    time.sleep(60)\nis_stuck()"
+STUCK = (
+    "import signal, time\n"
+    "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    "{}\n"
+    "def is_stuck():\n"
+    "    time.sleep(60)\n"
+    "is_stuck()"
+)
 
 
-@pytest.mark.parametrize("code, limit_s, how, logged", [
-    ("print('said')", 60, "ok, ", ("said",)), ("raise SystemExit(3)", 60, "FAILED: exit code 3, ", ()),
-    (f"raise SystemExit({gpu.MORE})", 60, "something is left, ", ()),
-    ("import time\ndef runs_over():\n    time.sleep(60)\nruns_over()", 3, "interrupted", ("in runs_over", "KeyboardInterrupt")),
-    (STUCK.format(""), 3, "aborted", ("Fatal Python error: Aborted", "in is_stuck")),
-    (STUCK.format("signal.signal(signal.SIGABRT, signal.SIG_IGN)"), 3, "killed", ())], ids=str)
-def test_a_part_that_runs_over_is_interrupted_then_killed(code, limit_s, how, logged, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "code, limit_s, how, logged",
+    [
+        ("print('said')", 60, "ok, ", ("said",)),
+        ("raise SystemExit(3)", 60, "FAILED: exit code 3, ", ()),
+        (f"raise SystemExit({gpu.MORE})", 60, "something is left, ", ()),
+        (
+            "import time\ndef runs_over():\n    time.sleep(60)\nruns_over()",
+            3,
+            "interrupted",
+            ("in runs_over", "KeyboardInterrupt"),
+        ),
+        (STUCK.format(""), 3, "aborted", ("Fatal Python error: Aborted", "in is_stuck")),
+        (STUCK.format("signal.signal(signal.SIGABRT, signal.SIG_IGN)"), 3, "killed", ()),
+    ],
+    ids=str,
+)
+def test_a_part_that_runs_over_is_interrupted_then_killed(
+    code, limit_s, how, logged, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(gpu, "LEAST_S", 0)
-    monkeypatch.setattr(gpu, "INTERRUPTED_S", 30 if how == "interrupted" else 1)     # it ends at once, on a busy machine later
+    # it ends at once, on a busy machine later
+    monkeypatch.setattr(gpu, "INTERRUPTED_S", 30 if how == "interrupted" else 1)
     monkeypatch.setattr(gpu, "ABORTED_S", 30 if how == "aborted" else 1)
     environment = gpu.environment_of("cpu", None)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)       # as `main`: in the background it is ignored
+    # as `main`: in the background it is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        ended = gpu.run("some", (sys.executable, "-c", code), limit_s, environment, tmp_path / "some.log")
+        ended = gpu.run(
+            "some", (sys.executable, "-c", code), limit_s, environment, tmp_path / "some.log"
+        )
     finally:
         signal.signal(signal.SIGINT, before)
     if limit_s == 3:
@@ -170,11 +246,17 @@ def test_children_of_a_part_end_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LEAST_S", 0)
     monkeypatch.setattr(gpu, "INTERRUPTED_S", 2)
     child = tmp_path / "child"
-    code = (f"import pathlib, subprocess, time\np = subprocess.Popen(['sh', '-c', 'trap \"\" INT; sleep 60; true'])\n"
-            f"pathlib.Path({str(child)!r}).write_text(str(p.pid))\ntime.sleep(60)")
+    code = (
+        "import pathlib, subprocess, time\n"
+        "p = subprocess.Popen(['sh', '-c', 'trap \"\" INT; sleep 60; true'])\n"
+        f"pathlib.Path({str(child)!r}).write_text(str(p.pid))\n"
+        "time.sleep(60)"
+    )
     gpu.run("some", (sys.executable, "-c", code), 5, dict(os.environ), tmp_path / "some.log")
-    state = subprocess.run(("ps", "-o", "stat=", "-p", child.read_text()), capture_output=True, text=True).stdout.strip()
-    assert state[:1] in ("", "Z")                                            # ZN where the run is nice
+    state = subprocess.run(
+        ("ps", "-o", "stat=", "-p", child.read_text()), capture_output=True, text=True
+    ).stdout.strip()
+    assert state[:1] in ("", "Z")  # ZN where the run is nice
 
 
 def test_without_time_no_part_is_begun(tmp_path):
@@ -186,15 +268,26 @@ def call(tmp_path, device="cuda", again=False):
     return gpu.Call(tmp_path, tmp_path / "logs", device, again, {})
 
 
-@pytest.mark.parametrize("codes, ran", [
-    ([0], 1), ([1], 1), ([None], 1), ([gpu.MORE, 0], 2), ([-11, -11, 0], 3), ([-11] * 20, gpu.RESTARTS + 1)])
+@pytest.mark.parametrize(
+    "codes, ran",
+    [
+        ([0], 1),
+        ([1], 1),
+        ([None], 1),
+        ([gpu.MORE, 0], 2),
+        ([-11, -11, 0], 3),
+        ([-11] * 20, gpu.RESTARTS + 1),
+    ],
+)
 def test_a_part_that_crashes_goes_on_in_a_fresh_process(codes, ran, tmp_path, monkeypatch):
-    """Also one whose device is lost; not one that is through, or has run over, or crashes for ever."""
+    """Also one whose device is lost; not one that is through, or has run over, or crashes for
+    ever."""
     seen = []
 
     def run(name, arguments, limit_s, environment, log):
         seen.append("--resume" in arguments)
         return gpu.Ended(codes[len(seen) - 1], "words")
+
     monkeypatch.setattr(gpu, "run", run)
     ended = call(tmp_path, again=True).part("step", 400)
     assert ended.code == codes[ran - 1] and seen == [False, *[True] * (ran - 1)]
@@ -207,6 +300,7 @@ def test_a_part_is_not_restarted_when_its_time_is_over(tmp_path, monkeypatch):
         seen.append(limit_s)
         now[0] += 100.0
         return gpu.Ended(gpu.MORE, "something is left")
+
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
     assert call(tmp_path).part("step", 250).code == gpu.MORE and seen == [250, 150]
@@ -218,20 +312,29 @@ def test_the_sanitizer_finds_its_kernels_compiled(tmp_path, monkeypatch):
     def run(name, arguments, limit_s, environment, log):
         ran.append((arguments[0], arguments[-3:], "PYTORCH_NO_CUDA_MEMORY_CACHING" in environment))
         return gpu.Ended(0, "ok, 1 s")
+
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu, "sanitizer", lambda: "compute-sanitizer")
     last = ("benchmarks/launch_kernels.py", "--device", "cuda")
     for name in gpu.SANITIZED:
         assert call(tmp_path).part(name, 60).code == 0
-    assert ran == [(sys.executable, last, False), ("compute-sanitizer", last, True), ("compute-sanitizer", last, True)]
+    assert ran == [
+        (sys.executable, last, False),
+        ("compute-sanitizer", last, True),
+        ("compute-sanitizer", last, True),
+    ]
     monkeypatch.setattr(gpu, "sanitizer", lambda: None)
-    assert call(tmp_path).part("racecheck", 60) == (0, "left out: compute-sanitizer is not on this machine")
+    assert call(tmp_path).part("racecheck", 60) == (
+        0,
+        "left out: compute-sanitizer is not on this machine",
+    )
 
 
 # ---- the call
 @pytest.fixture
 def ladder(monkeypatch, tmp_path):
-    """A function: `gpu.main` where each part takes half of what it may, or what `takes` says; the limits of the parts."""
+    """A function: `gpu.main` where each part takes half of what it may, or what `takes` says; the
+    limits of the parts."""
     now = [0.0]
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(gpu, "gpu_unavailable_reason", lambda: "")
@@ -244,14 +347,19 @@ def ladder(monkeypatch, tmp_path):
 
         def part(self, name, limit_s):
             limits[name] = limit_s
-            assert self.environment["DINOFAST_REQUIRE"] == "triton" and "TRITON_INTERPRET" not in self.environment
+            assert (
+                self.environment["DINOFAST_REQUIRE"] == "triton"
+                and "TRITON_INTERPRET" not in self.environment
+            )
             if limit_s < gpu.LEAST_S:
                 return gpu.Ended(None, "not begun, no time was left")
             now[0] += min(limit_s, (takes or {}).get(name, limit_s / 2))
             return (ended or {}).get(name, gpu.Ended(0, "ok, 1 s"))
+
         monkeypatch.setattr(gpu.Call, "part", part)
         now[0] = 0.0
         return gpu.main([*arguments, "--results", str(tmp_path)]), limits, now[0]
+
     return main
 
 
@@ -264,23 +372,43 @@ def test_a_run_says_why_it_cannot_begin(monkeypatch, capsys):
 
 def test_a_call_ends_within_nine_minutes():
     assert gpu.TOTAL_S + gpu.INTERRUPTED_S + gpu.ABORTED_S <= 540
-    assert list(gpu.LIMITS) == ["install", "probe", "step", "options", "dino_loss", "adamw_ema", "tests", "data", "memcheck",
-                                "racecheck"]
+    assert list(gpu.LIMITS) == [
+        "install",
+        "probe",
+        "step",
+        "options",
+        "dino_loss",
+        "adamw_ema",
+        "tests",
+        "data",
+        "memcheck",
+        "racecheck",
+    ]
     for name in gpu.LIMITS:
         made = gpu.command(name, call(Path("results")), 400, True)
-        assert isinstance(made, str) or (ROOT / next(word for word in made[0] if word.startswith("benchmarks/"))).is_file() or (
-            name == "install")
+        assert (
+            isinstance(made, str)
+            or (ROOT / next(word for word in made[0] if word.startswith("benchmarks/"))).is_file()
+            or (name == "install")
+        )
 
 
 def test_parts_stand_in_order_of_worth_and_share_a_call(ladder, capsys):
-    """Each may take its limit, the last ones what is left; what had no time is left for the next call, which begins there."""
+    """Each may take its limit, the last ones what is left; what had no time is left for the next
+    call, which begins there."""
     code, limits, seconds = ladder(takes=gpu.LIMITS)
     assert code == gpu.MORE and seconds <= gpu.TOTAL_S
     assert list(limits) == list(gpu.LIMITS) and limits["probe"] == gpu.LIMITS["probe"]
-    assert limits["step"] == gpu.TOTAL_S - gpu.LIMITS["install"] - gpu.LIMITS["probe"] and limits["options"] == 0
+    assert (
+        limits["step"] == gpu.TOTAL_S - gpu.LIMITS["install"] - gpu.LIMITS["probe"]
+        and limits["options"] == 0
+    )
     assert "left for another call: options, dino_loss, " in capsys.readouterr().out
     code, limits, _ = ladder(takes=gpu.LIMITS)
-    assert list(limits) == ["install", *list(gpu.LIMITS)[3:]] and limits["options"] == gpu.LIMITS["options"]
+    assert (
+        list(limits) == ["install", *list(gpu.LIMITS)[3:]]
+        and limits["options"] == gpu.LIMITS["options"]
+    )
     assert "step       ok, 1 s (before)" in capsys.readouterr().out
 
 
@@ -297,33 +425,49 @@ def test_named_parts_have_all_of_the_time(ladder):
     assert limits["step"] == gpu.TOTAL_S - 10 and limits["data"] == limits["step"] / 2
 
 
-@pytest.mark.parametrize("ended, code, repeated", [
-    (gpu.Ended(1, "FAILED: exit code 1"), 1, False), (gpu.Ended(-11, "FAILED: exit code -11"), 1, True),
-    (gpu.Ended(None, "not finished"), gpu.MORE, True), (gpu.Ended(gpu.MORE, "something is left"), gpu.MORE, True)])
+@pytest.mark.parametrize(
+    "ended, code, repeated",
+    [
+        (gpu.Ended(1, "FAILED: exit code 1"), 1, False),
+        (gpu.Ended(-11, "FAILED: exit code -11"), 1, True),
+        (gpu.Ended(None, "not finished"), gpu.MORE, True),
+        (gpu.Ended(gpu.MORE, "something is left"), gpu.MORE, True),
+    ],
+)
 def test_how_a_part_ended_decides_on_the_next_call(ended, code, repeated, ladder):
     first, limits, _ = ladder("tests", "data", ended={"tests": ended})
-    assert first == code and "data" in limits                                        # begun whatever became of the tests
+    assert first == code and "data" in limits  # begun whatever became of the tests
     assert ("tests" in ladder("tests", "data")[1]) == repeated
 
 
 def test_flagged_rows_are_counted(tmp_path):
-    rows = [{"candidate": "a", "failed": "no"}, {"candidate": "b", "median_ms": 1.0, "differs": "yes"}, {"candidate": "c"}]
+    rows = [
+        {"candidate": "a", "failed": "no"},
+        {"candidate": "b", "median_ms": 1.0, "differs": "yes"},
+        {"candidate": "c"},
+    ]
     cases = [{"case": "x", "rows": rows}, {"case": "y", "rows": [], "failed": "no"}]
     path = record.write({"cases": cases}, tmp_path / "s.json")
-    assert gpu.flagged(path) == ", 3 flagged in s.json" and gpu.flagged(tmp_path / "none.json") == ""
+    assert (
+        gpu.flagged(path) == ", 3 flagged in s.json" and gpu.flagged(tmp_path / "none.json") == ""
+    )
 
 
 def test_caches_are_where_they_can_be_carried(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     found = gpu.environment_of("cuda", tmp_path)
-    assert {found["TORCHINDUCTOR_CACHE_DIR"], found["TRITON_CACHE_DIR"]} == {f"{tmp_path}/inductor", f"{tmp_path}/triton"}
-    assert gpu.make_call(gpu.parse(["--rehearse"])).results.parent == tmp_path        # nothing is saved into results
-    assert gpu.make_call(gpu.parse([])).logs == ROOT / "build" / "gpu-logs"          # which git ignores
+    assert {found["TORCHINDUCTOR_CACHE_DIR"], found["TRITON_CACHE_DIR"]} == {
+        f"{tmp_path}/inductor",
+        f"{tmp_path}/triton",
+    }
+    # nothing is saved into results
+    assert gpu.make_call(gpu.parse(["--rehearse"])).results.parent == tmp_path
+    assert gpu.make_call(gpu.parse([])).logs == ROOT / "build" / "gpu-logs"  # which git ignores
 
 
 def test_a_rehearsal(tmp_path, capfd, monkeypatch):
-    """The planted part runs over, and those after it are measured; the second call repeats nothing else. From the background,
-    where a shell has interrupts ignored."""
+    """The planted part runs over, and those after it are measured; the second call repeats nothing
+    else. From the background, where a shell has interrupts ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         rehearse(tmp_path, capfd, monkeypatch)
@@ -337,13 +481,25 @@ def rehearse(tmp_path, capfd, monkeypatch):
     flags = ("--rehearse", "--results", str(tmp_path), "adamw_ema", "planted")
     assert gpu.main(flags) == 0
     said = capfd.readouterr().out
-    assert "in runs_over" in said and "KeyboardInterrupt" in said and "planted    not finished after 2 s, interrupted" in said
+    assert (
+        "in runs_over" in said
+        and "KeyboardInterrupt" in said
+        and "planted    not finished after 2 s, interrupted" in said
+    )
     assert "dinofast" in said and "adamw_ema  ok, " in said
-    assert json.loads((tmp_path / "adamw_ema-cpu.json").read_text())["cases"][1]["rows"][1]["median_ms"] > 0
+    assert (
+        json.loads((tmp_path / "adamw_ema-cpu.json").read_text())["cases"][1]["rows"][1][
+            "median_ms"
+        ]
+        > 0
+    )
     assert gpu.main(flags) == 0
     said = capfd.readouterr().out
     assert "in runs_over" in said and "s (before)" in said and "bench_adamw_ema.py" not in said
-    assert {path.name for path in tmp_path.glob("*.json")} == {"adamw_ema-cpu.json", "ladder-cpu.json"}
+    assert {path.name for path in tmp_path.glob("*.json")} == {
+        "adamw_ema-cpu.json",
+        "ladder-cpu.json",
+    }
 
 
 def test_code_without_git_is_known_by_its_contents(monkeypatch, tmp_path):
@@ -364,4 +520,6 @@ def test_another_devices_numbers_are_kept_under_its_name(tmp_path):
     result = record.environment("some", CPU, "a command") | {"device": "NVIDIA H100 80GB HBM3"}
     record.Ledger(result, tmp_path).put({"case": "one", "rows": []})
     ledger = record.Ledger(result | {"device": "NVIDIA H200"}, tmp_path)
-    assert ledger.cases == [] and [path.name for path in tmp_path.iterdir()] == ["some-cpu-NVIDIA-H100-80GB-HBM3.json"]
+    assert ledger.cases == [] and [path.name for path in tmp_path.iterdir()] == [
+        "some-cpu-NVIDIA-H100-80GB-HBM3.json"
+    ]

@@ -1,4 +1,5 @@
-"""The loader: which images and crops come out, whatever the workers, the processes and the files do."""
+"""The loader: which images and crops come out, whatever the workers, the processes and the files
+do."""
 
 import gc
 import multiprocessing
@@ -27,9 +28,17 @@ from dinofast.data.backend_pil import render
 from dinofast.data.loader import views
 from dinofast.data.sampler import batch_indices, epoch_order
 
-SMALL = dict(global_crops_size=16, local_crops_size=8, local_crops_number=2, batch_size_per_gpu=4, num_workers=0, patch_size=8)
+SMALL = dict(
+    global_crops_size=16,
+    local_crops_size=8,
+    local_crops_number=2,
+    batch_size_per_gpu=4,
+    num_workers=0,
+    patch_size=8,
+)
 N = 19
-NEAR = 2 / 255 / 0.225  # two levels, normalized: dali's cut rounds otherwise, and color makes more of that
+# two levels, normalized: dali's cut rounds otherwise, and color makes more of that
+NEAR = 2 / 255 / 0.225
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +52,18 @@ def photographs(tmp_path_factory):
 @pytest.fixture(params=["pil", "native", "dali"])
 def config(request, photographs, tmp_path):
     """A small run on N photographs with each backend; its output folder is of this test alone."""
-    reasons = {"native": backend_native.unavailable_reason(), "dali": backend_dali.unavailable_reason("cpu")}
+    reasons = {
+        "native": backend_native.unavailable_reason(),
+        "dali": backend_dali.unavailable_reason("cpu"),
+    }
     if reason := reasons.get(request.param):
         pytest.skip(reason)
-    options = {**SMALL, "data_path": str(photographs), "output_dir": str(tmp_path / "run"), "data_backend": request.param}
+    options = {
+        **SMALL,
+        "data_path": str(photographs),
+        "output_dir": str(tmp_path / "run"),
+        "data_backend": request.param,
+    }
     return lambda **changes: Config(**{**options, **changes})
 
 
@@ -63,17 +80,21 @@ def crop_threads():
 
 
 def same(a, b):
-    return len(a) == len(b) and all(len(x) == len(y) and all(torch.equal(s, t) for s, t in zip(x, y, strict=True))
-                                    for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        len(x) == len(y) and all(torch.equal(s, t) for s, t in zip(x, y, strict=True))
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def images_of(micro_batch, crops):
-    """The micro-batch's tensors as one (crops, B, ...) tensor per resolution, so that images can be picked."""
+    """The micro-batch's tensors as one (crops, B, ...) tensor per resolution, so that images can be
+    picked."""
     return [tensor.unflatten(0, (n, -1)) for tensor, n in zip(micro_batch, crops, strict=True)]
 
 
 def spoil(path):
-    """Break a PNG's pixels and leave its header and end as they are, so that only decoding finds out."""
+    """Break a PNG's pixels and leave its header and end as they are, so that only decoding finds
+    out."""
     data = bytearray(path.read_bytes())
     middle = data.index(b"IDAT") + 4
     data[middle : middle + 40] = b"\xff" * 40
@@ -86,7 +107,9 @@ def test_crops_are_the_plan_executed_and_normalized(config, photographs):
     assert (loader.n_images, loader.steps_per_epoch, loader.bad_files) == (N, 4, [])
     big, small = next(loader)
     assert big.shape == (2 * 4, 3, 16, 16) and small.shape == (2 * 4, 3, 8, 8)
-    assert big.dtype == small.dtype == torch.float32 and big.is_contiguous() and small.is_contiguous()
+    assert (
+        big.dtype == small.dtype == torch.float32 and big.is_contiguous() and small.is_contiguous()
+    )
     assert loader.wait_s > 0
     samples = epoch_order(cfg.seed, 1, N)[4:8]
     drawn = draw(cfg.seed, 1, samples, views(cfg))
@@ -95,10 +118,16 @@ def test_crops_are_the_plan_executed_and_normalized(config, photographs):
         plan = drawn.plan(b, 30, 40)
         for v in range(4):
             crop = render(image, plan[v]).transpose(2, 0, 1)
-            for c, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)):
+            for c, (mean, std) in enumerate(
+                zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
+            ):
                 want = (torch.from_numpy(crop[c].copy()).float() / 255 - mean) / std
                 got = (big, small)[v // 2][v % 2 * 4 + b, c]
-                assert torch.equal(got, want) if cfg.data_backend != "dali" else (got - want).abs().mean() < NEAR, (v, b, c)
+                assert (
+                    torch.equal(got, want)
+                    if cfg.data_backend != "dali"
+                    else (got - want).abs().mean() < NEAR
+                ), (v, b, c)
 
 
 def test_views_are_the_official_ones():
@@ -109,16 +138,20 @@ def test_views_are_the_official_ones():
 
 
 def test_without_local_crops_there_is_one_tensor(config):
-    [(big,)] = take(config(local_crops_number=0, image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0)), 1)
+    [(big,)] = take(
+        config(local_crops_number=0, image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0)), 1
+    )
     assert big.shape == (8, 3, 16, 16) and big.min() >= 0 and big.max() <= 1
 
 
 def test_an_epoch_sees_each_image_once_and_the_next_differs(config):
-    stream = batch_indices(config().seed, N, 2, batch_size=4, accumulate=2)  # 8 of 19 images a step, 2 steps an epoch
+    # 8 of 19 images a step, 2 steps an epoch
+    stream = batch_indices(config().seed, N, 2, batch_size=4, accumulate=2)
     epochs = [[next(stream) for _ in range(4)] for _ in range(3)]
     seen = [np.concatenate([samples for _, samples in epoch]) for epoch in epochs]
     assert all(len(set(s.tolist())) == 16 and 0 <= s.min() and s.max() < N for s in seen)
-    assert (seen[0] != seen[1]).any() and len(set(np.concatenate(seen).tolist())) > 16  # others are left out in turn
+    # others are left out in turn
+    assert (seen[0] != seen[1]).any() and len(set(np.concatenate(seen).tolist())) > 16
     assert [[epoch for epoch, _ in e] for e in epochs] == [[0] * 4, [1] * 4, [2] * 4]
 
 
@@ -135,13 +168,20 @@ def test_workers_change_nothing_and_none_is_left(config):
 
 
 def test_backends_make_the_same_crops(config):
-    """Whatever the threads; the same seed, images and step. pil and native to the bit, dali to rounding."""
-    if config().data_backend == "native" and tuple(map(int, PIL.__version__.split(".")[:1])) < (13,):
+    """Whatever the threads; the same seed, images and step. pil and native to the bit, dali to
+    rounding."""
+    if config().data_backend == "native" and tuple(map(int, PIL.__version__.split(".")[:1])) < (
+        13,
+    ):
         pytest.skip("Pillow before 13 resizes some boxes in another order")
     whole = take(config(num_workers=2, global_crops_size=24, local_crops_number=3), 7)
     by_pil = take(config(data_backend="pil", global_crops_size=24, local_crops_number=3), 7)
     if config().data_backend == "dali":
-        assert all((a - b).abs().mean() < NEAR for x, y in zip(whole, by_pil, strict=True) for a, b in zip(x, y, strict=True))
+        assert all(
+            (a - b).abs().mean() < NEAR
+            for x, y in zip(whole, by_pil, strict=True)
+            for a, b in zip(x, y, strict=True)
+        )
     else:
         assert same(whole, by_pil)
 
@@ -184,10 +224,15 @@ def test_other_divisions_of_the_global_batch_give_the_same_crops(config):
     whole = take(config(batch_size_per_gpu=8), 5)  # crosses into the third epoch
     halves = [take(config(batch_size_per_gpu=4), 5, rank=r, world=2) for r in (0, 1)]
     turns = take(config(batch_size_per_gpu=4, accumulate=2), 10)
-    quarters = [take(config(batch_size_per_gpu=2, accumulate=2), 10, rank=r, world=2) for r in (0, 1)]
+    quarters = [
+        take(config(batch_size_per_gpu=2, accumulate=2), 10, rank=r, world=2) for r in (0, 1)
+    ]
     for step in range(5):
-        for division in ([halves[0][step], halves[1][step]], turns[2 * step : 2 * step + 2],
-                         [quarters[r][2 * step + m] for m in (0, 1) for r in (0, 1)]):
+        for division in (
+            [halves[0][step], halves[1][step]],
+            turns[2 * step : 2 * step + 2],
+            [quarters[r][2 * step + m] for m in (0, 1) for r in (0, 1)],
+        ):
             parts = [images_of(batch, (2, 2)) for batch in division]
             joined = [torch.cat(p, 1) for p in zip(*parts, strict=True)]
             assert same([joined], [images_of(whole[step], (2, 2))])
@@ -221,18 +266,29 @@ def spoilt(config, tmp_path):
 
 
 def test_a_loader_that_nobody_closes_does_not_end_the_process_badly(config):
-    """Threads that come back from C++ while the interpreter ends would be killed, and the process with them."""
-    code = ("from dinofast.config import Config\nfrom dinofast.data import make_loader\n"
-            f"loader = make_loader(Config(**{config(num_workers=2, global_crops_size=512).to_dict()!r}))\nnext(loader)\n")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    """Threads that come back from C++ while the interpreter ends would be killed, and the process
+    with them."""
+    code = (
+        "from dinofast.config import Config\n"
+        "from dinofast.data import make_loader\n"
+        f"options = {config(num_workers=2, global_crops_size=512).to_dict()!r}\n"
+        "loader = make_loader(Config(**options))\n"
+        "next(loader)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_loaders_that_are_forgotten_leave_no_threads(config):
     for _ in range(3):
         next(make_loader(config(num_workers=2)))
-    deadline = time.monotonic() + 20                         # one that is working ends when it has done so
+    deadline = time.monotonic() + 20  # one that is working ends when it has done so
     while crop_threads() and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.05)
@@ -246,7 +302,10 @@ def sharded(photographs, tmp_path):
     names = list(files)
     (tmp_path / "shards").mkdir()
     for i, part in enumerate((names[:7], names[7:8], names[8:18])):
-        pack(tmp_path / "shards" / f"{i}.tar", {"notes.txt": b"text"} | {name: files[name] for name in part})
+        pack(
+            tmp_path / "shards" / f"{i}.tar",
+            {"notes.txt": b"text"} | {name: files[name] for name in part},
+        )
     (tmp_path / "shards" / "3.png").write_bytes(files[names[18]])
     return tmp_path / "shards"
 
@@ -258,7 +317,8 @@ def test_shards_give_the_crops_of_single_files(config, sharded, workers):
 
 def test_shards_resume_at_any_step_with_any_number_of_processes(config, sharded):
     """Three shards, two processes: whose they are plays no part."""
-    whole = take(config(data_path=str(sharded), batch_size_per_gpu=8), 5)  # crosses into the third epoch
+    # crosses into the third epoch
+    whole = take(config(data_path=str(sharded), batch_size_per_gpu=8), 5)
     pairs = [take(config(data_path=str(sharded)), 2, rank=r, world=2, start_step=3) for r in (0, 1)]
     for step in (0, 1):
         parts = [images_of(pairs[r][step], (2, 2)) for r in (0, 1)]
@@ -273,7 +333,9 @@ def test_bad_members_are_named_and_replaced(spoilt, tmp_path):
     shard = pack(tmp_path / "spoilt.tar", files)
     loader = make_loader(replace(spoilt(), data_path=str(shard)))
     assert same([next(loader) for _ in range(6)], crops)
-    assert sorted(path for path, _ in loader.bad_files) == [f"{shard}/{i:02}.png" for i in (3, 4, 11)]
+    assert sorted(path for path, _ in loader.bad_files) == [
+        f"{shard}/{i:02}.png" for i in (3, 4, 11)
+    ]
 
 
 def test_a_damaged_shard_is_listed_and_the_rest_of_it_trained_on(config, sharded, tmp_path):
@@ -284,8 +346,12 @@ def test_a_damaged_shard_is_listed_and_the_rest_of_it_trained_on(config, sharded
     for _ in range(loader.n_images):
         next(loader)
     loader.close()
-    listed = [line.split("\t") for line in (tmp_path / "run" / "bad_files.txt").read_text().splitlines()]
-    assert [str(sharded / "2.tar"), "damaged tar archive"] in [[path, reason.split(":")[0]] for path, reason in listed]
+    listed = [
+        line.split("\t") for line in (tmp_path / "run" / "bad_files.txt").read_text().splitlines()
+    ]
+    assert [str(sharded / "2.tar"), "damaged tar archive"] in [
+        [path, reason.split(":")[0]] for path, reason in listed
+    ]
 
 
 def test_dali_needs_a_kernel_for_its_colors(monkeypatch):
@@ -294,16 +360,29 @@ def test_dali_needs_a_kernel_for_its_colors(monkeypatch):
     assert choose_backend(None, "cuda").name == "dali"
     monkeypatch.setattr(ops._choice, "NO_TRITON", "Triton is not installed")
     name, why = choose_backend(None, "cuda")
-    assert name != "dali" and "not dali: ops.color, which it needs, cannot run on cuda: Triton is not installed" in why
-    with pytest.raises(ValueError, match="dali was asked for, but ops.color, which it needs, cannot run on cuda: Triton"):
+    assert (
+        name != "dali"
+        and "not dali: ops.color, which it needs, cannot run on cuda: Triton is not installed"
+        in why
+    )
+    with pytest.raises(
+        ValueError,
+        match="dali was asked for, but ops.color, which it needs, cannot run on cuda: Triton",
+    ):
         choose_backend("dali", "cuda")
-    assert backend_dali.unavailable_reason("cpu") == (ops._choice.NO_CPP and "ops.color, which it needs, cannot run on cpu: "
-                                                      + ops._choice.NO_CPP or None)
+    assert backend_dali.unavailable_reason("cpu") == (
+        ops._choice.NO_CPP
+        and "ops.color, which it needs, cannot run on cpu: " + ops._choice.NO_CPP
+        or None
+    )
 
 
 def test_fewer_images_than_a_step_takes(config):
-    with pytest.raises(ValueError, match=r"has 19 images but one step takes 24 \(`batch_size_per_gpu` 4 x 3 processes x "
-                                         r"`accumulate` 2\): lower `batch_size_per_gpu`"):
+    with pytest.raises(
+        ValueError,
+        match=r"has 19 images but one step takes 24 \(`batch_size_per_gpu` 4 x 3 processes x "
+        r"`accumulate` 2\): lower `batch_size_per_gpu`",
+    ):
         make_loader(config(accumulate=2), world=3)
 
 
@@ -318,12 +397,23 @@ def runs(pid):
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc to see the processes")
 def test_workers_answer_to_their_parent_alone(config, tmp_path):
     script = tmp_path / "parent.py"
-    script.write_text("import multiprocessing, time\n"
-                      "from dinofast.config import Config\nfrom dinofast.data import make_loader\n"
-                      f"loader = make_loader(Config(**{config(num_workers=1, data_backend='pil').to_dict()!r}))\nnext(loader)\n"
-                      "print(*[p.pid for p in multiprocessing.active_children()], flush=True)\ntime.sleep(60)\n")
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
-                              env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    script.write_text(
+        "import multiprocessing, time\n"
+        "from dinofast.config import Config\n"
+        "from dinofast.data import make_loader\n"
+        f"options = {config(num_workers=1, data_backend='pil').to_dict()!r}\n"
+        "loader = make_loader(Config(**options))\n"
+        "next(loader)\n"
+        "print(*[p.pid for p in multiprocessing.active_children()], flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     try:
         workers = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(workers) == 1
@@ -344,7 +434,7 @@ def test_close_does_not_wait_for_a_stuck_worker(config, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     photograph(tmp_path / "data" / "only.png")
     pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)                                           # whoever opens it waits for a writer
+    os.mkfifo(pipe)  # whoever opens it waits for a writer
     monkeypatch.setattr("dinofast.data.dataset.read_file", lambda path: pipe.read_bytes())
     cfg = config(data_path=str(tmp_path / "data"), batch_size_per_gpu=1, num_workers=1)
     loader = make_loader(cfg)
@@ -354,7 +444,9 @@ def test_close_does_not_wait_for_a_stuck_worker(config, tmp_path, monkeypatch):
     if cfg.data_backend == "dali":
         loader._batches._pool.submit(loader._batches._encoded, 0)
     elif cfg.data_backend == "native":
-        loader._batches._ahead.append(loader._batches._pool.submit(loader._batches._begin, *next(loader._batches._indices)))
+        loader._batches._ahead.append(
+            loader._batches._pool.submit(loader._batches._begin, *next(loader._batches._indices))
+        )
     else:
         assert len(multiprocessing.active_children()) == 1
     writer = None
@@ -367,5 +459,5 @@ def test_close_does_not_wait_for_a_stuck_worker(config, tmp_path, monkeypatch):
     start = time.monotonic()
     loader.close()
     assert time.monotonic() - start < 5 and not multiprocessing.active_children()
-    pipe.unlink()                                             # or a second try would wait for a second writer
+    pipe.unlink()  # or a second try would wait for a second writer
     os.close(writer)

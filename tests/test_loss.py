@@ -6,7 +6,14 @@ import torch
 
 from dinofast import DINOLoss
 
-ARGS = ("out_dim", "ncrops", "warmup_teacher_temp", "teacher_temp", "warmup_teacher_temp_epochs", "nepochs")
+ARGS = (
+    "out_dim",
+    "ncrops",
+    "warmup_teacher_temp",
+    "teacher_temp",
+    "warmup_teacher_temp_epochs",
+    "nepochs",
+)
 
 
 @pytest.mark.parametrize("name", ["loss_multicrop", "loss_two_crops", "loss_wide"])
@@ -27,13 +34,26 @@ def test_official_calls_in_a_row(name):
 
 
 def make(**changes):
-    return DINOLoss(**{"out_dim": 11, "ncrops": 4, "warmup_teacher_temp": 0.04, "teacher_temp": 0.07,
-                       "warmup_teacher_temp_epochs": 2, "nepochs": 5, **changes})
+    return DINOLoss(
+        **{
+            "out_dim": 11,
+            "ncrops": 4,
+            "warmup_teacher_temp": 0.04,
+            "teacher_temp": 0.07,
+            "warmup_teacher_temp_epochs": 2,
+            "nepochs": 5,
+            **changes,
+        }
+    )
 
 
 def test_state_is_the_center_alone_and_loads_official_state():
     loss_fn = make()
-    assert list(loss_fn.state_dict()) == ["center"] and loss_fn.center.shape == (1, 11) and not loss_fn.center.any()
+    assert (
+        list(loss_fn.state_dict()) == ["center"]
+        and loss_fn.center.shape == (1, 11)
+        and not loss_fn.center.any()
+    )
     loss_fn.load_state_dict({"center": torch.ones(1, 11)})
     assert (loss_fn.center == 1).all()
 
@@ -49,8 +69,10 @@ def test_micro_batches_give_the_center_of_the_whole_batch():
     student = torch.randn(4, 6, 11)
     whole, parts = make(), make()
     loss = whole(student.flatten(0, 1), teacher.flatten(0, 1), 0)
-    halves = [parts.accumulate(student[:, half].flatten(0, 1), teacher[:, half].flatten(0, 1), 0.04)
-              for half in (slice(0, 3), slice(3, 6))]
+    halves = [
+        parts.accumulate(student[:, half].flatten(0, 1), teacher[:, half].flatten(0, 1), 0.04)
+        for half in (slice(0, 3), slice(3, 6))
+    ]
     stats = parts.step()
     torch.testing.assert_close(torch.stack(halves).mean(), loss)
     torch.testing.assert_close(stats.loss, loss)
@@ -80,19 +102,23 @@ def test_a_loss_that_is_not_finite_never_reaches_the_center(bad):
 
 def test_teacher_gets_no_gradient_and_the_loss_scales_with_upstream():
     loss_fn = make()
-    student, teacher = torch.randn(8, 11, requires_grad=True), torch.randn(4, 11, requires_grad=True)
+    student = torch.randn(8, 11, requires_grad=True)
+    teacher = torch.randn(4, 11, requires_grad=True)
     (3 * loss_fn(student, teacher, 0)).backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("student, teacher, epoch, words", [
-    ((8, 11), (4, 11), 5, "epoch is 5 .* nepochs=5"),
-    ((8, 11), (4, 11), -1, "epoch is -1"),
-    ((7, 11), (4, 11), 0, r"\(7, 11\) and teacher_output \(4, 11\) do not fit"),
-    ((8, 10), (4, 10), 0, r"expected \(4 B, 11\) and \(2 B, 11\)"),
-    ((8, 11), (3, 11), 0, r"\(3, 11\)"),
-    ((0, 11), (0, 11), 0, r"\(0, 11\)"),
-])
+@pytest.mark.parametrize(
+    "student, teacher, epoch, words",
+    [
+        ((8, 11), (4, 11), 5, "epoch is 5 .* nepochs=5"),
+        ((8, 11), (4, 11), -1, "epoch is -1"),
+        ((7, 11), (4, 11), 0, r"\(7, 11\) and teacher_output \(4, 11\) do not fit"),
+        ((8, 10), (4, 10), 0, r"expected \(4 B, 11\) and \(2 B, 11\)"),
+        ((8, 11), (3, 11), 0, r"\(3, 11\)"),
+        ((0, 11), (0, 11), 0, r"\(0, 11\)"),
+    ],
+)
 def test_what_does_not_fit_is_named(student, teacher, epoch, words):
     with pytest.raises(ValueError, match=words):
         make()(torch.zeros(student), torch.zeros(teacher), epoch)

@@ -29,19 +29,29 @@ print(last[0] - warm[0], last[1] - start[1], now()[1] - start[1])
 
 
 def measured(how, **environment):
-    """Page faults of eight rounds, and MiB more than at the start, at the end of the rounds and after it."""
-    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True, timeout=60,
-                          env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), **environment})
+    """Page faults of eight rounds, and MiB more than at the start, at the end of the rounds and
+    after it."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, how],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), **environment},
+    )
     return map(int, done.stdout.split())
 
 
-@pytest.mark.skipif(memory._libc() is None, reason="no glibc here, or its malloc is set by the environment")
+@pytest.mark.skipif(
+    memory._libc() is None, reason="no glibc here, or its malloc is set by the environment"
+)
 def test_large_blocks_are_fetched_once_and_go_back_at_the_end():
     faults, kept, after = measured("kept")
     assert faults < 1000 and kept > 200 and after < 50
     faults, kept, _ = measured("usual")
     assert faults > 1000 and kept < 100
-    faults, _, _ = measured("kept", MALLOC_TRIM_THRESHOLD_="1000000")        # somebody has decided otherwise
+    # somebody has decided otherwise
+    faults, _, _ = measured("kept", MALLOC_TRIM_THRESHOLD_="1000000")
     assert faults > 1000
 
 

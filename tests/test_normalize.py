@@ -1,4 +1,5 @@
-"""normalize: the reference and Triton against the arithmetic of torchvision's ToTensor and Normalize, bit for bit."""
+"""normalize: the reference and Triton against the arithmetic of torchvision's ToTensor and
+Normalize, bit for bit."""
 
 from __future__ import annotations
 
@@ -17,17 +18,20 @@ from dinofast.data import make_loader
 
 IMPLS = ("reference", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
-SHAPES = [                   # (N, H, W)
-    (1, 1, 1),               # one level a channel
-    (3, 5, 7),               # an odd size, less than a block
-    (2, 33, 32),             # a block and a part of one
-    (2, 96, 96),             # whole blocks
+SHAPES = [  # (N, H, W)
+    (1, 1, 1),  # one level a channel
+    (3, 5, 7),  # an odd size, less than a block
+    (2, 33, 32),  # a block and a part of one
+    (2, 96, 96),  # whole blocks
 ]
 
 
 def arithmetic(crops: Tensor, dtype: torch.dtype) -> Tensor:
     """As torchvision's ToTensor and Normalize, with the official means and deviations."""
-    mean, std = (torch.tensor(x, device=crops.device).view(3, 1, 1) for x in (Config().image_mean, Config().image_std))
+    mean, std = (
+        torch.tensor(x, device=crops.device).view(3, 1, 1)
+        for x in (Config().image_mean, Config().image_std)
+    )
     return crops.float().div(255).sub(mean).div(std).to(dtype).contiguous()
 
 
@@ -36,7 +40,13 @@ def table(dtype: torch.dtype) -> Tensor:
 
 
 def noise(count: int, height: int, width: int) -> Tensor:
-    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0,
+        256,
+        (count, 3, height, width),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 def interleaved(crops: Tensor) -> Tensor:
@@ -47,9 +57,11 @@ def interleaved(crops: Tensor) -> Tensor:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bits_of_the_arithmetic_in_every_layout(shape: tuple[int, int, int], dtype: torch.dtype, impl: str) -> None:
+def test_bits_of_the_arithmetic_in_every_layout(
+    shape: tuple[int, int, int], dtype: torch.dtype, impl: str
+) -> None:
     crops = noise(*shape)
-    wider = torch.cat((crops, crops), -1)[..., : shape[2]]              # neither planes nor pixels side by side
+    wider = torch.cat((crops, crops), -1)[..., : shape[2]]  # neither planes nor pixels side by side
     for same in (crops, interleaved(crops), wider):
         out = ops.normalize(same, table(dtype), impl)
         assert out.dtype == dtype and out.is_contiguous()
@@ -65,15 +77,28 @@ def test_every_level_of_every_channel(impl: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_gpu_gets_the_crops_of_a_cpu(interpreter: None, photographs: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    """The kernel with the loader's table, on the levels that the loader has normalized by arithmetic."""
-    loader = make_loader(Config(data_path=str(photographs), output_dir=str(tmp_path), data_backend="pil", num_workers=0,
-                                global_crops_size=32, local_crops_size=16, local_crops_number=2, batch_size_per_gpu=2))
+def test_a_gpu_gets_the_crops_of_a_cpu(
+    interpreter: None, photographs: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """The kernel with the loader's table, on the levels that the loader has normalized by
+    arithmetic."""
+    loader = make_loader(
+        Config(
+            data_path=str(photographs),
+            output_dir=str(tmp_path),
+            data_backend="pil",
+            num_workers=0,
+            global_crops_size=32,
+            local_crops_size=16,
+            local_crops_number=2,
+            batch_size_per_gpu=2,
+        )
+    )
     loader.dtype, normalize, levels = dtype, loader._normalize, []
     loader._normalize = lambda crops: (levels.append(crops), normalize(crops))[1]
     crops = next(loader)
     assert len(crops) == 2 and not levels[1].is_contiguous()
-    for expected, taken in zip(crops, levels[1:], strict=True):                    # after the 256 levels of the table
+    for expected, taken in zip(crops, levels[1:], strict=True):  # after the 256 levels of the table
         assert torch.equal(ops.normalize(taken, loader._norm_lut, "triton"), expected)
 
 
@@ -94,14 +119,29 @@ def test_compiles_as_one_graph(interpreter: None) -> None:
     assert torch.equal(compiled(crops), arithmetic(crops, torch.float32) + 1)
 
 
-@pytest.mark.parametrize(("crops", "numbers", "message"), [
-    (torch.zeros(1, 3, 4, 4), torch.zeros(3, 256), "crops are (1, 3, 4, 4) torch.float32: give (N, 3, H, W) uint8"),
-    (torch.zeros(1, 4, 4, 3, dtype=torch.uint8), torch.zeros(3, 256), "crops are (1, 4, 4, 3)"),
-    (torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(3, 256), "crops are (3, 4, 4)"),
-    (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(256), "table is (256,)"),
-    (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(3, 256, dtype=torch.long), "table is (3, 256) torch.int64"),
-    (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(3, 256, device="meta"), "on meta: give (3, 256)"),
-])
+@pytest.mark.parametrize(
+    ("crops", "numbers", "message"),
+    [
+        (
+            torch.zeros(1, 3, 4, 4),
+            torch.zeros(3, 256),
+            "crops are (1, 3, 4, 4) torch.float32: give (N, 3, H, W) uint8",
+        ),
+        (torch.zeros(1, 4, 4, 3, dtype=torch.uint8), torch.zeros(3, 256), "crops are (1, 4, 4, 3)"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(3, 256), "crops are (3, 4, 4)"),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(256), "norm_lut is (256,)"),
+        (
+            torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+            torch.zeros(3, 256, dtype=torch.long),
+            "norm_lut is (3, 256) torch.int64",
+        ),
+        (
+            torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+            torch.zeros(3, 256, device="meta"),
+            "on meta: give (3, 256)",
+        ),
+    ],
+)
 def test_what_does_not_fit_together(crops: Tensor, numbers: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         ops.normalize(crops, numbers)
@@ -122,12 +162,14 @@ def test_compiled_kernels_are_sound(compiled_ahead_of_time: Callable) -> None:
     assert not budgets.over(kernels)
 
 
-# ------------------------------------------------------------------------------------------------------------------- on a GPU
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (64, 224, 224), (3, 223, 225)], ids=str)
-def test_gpu_bits_of_the_arithmetic(gpu: None, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_gpu_bits_of_the_arithmetic(
+    gpu: None, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
     assert ops.paths()["normalize"]["cuda"] == "triton"
     crops, numbers = noise(*shape).cuda(), table(dtype).cuda()
     torch.cuda.set_sync_debug_mode("error")

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from dinofast import LARSEMA, SGDEMA, AdamWEMA, DINOHead, MultiCropWrapper, param_groups, vit_small, vit_tiny
+from dinofast import (
+    LARSEMA,
+    SGDEMA,
+    AdamWEMA,
+    DINOHead,
+    MultiCropWrapper,
+    param_groups,
+    vit_small,
+    vit_tiny,
+)
 
 
 def small_model(seed=0):
@@ -32,10 +41,14 @@ def close(a, b, **tolerance):
 
 
 PAIRS = {
-    "adamw": (lambda g, **k: AdamWEMA(g, lr=0.01, weight_decay=0.1, **k),
-              lambda g: torch.optim.AdamW(g, lr=0.01, weight_decay=0.1)),
-    "sgd": (lambda g, **k: SGDEMA(g, lr=0.01, momentum=0.9, weight_decay=0.1, **k),
-            lambda g: torch.optim.SGD(g, lr=0.01, momentum=0.9, weight_decay=0.1)),
+    "adamw": (
+        lambda g, **k: AdamWEMA(g, lr=0.01, weight_decay=0.1, **k),
+        lambda g: torch.optim.AdamW(g, lr=0.01, weight_decay=0.1),
+    ),
+    "sgd": (
+        lambda g, **k: SGDEMA(g, lr=0.01, momentum=0.9, weight_decay=0.1, **k),
+        lambda g: torch.optim.SGD(g, lr=0.01, momentum=0.9, weight_decay=0.1),
+    ),
 }
 
 
@@ -61,14 +74,15 @@ def test_lars_by_hand():
         mu = 0.9 * mu + g * 0.001 * expected.norm() / g.norm()
         expected = expected - 0.5 * mu
     torch.testing.assert_close(w.detach().double(), expected, rtol=1e-6, atol=0)
-    assert b.item() == pytest.approx(1 - 0.5 * 2 - 0.5 * (0.9 * 2 + 2))       # one dimension: no decay, no adaptation
+    # one dimension: no decay, no adaptation
+    assert b.item() == pytest.approx(1 - 0.5 * 2 - 0.5 * (0.9 * 2 + 2))
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_clip_is_per_tensor_and_teacher_follows(name):
     student, plain = small_model(), small_model()
     teacher, plain_teacher = copy.deepcopy(student), copy.deepcopy(student)
-    student[2].weight.requires_grad_(False)                                    # frozen, still averaged
+    student[2].weight.requires_grad_(False)  # frozen, still averaged
     plain[2].weight.requires_grad_(False)
     with torch.no_grad():
         for model in (student, plain):
@@ -95,9 +109,14 @@ def test_clip_is_per_tensor_and_teacher_follows(name):
     assert not torch.equal(teacher[2].weight, small_model()[2].weight)
 
 
-@pytest.mark.parametrize("make", [
-    PAIRS["adamw"][0], PAIRS["sgd"][0], lambda g, **k: LARSEMA(g, lr=0.01, weight_decay=0.1, **k),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        PAIRS["adamw"][0],
+        PAIRS["sgd"][0],
+        lambda g, **k: LARSEMA(g, lr=0.01, weight_decay=0.1, **k),
+    ],
+)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing(make, poison):
     model = small_model()
@@ -125,12 +144,13 @@ def test_skip_is_obeyed():
 
 def test_state_is_interchangeable_with_torch_adamw():
     a, b = small_model(), small_model()
-    ours, theirs = AdamWEMA(param_groups(a), lr=torch.tensor(0.01)), torch.optim.AdamW(param_groups(b), lr=0.01)
+    ours = AdamWEMA(param_groups(a), lr=torch.tensor(0.01))
+    theirs = torch.optim.AdamW(param_groups(b), lr=0.01)
     train(a, ours, 3)
     train(b, theirs, 3)
     saved_ours, saved_theirs = copy.deepcopy(ours.state_dict()), copy.deepcopy(theirs.state_dict())
     assert isinstance(saved_ours["param_groups"][0]["lr"], float)
-    ours.load_state_dict(saved_theirs)                                          # crosswise
+    ours.load_state_dict(saved_theirs)  # crosswise
     theirs.load_state_dict(saved_ours)
     train(a, ours, 3)
     train(b, theirs, 3)
@@ -140,7 +160,15 @@ def test_state_is_interchangeable_with_torch_adamw():
 
 def test_scalars_may_be_tensors():
     a, b = small_model(), small_model()
-    train(a, AdamWEMA(a.parameters(), lr=torch.tensor(0.01, dtype=torch.float64), weight_decay=torch.tensor(0.1)), 3)
+    train(
+        a,
+        AdamWEMA(
+            a.parameters(),
+            lr=torch.tensor(0.01, dtype=torch.float64),
+            weight_decay=torch.tensor(0.1),
+        ),
+        3,
+    )
     train(b, AdamWEMA(b.parameters(), lr=0.01, weight_decay=0.1), 3)
     close(a, b, rtol=1e-6, atol=1e-8)
 
@@ -148,7 +176,8 @@ def test_scalars_may_be_tensors():
 def test_loss_scaler_is_obeyed_without_unscaling_first():
     a, b = small_model(), small_model()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    ours, theirs = AdamWEMA(a.parameters(), lr=0.01, clip_grad=0.5), AdamWEMA(b.parameters(), lr=0.01, clip_grad=0.5)
+    ours = AdamWEMA(a.parameters(), lr=0.01, clip_grad=0.5)
+    theirs = AdamWEMA(b.parameters(), lr=0.01, clip_grad=0.5)
     for step in range(3):
         a.zero_grad()
         b.zero_grad()
@@ -170,17 +199,24 @@ def test_loss_scaler_is_obeyed_without_unscaling_first():
 def test_official_groups(arch, make, norm_last_layer):
     import json
 
-    official = json.loads((golden.DATA / "param_groups.json").read_text())[f"{arch}.norm_last_layer={norm_last_layer}"]
+    official = json.loads((golden.DATA / "param_groups.json").read_text())[
+        f"{arch}.norm_last_layer={norm_last_layer}"
+    ]
     with torch.device("meta"):
         backbone = make()
-        model = MultiCropWrapper(backbone, DINOHead(backbone.embed_dim, 64, norm_last_layer=norm_last_layer))
+        model = MultiCropWrapper(
+            backbone, DINOHead(backbone.embed_dim, 64, norm_last_layer=norm_last_layer)
+        )
     names = {p: name for name, p in model.named_parameters()}
     assert [[names[p] for p in group["params"]] for group in param_groups(model)] == official
 
 
-@pytest.mark.parametrize("make", [*(pair[0] for pair in PAIRS.values()), lambda g, **k: LARSEMA(g, lr=0.01, **k)])
+@pytest.mark.parametrize(
+    "make", [*(pair[0] for pair in PAIRS.values()), lambda g, **k: LARSEMA(g, lr=0.01, **k)]
+)
 def test_global_clip_is_that_of_torch(make):
-    """As if torch had clipped the gradients and nothing were clipped here; with a limit above the norm nothing is."""
+    """As if torch had clipped the gradients and nothing were clipped here; with a limit above the
+    norm nothing is."""
     for limit in (0.5, 1e6):
         ours, theirs = small_model(), small_model()
         optimizer = make(param_groups(ours), clip_grad=limit, clip_mode="global")
@@ -197,12 +233,19 @@ def test_global_clip_is_that_of_torch(make):
 
 
 def half_model(dtype):
-    """Two layers, the second one frozen, and a teacher that differs; every number is one of both 16-bit formats."""
+    """Two layers, the second one frozen, and a teacher that differs; every number is one of both
+    16-bit formats."""
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
     teacher = copy.deepcopy(model)
     with torch.no_grad():
         for i, p in enumerate([*model.parameters(), *teacher.parameters()]):
-            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).clamp(-2, 2).mul(32).round() / 32)
+            p.copy_(
+                torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+                .clamp(-2, 2)
+                .mul(32)
+                .round()
+                / 32
+            )
     model[1].requires_grad_(False)
     return model.to(dtype), teacher.to(dtype)
 
@@ -216,12 +259,21 @@ def half_steps(model, optimizer, steps):
 
 
 def half_optimizer(model, teacher, **options):
-    return AdamWEMA(param_groups(model), lr=1e-5, weight_decay=0.1, student=model, teacher=teacher, clip_grad=1.0, **options)
+    return AdamWEMA(
+        param_groups(model),
+        lr=1e-5,
+        weight_decay=0.1,
+        student=model,
+        teacher=teacher,
+        clip_grad=1.0,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_masters_follow_the_float32_run(dtype):
-    """A step of 1e-5 and an average of 0.999 are below the resolution of either format: without masters nothing would move."""
+    """A step of 1e-5 and an average of 0.999 are below the resolution of either format: without
+    masters nothing would move."""
     (half, half_teacher), (full, full_teacher) = half_model(dtype), half_model(torch.float32)
     start = copy.deepcopy((half, half_teacher))
     for model, teacher in ((half, half_teacher), (full, full_teacher)):
@@ -229,11 +281,15 @@ def test_masters_follow_the_float32_run(dtype):
         half_steps(model, optimizer, range(300))
         if model is half:
             masters = [optimizer.state[p] for p in half[0].parameters()]
-    for pairs in (zip(half.parameters(), full.parameters(), strict=True),
-                  zip(half_teacher.parameters(), full_teacher.parameters(), strict=True)):
+    for pairs in (
+        zip(half.parameters(), full.parameters(), strict=True),
+        zip(half_teacher.parameters(), full_teacher.parameters(), strict=True),
+    ):
         for a, b in pairs:
             assert a.dtype == dtype and torch.equal(a, b.to(dtype))
-    for state, p, t in zip(masters, full[0].parameters(), full_teacher[0].parameters(), strict=True):
+    for state, p, t in zip(
+        masters, full[0].parameters(), full_teacher[0].parameters(), strict=True
+    ):
         assert torch.equal(state["master"], p) and torch.equal(state["teacher_master"], t)
         assert {x.dtype for x in state.values()} == {torch.float32}
     for now, old in zip((half[0], *half_teacher), (start[0][0], *start[1]), strict=True):
@@ -249,11 +305,15 @@ def test_masters_are_saved_and_restored_exactly(dtype, tmp_path):
     once, once_teacher = half_model(dtype)
     optimizer = half_optimizer(once, once_teacher)
     half_steps(once, optimizer, range(40))
-    torch.save((once.state_dict(), once_teacher.state_dict(), optimizer.state_dict()), tmp_path / "all.pth")
+    torch.save(
+        (once.state_dict(), once_teacher.state_dict(), optimizer.state_dict()), tmp_path / "all.pth"
+    )
     half_steps(once, optimizer, range(40, 90))
     again, again_teacher = half_model(dtype)
     resumed = half_optimizer(again, again_teacher)
-    for part, state in zip((again, again_teacher, resumed), torch.load(tmp_path / "all.pth"), strict=True):
+    for part, state in zip(
+        (again, again_teacher, resumed), torch.load(tmp_path / "all.pth"), strict=True
+    ):
         part.load_state_dict(state)
     half_steps(again, resumed, range(40, 90))
     close(again, once, rtol=0, atol=0)
@@ -274,17 +334,20 @@ def test_a_skipped_step_touches_no_master():
 
 
 def test_masters_are_made_when_needed():
-    """From what the parameters are at the first step, and from the teacher's when only the teacher moves."""
+    """From what the parameters are at the first step, and from the teacher's when only the teacher
+    moves."""
     model, teacher = half_model(torch.bfloat16)
     optimizer = half_optimizer(model, teacher)
     assert not optimizer.state_dict()["state"]
     with torch.no_grad():
         model[0].weight.fill_(3)
-    optimizer.step(momentum=0.5)                                               # no gradient yet, as in the first epochs
+    optimizer.step(momentum=0.5)  # no gradient yet, as in the first epochs
     assert set(optimizer.state[model[0].weight]) == {"teacher_master"}
     half_steps(model, optimizer, range(1))
-    torch.testing.assert_close(optimizer.state[model[0].weight]["master"], torch.full((5, 6), 3.0), rtol=0, atol=2e-5)
-    theirs = torch.optim.AdamW(param_groups(model), lr=1e-5)                   # moments in 16 bits become float32
+    torch.testing.assert_close(
+        optimizer.state[model[0].weight]["master"], torch.full((5, 6), 3.0), rtol=0, atol=2e-5
+    )
+    theirs = torch.optim.AdamW(param_groups(model), lr=1e-5)  # moments in 16 bits become float32
     half_steps(model, type("", (), {"step": lambda self, momentum: theirs.step()})(), range(1))
     optimizer.load_state_dict(theirs.state_dict())
     half_steps(model, optimizer, range(1))
@@ -342,12 +405,15 @@ def test_other_dtypes_train_too(dtype):
         p.grad = torch.ones_like(p)
     optimizer.step(momentum=0.5)
     for p, t, old in zip(model.parameters(), teacher.parameters(), start.parameters(), strict=True):
-        expected = old.double() * (1 - 0.1 * 0.01 if p.ndim > 1 else 1) - 0.1  # 0.1 down, weights also decay
+        # 0.1 down, weights also decay
+        expected = old.double() * (1 - 0.1 * 0.01 if p.ndim > 1 else 1) - 0.1
         torch.testing.assert_close(p.double(), expected, rtol=1e-2, atol=2e-3)
         torch.testing.assert_close(t.double(), (expected + old.double()) / 2, rtol=1e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("make", [lambda g, **k: AdamWEMA(g, **k), lambda g, **k: SGDEMA(g, lr=0.1, **k)])
+@pytest.mark.parametrize(
+    "make", [lambda g, **k: AdamWEMA(g, **k), lambda g, **k: SGDEMA(g, lr=0.1, **k)]
+)
 def test_copies_and_pickles_go_on(make):
     import pickle
 
@@ -355,7 +421,10 @@ def test_copies_and_pickles_go_on(make):
     teacher = copy.deepcopy(model)
     optimizer = make(param_groups(model), student=model, teacher=teacher, clip_grad=0.5)
     train(model, optimizer, 2, momentum=0.9)
-    for clone in (copy.deepcopy((model, teacher, optimizer)), pickle.loads(pickle.dumps((model, teacher, optimizer)))):
+    for clone in (
+        copy.deepcopy((model, teacher, optimizer)),
+        pickle.loads(pickle.dumps((model, teacher, optimizer))),
+    ):
         train(clone[0], clone[2], 2, momentum=0.9)
         other = copy.deepcopy((model, teacher, optimizer))
         train(other[0], other[2], 2, momentum=0.9)
@@ -364,12 +433,15 @@ def test_copies_and_pickles_go_on(make):
     assert not torch.equal(clone[1][0].weight, teacher[0].weight)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"lr": -1.0}, "lr is -1.0"),
-    ({"weight_decay": -0.1}, "weight_decay is -0.1"),
-    ({"eps": float("nan")}, "eps is nan"),
-    ({"betas": (1.5, 0.9)}, r"betas are \(1.5, 0.9\)"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"eps": float("nan")}, "eps is nan"),
+        ({"betas": (1.5, 0.9)}, r"betas are \(1.5, 0.9\)"),
+    ],
+)
 def test_impossible_numbers_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         AdamWEMA(small_model().parameters(), **arguments)
@@ -377,8 +449,15 @@ def test_impossible_numbers_are_named(arguments, message):
 
 def test_student_and_teacher_must_go_together():
     model = small_model()
-    with pytest.raises(ValueError, match="4 parameters here and 6 there|4 parameters here and 2 there|5 parameters here"):
-        AdamWEMA(model.parameters(), student=model, teacher=nn.Sequential(*list(copy.deepcopy(model))[:1]))
+    with pytest.raises(
+        ValueError,
+        match="4 parameters here and 6 there|4 parameters here and 2 there|5 parameters here",
+    ):
+        AdamWEMA(
+            model.parameters(),
+            student=model,
+            teacher=nn.Sequential(*list(copy.deepcopy(model))[:1]),
+        )
     with pytest.raises(ValueError, match="share a parameter"):
         AdamWEMA(model.parameters(), student=model, teacher=model)
     with pytest.raises(ValueError, match="none of the parameters given is one of student's"):
@@ -401,7 +480,7 @@ def test_foreign_states_that_mean_something_else_are_refused():
     train(model, plain, 1)
     state = plain.state_dict()
     for kept in state["state"].values():
-        kept["step"] = kept["step"].item()                       # as torch 1.11 saved it
+        kept["step"] = kept["step"].item()  # as torch 1.11 saved it
     ours.load_state_dict(state)
     train(model, ours, 1)
     assert ours.state_dict()["state"][0]["step"] == 2

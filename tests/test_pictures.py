@@ -1,4 +1,5 @@
-"""Pictures: colors of heat maps, what is laid over what, and sheets on which no caption leaves its column."""
+"""Pictures: colors of heat maps, what is laid over what, and sheets on which no caption leaves its
+column."""
 
 from __future__ import annotations
 
@@ -12,30 +13,35 @@ from dinofast.evaluate.pictures import enlarge, fit_caption, heat_colors, overla
 
 def test_heat_is_dark_to_light():
     """Inferno's ends, and lightness that only grows between them."""
-    colors = heat_colors(torch.linspace(0, 1, 101)[None])                                # (3, 1, 101)
+    colors = heat_colors(torch.linspace(0, 1, 101)[None])  # (3, 1, 101)
     assert colors.shape == (3, 1, 101)
     torch.testing.assert_close(colors[:, 0, 0] * 255, torch.tensor([0.0, 0.0, 4.0]))
     torch.testing.assert_close(colors[:, 0, 100] * 255, torch.tensor([252.0, 255.0, 164.0]))
     lightness = (torch.tensor([0.299, 0.587, 0.114]) @ colors[:, 0]).diff()
     assert (lightness > 0).all()
-    torch.testing.assert_close(heat_colors(torch.tensor([[-3.0, 7.0]])), heat_colors(torch.tensor([[0.0, 1.0]])))
+    torch.testing.assert_close(
+        heat_colors(torch.tensor([[-3.0, 7.0]])), heat_colors(torch.tensor([[0.0, 1.0]]))
+    )
 
 
 def test_stretch():
     maps = torch.tensor([[[1.0, 2.0], [3.0, 5.0]], [[7.0, 7.0], [7.0, 7.0]]])
-    torch.testing.assert_close(stretch(maps, 1.0), torch.tensor([[[0.0, 0.25], [0.5, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]))
+    torch.testing.assert_close(
+        stretch(maps, 1.0), torch.tensor([[[0.0, 0.25], [0.5, 1.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    )
     assert stretch(torch.rand(2, 3, 20, 20), 0.9).max() == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_enlarge(dtype):
-    """Constant stays constant, a patch's value stays in its middle, and nothing leaves the range of the map."""
+    """Constant stays constant, a patch's value stays in its middle, and nothing leaves the range of
+    the map."""
     assert (enlarge(torch.full((2, 3, 4, 4), 0.5, dtype=dtype), (9, 7)) == 0.5).all()
     hot = torch.zeros(4, 4, dtype=dtype)
     hot[1, 2] = 1
     large = enlarge(hot, (36, 36))
     assert large.dtype == torch.float32 and large.min() == 0 and large.max() == 1
-    assert divmod(int(large.argmax()), 36) == (13, 22)                                   # the middle of 9..17 and of 18..26
+    assert divmod(int(large.argmax()), 36) == (13, 22)  # the middle of 9..17 and of 18..26
 
 
 def test_overlay():
@@ -51,30 +57,40 @@ def test_overlay():
 
 def test_sheet():
     image = torch.zeros(2, 3, 20, 20)
-    image[1, 0] = 1.0                                                                    # second row red
+    image[1, 0] = 1.0  # second row red
     drawn = np.asarray(sheet([("a", image), ("b", image.flip(0))], gap=6))
     head = drawn.shape[0] - 2 * 26 - 6
     assert drawn.shape == (2 * 26 + 6 + head, 2 * 26 + 6, 3)
-    first, second = drawn[head + 6:head + 26], drawn[head + 32:head + 52]
+    first, second = drawn[head + 6 : head + 26], drawn[head + 32 : head + 52]
     assert (first[:, 6:26] == 0).all() and (second[:, 6:26] == (255, 0, 0)).all()
     assert (first[:, 32:52] == (255, 0, 0)).all() and (second[:, 32:52] == 0).all()
-    assert (drawn[:, 26:32] == 255).all()                                                # no caption leaves its column
+    assert (drawn[:, 26:32] == 255).all()  # no caption leaves its column
 
 
 @pytest.mark.parametrize("width", [40, 90, 160])
-@pytest.mark.parametrize("text", ["image", "attention, trained", "PCA of patch features, untrained"])
+@pytest.mark.parametrize(
+    "text", ["image", "attention, trained", "PCA of patch features, untrained"]
+)
 def test_captions_fit(text, width):
     lines, font = fit_caption(text, width)
     assert lines.replace("\n", " ") == text
-    left, top, right, bottom = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), lines, font=font, spacing=2)
+    left, top, right, bottom = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox(
+        (0, 0), lines, font=font, spacing=2
+    )
     assert right - left <= width and font.size >= 6
 
 
 def test_neighboring_captions_do_not_touch():
     """White between the columns and between captions and cells, whatever the captions' length."""
     cells = torch.zeros(1, 3, 90, 90)
-    drawn = np.asarray(sheet([("PCA of patch features, untrained", cells)] * 3 + [("image", cells)], gap=8))
+    drawn = np.asarray(
+        sheet([("PCA of patch features, untrained", cells)] * 3 + [("image", cells)], gap=8)
+    )
     for c in range(5):
-        assert (drawn[:, c * 98:c * 98 + 8] == 255).all()
+        assert (drawn[:, c * 98 : c * 98 + 8] == 255).all()
     head = drawn.shape[0] - 98 - 8
-    assert (drawn[head:head + 8] == 255).all() and (drawn[:head] < 128).any() and (drawn[0] == 255).all()
+    assert (
+        (drawn[head : head + 8] == 255).all()
+        and (drawn[:head] < 128).any()
+        and (drawn[0] == 255).all()
+    )

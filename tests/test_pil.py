@@ -1,4 +1,5 @@
-"""The PIL backend against what the official transforms gave, stage by stage and bit for bit; and what becomes of odd files."""
+"""The PIL backend against what the official transforms gave, stage by stage and bit for bit; and
+what becomes of odd files."""
 
 from pathlib import Path
 
@@ -16,8 +17,16 @@ GOLDEN = np.load(Path(__file__).parent / "data" / "augment.npz")
 def golden_view(i):
     """Element of the plan for golden crop i."""
     view = np.zeros((), VIEW)
-    names = {"box": "box_yxhw", "size": "size", "flip": "flip", "order": "order_bcsh", "factors": "factors_bcsh",
-             "gray": "gray", "blur_radius": "blur_radius", "solarize": "solarize"}
+    names = {
+        "box": "box_yxhw",
+        "size": "size",
+        "flip": "flip",
+        "order": "order_bcsh",
+        "factors": "factors_bcsh",
+        "gray": "gray",
+        "blur_radius": "blur_radius",
+        "solarize": "solarize",
+    }
     for ours, theirs in names.items():
         view[ours] = GOLDEN[f"{i}.{theirs}"]
     view["jitter"] = True
@@ -27,7 +36,9 @@ def golden_view(i):
 @pytest.mark.parametrize("i", range(8))
 def test_every_stage_equals_the_official_one(i):
     image, view = Image.fromarray(GOLDEN["image"]), golden_view(i)
-    assert (np.asarray(cut(image, view["box"].tolist(), int(view["size"]))) == GOLDEN[f"{i}.crop"]).all()
+    assert (
+        np.asarray(cut(image, view["box"].tolist(), int(view["size"]))) == GOLDEN[f"{i}.crop"]
+    ).all()
     assert (render(image, view) == GOLDEN[f"{i}.final_u8"]).all()
     for stage, field in (("blur_out", "solarize"), ("gray_out", "blur_radius"), ("jitter", "gray")):
         view[field] = 0  # switched off from the last stage backwards
@@ -39,7 +50,13 @@ def test_every_stage_equals_the_official_one(i):
 
 def test_golden_covers_every_switch():
     views = np.array([golden_view(i)[()] for i in range(8)])
-    for switch in (views["flip"], views["gray"], views["solarize"], views["blur_radius"] > 0, views["factors"][:, 3] > 0):
+    for switch in (
+        views["flip"],
+        views["gray"],
+        views["solarize"],
+        views["blur_radius"] > 0,
+        views["factors"][:, 3] > 0,
+    ):
         assert 0 < switch.sum() < 8
     assert len(np.unique(views["order"], axis=0)) > 5
 
@@ -59,11 +76,16 @@ def test_what_pil_opens_is_rgb(tmp_path):
 
     deep = pixels((6, 9), 65536, np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert (np.asarray(decode((tmp_path / "deep.png").read_bytes())) == (deep >> 8)[..., None]).all()
+    assert (
+        np.asarray(decode((tmp_path / "deep.png").read_bytes())) == (deep >> 8)[..., None]
+    ).all()
 
     palette = Image.fromarray(rgb).quantize(4)
     palette.save(tmp_path / "palette.png", transparency=bytes([0, 128, 255, 255]))
-    assert (np.asarray(decode((tmp_path / "palette.png").read_bytes())) == np.asarray(palette.convert("RGB"))).all()
+    assert (
+        np.asarray(decode((tmp_path / "palette.png").read_bytes()))
+        == np.asarray(palette.convert("RGB"))
+    ).all()
 
     Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.jpg")
     assert decode((tmp_path / "cmyk.jpg").read_bytes()).mode == "RGB"
@@ -92,10 +114,12 @@ def test_a_missing_file_is_unreadable_with_the_reason(tmp_path):
 
 
 def test_what_may_be_right_another_time_is_told_apart():
-    for error, kind, reason in ((MemoryError(), TransientReadError, "MemoryError"),
-                                (OSError(5, "Input"), TransientReadError, "cannot be read: Input"),
-                                (OSError("image file is truncated"), UnreadableImage, "image file is truncated"),
-                                (OSError(2, "No such file"), UnreadableImage, "cannot be read: No such file")):
+    for error, kind, reason in (
+        (MemoryError(), TransientReadError, "MemoryError"),
+        (OSError(5, "Input"), TransientReadError, "cannot be read: Input"),
+        (OSError("image file is truncated"), UnreadableImage, "image file is truncated"),
+        (OSError(2, "No such file"), UnreadableImage, "cannot be read: No such file"),
+    ):
         with pytest.raises(UnreadableImage, match=reason) as raised, unreadable():
             raise error
         assert type(raised.value) is kind

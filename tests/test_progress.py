@@ -23,12 +23,18 @@ def sums_of(*values):
 
 
 def run(folder, **changes):
-    return Run(folder, True, **{"steps_per_epoch": 4, "epochs": 3, "images_per_step": 8, "out_dim": 64, **changes})
+    return Run(
+        folder,
+        True,
+        **{"steps_per_epoch": 4, "epochs": 3, "images_per_step": 8, "out_dim": 64, **changes},
+    )
 
 
 def test_sums_leave_out_what_is_not_finite_and_go_on_after_a_save():
     def add(to, *values):
-        to.add({name: torch.tensor(float(value)) for name, value in zip(METRICS, values, strict=True)})
+        to.add(
+            {name: torch.tensor(float(value)) for name, value in zip(METRICS, values, strict=True)}
+        )
 
     sums = EpochSums(torch.device("cpu"))
     add(sums, 1, 2, 3, 4, 5)
@@ -38,14 +44,26 @@ def test_sums_leave_out_what_is_not_finite_and_go_on_after_a_save():
     add(resumed, 2, 2, 3, 4, 5)
     assert resumed.read() == sums_of(3, 4, 6, 8, 10, 2, 3)
     resumed.clear()
-    assert resumed.read() == sums_of(*[0] * 7) and EpochSums(torch.device("cpu")).read() == {"good_steps": 0, "steps": 0}
+    assert resumed.read() == sums_of(*[0] * 7) and EpochSums(torch.device("cpu")).read() == {
+        "good_steps": 0,
+        "steps": 0,
+    }
 
 
 def test_epoch_line(tmp_path, capsys):
     run(tmp_path).end_epoch(1, sums_of(8.0, 4.0, 4.0, 2.0, 6.0, 4, 4), 0.1, 0.2)
     line = json.loads((tmp_path / "log.txt").read_text())
-    assert line == {"train_loss": 2.0, "train_lr": 0.1, "train_wd": 0.2, "epoch": 1, "train_teacher_entropy": 1.0,
-                    "train_kl": 1.0, "train_center_norm": 0.5, "train_grad_norm": 1.5, "skipped_steps": 0}
+    assert line == {
+        "train_loss": 2.0,
+        "train_lr": 0.1,
+        "train_wd": 0.2,
+        "epoch": 1,
+        "train_teacher_entropy": 1.0,
+        "train_kl": 1.0,
+        "train_center_norm": 0.5,
+        "train_grad_norm": 1.5,
+        "skipped_steps": 0,
+    }
     assert "warning" not in capsys.readouterr().out
 
 
@@ -64,35 +82,53 @@ def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
 def test_a_log_without_checkpoint_is_set_aside(tmp_path):
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n')
     run(tmp_path).drop_after(0)
-    assert not (tmp_path / "log.txt").exists() and (tmp_path / "log.old.txt").read_text() == '{"epoch": 0}\n'
+    assert (
+        not (tmp_path / "log.txt").exists()
+        and (tmp_path / "log.old.txt").read_text() == '{"epoch": 0}\n'
+    )
     (tmp_path / "log.txt").write_text('{"epoch": 1}\n')
     run(tmp_path).drop_after(0)
-    assert (tmp_path / "log.old1.txt").exists() and (tmp_path / "log.old.txt").read_text() == '{"epoch": 0}\n'
+    assert (tmp_path / "log.old1.txt").exists() and (
+        tmp_path / "log.old.txt"
+    ).read_text() == '{"epoch": 0}\n'
 
 
 def test_replaced_images_are_told_once(tmp_path, capsys):
     r, bad_files = run(tmp_path), [("a.tar", "empty file")]
     r.log_left_out(bad_files, Path("list"))
     more = [*bad_files, ("b.jpg", "text")]
-    for files, n_unread, reason, world in ((bad_files, 0, "", 1), (more, 0, "", 1), (more, 3, "no network", 2)):
+    for files, n_unread, reason, world in (
+        (bad_files, 0, "", 1),
+        (more, 0, "", 1),
+        (more, 3, "no network", 2),
+    ):
         for _ in range(2):
             r.log_replaced(files, n_unread, reason, Path("list"), world)
     assert capsys.readouterr().out.splitlines() == [
         "1 bad file(s) left out, listed in 'list'; the last: a.tar (empty file)",
         "1 bad image(s) replaced, listed in 'list'; the last: b.jpg (text)",
-        "3 image(s) of this process could not be read this time (no network), replaced"]
+        "3 image(s) of this process could not be read this time (no network), replaced",
+    ]
 
 
 LOG_K = math.log(4096)
 
 
-@pytest.mark.parametrize("loss, entropy, words", [
-    (LOG_K, LOG_K, "sits at log K = 8.318"), (LOG_K, 0.5, None), (4.0, 3.0, None),
-    (0.01, 0.001, "near 0"), (5.0, 0.01, "near 0"),
-])
+@pytest.mark.parametrize(
+    "loss, entropy, words",
+    [
+        (LOG_K, LOG_K, "sits at log K = 8.318"),
+        (LOG_K, 0.5, None),
+        (4.0, 3.0, None),
+        (0.01, 0.001, "near 0"),
+        (5.0, 0.01, "near 0"),
+    ],
+)
 def test_collapse_is_said_in_words(loss, entropy, words):
     said = collapse_warning(loss, entropy, LOG_K)
-    assert (words is None and said is None) or (words in said and "If it stays" in said and "`teacher_temp`" in said)
+    assert (words is None and said is None) or (
+        words in said and "If it stays" in said and "`teacher_temp`" in said
+    )
 
 
 def test_collapse_is_shown_at_the_end_of_an_epoch(tmp_path, capsys):
@@ -106,7 +142,10 @@ def test_plain_lines_say_what_a_person_wants_to_know(tmp_path, capsys):
     with r.live(0, {}):
         r.show(12, sums_of(24, 0, 0, 0, 0, 12, 12), 0.001, 0.0)
     line = capsys.readouterr().out
-    assert "epoch 3/3  step 12  loss 2.0000  lr 1.00e-03" in line and "images/s  data wait 0%  ETA 0:00:00" in line
+    assert (
+        "epoch 3/3  step 12  loss 2.0000  lr 1.00e-03" in line
+        and "images/s  data wait 0%  ETA 0:00:00" in line
+    )
 
 
 def test_live_bar_on_a_terminal(tmp_path):
@@ -116,13 +155,20 @@ def test_live_bar_on_a_terminal(tmp_path):
     import subprocess
     import sys
 
-    code = ("from pathlib import Path; from dinofast.runtime.progress import Run; "
-            "r = Run(Path('.'), True, steps_per_epoch=4, epochs=3, images_per_step=8, out_dim=64)\n"
-            "with r.live(0, {}):\n  r.show(4, {'loss': 8.0, 'good_steps': 4, 'steps': 4}, 0.001, 0.0)\n"
-            "  r.log('a word [in] between')")
+    code = (
+        "from pathlib import Path; from dinofast.runtime.progress import Run; "
+        "r = Run(Path('.'), True, steps_per_epoch=4, epochs=3, images_per_step=8, out_dim=64)\n"
+        "with r.live(0, {}):\n  r.show(4, {'loss': 8.0, 'good_steps': 4, 'steps': 4}, 0.001, 0.0)\n"
+        "  r.log('a word [in] between')"
+    )
     main, other = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=other, stderr=other, cwd=tmp_path,
-                               env={**os.environ, "COLUMNS": "150", "TERM": "xterm"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=other,
+        stderr=other,
+        cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "150", "TERM": "xterm"},
+    )
     os.close(other)
     said = b""
     while True:
@@ -134,14 +180,19 @@ def test_live_bar_on_a_terminal(tmp_path):
             break
         said += block
     assert process.wait(timeout=30) == 0, said
-    assert b"loss 2.0000" in said and b"4/12" in said and b"a word [in] between" in said and b"ETA" in said
+    assert (
+        b"loss 2.0000" in said
+        and b"4/12" in said
+        and b"a word [in] between" in said
+        and b"ETA" in said
+    )
 
 
 def test_gives_up_after_many_bad_steps(tmp_path):
     r = run(tmp_path, steps_per_epoch=100)
     with r.live(0, {}):
         r.show(10, sums_of(*[0] * 6, 10), 0.001, 0.0)
-        r.show(15, sums_of(5.0, 0, 0, 0, 0, 1, 15), 0.001, 0.0)          # one good step in between
+        r.show(15, sums_of(5.0, 0, 0, 0, 0, 1, 15), 0.001, 0.0)  # one good step in between
         r.show(25, sums_of(5.0, 0, 0, 0, 0, 1, 25), 0.001, 0.0)
         with pytest.raises(Diverged, match="20 steps in a row"):
             r.show(35, sums_of(5.0, 0, 0, 0, 0, 1, 35), 0.001, 0.0)
@@ -162,13 +213,16 @@ def test_signals_are_noted_and_handed_back():
 
 def test_an_interrupt_is_no_damaged_file(monkeypatch, tmp_path):
     """Whatever is being read when it comes: a checkpoint, a shard."""
+
     def interrupt(*args, **options):
         raise Interrupted(signal.SIGINT, "stopped")
 
     path = tmp_path / "checkpoint.pth"
     path.write_bytes(b"anything")
-    for module, name, read in ((torch, "load", lambda: checkpoint.read(path)),
-                               (tarfile.TarFile, "next", lambda: list(shards.images(path.open("rb"))))):
+    for module, name, read in (
+        (torch, "load", lambda: checkpoint.read(path)),
+        (tarfile.TarFile, "next", lambda: list(shards.images(path.open("rb")))),
+    ):
         with monkeypatch.context() as patched, pytest.raises(Interrupted, match="stopped"):
             patched.setattr(module, name, interrupt)
             read()

@@ -11,7 +11,7 @@ import dinofast
 from dinofast import cli
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text().replace("\\\n", "")                   # a command may go on in the next line
+TEXT = (ROOT / "README.md").read_text().replace("\\\n", "")  # a command may go on in the next line
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import report
@@ -21,11 +21,15 @@ import tables
 def test_tables_and_chart_are_rendered_from_the_results():
     pages = {page: (ROOT / page).read_text() for page in report.PAGES}
     assert report.render(pages) == pages, "run python benchmarks/report.py"
-    assert report.bars() == (tables.RESULTS / "images_per_s.svg").read_text(), "run python benchmarks/report.py"
+    assert report.bars() == (tables.RESULTS / "images_per_s.svg").read_text(), (
+        "run python benchmarks/report.py"
+    )
 
 
 def test_each_table_stands_once():
-    with pytest.raises(ValueError, match="README.md and docs/benchmarks.md have 0 places for the table 'headline'"):
+    with pytest.raises(
+        ValueError, match="README.md and docs/benchmarks.md have 0 places for the table 'headline'"
+    ):
         report.render(dict.fromkeys(report.PAGES, ""))
 
 
@@ -34,7 +38,9 @@ def test_pictures_exist():
         assert (ROOT / path).is_file(), path
 
 
-@pytest.mark.parametrize("line", re.findall(r"^(?:torchrun .* -m )?dinofast (.*?)(?: +#.*)?$", TEXT, flags=re.M))
+@pytest.mark.parametrize(
+    "line", re.findall(r"^(?:torchrun .* -m )?dinofast (.*?)(?: +#.*)?$", TEXT, flags=re.M)
+)
 def test_commands_parse(line):
     line = re.sub(r"DIR|runs/mine\S*", ".", line)
     assert cli.parser(line.split()[0]).parse_args(line.split())
@@ -56,9 +62,15 @@ def test_python_examples_use_what_exists():
 def test_drop_in_of_the_readme_runs():
     import torch
 
-    block = next(b for b in re.findall(r"```python\n(.*?)```", TEXT, flags=re.S) if "= DINOLoss(" in b)
-    names = {"student_output": torch.randn(20, 65536, requires_grad=True), "teacher_output": torch.randn(4, 65536), "epoch": 3}
-    exec(block, names)                                      # noqa: S102 - our own README
+    block = next(
+        b for b in re.findall(r"```python\n(.*?)```", TEXT, flags=re.S) if "= DINOLoss(" in b
+    )
+    names = {
+        "student_output": torch.randn(20, 65536, requires_grad=True),
+        "teacher_output": torch.randn(4, 65536),
+        "epoch": 3,
+    }
+    exec(block, names)  # noqa: S102 - our own README
     names["loss"].backward()
     assert names["student_output"].grad.abs().sum() > 0 and names["dino_loss"].center.any()
 
@@ -68,12 +80,14 @@ def test_optimizer_of_the_readme_runs():
 
     import torch
 
-    block, = (b for b in re.findall(r"```python\n(.*?)```", TEXT, flags=re.S) if "AdamWEMA" in b)
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", TEXT, flags=re.S) if "AdamWEMA" in b)
     student = torch.nn.Linear(3, 2)
     teacher, start = copy.deepcopy(student), copy.deepcopy(student)
     student(torch.ones(1, 3)).sum().backward()
-    exec(block, {"student": student, "teacher": teacher})       # noqa: S102 - our own README
-    for s, t, old in zip(student.parameters(), teacher.parameters(), start.parameters(), strict=True):
+    exec(block, {"student": student, "teacher": teacher})  # noqa: S102 - our own README
+    for s, t, old in zip(
+        student.parameters(), teacher.parameters(), start.parameters(), strict=True
+    ):
         torch.testing.assert_close(t - old, (1 - 0.996) * (s - old), rtol=0.02, atol=1e-7)
 
 

@@ -25,7 +25,8 @@ def wait_for(path, process, newer_than=0, seconds=60):
 
 
 def test_killed_at_random_moments_and_resumed(unbroken, photographs, tmp_path):
-    """SIGKILL, three times, at moments that differ from test to test; the end is bitwise that of a run without any."""
+    """SIGKILL, three times, at moments that differ from test to test; the end is bitwise that of a
+    run without any."""
     seed = random.randrange(10**6)
     print(f"moments drawn with seed {seed}")
     moments = random.Random(seed)
@@ -79,21 +80,33 @@ def test_a_finished_run_has_nothing_left_to_do(unbroken, photographs):
 def test_changed_options_are_told(unbroken, photographs, tmp_path):
     (tmp_path / "checkpoint.pth").write_bytes((unbroken / "checkpoint.pth").read_bytes())
     said = finish(photographs, tmp_path, "--drop_path_rate", "0.3", "--lr", "0.2", "--epochs", "4")
-    assert "note: --lr was 0.1 and is now 0.2" in said and "note: --epochs was 3 and is now 4" in said
-    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [3]
+    assert (
+        "note: --lr was 0.1 and is now 0.2" in said and "note: --epochs was 3 and is now 4" in said
+    )
+    assert [
+        json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()
+    ] == [3]
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda b: b[:len(b) // 2], "it is truncated, damaged"),
-    (lambda b: b"", "it is empty"),
-    (lambda b: b"my precious notes", "it holds something other than tensors"),
-])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda b: b[: len(b) // 2], "it is truncated, damaged"),
+        (lambda b: b"", "it is empty"),
+        (lambda b: b"my precious notes", "it holds something other than tensors"),
+    ],
+)
 def test_a_file_that_is_no_checkpoint_stays_as_it_is(make, words, unbroken, photographs, tmp_path):
     content = make((unbroken / "checkpoint.pth").read_bytes())
     (tmp_path / "checkpoint.pth").write_bytes(content)
     process = start(photographs, tmp_path)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and words in said and "left as it is" in said and "Traceback" not in said
+    assert (
+        process.returncode == 2
+        and words in said
+        and "left as it is" in said
+        and "Traceback" not in said
+    )
     assert (tmp_path / "checkpoint.pth").read_bytes() == content
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "checkpoint.pth"]
 
@@ -103,7 +116,11 @@ def test_another_architecture_is_refused(unbroken, photographs, tmp_path):
     (tmp_path / "checkpoint.pth").write_bytes(content)
     process = start(photographs, tmp_path, "--out_dim", "65")
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and "(64, 1) in the file and (65, 1) here" in said and "--out_dim 64" in said
+    assert (
+        process.returncode == 2
+        and "(64, 1) in the file and (65, 1) here" in said
+        and "--out_dim 64" in said
+    )
     assert (tmp_path / "checkpoint.pth").read_bytes() == content
 
 
@@ -113,9 +130,22 @@ def test_accumulation_equals_the_whole_batch(photographs, tmp_path):
     from dinofast import checkpoint
 
     finish(photographs, tmp_path / "whole", "--drop_path_rate", "0", "--batch_size_per_gpu", "8")
-    finish(photographs, tmp_path / "parts", "--drop_path_rate", "0", "--batch_size_per_gpu", "4", "--accumulate", "2")
-    whole, parts = (checkpoint.read(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    finish(
+        photographs,
+        tmp_path / "parts",
+        "--drop_path_rate",
+        "0",
+        "--batch_size_per_gpu",
+        "4",
+        "--accumulate",
+        "2",
+    )
+    whole, parts = (
+        checkpoint.read(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts")
+    )
     assert whole["dinofast"]["step"] == parts["dinofast"]["step"] == 18
     for name, value in whole["teacher"].items():
         torch.testing.assert_close(parts["teacher"][name], value, rtol=0, atol=2e-3)
-    torch.testing.assert_close(parts["dino_loss"]["center"], whole["dino_loss"]["center"], rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        parts["dino_loss"]["center"], whole["dino_loss"]["center"], rtol=0, atol=2e-3
+    )

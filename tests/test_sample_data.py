@@ -1,4 +1,5 @@
-"""The sample data: the same files for the same seed, masks that fit, and no class that pixels or colors give away."""
+"""The sample data: the same files for the same seed, masks that fit, and no class that pixels or
+colors give away."""
 
 from __future__ import annotations
 
@@ -15,12 +16,16 @@ from dinofast.evaluate.knn import knn_classify
 
 
 def files(root):
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()
+    }
 
 
 def test_files_counts_and_determinism(tmp_path):
     calls = []
-    sample_data.write(tmp_path / "a", n_images=80, seed=3, on_progress=lambda *done: calls.append(done))
+    sample_data.write(
+        tmp_path / "a", n_images=80, seed=3, on_progress=lambda *done: calls.append(done)
+    )
     sample_data.write(tmp_path / "b", n_images=80, seed=3)
     sample_data.write(tmp_path / "c", n_images=80, seed=4)
     a, b, c = (files(tmp_path / name) for name in "abc")
@@ -45,13 +50,17 @@ def test_an_image_does_not_depend_on_how_many_there_are(tmp_path):
 
 
 def test_the_same_everywhere():
-    """Pinned on x86-64 with numpy 2.4; the tolerance leaves room for other roundings, not for other draws."""
-    assert [sample_data.draw(i)[0].mean() for i in (0, 7)] == pytest.approx([86.00, 76.80], abs=0.05)
+    """Pinned on x86-64 with numpy 2.4; the tolerance leaves room for other roundings, not for other
+    draws."""
+    assert [sample_data.draw(i)[0].mean() for i in (0, 7)] == pytest.approx(
+        [86.00, 76.80], abs=0.05
+    )
 
 
 @pytest.mark.parametrize("i", range(10), ids=sample_data.CLASSES)
 def test_the_same_image_larger(i):
-    """Drawn at 144 pixels and brought down to 48 it is the image of 48 pixels, but for its noise and edges."""
+    """Drawn at 144 pixels and brought down to 48 it is the image of 48 pixels, but for its noise
+    and edges."""
     small, small_mask = sample_data.draw(i)
     large, large_mask = sample_data.draw(i, pixels=144)
     assert large.shape == (144, 144, 3) and large_mask.shape == (144, 144)
@@ -67,7 +76,7 @@ def test_folder_in_use(tmp_path):
     first = tmp_path / "train/stripes_slab/stripes_slab_0001.jpg"
     second = first.with_name("stripes_slab_0002.jpg")
     stamp = second.stat().st_mtime_ns
-    first.unlink()                                                  # as an interrupted run leaves it
+    first.unlink()  # as an interrupted run leaves it
     sample_data.write(tmp_path, n_images=40)
     assert files(tmp_path) == before and second.stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match="`seed` 1.*remove it or name another folder"):
@@ -84,7 +93,9 @@ def test_a_folder_of_other_things_is_refused(tmp_path):
         sample_data.write(tmp_path / "thesis.tex", n_images=40)
 
 
-@pytest.mark.parametrize(("options", "words"), [({"n_images": 39}, "`n_images` is 39"), ({"size": 15}, "`size` is 15")])
+@pytest.mark.parametrize(
+    ("options", "words"), [({"n_images": 39}, "`n_images` is 39"), ({"size": 15}, "`size` is 15")]
+)
 def test_wrong_options(tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         sample_data.write(tmp_path / "new", **options)
@@ -93,7 +104,8 @@ def test_wrong_options(tmp_path, options, words):
 
 @pytest.mark.parametrize("label", range(10), ids=sample_data.CLASSES)
 def test_the_mask_covers_the_object(label):
-    """Inside the mask nearly every pixel has the palette's hue; outside, the ground has all hues."""
+    """Inside the mask nearly every pixel has the palette's hue; outside, the ground has all
+    hues."""
     hues = np.array(sample_data.PALETTE_HUES[sample_data.PALETTE_OF[label]])
     middle = np.angle(np.exp(2j * np.pi * hues).sum()) / (2 * np.pi)
     inside, outside, area = [], [], []
@@ -112,11 +124,13 @@ def test_the_mask_covers_the_object(label):
 
 
 def test_pixels_and_colors_do_not_give_the_class_away():
-    """1,200 images, chance is 10 %. On the full set raw pixels score 54 %, color histograms 49 % with a ceiling of 50 %."""
+    """1,200 images, chance is 10 %. On the full set raw pixels score 54 %, color histograms 49 %
+    with a ceiling of 50 %."""
     drawn = torch.from_numpy(np.stack([sample_data.draw(i)[0] for i in range(1200)])).float() / 255
     labels = torch.arange(1200) % 10
     raw = drawn.permute(0, 3, 1, 2)[:, :, ::2, ::2].flatten(1) - 0.45
-    bins = ((drawn * 4).long().clamp(max=3) * torch.tensor([16, 4, 1])).sum(-1).flatten(1)                # (1200, 48 * 48)
+    # (1200, 48 * 48)
+    bins = ((drawn * 4).long().clamp(max=3) * torch.tensor([16, 4, 1])).sum(-1).flatten(1)
     histogram = torch.zeros(1200, 64).scatter_add_(1, bins, torch.ones(bins.shape)).sqrt()
     for features, low, high in ((raw, 30, 55), (histogram, 35, 55)):
         top1, _ = knn_classify(features[:900], labels[:900], features[900:], labels[900:], k=10)
@@ -124,21 +138,32 @@ def test_pixels_and_colors_do_not_give_the_class_away():
 
 
 def test_the_demo_from_end_to_end(tmp_path, capsys):
-    """Two steps on 160 images: nothing is learned, everything is written, and a second call goes on from what is there."""
+    """Two steps on 160 images: nothing is learned, everything is written, and a second call goes on
+    from what is there."""
     result = demo.demo(tmp_path, epochs=1, device="cpu", n_images=160)
     assert json.loads(json.dumps(result)) == json.loads((tmp_path / "result.json").read_text())
-    assert (result["n_train"], result["n_val"], result["steps"], result["resumed"]) == (120, 40, 2, False)
+    assert (result["n_train"], result["n_val"], result["steps"], result["resumed"]) == (
+        120,
+        40,
+        2,
+        False,
+    )
     for name in ("raw_pixels", "untrained", "trained"):
         assert 0 <= result[name]["knn"] <= 1 and 0.3 < result[name]["knn_within_palette"] < 0.8
     assert len(result["trained"]["attention_on_object"]) == 2 and 0.1 < result["object_area"] < 0.3
-    assert max(result["trained"]["attention_on_object"]) < 0.4                            # after two steps it cannot be more
+    assert max(result["trained"]["attention_on_object"]) < 0.4  # after two steps it cannot be more
     with Image.open(tmp_path / "attention_maps.png") as image:
         width, height = image.size
-        assert width == 5 * 200 + 8 and 6 * 200 + 8 < height < 6 * 200 + 80    # five columns, six images, captions
+        # five columns, six images, captions
+        assert width == 5 * 200 + 8 and 6 * 200 + 8 < height < 6 * 200 + 80
     assert (tmp_path / "attention_maps.png").stat().st_size < 2**20
     said = capsys.readouterr().out
     assert "chance" in said and "raw pixels" in said and "Color is a designed cue" in said
     again = demo.demo(tmp_path, epochs=1, device="cpu", n_images=160)
-    assert again["resumed"] and again["trained"] == result["trained"] and again["untrained"] == result["untrained"]
+    assert (
+        again["resumed"]
+        and again["trained"] == result["trained"]
+        and again["untrained"] == result["untrained"]
+    )
     with pytest.raises(ValueError, match="`seed` 1"):
         demo.demo(tmp_path, seed=1, epochs=1, device="cpu", n_images=160)

@@ -18,8 +18,29 @@ from dinofast.data.sampler import epoch_order
 
 def test_the_sheet_holds_the_crops_of_the_run(photographs, tmp_path):
     sheet = tmp_path / "crops.png"
-    assert cli.main(["show-crops", str(photographs), "-o", str(sheet), "--n_images", "2", "--epoch", "3", "--seed", "5",
-                     "--local_crops_number", "2", "--global_crops_size", "160", "--local_crops_size", "160"]) == 0
+    assert (
+        cli.main(
+            [
+                "show-crops",
+                str(photographs),
+                "-o",
+                str(sheet),
+                "--n_images",
+                "2",
+                "--epoch",
+                "3",
+                "--seed",
+                "5",
+                "--local_crops_number",
+                "2",
+                "--global_crops_size",
+                "160",
+                "--local_crops_size",
+                "160",
+            ]
+        )
+        == 0
+    )
     picture = np.asarray(Image.open(sheet))
     assert picture.shape == (2 * (CELL + LINES * LINE + 2 * GAP) + GAP, 5 * (CELL + GAP) + GAP, 3)
     cfg = Config(local_crops_number=2, global_crops_size=160, local_crops_size=160)
@@ -29,11 +50,11 @@ def test_the_sheet_holds_the_crops_of_the_run(photographs, tmp_path):
     for row, sample in enumerate(samples.tolist()):
         image = decode(found.read(sample))
         plan = drawn.plan(row, image.height, image.width)
-        for column, view in enumerate(plan, 1):                             # drawn at their size, so pixel for pixel
+        for column, view in enumerate(plan, 1):  # drawn at their size, so pixel for pixel
             top, left = GAP + row * (CELL + LINES * LINE + 2 * GAP), GAP + column * (CELL + GAP)
             expected = render(image, view)
             assert (picture[top : top + CELL, left : left + CELL] == expected).all()
-        assert (picture[GAP + CELL + 4 : GAP + CELL + LINES * LINE] < 128).any()      # text
+        assert (picture[GAP + CELL + 4 : GAP + CELL + LINES * LINE] < 128).any()  # text
 
 
 def test_everything_drawn_is_told():
@@ -42,22 +63,32 @@ def test_everything_drawn_is_told():
     assert describe(view) == ["96 px of 60 x 50 at 4, 3"]
     view["jitter"], view["order"], view["factors"] = True, (3, 0, 2, 1), (0.7, 1.25, 0.9, -0.05)
     view["flip"], view["gray"], view["blur_radius"], view["solarize"] = True, True, 0.5, True
-    assert describe(view)[1:] == ["hue -0.05, brightness 0.70", "saturation 0.90, contrast 1.25",
-                                  "mirrored, gray, blur 0.50, solarized"]
+    assert describe(view)[1:] == [
+        "hue -0.05, brightness 0.70",
+        "saturation 0.90, contrast 1.25",
+        "mirrored, gray, blur 0.50, solarized",
+    ]
 
 
 def test_an_image_that_does_not_decode_is_named(tmp_path):
     (tmp_path / "data").mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "data" / "a.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
+        tmp_path / "data" / "a.png"
+    )
     spoil(tmp_path / "data" / "a.png")
     assert write(Config(data_path=str(tmp_path / "data")), tmp_path / "sheet.png") == 1
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    (["--n_images", "0"], "--n_images is 0"), (["--epoch", "-1"], "--epoch is -1"),
-    (["-o", "no/such/folder/x.png"], "no folder"), (["-o", "."], "'.' is a folder"),
-    (["--blur_radius", "2", "1"], "--blur_radius is 2.0 1.0"),
-])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--n_images", "0"], "--n_images is 0"),
+        (["--epoch", "-1"], "--epoch is -1"),
+        (["-o", "no/such/folder/x.png"], "no folder"),
+        (["-o", "."], "'.' is a folder"),
+        (["--blur_radius", "2", "1"], "--blur_radius is 2.0 1.0"),
+    ],
+)
 def test_what_cannot_be_is_said(photographs, more, message, capsys):
     assert cli.main(["show-crops", str(photographs), *more]) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Crops beside the step, and the data wait: on a simulated device anywhere, and on a GPU the real thing."""
+"""Crops beside the step, and the data wait: on a simulated device anywhere, and on a GPU the real
+thing."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ from dinofast.runtime.side_stream import UNREAD, SideStream
 
 # ---- a device that keeps its own time
 class Device:
-    """Stands in for torch.cuda: a stream is the moment at which what is enqueued on it ends, an event one such moment."""
+    """Stands in for torch.cuda: a stream is the moment at which what is enqueued on it ends, an
+    event one such moment."""
 
     def __init__(self, monkeypatch) -> None:
-        self.now, self.n_events, self.n_read = 0.0, 0, 0             # seconds on the host's clock
+        self.now, self.n_events, self.n_read = 0.0, 0, 0  # seconds on the host's clock
         device = self
 
         class Stream:
@@ -51,7 +53,12 @@ class Device:
                 return (end.at - self.at) * 1e3
 
         self.current = self.training = Stream()
-        ours = {"Stream": Stream, "Event": Event, "stream": self.on, "current_stream": lambda _: self.current}
+        ours = {
+            "Stream": Stream,
+            "Event": Event,
+            "stream": self.on,
+            "current_stream": lambda _: self.current,
+        }
         for name, value in ours.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
@@ -84,10 +91,12 @@ def device(monkeypatch):
 
 def work(device, host_s=0.0, copy_s=0.0):
     """What a loader does for a batch: the host is held up, then the device copies."""
+
     def make():
         device.now += host_s
         device.current.busy(copy_s)
         return [Made(device.current)]
+
     return make
 
 
@@ -95,18 +104,31 @@ def test_copies_run_beside_the_step_and_are_there_before_they_are_used(device):
     side = SideStream(torch.device("cuda"))
     device.training.busy(10)
     (crops,) = side.run(work(device, copy_s=1))
-    assert device.now == 0 and crops.there == 1                     # nobody waited, and the step has nine seconds to go
-    assert device.training.busy(10) == 10 and crops.used_on == [device.training] and device.current is device.training
+    # nobody waited, and the step has nine seconds to go
+    assert device.now == 0 and crops.there == 1
+    assert (
+        device.training.busy(10) == 10
+        and crops.used_on == [device.training]
+        and device.current is device.training
+    )
     (crops,) = side.run(work(device, copy_s=30))
-    assert device.training.busy(10) == crops.there == 31            # what comes late is waited for
+    assert device.training.busy(10) == crops.there == 31  # what comes late is waited for
 
 
-@pytest.mark.parametrize("host_s, copy_s, step_s, wait_s", [
-    (0.0, 0.5, 2.0, 0.0),      # ahead
-    (1.5, 0.4, 2.0, 0.0),      # the host is held up, and the device is still at the step
-    (0.0, 3.0, 2.0, 1.0),      # the copy is slower than the step: what is left of it counts
-    (3.0, 0.5, 2.0, 1.5),      # the crops are made more slowly: the device stands idle, and then copies
-])
+@pytest.mark.parametrize(
+    "host_s, copy_s, step_s, wait_s",
+    [
+        (0.0, 0.5, 2.0, 0.0),  # ahead
+        (1.5, 0.4, 2.0, 0.0),  # the host is held up, and the device is still at the step
+        (0.0, 3.0, 2.0, 1.0),  # the copy is slower than the step: what is left of it counts
+        (
+            3.0,
+            0.5,
+            2.0,
+            1.5,
+        ),  # the crops are made more slowly: the device stands idle, and then copies
+    ],
+)
 def test_the_wait_is_what_the_device_had_nothing_to_do_for(device, host_s, copy_s, step_s, wait_s):
     side = SideStream(torch.device("cuda"))
     side.run(work(device))
@@ -121,7 +143,8 @@ def test_nothing_is_read_before_it_is_asked_for_nor_before_the_device_has_come_t
     side = SideStream(torch.device("cuda"))
     for _ in range(UNREAD):
         side.run(work(device, copy_s=1))
-    assert device.n_read == 0 and side.wait_s() == 0 and device.now == 0      # the device has yet to do all of it
+    # the device has yet to do all of it
+    assert device.n_read == 0 and side.wait_s() == 0 and device.now == 0
     device.now = 10.5
     assert side.wait_s() == 10 == device.n_read
     device.synchronize(device.training)
@@ -147,18 +170,30 @@ def test_a_batch_that_fails_leaves_the_current_stream_as_it_was(device):
 
 
 # ---- a GPU
-N_FIRST = 8                                                          # batches until all memory is there
-LONG = 2 * 10**9                                                     # cycles: about a second
+N_FIRST = 8  # batches until all memory is there
+LONG = 2 * 10**9  # cycles: about a second
 
 
 @pytest.fixture(params=["pil", "native", "dali"])
 def config(request, gpu, photographs, tmp_path):
-    reasons = {"native": backend_native.unavailable_reason(), "dali": backend_dali.unavailable_reason("cuda")}
+    reasons = {
+        "native": backend_native.unavailable_reason(),
+        "dali": backend_dali.unavailable_reason("cuda"),
+    }
     if reason := reasons.get(request.param):
         pytest.skip(reason)
-    options = dict(data_path=str(photographs), output_dir=str(tmp_path / "run"), data_backend=request.param, precision="fp32",
-                   batch_size_per_gpu=8, num_workers=2, global_crops_size=64, local_crops_size=32, local_crops_number=2,
-                   patch_size=8)
+    options = dict(
+        data_path=str(photographs),
+        output_dir=str(tmp_path / "run"),
+        data_backend=request.param,
+        precision="fp32",
+        batch_size_per_gpu=8,
+        num_workers=2,
+        global_crops_size=64,
+        local_crops_size=32,
+        local_crops_number=2,
+        patch_size=8,
+    )
     return Config(**options)
 
 
@@ -172,7 +207,8 @@ def begun(cfg):
 
 
 def taken(cfg, steps, device, busy=nullcontext):
-    """Copies of the crops of so many batches, made by the current stream after whatever `busy` has given it to do."""
+    """Copies of the crops of so many batches, made by the current stream after whatever `busy` has
+    given it to do."""
     loader, batches = make_loader(cfg, device=device), []
     for _ in range(steps):
         with busy(loader):
@@ -184,7 +220,8 @@ def taken(cfg, steps, device, busy=nullcontext):
 
 @contextmanager
 def busy_step(loader):
-    """The step takes so long that all that comes later is sent while the crops have not been read."""
+    """The step takes so long that all that comes later is sent while the crops have not been
+    read."""
     yield
     torch.cuda._sleep(LONG // 8)
 
@@ -203,7 +240,8 @@ def test_crops_are_whole_however_late_either_stream_is(config, busy):
     for got, want, near in zip(*batches, strict=True):
         for a, b, c in zip(got, want, near, strict=True):
             assert a.is_cuda and torch.equal(a, b)
-            assert (a.cpu() - c).abs().mean() < (0.05 if config.data_backend == "dali" else 1e-6)   # a GPU divides otherwise
+            # a GPU divides otherwise
+            assert (a.cpu() - c).abs().mean() < (0.05 if config.data_backend == "dali" else 1e-6)
 
 
 def test_copies_end_before_the_step_that_was_sent_before_them(config):
@@ -220,7 +258,8 @@ def test_copies_end_before_the_step_that_was_sent_before_them(config):
         return returned_first and not ended.query()
 
     with closing(begun(config)) as loader:
-        assert any(overlaps(loader) for _ in range(3))               # memory that is still asked for now and then waits
+        # memory that is still asked for now and then waits
+        assert any(overlaps(loader) for _ in range(3))
 
 
 def test_no_batch_waits_for_the_device(config):
@@ -229,7 +268,7 @@ def test_no_batch_waits_for_the_device(config):
         try:
             for _ in range(4):
                 next(loader)
-                assert loader.wait_s > 0                             # of the first batch; asking does not wait either
+                assert loader.wait_s > 0  # of the first batch; asking does not wait either
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -250,10 +289,11 @@ def test_the_wait_by_the_device_s_clock(config, delay, least, most):
 
 
 def test_a_step_is_captured_while_crops_are_being_made(config):
-    """The loader's threads ask for pinned memory then: the capture must be of its own thread alone."""
+    """The loader's threads ask for pinned memory then: the capture must be of its own thread
+    alone."""
     graph = torch.cuda.CUDAGraph()
     with closing(make_loader(config, device="cuda")) as loader:
-        still = [c.clone() for c in next(loader)]                    # where the graph reads
+        still = [c.clone() for c in next(loader)]  # where the graph reads
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             doubled = [2 * c for c in still]
         for _ in range(6):

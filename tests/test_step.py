@@ -1,4 +1,5 @@
-"""The optimizer step in all its ways: each reproduces the official eight steps, and none compiles anew or waits."""
+"""The optimizer step in all its ways: each reproduces the official eight steps, and none compiles
+anew or waits."""
 
 import itertools
 import json
@@ -15,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import GOLDEN, GoldenLoader, golden_model
 
-from dinofast import checkpoint
+from dinofast import checkpoint, resume
 from dinofast import step as step_module
 from dinofast.bench.baseline import OfficialStep
 from dinofast.config import Config
@@ -27,9 +28,22 @@ from dinofast.schedule import Schedule
 from dinofast.step import Step
 
 CPU = Process(0, 1, torch.device("cpu"))
-SMALL = Config(arch="vit_nano", patch_size=4, out_dim=64, head_hidden_dim=32, head_bottleneck_dim=16, batch_size_per_gpu=4,
-               local_crops_number=2, global_crops_size=16, local_crops_size=8, drop_path_rate=0.3, epochs=4, warmup_epochs=1,
-               freeze_last_layer=0, device="cpu")
+SMALL = Config(
+    arch="vit_nano",
+    patch_size=4,
+    out_dim=64,
+    head_hidden_dim=32,
+    head_bottleneck_dim=16,
+    batch_size_per_gpu=4,
+    local_crops_number=2,
+    global_crops_size=16,
+    local_crops_size=8,
+    drop_path_rate=0.3,
+    epochs=4,
+    warmup_epochs=1,
+    freeze_last_layer=0,
+    device="cpu",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,16 +57,25 @@ class Batches:
 
     def __init__(self, cfg, device="cpu"):
         self.generator, self.device = torch.Generator().manual_seed(1), device
-        self.shapes = [(n * cfg.batch_size_per_gpu, 3, side, side) for n, side in
-                       ((2, cfg.global_crops_size), (cfg.local_crops_number, cfg.local_crops_size))]
+        self.shapes = [
+            (n * cfg.batch_size_per_gpu, 3, side, side)
+            for n, side in (
+                (2, cfg.global_crops_size),
+                (cfg.local_crops_number, cfg.local_crops_size),
+            )
+        ]
 
     def __next__(self):
-        return [torch.randn(shape, generator=self.generator).to(self.device) for shape in self.shapes]
+        return [
+            torch.randn(shape, generator=self.generator).to(self.device) for shape in self.shapes
+        ]
 
 
 def small(process=CPU, **changes):
     cfg = Config(**{**SMALL.to_dict(), "device": process.device.type, **changes}).check()
-    return Step(cfg, Model.from_config(cfg), process, Schedule(cfg, 100, 1, process.device)), Batches(cfg, process.device)
+    return Step(
+        cfg, Model.from_config(cfg), process, Schedule(cfg, 100, 1, process.device)
+    ), Batches(cfg, process.device)
 
 
 def golden_step(process=CPU, **changes):
@@ -76,14 +99,33 @@ def assert_official(step, model, device="cpu", tolerance=1e-5, center=None):
     for name in ("student", "teacher"):
         state = getattr(model, name).state_dict()
         for key, value in golden.load("train.npz", f"final.{name}.").items():
-            torch.testing.assert_close(state[key].cpu(), value, rtol=0, atol=10 * tolerance, msg=lambda m, k=key: f"{k}: {m}")
-    torch.testing.assert_close((model.dino_loss.center if center is None else center()).cpu(), data["final.center"],
-                               rtol=10 * tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                state[key].cpu(),
+                value,
+                rtol=0,
+                atol=10 * tolerance,
+                msg=lambda m, k=key: f"{k}: {m}",
+            )
+    torch.testing.assert_close(
+        (model.dino_loss.center if center is None else center()).cpu(),
+        data["final.center"],
+        rtol=10 * tolerance,
+        atol=tolerance,
+    )
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention": "eager"}, {"grad_checkpointing": True},
-                                     {"compile": "on"}, {"compile": "on", "grad_checkpointing": True},
-                                     {"compile": "max-autotune"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention": "eager"},
+        {"grad_checkpointing": True},
+        {"compile": "on"},
+        {"compile": "on", "grad_checkpointing": True},
+        {"compile": "max-autotune"},
+    ],
+    ids=str,
+)
 def test_official_trajectory(changes):
     step = golden_step(**changes)
     assert ("not compiled" in step.how) == ("compile" not in changes)
@@ -94,9 +136,11 @@ def test_official_trajectory(changes):
 @pytest.mark.parametrize("changes", [{}, {"compile": "on"}], ids=str)
 def test_official_trajectory_with_all_linear_layers_by_onednn(monkeypatch, changes):
     monkeypatch.setattr(linear, "WORTHWHILE", 0)
-    monkeypatch.setattr(linear, "F", types.SimpleNamespace(conv2d=torch.nn.functional.conv2d))     # nothing goes to BLAS
+    # nothing goes to BLAS
+    monkeypatch.setattr(linear, "F", types.SimpleNamespace(conv2d=torch.nn.functional.conv2d))
     step = golden_step(linear="onednn", **changes)
-    for layer in (*step.model.student.head.mlp, *step.model.teacher.head.mlp):                     # whose choice is BLAS
+    # whose choice is BLAS
+    for layer in (*step.model.student.head.mlp, *step.model.teacher.head.mlp):
         layer.library = "onednn"
     assert "large linear layers of the ViT by oneDNN" in step.how
     assert_official(step, step.model)
@@ -119,12 +163,13 @@ class Reads(TorchDispatchMode):
 
 
 def test_the_official_loop_rewritten_waits_where_the_official_one_does():
-    """For the loss, and with clipping twice for each gradient: its norm, and whether to scale it."""
+    """For the loss, and with clipping twice for each gradient: its norm, and whether to scale
+    it."""
     for clip_grad in (0.0, 3.0):
         cfg = Config(**{**SMALL.to_dict(), "clip_grad": clip_grad})
         model = Model.from_config(cfg)
         step, batches = OfficialStep(cfg, model, CPU.device, Schedule(cfg, 100, 1)), Batches(cfg)
-        step.optimizer.step = lambda: None                                     # torch's own, which on a CPU reads its counters
+        step.optimizer.step = lambda: None  # torch's own, which on a CPU reads its counters
         with Reads() as reads:
             step(0, batches)
         trained = sum(p.requires_grad for p in model.student.parameters())
@@ -136,7 +181,7 @@ def gradients(step, model, batch, dtype, precision="fp32"):
     model.to(dtype)
     if isinstance(step, Step):
         step.precision = precision
-        step.copies.refresh()                                                  # `model.to` has made other buffers
+        step.copies.refresh()  # `model.to` has made other buffers
         step.forward_backward([x.to(dtype) for x in batch], torch.tensor(0.04))
         model.dino_loss.step()
     else:
@@ -163,16 +208,23 @@ def test_copies_of_weights_are_what_autocast_would_cast(changes, precision):
                     del module._buffers[name]
             step.copies._places.clear()
             step.copies.of.clear()
-        assert len(step.copies.of) == (2 * (2 * (4 * 2 + 1) + 2 * 3) if with_copies else 0)       # two blocks, patches, head
+        # two blocks, patches, head
+        assert len(step.copies.of) == (2 * (2 * (4 * 2 + 1) + 2 * 3) if with_copies else 0)
         losses = [step(i, batches)["loss"] for i in range(2)]
         for network in networks:
-            network.load_state_dict({name: value * 1.01 for name, value in network.state_dict().items()})
+            network.load_state_dict(
+                {name: value * 1.01 for name, value in network.state_dict().items()}
+            )
         losses += [step(i, batches)["loss"] for i in range(2, 4)]
         assert all(torch.equal(p.to(copy.dtype), copy) for p, copy in step.copies.of.items())
-        found.append((torch.stack(losses), [p for network in networks for p in network.parameters()]))
+        found.append(
+            (torch.stack(losses), [p for network in networks for p in network.parameters()])
+        )
     (losses, parameters), (cast_losses, cast_parameters) = found
     assert torch.equal(losses, cast_losses) and len(set(losses.tolist())) == 4
-    assert all(torch.equal(ours, cast) for ours, cast in zip(parameters, cast_parameters, strict=True))
+    assert all(
+        torch.equal(ours, cast) for ours, cast in zip(parameters, cast_parameters, strict=True)
+    )
 
 
 def test_a_hook_that_writes_weights_after_the_optimizer_is_seen():
@@ -186,18 +238,25 @@ def test_a_hook_that_writes_weights_after_the_optimizer_is_seen():
     assert all(torch.equal(p.to(torch.bfloat16), copy) for p, copy in step.copies.of.items())
 
 
-@pytest.mark.parametrize("changes, most", [({}, 1.1), ({"compile": "on"}, 1.1), ({"residual_precision": "bf16"}, 1.3)], ids=str)
+@pytest.mark.parametrize(
+    "changes, most",
+    [({}, 1.1), ({"compile": "on"}, 1.1), ({"residual_precision": "bf16"}, 1.3)],
+    ids=str,
+)
 def test_bf16_is_as_close_to_the_exact_gradient_as_the_official_autocast(changes, most):
-    """Over the eight official batches, as the rounding of one is a matter of luck: ours 1.0 %, theirs 1.1 % off; a residual
-    stream in bf16 1.2 %."""
+    """Over the eight official batches, as the rounding of one is a matter of luck: ours 1.0 %,
+    theirs 1.1 % off; a residual stream in bf16 1.2 %."""
     loader, schedule, official = GoldenLoader(), Schedule(GOLDEN, 2, 1), golden_model()
-    theirs, ours = OfficialStep(GOLDEN, official, CPU.device, schedule), golden_step(precision="bf16", **changes)
+    theirs = OfficialStep(GOLDEN, official, CPU.device, schedule)
+    ours = golden_step(precision="bf16", **changes)
     off = torch.zeros(2, 8)
     for i in range(8):
         batch, exact_step = next(loader), golden_step()
         exact = gradients(exact_step, exact_step.model, batch, torch.float64)
         for row, step, model in ((0, ours, ours.model), (1, theirs, official)):
-            off[row, i] = (gradients(step, model, batch, torch.float32, "bf16") - exact).norm() / exact.norm()
+            off[row, i] = (
+                gradients(step, model, batch, torch.float32, "bf16") - exact
+            ).norm() / exact.norm()
             model.dino_loss.center.zero_()
         theirs.center.zero_()
     rms = off.square().mean(1).sqrt()
@@ -205,7 +264,8 @@ def test_bf16_is_as_close_to_the_exact_gradient_as_the_official_autocast(changes
 
 
 def test_nothing_is_compiled_anew_after_the_first_steps():
-    """Full graphs of fixed shapes, two in all: what stochastic depth draws at each step changes none."""
+    """Full graphs of fixed shapes, two in all: what stochastic depth draws at each step changes
+    none."""
     step, batches = small(compile="on", accumulate=2)
     counters.clear()
     for i in range(2):
@@ -226,7 +286,8 @@ def test_compiled_steps_draw_what_eager_ones_draw():
 
 
 def test_models_that_are_gone_leave_room_for_new_graphs():
-    """torch keeps eight graphs of a function, and all compiled modules share one: a session may train more than four models."""
+    """torch keeps eight graphs of a function, and all compiled modules share one: a session may
+    train more than four models."""
     for _ in range(6):
         step, batches = small(compile="on", local_crops_number=1)
         step(0, batches)
@@ -240,28 +301,50 @@ import json, sys
 import test_step
 from torch._dynamo.utils import counters
 step, batches = test_step.small(compile="on")
-print(json.dumps([[x.item() for x in step(0, batches).values()], dict(counters["inductor"]), dict(counters["aot_autograd"])]))
+losses = [x.item() for x in step(0, batches).values()]
+print(json.dumps([losses, dict(counters["inductor"]), dict(counters["aot_autograd"])]))
 """
 
 
 def test_a_restart_finds_what_was_compiled(tmp_path):
     here = Path(__file__).parent
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
-                   "PYTHONPATH": f"{here.parent}:{here}"}
-    runs = [json.loads(subprocess.run([sys.executable, "-W", "ignore", "-c", RESTART], env=environment, capture_output=True,
-                                      text=True, check=True, timeout=300).stdout.splitlines()[-1]) for _ in range(2)]
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": f"{here.parent}:{here}",
+    }
+    runs = [
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-W", "ignore", "-c", RESTART],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=300,
+            ).stdout.splitlines()[-1]
+        )
+        for _ in range(2)
+    ]
     assert runs[0][0] == runs[1][0]
     assert runs[0][1]["fxgraph_cache_miss"] > 0 and runs[0][2].get("autograd_cache_hit", 0) == 0
     assert "fxgraph_cache_miss" not in runs[1][1] and "autograd_cache_miss" not in runs[1][2]
-    assert runs[1][2]["autograd_cache_hit"] >= 2                           # of 3: torch 2.13 keeps no graph with autocast in it
+    # of 3: torch 2.13 keeps no graph with autocast in it
+    assert runs[1][2]["autograd_cache_hit"] >= 2
 
 
 def test_what_a_run_announces_of_its_step():
     assert small(linear="blas")[0].how == "attention sdpa, not compiled"
     assert small(linear="onednn", grad_checkpointing=True)[0].how == (
-        "attention sdpa, large linear layers of the ViT by oneDNN, activations checkpointed, not compiled")
+        "attention sdpa, large linear layers of the ViT by oneDNN, activations checkpointed, not "
+        "compiled"
+    )
     halves = {"precision": "bf16", "teacher_precision": "bf16", "residual_precision": "bf16"}
-    assert small(**halves)[0].how == "attention sdpa, the teacher in bf16, residual stream in bf16, not compiled"
+    assert (
+        small(**halves)[0].how
+        == "attention sdpa, the teacher in bf16, residual stream in bf16, not compiled"
+    )
     tuned, _ = small(compile="max-autotune")
     assert tuned.how.endswith("compiled, max-autotune") and "many minutes" in tuned.notes[0]
 
@@ -269,26 +352,45 @@ def test_what_a_run_announces_of_its_step():
 def test_what_cannot_be_done_is_announced_or_refused(monkeypatch):
     step, _ = small(cuda_graph=True)
     assert step.graph is None and step.notes == ["`cuda_graph`: without it, as there is no GPU"]
-    monkeypatch.setattr(step_module, "compiler_unavailable_reason", lambda device: "there is no compiler")
+    monkeypatch.setattr(
+        step_module, "compiler_unavailable_reason", lambda device: "there is no compiler"
+    )
     with pytest.raises(ValueError, match="`compile` on was asked for, but there is no compiler."):
         small(compile="on")
-    with pytest.raises(ValueError, match="`linear` onednn was asked for, but it is for fp32 on a CPU, not bfloat16 on cpu"):
+    with pytest.raises(
+        ValueError,
+        match="`linear` onednn was asked for, but it is for fp32 on a CPU, not bfloat16 on cpu",
+    ):
         small(linear="onednn", precision="bf16")
-    with pytest.raises(ValueError, match="`attention` varlen was asked for, but it needs bf16 or fp16 on a GPU"):
+    with pytest.raises(
+        ValueError, match="`attention` varlen was asked for, but it needs bf16 or fp16 on a GPU"
+    ):
         small(attention="varlen")
-    for precision, flag in itertools.product(("fp32", "fp16"), ("teacher_precision", "residual_precision")):
-        with pytest.raises(ValueError, match=f"`{flag}` bf16 goes with `precision` bf16, and this run computes in {precision}"):
+    for precision, flag in itertools.product(
+        ("fp32", "fp16"), ("teacher_precision", "residual_precision")
+    ):
+        with pytest.raises(
+            ValueError,
+            match=f"`{flag}` bf16 goes with `precision` bf16, and this run computes in {precision}",
+        ):
             small(precision=precision, **{flag: "bf16"})
     other = Config(**{**SMALL.to_dict(), "arch": "own"})
 
     def foreign(**changes):
         cfg = Config(**{**other.to_dict(), **changes})
-        model = Model.from_config(cfg, lambda: torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()))
+        model = Model.from_config(
+            cfg, lambda: torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+        )
         return Step(cfg, model, CPU, Schedule(cfg, 100, 1))
 
     assert foreign().how == "not compiled"
-    for flag, value in {"attention": "eager", "linear": "blas", "compile": "on", "grad_checkpointing": True,
-                        "residual_precision": "bf16"}.items():
+    for flag, value in {
+        "attention": "eager",
+        "linear": "blas",
+        "compile": "on",
+        "grad_checkpointing": True,
+        "residual_precision": "bf16",
+    }.items():
         with pytest.raises(ValueError, match=f"`{flag}` .*for our ViTs, not for own"):
             foreign(**{"precision": "bf16", flag: value})
 
@@ -298,11 +400,13 @@ def test_batch_statistics_over_several_gpus_are_not_compiled(monkeypatch):
     monkeypatch.setattr(step_module, "compiler_unavailable_reason", lambda device: None)
     step, _ = small(use_bn_in_head=True)
     assert step._compile() == "not compiled" and not step.notes
-    step.process = Process(0, 2, torch.device("cuda", 0))                       # nothing is put there
+    step.process = Process(0, 2, torch.device("cuda", 0))  # nothing is put there
     assert step._compile() == "not compiled"
     assert step.notes == [f"not compiled, and slower for it: {step_module._NOT_ONE_GRAPH}"]
     step.cfg = Config(**{**step.cfg.to_dict(), "compile": "on"})
-    with pytest.raises(ValueError, match="`compile` on was asked for, but batch statistics over several GPUs"):
+    with pytest.raises(
+        ValueError, match="`compile` on was asked for, but batch statistics over several GPUs"
+    ):
         step._compile()
 
 
@@ -313,7 +417,10 @@ def test_a_compiler_that_fails_is_found_out_before_the_first_step(monkeypatch):
         raise RuntimeError("no g++\nand more")
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert step_module.compiler_unavailable_reason(CPU.device) == "torch.compile does not work here (no g++)"
+    assert (
+        step_module.compiler_unavailable_reason(CPU.device)
+        == "torch.compile does not work here (no g++)"
+    )
 
 
 def test_a_bf16_teacher_follows_its_average_in_float32():
@@ -333,12 +440,20 @@ def test_a_bf16_teacher_follows_its_average_in_float32():
 def test_a_teacher_that_is_float32_again_goes_on_from_its_average(tmp_path):
     """And back in bf16 from where it then is, not from an average of long ago."""
     path = tmp_path / "checkpoint.pth"
-    options = {"precision": "bf16", "norm_last_layer": False, "freeze_last_layer": 1, "momentum_teacher": 0.5, "lr": 1.0}
+    options = {
+        "precision": "bf16",
+        "norm_last_layer": False,
+        "freeze_last_layer": 1,
+        "momentum_teacher": 0.5,
+        "lr": 1.0,
+    }
 
     def resumed(before, **changes):
-        checkpoint.save(path, before.model, before.optimizer, None, before.cfg, checkpoint.TrainState())
+        checkpoint.save(
+            path, before.model, before.optimizer, None, before.cfg, checkpoint.TrainState()
+        )
         step, batches = small(**options, **changes)
-        checkpoint.restore(path, step.model, step.optimizer, None, step.cfg)
+        resume.restore(path, step.model, step.optimizer, None, step.cfg)
         return step, batches
 
     rounded, batches = small(**options, teacher_precision="bf16")
@@ -350,10 +465,15 @@ def test_a_teacher_that_is_float32_again_goes_on_from_its_average(tmp_path):
         assert torch.equal(t, rounded.optimizer._state_of(s)["teacher_master"])
     for i in range(3, 20):
         exact(i, batches)
-    assert not any("teacher_master" in state for state in exact.optimizer.state.values()) and not exact.optimizer._frozen_state
+    assert (
+        not any("teacher_master" in state for state in exact.optimizer.state.values())
+        and not exact.optimizer._frozen_state
+    )
     again, batches = resumed(exact, teacher_precision="bf16")
     again.optimizer.step(momentum=1.0)
-    for a, b in zip(again.model.teacher.parameters(), exact.model.teacher.parameters(), strict=True):
+    for a, b in zip(
+        again.model.teacher.parameters(), exact.model.teacher.parameters(), strict=True
+    ):
         assert torch.equal(a, b.bfloat16())
 
 
@@ -362,7 +482,9 @@ def test_checkpointing_keeps_less_for_backward():
     for checkpointing in (False, True):
         step, batches = small(grad_checkpointing=checkpointing)
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: (sizes.append(x.nbytes), x)[1], lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: (sizes.append(x.nbytes), x)[1], lambda x: x
+        ):
             step.model(next(batches), torch.tensor(0.04))
         kept[checkpointing] = sum(sizes)
     assert kept[True] < 0.75 * kept[False]
@@ -370,7 +492,8 @@ def test_checkpointing_keeps_less_for_backward():
 
 # ---- the CUDA graph
 class Replayed:
-    """Stands in for a CUDA graph: what is recorded is done again at each replay, into the memory of the recording."""
+    """Stands in for a CUDA graph: what is recorded is done again at each replay, into the memory of
+    the recording."""
 
     recording = None
 
@@ -379,14 +502,18 @@ class Replayed:
         for p in self.parameters:
             p.grad = None
         new = self.whole()
-        for old, now in zip((*stats.values(), *grads),
-                            (*new.values(), *(p.grad for p in self.parameters)), strict=True):
+        for old, now in zip(
+            (*stats.values(), *grads),
+            (*new.values(), *(p.grad for p in self.parameters)),
+            strict=True,
+        ):
             old.copy_(now)
 
 
 @pytest.fixture
 def recorder(monkeypatch):
     """Streams and graphs on a CPU; the recording itself does nothing to the model, as on a GPU."""
+
     class Stream:
         def wait_stream(self, other):
             pass
@@ -404,7 +531,8 @@ def recorder(monkeypatch):
 
 
 def test_the_graph_gives_the_official_trajectory(recorder):
-    """Three steps as they are, then replays: also across the epoch in which the last layer is no longer frozen."""
+    """Three steps as they are, then replays: also across the epoch in which the last layer is no
+    longer frozen."""
     step = golden_step()
     center = step.model.dino_loss.center
     parameters = [p for p in step.model.student.parameters() if p.requires_grad]
@@ -414,7 +542,7 @@ def test_the_graph_gives_the_official_trajectory(recorder):
         calls.append([x.data_ptr() for x in crops])
         before = center.clone()
         stats = step._whole(crops, teacher_temp)
-        if len(calls) == cuda_graph.WARM_UP + 1:                           # what is recorded is not done
+        if len(calls) == cuda_graph.WARM_UP + 1:  # what is recorded is not done
             center.copy_(before)
         return stats
 
@@ -429,15 +557,23 @@ def test_the_graph_gives_the_official_trajectory(recorder):
 
     step.graph._record = record
     assert_official(step, step.model)
-    assert len(calls) == 8 + 1 and len({tuple(c) for c in calls[cuda_graph.WARM_UP:]}) == 1
+    assert len(calls) == 8 + 1 and len({tuple(c) for c in calls[cuda_graph.WARM_UP :]}) == 1
 
 
 GPU = Process(0, 1, torch.device("cuda", 0)) if torch.cuda.is_available() else None
 
 
-@pytest.mark.parametrize("changes", [
-    {"compile": "off"}, {"compile": "on"}, {"compile": "off", "cuda_graph": True}, {"compile": "on", "cuda_graph": True},
-    {"compile": "on", "grad_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"compile": "off"},
+        {"compile": "on"},
+        {"compile": "off", "cuda_graph": True},
+        {"compile": "on", "cuda_graph": True},
+        {"compile": "on", "grad_checkpointing": True},
+    ],
+    ids=str,
+)
 def test_official_trajectory_on_a_gpu(gpu, changes):
     step = golden_step(GPU, precision="fp32", **changes)
     assert_official(step, step.model, "cuda", tolerance=1e-4)
@@ -454,13 +590,25 @@ def test_a_replayed_step_is_an_eager_step(gpu, precision):
     torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("changes", [{"compile": "off"}, {"compile": "on"}, {"cuda_graph": True}, {"precision": "fp16"},
-                                     {"precision": "fp32"}, {"residual_precision": "bf16"}, {"teacher_precision": "bf16"},
-                                     {"grad_checkpointing": True}, {"attention": "sdpa"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"compile": "off"},
+        {"compile": "on"},
+        {"cuda_graph": True},
+        {"precision": "fp16"},
+        {"precision": "fp32"},
+        {"residual_precision": "bf16"},
+        {"teacher_precision": "bf16"},
+        {"grad_checkpointing": True},
+        {"attention": "sdpa"},
+    ],
+    ids=str,
+)
 def test_no_step_waits_for_the_gpu(gpu, changes):
     step, batches = small(GPU, **changes)
     crops = [next(batches) for _ in range(10)]
-    for i in range(6):                                                     # compiles, records, makes what is made once
+    for i in range(6):  # compiles, records, makes what is made once
         step(i, iter(crops[i:]))
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,4 +1,5 @@
-"""Tensors that are made once: the same until others have taken their place, and held for whoever needs them longer."""
+"""Tensors that are made once: the same until others have taken their place, and held for whoever
+needs them longer."""
 
 from __future__ import annotations
 
@@ -51,7 +52,11 @@ def test_held_results_outlive_the_others(ones):
     for n in range(4, 10):
         ones(n)
     gc.collect()
-    assert made_before() is held[0] and made_within() is held[1] is also_held[0] and made_after() is None
+    assert (
+        made_before() is held[0]
+        and made_within() is held[1] is also_held[0]
+        and made_after() is None
+    )
     assert len(held) == 3 and len(also_held) == 1
     del held, also_held
     gc.collect()

@@ -56,7 +56,7 @@ def test_the_same_bits_and_gradients_as_autocast_without_a_cast_of_a_weight():
     plain, _ = networks()
     student, _ = networks()
     copies = Copies([student], BF16)
-    assert len(copies.of) == 2 * (4 * len(student.blocks) + 1)                # weight and bias of each product
+    assert len(copies.of) == 2 * (4 * len(student.blocks) + 1)  # weight and bias of each product
     found = []
     for network in (plain, student):
         with Casts(network.parameters()) as casts:
@@ -64,10 +64,12 @@ def test_the_same_bits_and_gradients_as_autocast_without_a_cast_of_a_weight():
         out.square().sum().backward()
         found.append((casts.n, out, {name: p.grad for name, p in network.named_parameters()}))
     (cast, out, grads), (left, out_of_copies, grads_of_copies) = found
-    assert cast == len(copies.of) + 2 and left == 0                           # the last block's qkv is cast in two parts
+    assert cast == len(copies.of) + 2 and left == 0  # the last block's qkv is cast in two parts
     assert torch.equal(out, out_of_copies)
     for name, grad in grads.items():
-        assert grads_of_copies[name].dtype == torch.float32 and torch.equal(grad, grads_of_copies[name]), name
+        assert grads_of_copies[name].dtype == torch.float32 and torch.equal(
+            grad, grads_of_copies[name]
+        ), name
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -85,7 +87,8 @@ def test_every_optimizer_writes_them_and_a_skipped_step_does_not(name):
         optimizer.zero_grad()
         assert_fresh(copies)
         moved = sum(not torch.equal(p, old) for p, old in zip(copies.of, before, strict=True))
-        assert moved == (0 if skip else len(copies.of) - 2)                   # not the frozen one, nor the average of it
+        # not the frozen one, nor the average of it
+        assert moved == (0 if skip else len(copies.of) - 2)
 
 
 def test_a_parameter_written_by_somebody_else_is_rounded_anew():
@@ -93,39 +96,52 @@ def test_a_parameter_written_by_somebody_else_is_rounded_anew():
     other, _ = networks()
     copies = Copies([student], BF16)
     kept = list(copies.of.values())
-    for write in (lambda: student.load_state_dict({k: v + 1 for k, v in other.state_dict().items()}),
-                  lambda: nn.init.ones_(student.blocks[1].attn.proj.bias)):
+    for write in (
+        lambda: student.load_state_dict({k: v + 1 for k, v in other.state_dict().items()}),
+        lambda: nn.init.ones_(student.blocks[1].attn.proj.bias),
+    ):
         write()
         copies.refresh()
         assert_fresh(copies)
-        assert all(now is then for now, then in zip(copies.of.values(), kept, strict=True))    # a CUDA graph reads them there
-    student.double().float()                                                  # which makes other tensors of the buffers
+        # a CUDA graph reads them there
+        assert all(now is then for now, then in zip(copies.of.values(), kept, strict=True))
+    student.double().float()  # which makes other tensors of the buffers
     assert student.blocks[0].attn.qkv.weight_copy.dtype == torch.float32
     copies.refresh()
     assert_fresh(copies)
-    assert all(copies.of[p] is student.blocks[0].attn.qkv._buffers[f"{name}_copy"]
-               for name, p in student.blocks[0].attn.qkv.named_parameters())
+    assert all(
+        copies.of[p] is student.blocks[0].attn.qkv._buffers[f"{name}_copy"]
+        for name, p in student.blocks[0].attn.qkv.named_parameters()
+    )
 
 
 def test_read_in_a_step_and_under_autocast_to_their_dtype_alone():
     layer = Linear(4, 4)
     assert operand(layer, "weight") is layer.weight
     rounded = Copies([layer], BF16).of[layer.weight]
-    rounded.zero_()                                                           # to tell them apart
+    rounded.zero_()  # to tell them apart
     x = torch.randn(2, 4)
-    for dtype, enabled, is_read in ((BF16, True, True), (BF16, False, False), (torch.float16, True, False)):
+    for dtype, enabled, is_read in (
+        (BF16, True, True),
+        (BF16, False, False),
+        (torch.float16, True, False),
+    ):
         with reading(), torch.autocast("cpu", dtype, enabled=enabled):
             assert torch.equal(operand(layer, "weight"), rounded) == is_read
             assert (layer(x).dtype == torch.float32) == (not enabled)
     layer.requires_grad_(False)
     with torch.autocast("cpu", BF16):
-        assert operand(layer, "weight") is layer.weight                       # whoever is no step computes with the parameters
+        # whoever is no step computes with the parameters
+        assert operand(layer, "weight") is layer.weight
         with reading(), reading():
             pass
         with reading():
             assert operand(layer, "weight") is rounded
         assert operand(layer, "weight") is layer.weight
-    assert set(layer.state_dict()) == {"weight", "bias"} and Linear(4, 4, bias=False)(x).shape == (2, 4)
+    assert set(layer.state_dict()) == {"weight", "bias"} and Linear(4, 4, bias=False)(x).shape == (
+        2,
+        4,
+    )
 
 
 def test_copies_of_a_copied_optimizer_are_those_of_its_own_parameters():

@@ -7,11 +7,33 @@ from dinofast import VisionTransformer
 from dinofast.config import Config
 from dinofast.nn.dino import Model
 
-GOLDEN = Config(arch="vit_tiny", patch_size=8, out_dim=160, head_hidden_dim=64, head_bottleneck_dim=24, norm_last_layer=False,
-                local_crops_number=4, global_crops_size=32, local_crops_size=16, batch_size_per_gpu=4, epochs=4,
-                warmup_epochs=1, lr=0.002 * 256 / 4, min_lr=1e-5, weight_decay=0.04, weight_decay_end=0.4, momentum_teacher=0.9,
-                clip_grad=0.05, freeze_last_layer=1, warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=2,
-                drop_path_rate=0.0, log_steps=1, device="cpu")
+GOLDEN = Config(
+    arch="vit_tiny",
+    patch_size=8,
+    out_dim=160,
+    head_hidden_dim=64,
+    head_bottleneck_dim=24,
+    norm_last_layer=False,
+    local_crops_number=4,
+    global_crops_size=32,
+    local_crops_size=16,
+    batch_size_per_gpu=4,
+    epochs=4,
+    warmup_epochs=1,
+    lr=0.002 * 256 / 4,
+    min_lr=1e-5,
+    weight_decay=0.04,
+    weight_decay_end=0.4,
+    momentum_teacher=0.9,
+    clip_grad=0.05,
+    freeze_last_layer=1,
+    warmup_teacher_temp=0.04,
+    teacher_temp=0.07,
+    warmup_teacher_temp_epochs=2,
+    drop_path_rate=0.0,
+    log_steps=1,
+    device="cpu",
+)
 
 
 def golden_backbone():
@@ -21,9 +43,14 @@ def golden_backbone():
 class GoldenLoader:
     """The eight batches of the official run, as a loader gives them."""
 
-    n_images, steps_per_epoch, bad_files, wait_s, fingerprint, backend, backend_note = 8, 2, [], 0.0, "f" * 32, "golden", ""
+    n_images = 8
+    steps_per_epoch = 2
+    bad_files = []
+    wait_s = 0.0
+    fingerprint = "f" * 32
+    backend = "golden"
+    backend_note = ""
     n_unread, unread_reason = 0, ""
-
 
     def __init__(self, poison=None):
         self.step, self.poison, self.called = 0, poison, []

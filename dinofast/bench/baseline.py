@@ -1,7 +1,9 @@
-"""The official training step (facebookresearch/dino), rewritten as it is: what `bench-step` and the benchmarks compare with.
+"""The official training step (facebookresearch/dino), rewritten as it is: what `bench-step` and the
+benchmarks compare with.
 
-Same numbers as ours, computed its way: a pass of the backbone per crop size, attention by an explicit softmax, a log-softmax
-for each pair of crops, gradients clipped and averages taken tensor by tensor, and the host reading values all along.
+Same numbers as ours, computed its way: a pass of the backbone per crop size, attention by an
+explicit softmax, a log-softmax for each pair of crops, gradients clipped and averages taken tensor
+by tensor, and the host reading values all along.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Backbone(nn.Module):
-    """The official forward pass over the parameters of one of our ViTs: images (B, 3, h, w) of one size -> (B, D)."""
+    """The official forward pass over the parameters of one of our ViTs: images (B, 3, h, w) of one
+    size -> (B, D)."""
 
     def __init__(self, vit: VisionTransformer, sdpa: bool) -> None:
         super().__init__()
@@ -31,7 +34,7 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         vit, (h, w) = self.vit, x.shape[-2:]
-        x = vit.patch_embed.proj(x).flatten(2).transpose(1, 2)                                    # (B, N - 1, D)
+        x = vit.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (B, N - 1, D)
         x = torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + self.positions(h, w)
         for block, rate in zip(vit.blocks, vit.drop_path_rates, strict=True):
             assert isinstance(block, Block)
@@ -45,7 +48,9 @@ class Backbone(nn.Module):
         if h == w and rows == grid:
             return table
         patches = table[:, 1:].reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
-        patches = F.interpolate(patches, scale_factor=((rows + 0.1) / grid, (cols + 0.1) / grid), mode="bicubic")
+        patches = F.interpolate(
+            patches, scale_factor=((rows + 0.1) / grid, (cols + 0.1) / grid), mode="bicubic"
+        )
         return torch.cat((table[:, :1], patches.flatten(2).transpose(1, 2)), dim=1)
 
     def attention(self, block: Block, x: Tensor) -> Tensor:
@@ -60,7 +65,10 @@ class Backbone(nn.Module):
     def drop_path(self, x: Tensor, rate: float) -> Tensor:
         if rate == 0 or not self.training:
             return x
-        return x.div(1 - rate) * torch.rand(x.shape[0], 1, 1, dtype=x.dtype, device=x.device).add_(1 - rate).floor_()
+        return (
+            x.div(1 - rate)
+            * torch.rand(x.shape[0], 1, 1, dtype=x.dtype, device=x.device).add_(1 - rate).floor_()
+        )
 
 
 class MultiCrop(nn.Module):
@@ -73,7 +81,10 @@ class MultiCrop(nn.Module):
     def forward(self, crops: list[Tensor]) -> Tensor:
         sizes = [crop.shape[-1] for crop in crops]
         ends = [i + 1 for i in range(len(crops)) if i + 1 == len(crops) or sizes[i] != sizes[i + 1]]
-        features = [self.backbone(torch.cat(crops[start:end])) for start, end in zip([0, *ends], ends, strict=False)]
+        features = [
+            self.backbone(torch.cat(crops[start:end]))
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
         return self.head(torch.cat(features))
 
 
@@ -85,22 +96,40 @@ def _official(network: MultiCropWrapper, sdpa: bool) -> MultiCrop:
 class OfficialStep:
     """`step(i, batches)` as `step.Step` has it, done the official way; returns the loss ().
 
-    It trains `model`, whose parameters it shares. sdpa, compiled: torch's attention kernel, and student and teacher under
-    torch.compile: what a careful user adds. mark: called with the name of each part when it has ended.
+    It trains `model`, whose parameters it shares. sdpa, compiled: torch's attention kernel, and
+    student and teacher under torch.compile: what a careful user adds. mark: called with the name of
+    each part when it has ended.
     """
 
-    def __init__(self, cfg: Config, model: Model, device: torch.device, schedule: Schedule, *, sdpa: bool = False,
-                 compiled: bool = False, mark: Callable[[str], None] = lambda part: None) -> None:
-        self.cfg, self.model, self.device, self.schedule, self.mark = cfg, model.to(device), device, schedule, mark
-        self.student, self.teacher = (_official(net, sdpa) for net in (model.student, model.teacher))
+    def __init__(
+        self,
+        cfg: Config,
+        model: Model,
+        device: torch.device,
+        schedule: Schedule,
+        *,
+        sdpa: bool = False,
+        compiled: bool = False,
+        mark: Callable[[str], None] = lambda part: None,
+    ) -> None:
+        self.cfg = cfg
+        self.model = model.to(device)
+        self.device = device
+        self.schedule = schedule
+        self.mark = mark
+        self.student, self.teacher = (
+            _official(net, sdpa) for net in (model.student, model.teacher)
+        )
         for network in (self.student, self.teacher) if compiled else ():
             network.compile(dynamic=False)
         self.precision = cfg.precision_on(device.type)
         self.scaler = torch.amp.GradScaler(device.type) if self.precision == "fp16" else None
         self.optimizer = torch.optim.AdamW(param_groups(model.student))
         self.center = torch.zeros(1, cfg.out_dim, device=device)
-        torch.backends.cudnn.benchmark = True                     # as its main_dino.py sets it; of ours nothing is cuDNN's
-        self.teacher_temps = schedule.teacher_temp.tolist()              # on the host, as officially: no wait in the step
+        # as its main_dino.py sets it; of ours nothing is cuDNN's
+        torch.backends.cudnn.benchmark = True
+        # on the host, as officially: no wait in the step
+        self.teacher_temps = schedule.teacher_temp.tolist()
 
     def __call__(self, step: int, batches: Iterator[list[Tensor]]) -> dict[str, Tensor]:
         cfg, schedule = self.cfg, self.schedule
@@ -110,16 +139,25 @@ class OfficialStep:
                 group["weight_decay"] = schedule.weight_decay[step]
         batch = next(batches)
         self.mark("data")
-        crops = [crop for size in batch for crop in size.chunk(size.shape[0] // cfg.batch_size_per_gpu)]
+        crops = [
+            crop for size in batch for crop in size.chunk(size.shape[0] // cfg.batch_size_per_gpu)
+        ]
         epoch = step // schedule.steps_per_epoch
-        with torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32"):
+        with torch.autocast(
+            self.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32"
+        ):
             with torch.no_grad():
                 teacher_output = self.teacher(crops[:2])
             self.mark("teacher")
             student_output = self.student(crops)
             self.mark("student")
-            loss, total = dino_loss(student_output, teacher_output, self.center, cfg.student_temp,
-                                    self.teacher_temps[epoch])
+            loss, total = dino_loss(
+                student_output,
+                teacher_output,
+                self.center,
+                cfg.student_temp,
+                self.teacher_temps[epoch],
+            )
             momentum = cfg.center_momentum
             self.center = self.center * momentum + total / len(teacher_output) * (1 - momentum)
         if not math.isfinite(loss.item()):
@@ -147,29 +185,38 @@ class OfficialStep:
         return {"loss": loss.detach()}
 
 
-def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float,
-              teacher_temp: float) -> tuple[Tensor, Tensor]:
+def dino_loss(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float
+) -> tuple[Tensor, Tensor]:
     """The loss () and the sum of the teacher's rows (1, K), as the official `DINOLoss` gets them.
 
-    student (V B, K), teacher (2 B, K), crop-major; center (1, K). A log-softmax for each of the 2 (V - 1) pairs; softmaxes in
-    fp32 whatever the logits are, as under CUDA's autocast.
+    student (V B, K), teacher (2 B, K), crop-major; center (1, K). A log-softmax for each of the 2
+    (V - 1) pairs; softmaxes in fp32 whatever the logits are, as under CUDA's autocast.
     """
     crops = student.shape[0] // (teacher.shape[0] // 2)
-    student_chunks = (student / student_temp).chunk(crops)                                  # V of (B, K)
-    q_chunks = F.softmax((teacher - center) / teacher_temp, dim=-1, dtype=torch.float32).detach().chunk(2)
+    student_chunks = (student / student_temp).chunk(crops)  # V of (B, K)
+    q_chunks = (
+        F.softmax((teacher - center) / teacher_temp, dim=-1, dtype=torch.float32).detach().chunk(2)
+    )
     total: Tensor | int = 0
     pairs = 0
-    for t, q in enumerate(q_chunks):                                                        # (B, K)
+    for t, q in enumerate(q_chunks):  # (B, K)
         for v, chunk in enumerate(student_chunks):
             if v != t:
-                total = total + torch.sum(-q * F.log_softmax(chunk, dim=-1, dtype=torch.float32), dim=-1).mean()
+                total = (
+                    total
+                    + torch.sum(
+                        -q * F.log_softmax(chunk, dim=-1, dtype=torch.float32), dim=-1
+                    ).mean()
+                )
                 pairs += 1
     assert isinstance(total, Tensor)
     return total / pairs, torch.sum(teacher, dim=0, keepdim=True)
 
 
 def clip_gradients(model: nn.Module, clip: float) -> list[float]:
-    """Norm of each gradient tensor, read on the host; those above `clip` are scaled down, in place."""
+    """Norm of each gradient tensor, read on the host; those above `clip` are scaled down, in
+    place."""
     norms = []
     for p in model.parameters():
         if p.grad is not None:

@@ -1,4 +1,5 @@
-"""`dinofast bench-data`: how many images a second the data path makes, what they cost, and whether that is enough."""
+"""`dinofast bench-data`: how many images a second the data path makes, what they cost, and whether
+that is enough."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ from ..runtime.backends import cores
 from ..runtime.distributed import pick_device
 from ..runtime.progress import counting
 
-INTERVALS = 10     # of the measurement, at most
-SAMPLE = 100       # images of which the stages are timed, at most
+INTERVALS = 10  # of the measurement, at most
+SAMPLE = 100  # images of which the stages are timed, at most
 STAGES_SHARE = 0.2  # of the seconds, for that
 
 
@@ -37,18 +38,19 @@ class Measured:
 
     source: str
     n_images: int
-    bad_files: list[tuple[str, str]]       # path and reason
+    bad_files: list[tuple[str, str]]  # path and reason
     scan_s: float
     backend: str
     backend_note: str | None
     n_workers: int
     batch_size: int
     n_crops: int
-    n_counted: int                         # images, in so many seconds
+    n_counted: int  # images, in so many seconds
     seconds: float
-    rates: list[float]                     # images/s, by interval
-    cpu_ms: float | None                   # an image, in all threads and processes; None where workers cannot be asked
-    stages_ms: dict[str, float]            # an image, CPU time of one thread: read, decode, crops
+    rates: list[float]  # images/s, by interval
+    # an image, in all threads and processes; None where workers cannot be asked
+    cpu_ms: float | None
+    stages_ms: dict[str, float]  # an image, CPU time of one thread: read, decode, crops
 
     @property
     def images_per_s(self) -> float:
@@ -56,18 +58,25 @@ class Measured:
 
 
 def measure(cfg: Config, seconds: float) -> Measured:
-    """Take batches from the loader of a run with these options for at least so many seconds, then time its parts one by one.
+    """Take batches from the loader of a run with these options for at least so many seconds, then
+    time its parts one by one.
 
-    Nothing is written to `cfg.output_dir`. Raises ValueError for a source without images, or with too few for a step.
+    Nothing is written to `cfg.output_dir`. Raises ValueError for a source without images, or with
+    too few for a step.
     """
     device = pick_device(cfg.device)
     with tempfile.TemporaryDirectory(prefix="dinofast-") as folder:
         start = time.perf_counter()
-        loader = make_loader(replace(cfg, output_dir=folder), device=device, on_progress=counting("scanning files", True))
+        loader = make_loader(
+            replace(cfg, output_dir=folder),
+            device=device,
+            on_progress=counting("scanning files", True),
+        )
         scan_s = time.perf_counter() - start
         with closing(loader), _between_batches():
-            batches_a_round = max(1, loader.n_workers)         # workers finish at about the same time, batch by batch
-            _take(loader, max(2, batches_a_round))             # starts them
+            # workers finish at about the same time, batch by batch
+            batches_a_round = max(1, loader.n_workers)
+            _take(loader, max(2, batches_a_round))  # starts them
             ends, cpu_before_s = [time.perf_counter()], _cpu_s()
             while ends[-1] - ends[0] < seconds:
                 _take(loader, batches_a_round)
@@ -75,18 +84,42 @@ def measure(cfg: Config, seconds: float) -> Measured:
             cpu_after_s = _cpu_s()
         rounds = np.array_split(np.arange(len(ends) - 1), min(INTERVALS, len(ends) - 1))
         images_a_round = batches_a_round * cfg.batch_size_per_gpu
-        rates = [len(part) * images_a_round / (ends[part[-1] + 1] - ends[part[0]]) for part in rounds]
+        rates = [
+            len(part) * images_a_round / (ends[part[-1] + 1] - ends[part[0]]) for part in rounds
+        ]
         n_counted = (len(ends) - 1) * images_a_round
-        cpu_ms = None if cpu_before_s is None or cpu_after_s is None else (cpu_after_s - cpu_before_s) / n_counted * 1e3
-        return Measured(cfg.data_path, loader.n_images, loader.bad_files, scan_s, loader.backend, loader.backend_note,
-                        loader.n_workers, cfg.batch_size_per_gpu, cfg.n_crops, n_counted, ends[-1] - ends[0], rates, cpu_ms,
-                        _stages(loader, device, seconds * STAGES_SHARE, cpu_ms or 0.0))
+        cpu_ms = (
+            None
+            if cpu_before_s is None or cpu_after_s is None
+            else (cpu_after_s - cpu_before_s) / n_counted * 1e3
+        )
+        return Measured(
+            cfg.data_path,
+            loader.n_images,
+            loader.bad_files,
+            scan_s,
+            loader.backend,
+            loader.backend_note,
+            loader.n_workers,
+            cfg.batch_size_per_gpu,
+            cfg.n_crops,
+            n_counted,
+            ends[-1] - ends[0],
+            rates,
+            cpu_ms,
+            _stages(loader, device, seconds * STAGES_SHARE, cpu_ms or 0.0),
+        )
 
 
 @contextmanager
 def _between_batches() -> Iterator[None]:
-    """Ctrl-C takes effect at the end of `_take`: a worker that is left while it hands over a batch complains."""
-    before = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    """Ctrl-C takes effect at the end of `_take`: a worker that is left while it hands over a batch
+    complains."""
+    before = (
+        signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread()
+        else None
+    )
     _interrupted.clear()
     if before is not None:
         signal.signal(signal.SIGINT, lambda signum, frame: _interrupted.set())
@@ -115,27 +148,36 @@ def _cpu_s() -> float | None:
     try:
         for worker in multiprocessing.active_children():
             fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
-            total += sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")      # in user and in system mode
+            # in user and in system mode
+            total += sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
     except OSError:
         return None
     return total
 
 
-def _stages(loader: Loader, device: torch.device, seconds: float, cpu_ms: float) -> dict[str, float]:
-    """Mean CPU time an image, in ms: of images from all over the source, worked on in this thread as the loader does."""
+def _stages(
+    loader: Loader, device: torch.device, seconds: float, cpu_ms: float
+) -> dict[str, float]:
+    """Mean CPU time an image, in ms: of images from all over the source, worked on in this thread
+    as the loader does."""
     if loader.backend == "dali":
         return _stages_of_dali(loader, device, seconds, cpu_ms)
     reader = loader.reader
     spent: list[np.ndarray] = []
     on_gpu = device.type == "cuda"
-    norm_lut = None if on_gpu else np.zeros((3, 256), np.float32)               # the CPU normalizes as it writes
-    out = [torch.empty(3, side, side, dtype=torch.uint8 if on_gpu else torch.float32)
-           for n, side in loader.augmentation.resolutions for _ in range(n)]
+    norm_lut = None if on_gpu else np.zeros((3, 256), np.float32)  # the CPU normalizes as it writes
+    out = [
+        torch.empty(3, side, side, dtype=torch.uint8 if on_gpu else torch.float32)
+        for n, side in loader.augmentation.resolutions
+        for _ in range(n)
+    ]
     end = time.perf_counter() + seconds
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for index in np.linspace(0, loader.n_images - 1, min(SAMPLE, loader.n_images), dtype=int).tolist():
-            _, index = reader.decode_next(index, [])                            # the next one that decodes
+        for index in np.linspace(
+            0, loader.n_images - 1, min(SAMPLE, loader.n_images), dtype=int
+        ).tolist():
+            _, index = reader.decode_next(index, [])  # the next one that decodes
             draw = loader.augmentation.draw(0, np.array([index]))
             times = [time.thread_time()]
             data = reader.dataset.read(index)
@@ -155,13 +197,19 @@ def _stages(loader: Loader, device: torch.device, seconds: float, cpu_ms: float)
     return dict(zip(("read", "decode", "crops"), np.mean(spent, 0).tolist(), strict=True))
 
 
-def _stages_of_dali(loader: Loader, device: torch.device, seconds: float, cpu_ms: float) -> dict[str, float]:
-    """Reading and color by themselves; the rest of `cpu_ms` is the graph's, whose threads cannot be asked."""
+def _stages_of_dali(
+    loader: Loader, device: torch.device, seconds: float, cpu_ms: float
+) -> dict[str, float]:
+    """Reading and color by themselves; the rest of `cpu_ms` is the graph's, whose threads cannot be
+    asked."""
     n_images, resolutions = loader.batch_size, loader.augmentation.resolutions
     indices = np.arange(n_images) % loader.n_images
     drawn, norm_lut = loader.augmentation.draw(0, indices).views, torch.zeros(3, 256, device=device)
-    cut = [torch.zeros(n_images, side, side, 3, dtype=torch.uint8, device=device)
-           for n, side in resolutions for _ in range(n)]
+    cut = [
+        torch.zeros(n_images, side, side, 3, dtype=torch.uint8, device=device)
+        for n, side in resolutions
+        for _ in range(n)
+    ]
     spent: list[np.ndarray] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or not spent:
@@ -174,23 +222,37 @@ def _stages_of_dali(loader: Loader, device: torch.device, seconds: float, cpu_ms
         times.append(time.process_time())
         spent.append(np.diff(times) / n_images * 1e3)
     read_ms, color_ms = np.mean(spent, 0).tolist()
-    return {"read": read_ms, "decode and cut": max(0.0, cpu_ms - read_ms - color_ms), "color": color_ms}
+    return {
+        "read": read_ms,
+        "decode and cut": max(0.0, cpu_ms - read_ms - color_ms),
+        "color": color_ms,
+    }
 
 
 def report(measured: Measured, wanted: float | None) -> str:
-    """Plain text, one fact a line; the last is whether the data keeps up with training at `wanted` images/s."""
+    """Plain text, one fact a line; the last is whether the data keeps up with training at `wanted`
+    images/s."""
     m = measured
-    workers = f"{m.n_workers} {'process(es)' if m.backend == 'pil' else 'thread(s)'}" if m.n_workers else "in the main thread"
+    workers = (
+        f"{m.n_workers} {'process(es)' if m.backend == 'pil' else 'thread(s)'}"
+        if m.n_workers
+        else "in the main thread"
+    )
     lines = [f"source: '{m.source}', {m.n_images:,} images, listed in {m.scan_s:.2f} s"]
     if m.bad_files:
         path, reason = m.bad_files[-1]
-        lines.append(f"{len(m.bad_files):,} bad file(s) replaced or left out; the last: {path} ({reason})")
-    lines += [f"crops: {m.backend}, {workers}{f' ({m.backend_note})' if m.backend_note else ''}; "
-              f"{m.n_crops} crops an image, {m.batch_size} images a batch, {cores()} core(s)",
-              f"speed: {_short(m.images_per_s)} images/s, median of {len(m.rates)} interval(s) from {_short(min(m.rates))} to "
-              f"{_short(max(m.rates))}; {m.n_counted:,} images in {m.seconds:.1f} s",
-              f"CPU time an image, {'by stage' if m.backend == 'dali' else 'one thread alone'}: "
-              + ", ".join(f"{stage} {ms:.2f} ms" for stage, ms in m.stages_ms.items())]
+        lines.append(
+            f"{len(m.bad_files):,} bad file(s) replaced or left out; the last: {path} ({reason})"
+        )
+    lines += [
+        f"crops: {m.backend}, {workers}{f' ({m.backend_note})' if m.backend_note else ''}; "
+        f"{m.n_crops} crops an image, {m.batch_size} images a batch, {cores()} core(s)",
+        f"speed: {_short(m.images_per_s)} images/s, median of {len(m.rates)} interval(s) from "
+        f"{_short(min(m.rates))} to {_short(max(m.rates))}; {m.n_counted:,} images in "
+        f"{m.seconds:.1f} s",
+        f"CPU time an image, {'by stage' if m.backend == 'dali' else 'one thread alone'}: "
+        + ", ".join(f"{stage} {ms:.2f} ms" for stage, ms in m.stages_ms.items()),
+    ]
     if m.cpu_ms is not None:
         lines.append(f"CPU time an image, all in all: {m.cpu_ms:.2f} ms")
     return "\n".join([*lines, verdict(m, wanted)])
@@ -205,8 +267,11 @@ def verdict(measured: Measured, wanted: float | None) -> str:
     needed = math.ceil(wanted * (m.cpu_ms or sum(m.stages_ms.values())) / 1e3)
     if needed > min(cores(), m.n_workers):
         way_out = f"{needed:,} cores of this kind would do"
-    else:                                                      # they are here, and wait
-        way_out = f"{needed:,} core(s) would do, so the files come too slowly, or something else takes the cores"
+    else:  # they are here, and wait
+        way_out = (
+            f"{needed:,} core(s) would do, so the files come too slowly, or something else "
+            "takes the cores"
+        )
     return f"does not keep up: {rate} of {_short(wanted)} images/s; {way_out}"
 
 

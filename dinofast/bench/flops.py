@@ -1,4 +1,5 @@
-"""How many floating-point operations a step of DINO needs, and what a machine could do: the two sides of MFU."""
+"""How many floating-point operations a step of DINO needs, and what a machine could do: the two
+sides of MFU."""
 
 from __future__ import annotations
 
@@ -9,29 +10,47 @@ import torch
 from ..nn.onednn_linear import LIBRARIES, linear
 from ..nn.vit import VisionTransformer
 
-# Dense bf16 and fp16 products with fp32 sums, FLOP/s, from NVIDIA's data sheets, by the first that is part of a device's name
-_DATA_SHEETS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+# Dense bf16 and fp16 products with fp32 sums, FLOP/s, from NVIDIA's data sheets, by the first that
+# is part of a device's name
+_DATA_SHEETS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
 
 
-def forward_flops(vit: VisionTransformer, head_widths: list[int], n_crops: int, size: int) -> tuple[int, int]:
-    """Of n crops of size x size pixels, in one forward pass: of the layer over pixels, and of all that follows.
+def forward_flops(
+    vit: VisionTransformer, head_widths: list[int], n_crops: int, size: int
+) -> tuple[int, int]:
+    """Of n crops of size x size pixels, in one forward pass: of the layer over pixels, and of all
+    that follows.
 
-    Matrix products only, a multiplication and an addition each counted as one, for all tokens in all blocks: what the official
-    network computes. head_widths: of the head's layers from the features to the prototypes.
+    Matrix products only, a multiplication and an addition each counted as one, for all tokens in
+    all blocks: what the official network computes. head_widths: of the head's layers from the
+    features to the prototypes.
     """
     d, patch = vit.embed_dim, vit.patch_embed.proj.weight.shape[1:].numel()
-    n = (size // vit.patch_embed.patch_size) ** 2 + 1                                      # tokens of a crop
-    linear = sum(layer.weight.numel() for layer in vit.blocks.modules() if isinstance(layer, torch.nn.Linear))
-    attention = 4 * n * n * d * len(vit.blocks)                                            # q k^T and its product with v
+    n = (size // vit.patch_embed.patch_size) ** 2 + 1  # tokens of a crop
+    linear = sum(
+        layer.weight.numel() for layer in vit.blocks.modules() if isinstance(layer, torch.nn.Linear)
+    )
+    attention = 4 * n * n * d * len(vit.blocks)  # q k^T and its product with v
     head = 2 * sum(a * b for a, b in zip(head_widths, head_widths[1:], strict=False))
     return n_crops * 2 * (n - 1) * patch * d, n_crops * (2 * n * linear + attention + head)
 
 
-def image_flops(vit: VisionTransformer, head_widths: list[int], crops: list[tuple[int, int]]) -> int:
-    """Of one image in one step: student forward (1) and backward (2; the pixels take no gradient), teacher forward.
+def image_flops(
+    vit: VisionTransformer, head_widths: list[int], crops: list[tuple[int, int]]
+) -> int:
+    """Of one image in one step: student forward (1) and backward (2; the pixels take no gradient),
+    teacher forward.
 
-    crops: (number, size in pixels), the global ones first. Optimizer, loss and data are no matrix products and not counted, nor
-    is what an implementation computes beyond this; what it saves of it is counted all the same.
+    crops: (number, size in pixels), the global ones first. Optimizer, loss and data are no matrix
+    products and not counted, nor is what an implementation computes beyond this; what it saves of
+    it is counted all the same.
     """
     total = sum(forward_flops(vit, head_widths, *crops[0]))
     for number, size in crops:
@@ -41,11 +60,12 @@ def image_flops(vit: VisionTransformer, head_widths: list[int], crops: list[tupl
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s of matrix products in `dtype`, and whose word that is: a data sheet's, or a measurement's."""
+    """FLOP/s of matrix products in `dtype`, and whose word that is: a data sheet's, or a
+    measurement's."""
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for part, peak in _DATA_SHEETS.items():
-            if part in name and "MIG" not in name:                                             # a share of the device
+            if part in name and "MIG" not in name:  # a share of the device
                 return peak, f"the data sheet's {peak / 1e12:,.0f} TFLOP/s"
     peak = _measured(device, dtype)
     tera = f"{peak / 1e12:,.0f}" if peak >= 100e12 else f"{peak / 1e12:.3g}"
@@ -53,10 +73,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
-    """The best of several products of 2,048 (on a GPU 8,192) squared, by every library that the step may take."""
+    """The best of several products of 2,048 (on a GPU 8,192) squared, by every library that the
+    step may take."""
     n, best = 8192 if device.type == "cuda" else 2048, 0.0
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    on_cpu = device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    on_cpu = (
+        device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    )
     for library in LIBRARIES if on_cpu else LIBRARIES[:1]:
         for _ in range(6):
             _wait(device)

@@ -1,5 +1,5 @@
-"""Measure the data path alone: images/s, their CPU time by stage, and whether that keeps up with a training speed. Takes the
-flags of pretrain and writes nothing.
+"""Measure the data path alone: images/s, their CPU time by stage, and whether that keeps up with a
+training speed. Takes the flags of pretrain and writes nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from ..config import Config, option
 class Options(Config):
     data_path: str = option(MISSING, "images, as for pretrain", metavar="DIR", positional=True)
     seconds: float = option(10.0, "of the measurement, at least")
-    images_per_second: float | None = option(None, "speed of training to keep up with", type=float,
-        shown="says up to which speed the data would be enough")
+    images_per_second: float | None = option(
+        None,
+        "speed of training to keep up with",
+        type=float,
+        shown="says up to which speed the data would be enough",
+    )
 
     def check(self) -> Options:
         for name in ("seconds", "images_per_second"):

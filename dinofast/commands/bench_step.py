@@ -1,5 +1,6 @@
-"""Time the whole training step on random crops, and on images if a folder is given: images/s, MFU, where the time goes, and
-the official loop, in turns. Takes the flags of pretrain and writes nothing.
+"""Time the whole training step on random crops, and on images if a folder is given: images/s, MFU,
+where the time goes, and the official loop, in turns. Takes the flags of pretrain and writes
+nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from ..config import Config, option
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Config):
-    data_path: str = option("", "images, as for pretrain", metavar="DIR", positional=True, shown="random crops alone")
+    data_path: str = option(
+        "", "images, as for pretrain", metavar="DIR", positional=True, shown="random crops alone"
+    )
     seconds: float = option(30.0, "of the measurement, at least")
 
     def check(self) -> Options:
@@ -25,4 +28,11 @@ def run(options: Options) -> None:
     from ..bench.step import measure
     from ..runtime.words import spelled
 
-    print(measure(options, options.data_path, options.seconds, lambda text: print(spelled(text), flush=True)))
+    print(
+        measure(
+            options,
+            options.data_path,
+            options.seconds,
+            lambda text: print(spelled(text), flush=True),
+        )
+    )

@@ -1,7 +1,8 @@
-"""Decode every image of a source and say which are bad, and why. A run needs no such check: it replaces bad images as it meets
-them. The exit code is 1 if there are bad files.
+"""Decode every image of a source and say which are bad, and why. A run needs no such check: it
+replaces bad images as it meets them. The exit code is 1 if there are bad files.
 
-Remove the bad ones:  dinofast check-data DIR --delete_list bad.txt;  xargs -r -d '\\n' -a bad.txt rm --
+Remove the bad ones:  dinofast check-data DIR --delete_list bad.txt;  xargs -r -d '\\n' -a bad.txt
+rm --
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from ..data.dataset import ImageDataset
     from ..data.reader import ImageReader
 
-# By processes: 285 images/s and 1.5 ms of CPU an image; by threads, which share the GIL, 235 and 1.85 (2 cores, photographs of
-# 93 KB, 2026-11-27).
+# By processes: 285 images/s and 1.5 ms of CPU an image; by threads, which share the GIL, 235 and
+# 1.85 (2 cores, photographs of 93 KB, 2026-11-27).
 CHUNK = 64  # images that a worker takes at a time
 SPEAK_S = {True: 0.5, False: 10.0}  # between lines of progress, on a terminal and elsewhere
 SHOWN = 10  # bad files of each reason
@@ -37,9 +38,14 @@ SHOWN = 10  # bad files of each reason
 @dataclass(frozen=True, kw_only=True)
 class Options:
     data_path: str = option(MISSING, "images, as for pretrain", metavar="DIR", positional=True)
-    delete_list: str = option("", "Write the paths of images that were read and do not decode into FILE, one a line: not those "
-        "that could not be read, nor members of shards, nor paths with a line break. An earlier FILE stays until the end.",
-        metavar="FILE", shown="none")
+    delete_list: str = option(
+        "",
+        "Write the paths of images that were read and do not decode into FILE, one a line: not "
+        "those that could not be read, nor members of shards, nor paths with a line break. An "
+        "earlier FILE stays until the end.",
+        metavar="FILE",
+        shown="none",
+    )
     num_workers: int = option(0, "processes", shown="one per core")
 
     def check(self) -> Options:
@@ -48,11 +54,23 @@ class Options:
         if self.delete_list:  # so that hours of work do not end with a path that cannot be written
             folder = os.path.dirname(self.delete_list) or "."
             there = os.path.exists(self.delete_list)
-            if not os.path.isdir(folder) or not os.access(folder, os.W_OK) or (there and not os.path.isfile(self.delete_list)):
-                raise ValueError(f"`delete_list` is '{self.delete_list}': name a file in a folder that is there and may be "
-                                 "written to.")
-            if there and os.path.exists(self.data_path) and os.path.samefile(self.delete_list, self.data_path):
-                raise ValueError(f"`delete_list` is '{self.delete_list}', the source itself: name another file.")
+            if (
+                not os.path.isdir(folder)
+                or not os.access(folder, os.W_OK)
+                or (there and not os.path.isfile(self.delete_list))
+            ):
+                raise ValueError(
+                    f"`delete_list` is '{self.delete_list}': name a file in a folder that is there "
+                    "and may be written to."
+                )
+            if (
+                there
+                and os.path.exists(self.data_path)
+                and os.path.samefile(self.delete_list, self.data_path)
+            ):
+                raise ValueError(
+                    f"`delete_list` is '{self.delete_list}', the source itself: name another file."
+                )
         return self
 
 
@@ -72,26 +90,37 @@ def run(options: Options) -> int:
         print(f"{path}: {reason}")
     print(report([(images.path(i), reason) for i, reason, _ in bad], len(images)))
     if options.delete_list:
-        n = write_list(options.delete_list, [images.path(i) for i, _, deletable in bad if deletable and images.is_file(i)])
+        n = write_list(
+            options.delete_list,
+            [images.path(i) for i, _, deletable in bad if deletable and images.is_file(i)],
+        )
         print(f"{n:,} path(s) in '{options.delete_list}'")
     return 1 if bad or images.bad_files else 0
 
 
-def decode_all(images: ImageDataset, workers: int) -> Iterator[tuple[int, list[tuple[int, str, bool]]]]:
-    """Decode every image; how many are done, and of each bad one its index, the reason, and whether its bytes were read."""
+def decode_all(
+    images: ImageDataset, workers: int
+) -> Iterator[tuple[int, list[tuple[int, str, bool]]]]:
+    """Decode every image; how many are done, and of each bad one its index, the reason, and whether
+    its bytes were read."""
     global _reader, _stopped
     from ..data.reader import ImageReader
 
     context = multiprocessing.get_context("fork")
-    _reader, _stopped, done = ImageReader(images), context.Value("b", lock=False), 0  # shared with the workers
-    chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
+    # shared with the workers
+    _reader, _stopped, done = ImageReader(images), context.Value("b", lock=False), 0
+    chunks = [
+        range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)
+    ]
     with ProcessPoolExecutor(workers, context, _ignore_interrupts) as pool:
         try:
             for chunk, bad in zip(chunks, pool.map(_decode, chunks), strict=True):
                 done += len(chunk)
                 yield done, bad
         except BrokenProcessPool as error:
-            raise OSError("a worker was killed, often for lack of memory: lower `num_workers`.") from error
+            raise OSError(
+                "a worker was killed, often for lack of memory: lower `num_workers`."
+            ) from error
         except BaseException:
             _stopped.value = 1
             pool.shutdown(cancel_futures=True)
@@ -118,7 +147,9 @@ def _decode(indices: range) -> list[tuple[int, str, bool]]:
         try:
             _reader.decode(i)
         except UnreadableImage as reason:
-            bad.append((i, str(reason), not isinstance(reason, TransientReadError) and _can_be_read(i)))
+            bad.append(
+                (i, str(reason), not isinstance(reason, TransientReadError) and _can_be_read(i))
+            )
     return bad
 
 
@@ -133,7 +164,8 @@ def _can_be_read(i: int) -> bool:
 
 
 class Progress:
-    """A line now and then, over the one before on a terminal: images done, their rate, what is left, and bad files so far."""
+    """A line now and then, over the one before on a terminal: images done, their rate, what is
+    left, and bad files so far."""
 
     def __init__(self, total: int) -> None:
         self.total, self.start = total, time.monotonic()
@@ -149,8 +181,11 @@ class Progress:
         self.spoken = now
         rate = done / max(now - self.start, 1e-9)
         eta = duration((self.total - done) / rate)
-        print(f"{done:,} of {self.total:,} images, {rate:,.0f} images/s, ETA {eta}, {n_bad:,} bad",
-              end="\033[K\r" if self.terminal else "\n", flush=True)
+        print(
+            f"{done:,} of {self.total:,} images, {rate:,.0f} images/s, ETA {eta}, {n_bad:,} bad",
+            end="\033[K\r" if self.terminal else "\n",
+            flush=True,
+        )
 
     def end(self) -> None:
         if self.terminal:
@@ -165,7 +200,9 @@ def report(bad: list[tuple[str, str]], total: int) -> str:
     for reason, n in Counter(reason for _, reason in bad).most_common():
         lines.append(f"{n:>9,}  {reason}")
         paths = [path for path, why in bad if why == reason]
-        lines += [f"{'':11}{path}" for path in paths[:SHOWN]] + [f"{'':11}and {n - SHOWN:,} more"] * (n > SHOWN)
+        lines += [f"{'':11}{path}" for path in paths[:SHOWN]] + [
+            f"{'':11}and {n - SHOWN:,} more"
+        ] * (n > SHOWN)
     return "\n".join(lines)
 
 

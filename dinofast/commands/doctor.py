@@ -16,8 +16,18 @@ from ..nn.attention import fmha, select_attention, unavailable_reasons, xformers
 from ..nn.onednn_linear import select_library
 from ..runtime.backends import cores
 
-_PACKAGES = ("numpy", "pillow", "rich", "triton", "xformers", "mslk", "flash_attn_3", "nvidia-dali-cuda130", "torchvision",
-             "timm")
+_PACKAGES = (
+    "numpy",
+    "pillow",
+    "rich",
+    "triton",
+    "xformers",
+    "mslk",
+    "flash_attn_3",
+    "nvidia-dali-cuda130",
+    "torchvision",
+    "timm",
+)
 
 
 @dataclass(frozen=True)
@@ -32,18 +42,33 @@ def run(options: Options) -> None:
 
 def report() -> str:
     """Plain text, one fact a line."""
-    lines = [f"dinofast {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}",
-             "packages: " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
-             f"CPU: {cores()} core(s) for this process, torch uses {torch.get_num_threads()} thread(s), "
-             f"vector instructions {torch.backends.cpu.get_cpu_capability()}",
-             f"GPU: {_gpus()}", ""]
+    lines = [
+        f"dinofast {__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{platform.platform()}",
+        "packages: " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
+        f"CPU: {cores()} core(s) for this process, torch uses {torch.get_num_threads()} thread(s), "
+        f"vector instructions {torch.backends.cpu.get_cpu_capability()}",
+        f"GPU: {_gpus()}",
+        "",
+    ]
     for device in ("cpu", "cuda"):
-        lines.append(f"on {device}:" if device == "cpu" or torch.cuda.is_available() else "on cuda (none here):")
+        lines.append(
+            f"on {device}:"
+            if device == "cpu" or torch.cuda.is_available()
+            else "on cuda (none here):"
+        )
         lines += [f"  {name:22} {paths[device]}" for name, paths in ops.paths().items()]
-        torch_s = {"attention": _attention(device), "linear layers": _linear(device), "SGD, LARS": "torch, tensor by tensor"}
+        torch_s = {
+            "attention": _attention(device),
+            "linear layers": _linear(device),
+            "SGD, LARS": "torch, tensor by tensor",
+        }
         lines += [f"  {name:22} {what}" for name, what in torch_s.items()]
         crops, why = choose_backend(None, device)
-        lines.append(f"  {'crops':22} {crops}{f' ({why})' if why else ''}; {'nvJPEG' if crops == 'dali' else 'PIL'} decodes")
+        lines.append(
+            f"  {'crops':22} {crops}{f' ({why})' if why else ''}; "
+            f"{'nvJPEG' if crops == 'dali' else 'PIL'} decodes"
+        )
     unset = "not set; name paths there (for example cpp) to make their absence an error"
     lines += ["", f"DINOFAST_REQUIRE: {os.environ.get('DINOFAST_REQUIRE') or unset}"]
     return "\n".join(lines)
@@ -59,8 +84,13 @@ def _attention(device: str) -> str:
         how = torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16, 64
         chosen, _ = select_attention(None, *how)
         others = _others(chosen, unavailable_reasons(*how)) if device == "cuda" else ""
-    where = "torch's, per crop size" if chosen == "sdpa" else "over all packed crops, in bf16 and fp16; sdpa in fp32"
-    return f"{chosen}, {where}{f' ({why})' if why else ''}{others}{_xformers_operators() if device == 'cuda' else ''}"
+    where = (
+        "torch's, per crop size"
+        if chosen == "sdpa"
+        else "over all packed crops, in bf16 and fp16; sdpa in fp32"
+    )
+    operators = _xformers_operators() if device == "cuda" else ""
+    return f"{chosen}, {where}{f' ({why})' if why else ''}{others}{operators}"
 
 
 def _others(chosen: str, reasons: dict[str, str | None]) -> str:
@@ -77,15 +107,25 @@ def _xformers_operators() -> str:
     """Which of its flash operators there are, and what its warnings mean."""
     if xformers_unavailable_reason():
         return ""
-    operators = [module.FwOp for module in (fmha().flash3, fmha().flash) if module.FwOp.is_available()]
-    names = ", ".join(f"{op.NAME}{' (torch has it)' if op.NAME.endswith('-pt') else ''}" for op in operators)
-    return (f"; xformers' flash operators: {names or 'none'}; what it warns of at import, a C++ library or Triton, is "
-            "not used here")
+    operators = [
+        module.FwOp for module in (fmha().flash3, fmha().flash) if module.FwOp.is_available()
+    ]
+    names = ", ".join(
+        f"{op.NAME}{' (torch has it)' if op.NAME.endswith('-pt') else ''}" for op in operators
+    )
+    return (
+        f"; xformers' flash operators: {names or 'none'}; what it warns of at import, a C++ "
+        "library or Triton, is not used here"
+    )
 
 
 def _linear(device: str) -> str:
     onednn = select_library(None, torch.device(device), torch.float32) == "onednn"
-    return "the ViTs' large ones in fp32 by oneDNN, others by torch's BLAS" if onednn else "torch's BLAS"
+    return (
+        "the ViTs' large ones in fp32 by oneDNN, others by torch's BLAS"
+        if onednn
+        else "torch's BLAS"
+    )
 
 
 def _version(name: str) -> str:

@@ -9,21 +9,37 @@ from ..config import option
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    pretrained_weights: str = option(MISSING, "A checkpoint of dinofast or of the official code.", metavar="FILE")
-    data_path: str = option(MISSING, "Folder with train/ and val/ holding class folders, or class folders alone: then every "
-        "fourth image of a class is held out.", metavar="DIR")
+    pretrained_weights: str = option(
+        MISSING, "A checkpoint of dinofast or of the official code.", metavar="FILE"
+    )
+    data_path: str = option(
+        MISSING,
+        "Folder with train/ and val/ holding class folders, or class folders alone: then every "
+        "fourth image of a class is held out.",
+        metavar="DIR",
+    )
     checkpoint_key: str = option("teacher", "Whose weights.", choices=("teacher", "student"))
-    arch: str | None = option(None, "Only where the checkpoint does not tell its architecture.", shown="from the checkpoint")
+    arch: str | None = option(
+        None,
+        "Only where the checkpoint does not tell its architecture.",
+        shown="from the checkpoint",
+    )
     patch_size: int | None = option(None, "Likewise.", type=int, shown="from the checkpoint")
     nb_knn: tuple[int, ...] = option((10, 20, 100, 200), "Numbers of neighbors.", nargs="+")
     temperature: float = option(0.07, "Of the votes, exp(similarity / temperature).")
-    resize: int | None = option(None, "Shorter side before the center crop, in pixels.", type=int, shown="8/7 of `crop`")
-    crop: int | None = option(None, "Side of the center crop, in pixels.", type=int,
-        shown="the global crops' in training, 224 for official checkpoints")
+    resize: int | None = option(
+        None, "Shorter side before the center crop, in pixels.", type=int, shown="8/7 of `crop`"
+    )
+    crop: int | None = option(
+        None,
+        "Side of the center crop, in pixels.",
+        type=int,
+        shown="the global crops' in training, 224 for official checkpoints",
+    )
     batch_size_per_gpu: int = option(128)
     num_workers: int = option(10, shown="10, at most one per core")
     device: str | None = option(None, choices=("cuda", "cpu"), shown="a GPU if there is one")
-    use_cuda: bool = option(True, hidden=True)                 # official name; says where features are kept
+    use_cuda: bool = option(True, hidden=True)  # official name; says where features are kept
 
 
 def run(options: Options) -> None:

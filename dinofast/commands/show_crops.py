@@ -1,4 +1,5 @@
-"""Draw the first images of an epoch and their crops into a PNG, with what was drawn for each. Takes the flags of pretrain."""
+"""Draw the first images of an epoch and their crops into a PNG, with what was drawn for each. Takes
+the flags of pretrain."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from ..data.decode import UnreadableImage, decode
 from ..data.loader import views
 from ..data.sampler import epoch_order
 
-CELL, GAP, LINES = 160, 8, 6  # pixels of a picture's place, between places, and lines of text below it
+# pixels of a picture's place, between places, and lines of text below it
+CELL, GAP, LINES = 160, 8, 6
 LINE = 12
 NAMES = ("brightness", "contrast", "saturation", "hue")
 
@@ -42,35 +44,49 @@ def run(options: Options) -> None:
 
 
 def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
-    """Draw the first `n_images` of `epoch` and all their crops into a PNG at `path`; the number of images shown.
+    """Draw the first `n_images` of `epoch` and all their crops into a PNG at `path`; the number of
+    images shown.
 
-    They are the crops that a run with these options trains on, made by PIL. Raises ValueError if the source holds no images,
-    or `path` is a folder or in none.
+    They are the crops that a run with these options trains on, made by PIL. Raises ValueError if
+    the source holds no images, or `path` is a folder or in none.
     """
     if path.is_dir():
-        raise ValueError(f"'{path}' is a folder: name the picture too, such as '{path / 'crops.png'}'.")
+        raise ValueError(
+            f"'{path}' is a folder: name the picture too, such as '{path / 'crops.png'}'."
+        )
     if not path.resolve().parent.is_dir():
         raise ValueError(f"'{path}' cannot be written: there is no folder '{path.parent}'.")
     images = dataset.scan(cfg.data_path)
     samples = epoch_order(cfg.seed, epoch, len(images))[:n_images]
     draw = Augmentation(cfg.seed, views(cfg)).draw(epoch, samples)
     columns = 1 + cfg.n_crops
-    sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, len(samples) * (CELL + LINES * LINE + 2 * GAP) + GAP), "white")
+    sheet = Image.new(
+        "RGB",
+        (columns * (CELL + GAP) + GAP, len(samples) * (CELL + LINES * LINE + 2 * GAP) + GAP),
+        "white",
+    )
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for row, sample in enumerate(samples.tolist()):
         name = Path(images.path(sample)).name[-26:]
         try:
             image = decode(images.read(sample))
             plans = draw.plan(row, image.height, image.width)
-            cells = [(_boxes(image, plans), [name, f"{image.width} x {image.height}", "boxes: global red, local blue"])]
+            cells = [
+                (
+                    _boxes(image, plans),
+                    [name, f"{image.width} x {image.height}", "boxes: global red, local blue"],
+                )
+            ]
             cells += [(Image.fromarray(render(image, view)), describe(view)) for view in plans]
-        except UnreadableImage as reason:        # a run would take the next image in its place
+        except UnreadableImage as reason:  # a run would take the next image in its place
             cells = [(Image.new("RGB", (CELL, CELL), "lightgray"), [name, f"bad: {reason}"])]
         top = GAP + row * (CELL + LINES * LINE + 2 * GAP)
         for column, (picture, lines) in enumerate(cells):
             left = GAP + column * (CELL + GAP)
             scale = CELL / max(picture.size)
-            shown = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+            shown = picture.resize(
+                [max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC
+            )
             sheet.paste(shown, (left, top))
             for i, line in enumerate(lines):
                 pen.text((left, top + CELL + 2 + i * LINE), line, "black", font)
@@ -93,9 +109,19 @@ def describe(view: np.void) -> list[str]:
     y, x, h, w = view["box"].tolist()
     lines = [f"{view['size']} px of {w} x {h} at {x}, {y}"]
     if view["jitter"]:
-        changes = [f"{NAMES[k]} {view['factors'][k]:{'+.2f' if k == 3 else '.2f'}}" for k in view["order"].tolist()]
+        changes = [
+            f"{NAMES[k]} {view['factors'][k]:{'+.2f' if k == 3 else '.2f'}}"
+            for k in view["order"].tolist()
+        ]
         lines += [", ".join(changes[:2]), ", ".join(changes[2:])]
-    last = [word for word, done in (("mirrored", view["flip"]), ("gray", view["gray"]),
-                                    (f"blur {view['blur_radius']:.2f}", view["blur_radius"] > 0),
-                                    ("solarized", view["solarize"])) if done]
+    last = [
+        word
+        for word, done in (
+            ("mirrored", view["flip"]),
+            ("gray", view["gray"]),
+            (f"blur {view['blur_radius']:.2f}", view["blur_radius"] > 0),
+            ("solarized", view["solarize"]),
+        )
+        if done
+    ]
     return lines + ([", ".join(last)] if last else [])

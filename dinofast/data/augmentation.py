@@ -1,9 +1,10 @@
 """The plan: every random choice of the augmentation.
 
-Each number is a pure function of (seed, epoch, sample, view) by a counter-based generator. So neither the number of workers,
-the batch size, the number of processes nor the backend that executes the plan can change it, and any step can be drawn without
-those before it. All but the boxes is drawn for a batch at once; a box depends on the size of its image, which is known when the
-image is decoded.
+Each number is a pure function of (seed, epoch, sample, view) by a counter-based generator. So
+neither the number of workers, the batch size, the number of processes nor the backend that executes
+the plan can change it, and any step can be drawn without those before it. All but the boxes is
+drawn for a batch at once; a box depends on the size of its image, which is known when the image is
+decoded.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ import numpy as np
 
 from dinofast.data.philox import philox
 
-# One view of one sample, aligned as a C struct. Factors and `order` number the color operations 0 brightness, 1 contrast,
-# 2 saturation, 3 hue; `order` lists them as they are applied. A blur radius of 0 means no blur.
-VIEW = np.dtype([
-    ("box", np.int32, 4),  # y, x, height, width in the image, pixels
-    ("size", np.int32),  # side of the crop, pixels
-    ("flip", np.bool_),
-    ("jitter", np.bool_),
-    ("order", np.uint8, 4),
-    ("factors", np.float64, 4),
-    ("gray", np.bool_),
-    ("blur_radius", np.float64),  # pixels of the crop
-    ("solarize", np.bool_),
-], align=True)
+# One view of one sample, aligned as a C struct. Factors and `order` number the color operations 0
+# brightness, 1 contrast, 2 saturation, 3 hue; `order` lists them as they are applied. A blur radius
+# of 0 means no blur.
+VIEW = np.dtype(
+    [
+        ("box", np.int32, 4),  # y, x, height, width in the image, pixels
+        ("size", np.int32),  # side of the crop, pixels
+        ("flip", np.bool_),
+        ("jitter", np.bool_),
+        ("order", np.uint8, 4),
+        ("factors", np.float64, 4),
+        ("gray", np.bool_),
+        ("blur_radius", np.float64),  # pixels of the crop
+        ("solarize", np.bool_),
+    ],
+    align=True,
+)
 
 FLIP_P, JITTER_P, GRAY_P = 0.5, 0.8, 0.2
 FACTORS_LOW = np.array([0.6, 0.6, 0.8, -0.1])
@@ -43,7 +48,8 @@ BLOCKS = TRIES + 3  # of four numbers each, per sample and view
 
 @dataclass(frozen=True)
 class View:
-    """How one crop is drawn: its side, its share of the image's area, and what differs between kinds of crop."""
+    """How one crop is drawn: its side, its share of the image's area, and what differs between
+    kinds of crop."""
 
     size: int
     scale: tuple[float, float]
@@ -73,7 +79,8 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The views of each image under one seed. resolutions: number of crops and side in pixels, global crops first."""
+    """The views of each image under one seed. resolutions: number of crops and side in pixels,
+    global crops first."""
 
     seed: int
     views: tuple[View, ...]
@@ -102,18 +109,23 @@ def draw(seed: int, epoch: int, samples: np.ndarray, views: Sequence[View]) -> D
     plan["order"] = ORDERS[(rest[..., 2] * len(ORDERS)).astype(np.int64)]
     plan["factors"] = FACTORS_LOW + color * (FACTORS_HIGH - FACTORS_LOW)
     tries = u[:, :, :TRIES]
-    low, high = np.array([v.scale for v in views]).T[:, :, None]  # (V, 1): share of the image's area
+    # (V, 1): share of the image's area
+    low, high = np.array([v.scale for v in views]).T[:, :, None]
     tries[..., 0] = low + tries[..., 0] * (high - low)
-    tries[..., 1] = np.exp(math.log(RATIO[0]) + tries[..., 1] * (math.log(RATIO[1]) - math.log(RATIO[0])))
+    tries[..., 1] = np.exp(
+        math.log(RATIO[0]) + tries[..., 1] * (math.log(RATIO[1]) - math.log(RATIO[0]))
+    )
     return Draw(plan, tries)
 
 
 def boxes(tries: np.ndarray, height: int, width: int) -> list[tuple[int, int, int, int]]:
-    """Boxes (y, x, height, width) of V views of an image, by the rule of torchvision's `RandomResizedCrop.get_params`.
+    """Boxes (y, x, height, width) of V views of an image, by the rule of torchvision's
+    `RandomResizedCrop.get_params`.
 
-    tries (V, TRIES, 4): share of the area, aspect ratio, and y and x as numbers in [0, 1). The first try that fits wins; if
-    none does, the largest central box of an allowed ratio. Scalar code: 13 us for ten views; NumPy takes 64 us for one image
-    and 18 us an image for 64 of one known size (one core, 2026-11-27).
+    tries (V, TRIES, 4): share of the area, aspect ratio, and y and x as numbers in [0, 1). The
+    first try that fits wins; if none does, the largest central box of an allowed ratio. Scalar
+    code: 13 us for ten views; NumPy takes 64 us for one image and 18 us an image for 64 of one
+    known size (one core, 2026-11-27).
     """
     found = []
     for view in tries.tolist():

@@ -1,7 +1,9 @@
-"""The plan carried out with PIL: the yardstick of every other backend, bit for bit what torchvision does on PIL images.
+"""The plan carried out with PIL: the yardstick of every other backend, bit for bit what torchvision
+does on PIL images.
 
-PIL does the arithmetic; what is fixed here is how it is called. The crop is cut out before it is resized (torchvision's
-`resized_crop`): `resize(box=...)` would let pixels outside the box into the border.
+PIL does the arithmetic; what is fixed here is how it is called. The crop is cut out before it is
+resized (torchvision's `resized_crop`): `resize(box=...)` would let pixels outside the box into the
+border.
 """
 
 from __future__ import annotations
@@ -22,18 +24,25 @@ from dinofast.data.sampler import BatchIndices
 class CropDataset(Dataset):
     """Micro-batches by their indices, for a `DataLoader` without batching of its own.
 
-    An item is the uint8 crops, one array (V_r B, 3, S_r, S_r) per resolution, crop-major; the files met that gave no
-    image; and how many images were replaced. No crops if no image can be had any more. decode(index, met): the RGB image at the
-    index or the next that decodes, and its index.
+    An item is the uint8 crops, one array (V_r B, 3, S_r, S_r) per resolution, crop-major; the files
+    met that gave no image; and how many images were replaced. No crops if no image can be had any
+    more. decode(index, met): the RGB image at the index or the next that decodes, and its index.
     """
 
-    def __init__(self, augmentation: Augmentation, decode: Callable[[int, list[Met]], tuple[Image.Image | None, int]]) -> None:
+    def __init__(
+        self,
+        augmentation: Augmentation,
+        decode: Callable[[int, list[Met]], tuple[Image.Image | None, int]],
+    ) -> None:
         self._augmentation, self._decode = augmentation, decode
 
     def __getitem__(self, batch: BatchIndices) -> tuple[list[torch.Tensor], list[Met], int]:
         epoch, indices = batch
         draw = self._augmentation.draw(epoch, indices)
-        crops = [np.empty((n, len(indices), side, side, 3), np.uint8) for n, side in self._augmentation.resolutions]
+        crops = [
+            np.empty((n, len(indices), side, side, 3), np.uint8)
+            for n, side in self._augmentation.resolutions
+        ]
         out = [view for c in crops for view in c]  # V arrays (B, S, S, 3)
         met: list[Met] = []
         n_replaced = 0
@@ -44,14 +53,25 @@ class CropDataset(Dataset):
                 if image is None:
                     return [], met, n_replaced
                 n_replaced += used != index
-                own = (draw, b) if used == index else (self._augmentation.draw(epoch, np.array([used])), 0)
-                for to, view in zip(out, own[0].plan(own[1], image.height, image.width), strict=True):
+                own = (
+                    (draw, b)
+                    if used == index
+                    else (self._augmentation.draw(epoch, np.array([used])), 0)
+                )
+                for to, view in zip(
+                    out, own[0].plan(own[1], image.height, image.width), strict=True
+                ):
                     to[b] = render(image, view)
-        return [torch.from_numpy(c).flatten(0, 1).permute(0, 3, 1, 2) for c in crops], met, n_replaced
+        return (
+            [torch.from_numpy(c).flatten(0, 1).permute(0, 3, 1, 2) for c in crops],
+            met,
+            n_replaced,
+        )
 
 
 def render(image: Image.Image, view: np.void) -> np.ndarray:
-    """One crop of an RGB image by one element of the plan (`augmentation.VIEW`): uint8 (size, size, 3)."""
+    """One crop of an RGB image by one element of the plan (`augmentation.VIEW`): uint8 (size, size,
+    3)."""
     crop = cut(image, view["box"].tolist(), int(view["size"]))
     if view["flip"]:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -80,7 +100,8 @@ def jitter(image: Image.Image, order: list[int], factors: list[float]) -> Image.
 
 
 def _hue(image: Image.Image, turn: float) -> Image.Image:
-    """Turn the hue by this share of the circle, in the 8-bit steps of PIL's HSV, rounded toward 0 as torchvision does."""
+    """Turn the hue by this share of the circle, in the 8-bit steps of PIL's HSV, rounded toward 0
+    as torchvision does."""
     hue, saturation, value = image.convert("HSV").split()
     step = int(turn * 255)
     hue = hue.point([(level + step) % 256 for level in range(256)])

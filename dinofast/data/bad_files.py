@@ -1,4 +1,5 @@
-"""The list of bad files beside a run: `bad_files.txt`, a path, a tab and the reason on each line."""
+"""The list of bad files beside a run: `bad_files.txt`, a path, a tab and the reason on each
+line."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ IN_A_LINE = str.maketrans({"\n": r"\n", "\r": r"\r", "\t": r"\t"})  # file names
 
 
 class BadFileList:
-    """To which all processes of a run add what they meet. Lines are whole; a file that two processes meet at the very same time
-    may be listed twice."""
+    """To which all processes of a run add what they meet. Lines are whole; a file that two
+    processes meet at the very same time may be listed twice."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -35,8 +36,11 @@ class BadFileList:
             others = file.read()
             self._listed |= {line.partition(b"\t")[0] for line in others.splitlines()}
             new = {os.fsencode(path.translate(IN_A_LINE)): reason for path, reason in bad_files}
-            lines = b"".join(path + b"\t" + os.fsencode(reason) + b"\n" for path, reason in new.items()
-                             if path not in self._listed)
+            lines = b"".join(
+                path + b"\t" + os.fsencode(reason) + b"\n"
+                for path, reason in new.items()
+                if path not in self._listed
+            )
             self._read_to += len(others)
             if lines:
                 file.write(lines)  # at the end, wherever that is by now

@@ -1,4 +1,5 @@
-"""Which images: the files of a source by name, in a fixed order. Nothing is read of them here but the headers of tar shards."""
+"""Which images: the files of a source by name, in a fixed order. Nothing is read of them here but
+the headers of tar shards."""
 
 from __future__ import annotations
 
@@ -18,21 +19,27 @@ from dinofast.data import shards
 from dinofast.data.decode import BadFiles, UnreadableImage, check_length, opened, read_file
 from dinofast.data.packed import PackedStrings
 
-WAYS = "give a folder of images or of .tar shards, a shard, a pattern such as shards-{000000..000146}.tar, or a text file " \
-       "with one path a line."
-THREADS = 16  # that list folders, or read headers of shards, and wait for the storage most of the time
+WAYS = (
+    "give a folder of images or of .tar shards, a shard, a pattern such as "
+    "shards-{000000..000146}.tar, or a text file with one path a line."
+)
+# that list folders, or read headers of shards, and wait for the storage most of the time
+THREADS = 16
 PROGRESS_EVERY = 10_000  # files
 
-Progress = Callable[[int, int], None]  # files scanned so far, and of how many; 0 if that is not known
+# files scanned so far, and of how many; 0 if that is not known
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """The images of a source, good and bad, in a fixed order; of each its name, and where it lies in its shard.
+    """The images of a source, good and bad, in a fixed order; of each its name, and where it lies
+    in its shard.
 
-    root: names are relative to this folder. files: (F,) images and shards. members: of a source with shards, else None.
-    fingerprint: equal for the same names, below the source, in the same order. bad_files: shards and members that cannot be
-    used, and folders that cannot be listed; they are not among the images.
+    root: names are relative to this folder. files: (F,) images and shards. members: of a source
+    with shards, else None. fingerprint: equal for the same names, below the source, in the same
+    order. bad_files: shards and members that cannot be used, and folders that cannot be listed;
+    they are not among the images.
     """
 
     root: bytes
@@ -54,7 +61,8 @@ class ImageDataset:
         return self._place(i)[1] is None
 
     def read(self, i: int) -> bytes:
-        """The whole encoded image. Raises `UnreadableImage`. Threads and forked workers may read at the same time."""
+        """The whole encoded image. Raises `UnreadableImage`. Threads and forked workers may read at
+        the same time."""
         path, members = self._place(i)
         if members is None:
             return read_file(path)
@@ -71,13 +79,16 @@ class ImageDataset:
         members = self.members
         if members is None:
             return os.path.join(self.root, self.files[i]), None
-        return os.path.join(self.root, self.files[int(members.file[i])]), members if members.spans[i, 0] >= 0 else None
+        return os.path.join(self.root, self.files[int(members.file[i])]), members if members.spans[
+            i, 0
+        ] >= 0 else None
 
 
 @dataclass(frozen=True)
 class Members:
-    """Where n images lie. file: int32 (n,), which of the files. names: (n,) in their shards, empty where the file is the image.
-    spans: int64 (n, 2), first byte in the shard and length, -1 where the file is the image."""
+    """Where n images lie. file: int32 (n,), which of the files. names: (n,) in their shards, empty
+    where the file is the image. spans: int64 (n, 2), first byte in the shard and length, -1 where
+    the file is the image."""
 
     file: np.ndarray
     names: PackedStrings
@@ -85,8 +96,9 @@ class Members:
 
 
 def scan(source: str, on_progress: Progress | None = None) -> ImageDataset:
-    """The images of a source: images and shards in a folder, searched to any depth and sorted; one shard; what a pattern in
-    braces stands for; the lines of a text file, relative paths starting at its folder. The latter in their order.
+    """The images of a source: images and shards in a folder, searched to any depth and sorted; one
+    shard; what a pattern in braces stands for; the lines of a text file, relative paths starting at
+    its folder. The latter in their order.
 
     Raises `ValueError` if there is no such source, nothing in it, or nothing but bad files.
     """
@@ -95,13 +107,19 @@ def scan(source: str, on_progress: Progress | None = None) -> ImageDataset:
         root = os.fsencode(os.path.join(source, ""))
         names = PackedStrings.of(_counted(_walk(root, bad_files), on_progress))
         if not len(names) and not bad_files:
-            raise ValueError(f"`data_path` {source} has no images: none of its files or those below it ends in "
-                             f"{' '.join((*shards.EXTENSIONS, '.tar'))}. Give a folder that has some.")
+            raise ValueError(
+                f"`data_path` {source} has no images: none of its files or those below it ends in "
+                f"{' '.join((*shards.EXTENSIONS, '.tar'))}. Give a folder that has some."
+            )
     else:
-        root = os.fsencode(os.path.dirname(source.partition("{")[0] if _is_pattern(source) else source))
+        root = os.fsencode(
+            os.path.dirname(source.partition("{")[0] if _is_pattern(source) else source)
+        )
         root = os.path.join(root, b"") if root else b""
         names = PackedStrings.of(path.removeprefix(root) for path in _named(source, root))
-    members = _members(root, names, bad_files, on_progress) if any(map(shards.is_shard, names)) else None
+    members = (
+        _members(root, names, bad_files, on_progress) if any(map(shards.is_shard, names)) else None
+    )
     digest = hashlib.blake2b(names.text.data, digest_size=16)
     for part in (members.file.data, members.names.text.data, members.spans.data) if members else ():
         digest.update(part)
@@ -113,7 +131,9 @@ def scan(source: str, on_progress: Progress | None = None) -> ImageDataset:
 
 def examples(bad_files: BadFiles) -> str:
     """The first three, with reasons."""
-    return "; ".join(f"{path} ({reason})" for path, reason in bad_files[:3]) + ("; ..." if len(bad_files) > 3 else "")
+    return "; ".join(f"{path} ({reason})" for path, reason in bad_files[:3]) + (
+        "; ..." if len(bad_files) > 3 else ""
+    )
 
 
 def _is_pattern(source: str) -> bool:
@@ -126,8 +146,11 @@ def _named(source: str, root: bytes) -> Iterable[bytes]:
         paths = shards.expand(source)
         if missing := [path for path in paths if not os.path.exists(path)]:
             more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
-            raise ValueError(f"`data_path` {source} stands for {len(paths):,} files, of which {len(missing):,} are missing: "
-                             f"{', '.join(missing[:3])}{more}; put them there, or name those that are.")
+            raise ValueError(
+                f"`data_path` {source} stands for {len(paths):,} files, of which {len(missing):,} "
+                f"are missing: {', '.join(missing[:3])}{more}; put them there, or name those that "
+                "are."
+            )
         return map(os.fsencode, paths)
     if os.path.exists(source) and not os.path.isfile(source):
         raise ValueError(f"`data_path` {source} is neither a folder nor a file: {WAYS}")
@@ -137,17 +160,25 @@ def _named(source: str, root: bytes) -> Iterable[bytes]:
                 return [os.fsencode(source)]
             text = file.read(4096)
             if b"\0" in text:  # before an archive of any size is read
-                raise ValueError(f"`data_path` {source} is neither a folder nor a text file nor a .tar: {WAYS}")
+                raise ValueError(
+                    f"`data_path` {source} is neither a folder nor a text file nor a .tar: {WAYS}"
+                )
             text += file.read()
     except OSError as error:
-        raise ValueError(f"`data_path` {source} cannot be read ({error.strerror}): {WAYS}") from error
-    lines = [line for line in map(bytes.strip, text.removeprefix(b"\xef\xbb\xbf").split(b"\n")) if line]
+        raise ValueError(
+            f"`data_path` {source} cannot be read ({error.strerror}): {WAYS}"
+        ) from error
+    lines = [
+        line for line in map(bytes.strip, text.removeprefix(b"\xef\xbb\xbf").split(b"\n")) if line
+    ]
     if not lines:
         raise ValueError(f"`data_path` {source} lists no images: write one path a line into it.")
     return (os.path.join(root, line) for line in lines)
 
 
-def _members(root: bytes, files: PackedStrings, bad_files: BadFiles, on_progress: Progress | None) -> Members:
+def _members(
+    root: bytes, files: PackedStrings, bad_files: BadFiles, on_progress: Progress | None
+) -> Members:
     """Where the images lie, of files some of which are shards; reads the headers of those."""
     at, stopped = [i for i, name in enumerate(files) if shards.is_shard(name)], threading.Event()
     file, names, spans, done = [], bytearray(), [], 0
@@ -178,8 +209,11 @@ def _members(root: bytes, files: PackedStrings, bad_files: BadFiles, on_progress
     return Members(np.concatenate(file), PackedStrings(bytes(names)), np.concatenate(spans))
 
 
-def _table(root: bytes, stopped: threading.Event, name: bytes) -> tuple[bytes, np.ndarray, BadFiles]:
-    """Names and spans of the images in a shard, and what of it is bad; incomplete once `stopped` is set."""
+def _table(
+    root: bytes, stopped: threading.Event, name: bytes
+) -> tuple[bytes, np.ndarray, BadFiles]:
+    """Names and spans of the images in a shard, and what of it is bad; incomplete once `stopped` is
+    set."""
     path, names, spans, bad = os.path.join(root, name), [], [], []
     shown = os.fsdecode(path)
     try:
@@ -202,8 +236,9 @@ _ENDINGS = tuple(ending.encode() for ending in (*shards.EXTENSIONS, *shards.ENDI
 
 
 def _walk(root: bytes, bad_files: BadFiles) -> Iterator[bytes]:
-    """Names, below `root`, of images and shards in it and in all folders below, sorted. Links are followed, but not back to a
-    folder on the way down. A folder that cannot be listed is a bad file."""
+    """Names, below `root`, of images and shards in it and in all folders below, sorted. Links are
+    followed, but not back to a folder on the way down. A folder that cannot be listed is a bad
+    file."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             yield from _below(pool, pool.submit(_list, root), root, b"", (), bad_files)
@@ -212,9 +247,16 @@ def _walk(root: bytes, bad_files: BadFiles) -> Iterator[bytes]:
             raise
 
 
-def _below(pool: ThreadPoolExecutor, listing: Future, root: bytes, folder: bytes, above: tuple[tuple[int, int], ...],
-           bad_files: BadFiles) -> Iterator[bytes]:
-    """The names below a folder of this name, which is being listed. above: the folders on the way down to it."""
+def _below(
+    pool: ThreadPoolExecutor,
+    listing: Future,
+    root: bytes,
+    folder: bytes,
+    above: tuple[tuple[int, int], ...],
+    bad_files: BadFiles,
+) -> Iterator[bytes]:
+    """The names below a folder of this name, which is being listed. above: the folders on the way
+    down to it."""
     try:
         names, here = listing.result()
     except OSError as error:
@@ -227,23 +269,29 @@ def _below(pool: ThreadPoolExecutor, listing: Future, root: bytes, folder: bytes
     for name in names:
         if name.endswith(b"/"):
             listings.extend(itertools.islice(upcoming, 1))
-            yield from _below(pool, listings.popleft(), root, folder + name, (*above, here), bad_files)
+            yield from _below(
+                pool, listings.popleft(), root, folder + name, (*above, here), bad_files
+            )
         else:
             yield folder + name
 
 
 def _list(folder: bytes) -> tuple[list[bytes], tuple[int, int]]:
-    """Images, shards and folders in a folder, and which it is. A folder's name is sorted with the slash that follows it in the
-    names of its files, so that all names together come out sorted."""
+    """Images, shards and folders in a folder, and which it is. A folder's name is sorted with the
+    slash that follows it in the names of its files, so that all names together come out sorted."""
     status = os.stat(folder)
     with os.scandir(folder) as entries:
         names = [entry.name + b"/" if _is_folder(entry) else entry.name for entry in entries]
-    return sorted(name for name in names if name.lower().endswith((b"/", *_ENDINGS))), (status.st_dev, status.st_ino)
+    return sorted(name for name in names if name.lower().endswith((b"/", *_ENDINGS))), (
+        status.st_dev,
+        status.st_ino,
+    )
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
     try:
-        return entry.is_dir(follow_symlinks=not entry.name.lower().endswith(_ENDINGS))  # a link to an image costs no look at it
+        # a link to an image costs no look at it
+        return entry.is_dir(follow_symlinks=not entry.name.lower().endswith(_ENDINGS))
     except OSError:  # a link to itself
         return False
 

@@ -13,8 +13,18 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-LARGEST = 2 * 10**9  # bytes of an image: one pread gives no more, and PIL takes none whose pixels need as many
-LASTING = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENXIO, errno.EACCES, errno.EPERM}
+# bytes of an image: one pread gives no more, and PIL takes none whose pixels need as many
+LARGEST = 2 * 10**9
+LASTING = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EISDIR,
+    errno.ENXIO,
+    errno.EACCES,
+    errno.EPERM,
+}
 
 BadFiles = list[tuple[str, str]]  # path, reason
 
@@ -29,7 +39,8 @@ class TransientReadError(UnreadableImage):
 
 @contextmanager
 def unreadable() -> Iterator[None]:
-    """Turn whatever PIL raises on a bad file (its plugins raise all kinds) into `UnreadableImage` with a plain reason."""
+    """Turn whatever PIL raises on a bad file (its plugins raise all kinds) into `UnreadableImage`
+    with a plain reason."""
     try:
         yield
     except UnreadableImage:
@@ -40,7 +51,9 @@ def unreadable() -> Iterator[None]:
         kind = UnreadableImage if error.errno in LASTING else TransientReadError
         raise kind(f"cannot be read: {error.strerror}") from error
     except Exception as error:
-        raise (TransientReadError if isinstance(error, MemoryError) else UnreadableImage)(_line(error)) from error
+        raise (TransientReadError if isinstance(error, MemoryError) else UnreadableImage)(
+            _line(error)
+        ) from error
 
 
 def _line(error: Exception) -> str:
@@ -49,7 +62,8 @@ def _line(error: Exception) -> str:
 
 @contextmanager
 def opened(path: str | bytes | os.PathLike[str]) -> Iterator[tuple[int, int]]:
-    """Descriptor and length in bytes of a regular file. Raises `UnreadableImage`; a pipe is not waited for."""
+    """Descriptor and length in bytes of a regular file. Raises `UnreadableImage`; a pipe is not
+    waited for."""
     with unreadable():
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
@@ -80,8 +94,13 @@ def identify(data: bytes) -> Image.Image:
         try:
             return Image.open(io.BytesIO(data))
         except UnidentifiedImageError as error:
-            raise UnreadableImage("empty file" if not data else "text, not an image" if is_text(data[:256]) else
-                                  "wrong header: no image format that PIL knows") from error
+            raise UnreadableImage(
+                "empty file"
+                if not data
+                else "text, not an image"
+                if is_text(data[:256])
+                else "wrong header: no image format that PIL knows"
+            ) from error
 
 
 def is_text(head: bytes) -> bool:
@@ -89,17 +108,20 @@ def is_text(head: bytes) -> bool:
 
 
 def prepare_threads() -> None:
-    """To be called before several threads decode: Pillow loads its formats when first needed, which two must not do at a time,
-    and its remarks on odd but readable files are heard by all threads or none."""
+    """To be called before several threads decode: Pillow loads its formats when first needed, which
+    two must not do at a time, and its remarks on odd but readable files are heard by all threads or
+    none."""
     Image.init()
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def decode(data: bytes) -> Image.Image:
-    """The encoded image as RGB: the first frame of an animation, EXIF orientation ignored (as in the official code).
+    """The encoded image as RGB: the first frame of an animation, EXIF orientation ignored (as in
+    the official code).
 
-    16-bit gray keeps its upper eight bits, as PIL itself does with 16-bit color; `convert` would clip it to white at 255.
-    Raises `UnreadableImage`, for truncated files and decompression bombs too.
+    16-bit gray keeps its upper eight bits, as PIL itself does with 16-bit color; `convert` would
+    clip it to white at 255. Raises `UnreadableImage`, for truncated files and decompression bombs
+    too.
     """
     image = identify(data)
     with unreadable():

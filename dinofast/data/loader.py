@@ -27,17 +27,26 @@ from dinofast.runtime.backends import Selection, cores, select
 from dinofast.runtime.side_stream import SideStream
 
 ENOUGH_DRAWN = 100  # images, before the share of bad ones can end a run
-CHANCE = 3.0  # standard deviations above the allowed share that are put down to which images happened to be drawn
-Batches = Iterator[tuple[list[torch.Tensor], list[Met], int]]  # crops, files that gave none, images that were replaced
+# standard deviations above the allowed share that are put down to which images happened to be drawn
+CHANCE = 3.0
+# crops, files that gave none, images that were replaced
+Batches = Iterator[tuple[list[torch.Tensor], list[Met], int]]
 
 
-def make_loader(cfg: Config, *, rank: int = 0, world: int = 1, start_step: int = 0, device: str | torch.device = "cpu",
-                on_progress: Callable[[int, int], None] | None = None) -> Loader:
+def make_loader(
+    cfg: Config,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    start_step: int = 0,
+    device: str | torch.device = "cpu",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Loader:
     """The crops of process `rank` of `world`, from optimizer step `start_step` on; see `Loader`.
 
-    Lists the files first, calling `on_progress(done, total)` now and then (total 0: not known yet). Raises `ValueError` if the
-    source is missing or has no images, if they do not fill one step, or if more than the share `cfg.max_bad_files` of its
-    shards is damaged.
+    Lists the files first, calling `on_progress(done, total)` now and then (total 0: not known yet).
+    Raises `ValueError` if the source is missing or has no images, if they do not fill one step, or
+    if more than the share `cfg.max_bad_files` of its shards is damaged.
     """
     return Loader(cfg, rank, world, start_step, torch.device(device), on_progress)
 
@@ -45,35 +54,48 @@ def make_loader(cfg: Config, *, rank: int = 0, world: int = 1, start_step: int =
 class Loader:
     """Endless iterator over micro-batches, across epochs.
 
-    `next(loader)` gives one tensor per resolution, crop-major (crop 0 of all images, crop 1 of all images, ...), normalized, on
-    the device: [(2B, 3, G, G), ((V-2)B, 3, L, L)], or the first alone without local crops; float32, or bfloat16 where one of
-    our ViTs trains in bf16, whose first layer rounds to it anyway. An optimizer step takes `cfg.accumulate` of them. The
-    crops depend only on the files, the seed and the global batch, so a run that starts at step s, on any number of processes
-    with the same global batch, sees what an unbroken run sees from step s on.
+    `next(loader)` gives one tensor per resolution, crop-major (crop 0 of all images, crop 1 of all
+    images, ...), normalized, on the device: [(2B, 3, G, G), ((V-2)B, 3, L, L)], or the first alone
+    without local crops; float32, or bfloat16 where one of our ViTs trains in bf16, whose first
+    layer rounds to it anyway. An optimizer step takes `cfg.accumulate` of them. The crops depend
+    only on the files, the seed and the global batch, so a run that starts at step s, on any number
+    of processes with the same global batch, sees what an unbroken run sees from step s on.
 
-    On a GPU the copies and kernels that this takes go to a stream of their own, beside the step that the device is still at;
-    the current stream waits for them, the host does not.
+    On a GPU the copies and kernels that this takes go to a stream of their own, beside the step
+    that the device is still at; the current stream waits for them, the host does not.
 
-    A file that does not decode is replaced by the next one, cyclically, that does, drawn as that one is drawn. It goes into
-    `bad_files` and `output_dir/bad_files.txt`, to which a run that goes on adds. `next` raises `ValueError` if none decodes,
-    or if more than the share `cfg.max_bad_files` of the images that this process has drawn so far is bad: more than chance
-    explains (CHANCE), and not before it has drawn ENOUGH_DRAWN, or all of an epoch that are its own.
+    A file that does not decode is replaced by the next one, cyclically, that does, drawn as that
+    one is drawn. It goes into `bad_files` and `output_dir/bad_files.txt`, to which a run that goes
+    on adds. `next` raises `ValueError` if none decodes, or if more than the share
+    `cfg.max_bad_files` of the images that this process has drawn so far is bad: more than chance
+    explains (CHANCE), and not before it has drawn ENOUGH_DRAWN, or all of an epoch that are its
+    own.
 
-    A file that cannot be read for the moment is replaced likewise, but only this time: it is neither listed nor part of the
-    share. That alone may differ between a run that was resumed and one that was not. `next` raises `OSError` once no file can
-    be read for UNREAD_S.
+    A file that cannot be read for the moment is replaced likewise, but only this time: it is
+    neither listed nor part of the share. That alone may differ between a run that was resumed and
+    one that was not. `next` raises `OSError` once no file can be read for UNREAD_S.
 
-    n_images: files listed, good and bad. fingerprint: equal for the same names in the same order. steps_per_epoch: optimizer
-    steps; an incomplete last batch is left out. batch_size, dtype: of a micro-batch. bad_files: (path, reason) of each met so
-    far in this process. n_unread, unread_reason: images replaced because they could not be read at their turn, and why the
-    last. backend, backend_note: what makes the crops, and why not something faster. reader, augmentation: what
-    reads the images and what is drawn for them. n_workers: threads or processes.
+    n_images: files listed, good and bad. fingerprint: equal for the same names in the same order.
+    steps_per_epoch: optimizer steps; an incomplete last batch is left out. batch_size, dtype: of a
+    micro-batch. bad_files: (path, reason) of each met so far in this process. n_unread,
+    unread_reason: images replaced because they could not be read at their turn, and why the last.
+    backend, backend_note: what makes the crops, and why not something faster. reader, augmentation:
+    what reads the images and what is drawn for them. n_workers: threads or processes.
     """
 
-    def __init__(self, cfg: Config, rank: int, world: int, start_step: int, device: torch.device,
-                 on_progress: Callable[[int, int], None] | None) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        rank: int,
+        world: int,
+        start_step: int,
+        device: torch.device,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
         images, self._unlink = shared.between_ranks(dataset.scan(cfg.data_path, on_progress))
-        self.n_images, self.fingerprint, self.bad_files = len(images), images.fingerprint, list(images.bad_files)
+        self.n_images = len(images)
+        self.fingerprint = images.fingerprint
+        self.bad_files = list(images.bad_files)
         self._max_bad, self._known = cfg.max_bad_files, {path for path, _ in self.bad_files}
         n_listed = self.n_images + len(self.bad_files)
         if len(self.bad_files) > cfg.max_bad_files * n_listed:  # shards, and folders
@@ -82,37 +104,57 @@ class Loader:
         self.steps_per_epoch = self.n_images // global_batch
         if not self.steps_per_epoch:
             raise ValueError(
-                f"`data_path` {cfg.data_path} has {self.n_images:,} images but one step takes {global_batch:,} "
-                f"(`batch_size_per_gpu` {cfg.batch_size_per_gpu} x {world} processes x `accumulate` {cfg.accumulate}): "
-                "lower `batch_size_per_gpu`.")
+                f"`data_path` {cfg.data_path} has {self.n_images:,} images but one step takes "
+                f"{global_batch:,} (`batch_size_per_gpu` {cfg.batch_size_per_gpu} x {world} "
+                f"processes x `accumulate` {cfg.accumulate}): lower `batch_size_per_gpu`."
+            )
         self._n_drawn = self._n_replaced = self.n_unread = 0
-        self._n_own, self.unread_reason = self.steps_per_epoch * cfg.batch_size_per_gpu * cfg.accumulate, ""
+        self._n_own = self.steps_per_epoch * cfg.batch_size_per_gpu * cfg.accumulate
+        self.unread_reason = ""
         self._whose = " of this process" if world > 1 else ""
-        self._bad_file_list, self._rank = BadFileList(os.path.join(cfg.output_dir, "bad_files.txt")), rank
+        self._bad_file_list = BadFileList(os.path.join(cfg.output_dir, "bad_files.txt"))
+        self._rank = rank
         self._device, self._step = device, start_step
         self._batches: Batches | None = None
         self._side, self._blocked_s = SideStream(device) if device.type == "cuda" else None, 0.0
-        self._mean, self._std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std))
+        self._mean, self._std = (
+            torch.tensor(c, device=device).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std)
+        )
         self.backend, self.backend_note = choose_backend(cfg.data_backend, device.type)
-        self.dtype = torch.bfloat16 if cfg.vit and cfg.precision_on(device.type) == "bf16" else torch.float32
+        self.dtype = (
+            torch.bfloat16 if cfg.vit and cfg.precision_on(device.type) == "bf16" else torch.float32
+        )
         self.batch_size, self._hw_decoder_load = cfg.batch_size_per_gpu, cfg.hw_decoder_load
         self.reader, self.augmentation = ImageReader(images), Augmentation(cfg.seed, views(cfg))
-        self.n_workers = min(cfg.num_workers, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
-        self._indices = partial(batch_indices, cfg.seed, self.n_images, self.steps_per_epoch, batch_size=self.batch_size,
-                                accumulate=cfg.accumulate, rank=rank, world=world)
+        self.n_workers = min(
+            cfg.num_workers, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+        )
+        self._indices = partial(
+            batch_indices,
+            cfg.seed,
+            self.n_images,
+            self.steps_per_epoch,
+            batch_size=self.batch_size,
+            accumulate=cfg.accumulate,
+            rank=rank,
+            world=world,
+        )
 
     def seek(self, step: int) -> None:
-        """Go on from this optimizer step of the run. Costs nothing before the first batch, which starts the workers."""
+        """Go on from this optimizer step of the run. Costs nothing before the first batch, which
+        starts the workers."""
         if self._batches is not None:
             self.close()
         self._step, self._batches = step, None
 
     def begin_run(self) -> None:
-        """Of a new run: remove the `bad_files.txt` of an earlier one. By one process, before any takes a batch."""
+        """Of a new run: remove the `bad_files.txt` of an earlier one. By one process, before any
+        takes a batch."""
         self._bad_file_list.clear()
 
     def all_are_here(self) -> None:
-        """Every process of this machine has its loader: what they share needs no name in the file system any more."""
+        """Every process of this machine has its loader: what they share needs no name in the file
+        system any more."""
         self._unlink()
 
     def __iter__(self) -> Loader:
@@ -123,12 +165,13 @@ class Loader:
 
     @property
     def wait_s(self) -> float:
-        """Seconds for which training has waited for crops so far, the start of the workers included.
+        """Seconds for which training has waited for crops so far, the start of the workers
+        included.
 
-        On a GPU the device's: in each `next`, from the end of what was enqueued before it until the crops were there. So what
-        passes while the device is still at a step does not count, and the rest of a copy does. Asking does not wait: what the
-        device has yet to come to counts next time. On a CPU, where `next` and the step take turns: the host's, until the crops
-        were made.
+        On a GPU the device's: in each `next`, from the end of what was enqueued before it until the
+        crops were there. So what passes while the device is still at a step does not count, and the
+        rest of a copy does. Asking does not wait: what the device has yet to come to counts next
+        time. On a CPU, where `next` and the step take turns: the host's, until the crops were made.
         """
         return self._side.wait_s() if self._side else self._blocked_s
 
@@ -142,9 +185,13 @@ class Loader:
         if not crops:
             self._record(met)
             raise self._nothing(met)
-        self._n_drawn, self._n_replaced = self._n_drawn + self.batch_size, self._n_replaced + n_replaced - self._record(met)
+        self._n_drawn, self._n_replaced = (
+            self._n_drawn + self.batch_size,
+            self._n_replaced + n_replaced - self._record(met),
+        )
         self._check_share()
-        on_device = [c.to(self._device, non_blocking=True) for c in crops]  # torch keeps pinned memory until it is copied
+        # torch keeps pinned memory until it is copied
+        on_device = [c.to(self._device, non_blocking=True) for c in crops]
         return [c if c.dtype == self.dtype else self._finished(c) for c in on_device]
 
     def _start(self) -> None:
@@ -153,32 +200,63 @@ class Loader:
             self._bad_file_list.append(self.bad_files)
         _OPEN.add(self)
         atexit.unregister(_close_all)
-        atexit.register(_close_all)                          # once, and before what multiprocessing does at exit
+        atexit.register(_close_all)  # once, and before what multiprocessing does at exit
         indices, pinned = self._indices(start_step=self._step), self._device.type == "cuda"
-        draw, decode, resolutions = self.augmentation.draw, self.reader.decode_next, self.augmentation.resolutions
+        draw = self.augmentation.draw
+        decode = self.reader.decode_next
+        resolutions = self.augmentation.resolutions
         levels = torch.arange(256, dtype=torch.uint8, device=self._device).expand(1, 3, 1, 256)
         norm_lut = self._normalize(levels).view(3, 256)
         self._norm_lut = norm_lut.to(self.dtype)
         if self.backend == "dali":
-            self._batches = backend_dali.Batches(indices, draw, self.reader.dataset.read, decode, resolutions, norm_lut,
-                                                 self.dtype, self._device, self.batch_size, self.n_workers,
-                                                 self._hw_decoder_load)
-        elif self.backend == "native":                       # a GPU normalizes in no time: it gets the levels
-            self._batches = backend_native.Batches(indices, draw, decode, resolutions, None if pinned else norm_lut.numpy(),
-                                                   self.dtype, pinned, self.n_workers)
+            self._batches = backend_dali.Batches(
+                indices,
+                draw,
+                self.reader.dataset.read,
+                decode,
+                resolutions,
+                norm_lut,
+                self.dtype,
+                self._device,
+                self.batch_size,
+                self.n_workers,
+                self._hw_decoder_load,
+            )
+        elif self.backend == "native":  # a GPU normalizes in no time: it gets the levels
+            self._batches = backend_native.Batches(
+                indices,
+                draw,
+                decode,
+                resolutions,
+                None if pinned else norm_lut.numpy(),
+                self.dtype,
+                pinned,
+                self.n_workers,
+            )
         else:
             crops = CropDataset(self.augmentation, decode)
-            generator = torch.Generator()  # iter() takes a number from it: leave the global generator alone
-            self._batches = iter(DataLoader(crops, batch_size=None, sampler=indices, num_workers=self.n_workers,
-                                            collate_fn=_as_it_is, worker_init_fn=_ignore_signals, pin_memory=pinned,
-                                            generator=generator))
+            # iter() takes a number from it: leave the global generator alone
+            generator = torch.Generator()
+            self._batches = iter(
+                DataLoader(
+                    crops,
+                    batch_size=None,
+                    sampler=indices,
+                    num_workers=self.n_workers,
+                    collate_fn=_as_it_is,
+                    worker_init_fn=_ignore_signals,
+                    pin_memory=pinned,
+                    generator=generator,
+                )
+            )
 
     def close(self) -> None:
         """End the worker processes. Only `seek` makes the loader usable again."""
         batches, self._batches = self._batches, iter(())
         if isinstance(batches, backend_native.Batches | backend_dali.Batches):
             batches.close()
-        elif isinstance(batches, _MultiProcessingDataLoaderIter):  # torch has no public way to end them at a known moment
+        # torch has no public way to end them at a known moment
+        elif isinstance(batches, _MultiProcessingDataLoaderIter):
             batches._shutdown_workers()  # waits for the batch at hand, a few seconds at most
             for worker in batches._workers:  # a stuck one ignores the SIGTERM that torch sends
                 worker.kill()
@@ -186,57 +264,90 @@ class Loader:
 
     def _normalize(self, crops: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 3, S, S) to float32, in the steps of torchvision's ToTensor and Normalize."""
-        return crops.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(self._mean).div_(self._std)
+        return (
+            crops.to(torch.float32, memory_format=torch.contiguous_format)
+            .div_(255)
+            .sub_(self._mean)
+            .div_(self._std)
+        )
 
     def _finished(self, crops: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, 3, S, S) as the model takes them; on a GPU in one pass over memory instead of five, to the same bits."""
-        return ops.normalize(crops, self._norm_lut) if crops.is_cuda else self._normalize(crops).to(self.dtype)
+        """uint8 (N, 3, S, S) as the model takes them; on a GPU in one pass over memory instead of
+        five, to the same bits."""
+        return (
+            ops.normalize(crops, self._norm_lut)
+            if crops.is_cuda
+            else self._normalize(crops).to(self.dtype)
+        )
 
     def _record(self, met: list[Met]) -> int:
         """Count and list what was met; how many images were replaced for this time only."""
-        new = {path: reason for path, reason, kind in met if kind == "bad" and path not in self._known}  # each worker meets it
+        # each worker meets it
+        new = {
+            path: reason for path, reason, kind in met if kind == "bad" and path not in self._known
+        }
         self._known |= new.keys()
         self.bad_files += new.items()
         self._bad_file_list.append(list(new.items()))
         unread = [reason for _, reason, kind in met if kind == "unread"]
-        self.n_unread, self.unread_reason = self.n_unread + len(unread), unread[-1] if unread else self.unread_reason
+        self.n_unread = self.n_unread + len(unread)
+        self.unread_reason = unread[-1] if unread else self.unread_reason
         return len(unread)
 
     def _check_share(self) -> None:
-        """Raise `ValueError` if more of the images drawn are bad than the allowed share and chance explain."""
+        """Raise `ValueError` if more of the images drawn are bad than the allowed share and chance
+        explain."""
         if self._n_drawn < min(ENOUGH_DRAWN, self._n_own):
             return
         epochs, rest = divmod(self._n_drawn, self._n_own)  # each epoch draws without putting back
-        spread = epochs * self._n_own * (1 - self._n_own / self.n_images) + rest * (1 - rest / self.n_images)
-        allowed = self._max_bad * self._n_drawn + CHANCE * math.sqrt(spread * self._max_bad * (1 - self._max_bad))
+        spread = epochs * self._n_own * (1 - self._n_own / self.n_images) + rest * (
+            1 - rest / self.n_images
+        )
+        allowed = self._max_bad * self._n_drawn + CHANCE * math.sqrt(
+            spread * self._max_bad * (1 - self._max_bad)
+        )
         if self._n_replaced > allowed:
             raise self._too_many(self._n_replaced, self._n_drawn, self._whose)
 
     def _too_many(self, n_bad: int, n: int, whose: str = "") -> ValueError:
-        return ValueError(f"{n_bad:,} of {n:,} images{whose} are bad and `max_bad_files` is {self._max_bad:g}: "
-                          f"{dataset.examples(self.bad_files)}. Mend or remove these files; `dinofast check-data` finds them "
-                          "all.")
+        return ValueError(
+            f"{n_bad:,} of {n:,} images{whose} are bad and `max_bad_files` is {self._max_bad:g}: "
+            f"{dataset.examples(self.bad_files)}. Mend or remove these files; `dinofast "
+            "check-data` finds them all."
+        )
 
     def _nothing(self, met: list[Met]) -> Exception:
         """Why there is no batch."""
         if lost := [(path, reason) for path, reason, kind in met if kind == "lost"]:
-            return OSError(f"the storage of `data_path` fails, no file could be read for up to {UNREAD_S:g} s: "
-                           f"{dataset.examples(lost[-1:])}.")
+            return OSError(
+                f"the storage of `data_path` fails, no file could be read for up to {UNREAD_S:g} "
+                f"s: {dataset.examples(lost[-1:])}."
+            )
         what = "no image decodes any more"
         if not self._n_drawn:
             what = f"none of the first {len(self.bad_files):,} images tried decodes"
-        return ValueError(f"{what}: {dataset.examples(self.bad_files[-3:])}. `dinofast check-data` tries every file.")
+        return ValueError(
+            f"{what}: {dataset.examples(self.bad_files[-3:])}. `dinofast check-data` tries every "
+            "file."
+        )
 
 
 def choose_backend(asked: str | None, device_type: str) -> Selection:
-    """Which backend executes the plan, and why not a faster one. Raises `ValueError` if what was asked for cannot run here."""
-    reasons = {"dali": backend_dali.unavailable_reason(device_type), "native": backend_native.unavailable_reason(), "pil": None}
-    by_speed = ["dali", "native", "pil"] if device_type == "cuda" else ["native", "pil"]  # on a CPU DALI is for tests
+    """Which backend executes the plan, and why not a faster one. Raises `ValueError` if what was
+    asked for cannot run here."""
+    reasons = {
+        "dali": backend_dali.unavailable_reason(device_type),
+        "native": backend_native.unavailable_reason(),
+        "pil": None,
+    }
+    # on a CPU DALI is for tests
+    by_speed = ["dali", "native", "pil"] if device_type == "cuda" else ["native", "pil"]
     return select("data_backend", asked, reasons, by_speed)
 
 
 def views(cfg: Config) -> tuple[View, ...]:
-    """The official kinds of crop: two global ones, which differ in blur and solarization, and the local ones."""
+    """The official kinds of crop: two global ones, which differ in blur and solarization, and the
+    local ones."""
     big, small, blur = cfg.global_crops_size, cfg.local_crops_size, cfg.blur_radius
     first = View(big, cfg.global_crops_scale, blur_p=1.0, solarize_p=0.0, blur_radius=blur)
     second = View(big, cfg.global_crops_scale, blur_p=0.1, solarize_p=0.2, blur_radius=blur)
@@ -248,7 +359,8 @@ _OPEN: weakref.WeakSet[Loader] = weakref.WeakSet()  # loaders with workers
 
 
 def _close_all() -> None:
-    """At exit multiprocessing would send the workers SIGTERM, which they ignore, and wait for them."""
+    """At exit multiprocessing would send the workers SIGTERM, which they ignore, and wait for
+    them."""
     for loader in list(_OPEN):
         loader.close()
 
@@ -258,6 +370,7 @@ def _as_it_is(batch: object) -> object:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent answers them and then calls `close`."""
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent answers them and
+    then calls `close`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

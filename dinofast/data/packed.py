@@ -10,10 +10,11 @@ BLOCK = 4096  # strings cut apart at a time
 
 
 class PackedStrings:
-    """A sequence of byte strings that lie in one, each with a NUL behind it; 9 bytes each beside their own.
+    """A sequence of byte strings that lie in one, each with a NUL behind it; 9 bytes each beside
+    their own.
 
-    Forked workers share its memory; counting references to a million objects would copy them. text: uint8, all bytes.
-    ends: int64 (n,), where each NUL is.
+    Forked workers share its memory; counting references to a million objects would copy them. text:
+    uint8, all bytes. ends: int64 (n,), where each NUL is.
     """
 
     def __init__(self, text: bytes | np.ndarray, ends: np.ndarray | None = None) -> None:

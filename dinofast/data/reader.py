@@ -1,4 +1,5 @@
-"""Decoded images by index: a read that fails is tried again, and another image stands in for one that cannot be had."""
+"""Decoded images by index: a read that fails is tried again, and another image stands in for one
+that cannot be had."""
 
 from __future__ import annotations
 
@@ -12,13 +13,14 @@ from dinofast.data.dataset import ImageDataset
 from dinofast.data.decode import TransientReadError, UnreadableImage, decode
 
 RETRY_PAUSES_S = (0.1, 1.0)  # before a file that could not be read is tried again
-UNREAD_S = 30.0  # of trying file after file, none of which can be read: then it is the storage that fails
+# of trying file after file, none of which can be read: then it is the storage that fails
+UNREAD_S = 30.0
 PROBES = 100  # images tried before it is said that none decodes
 
 
 class Met(NamedTuple):
-    """A file that gave no image, and why. kind: "bad" for good; "unread" this time, and its image replaced; "lost": the last
-    of many that could not be read."""
+    """A file that gave no image, and why. kind: "bad" for good; "unread" this time, and its image
+    replaced; "lost": the last of many that could not be read."""
 
     path: str
     reason: str
@@ -26,12 +28,14 @@ class Met(NamedTuple):
 
 
 class ImageReader:
-    """Decoded images of a dataset by index. The next index, cyclically, that decodes stands in for one that does not.
+    """Decoded images of a dataset by index. The next index, cyclically, that decodes stands in for
+    one that does not.
 
-    So what stands in depends on the files alone, not on the process, its threads or the steps before, and a resumed run sees
-    what an unbroken one sees. Only a file that cannot be read for the moment (`TransientReadError`) is another matter: it is
-    tried again at once, replaced if that fails too, and tried again when its turn comes next; a run that meets it at another
-    time may see it where this one saw the next image. Threads may share one.
+    So what stands in depends on the files alone, not on the process, its threads or the steps
+    before, and a resumed run sees what an unbroken one sees. Only a file that cannot be read for
+    the moment (`TransientReadError`) is another matter: it is tried again at once, replaced if that
+    fails too, and tried again when its turn comes next; a run that meets it at another time may see
+    it where this one saw the next image. Threads may share one.
     """
 
     def __init__(self, dataset: ImageDataset) -> None:
@@ -55,11 +59,13 @@ class ImageReader:
         return image
 
     def decode_next(self, index: int, met: list[Met]) -> tuple[Image.Image | None, int]:
-        """The first image from this index on that decodes, and its index. What is met on the way is added to `met`: bad files
-        the first time, and the file at `index` whenever it cannot be read.
+        """The first image from this index on that decodes, and its index. What is met on the way is
+        added to `met`: bad files the first time, and the file at `index` whenever it cannot be
+        read.
 
-        No image if none decodes any more, or if the storage fails: if for UNREAD_S no file on the way could be read. Then the
-        other threads give up at their next file, until one can be read again.
+        No image if none decodes any more, or if the storage fails: if for UNREAD_S no file on the
+        way could be read. Then the other threads give up at their next file, until one can be read
+        again.
         """
         n, failed, unread = len(self.dataset), 0, None
         since = 0.0  # the first of the files in a row that could not be read
@@ -70,7 +76,8 @@ class ImageReader:
                 return self.decode(used), used
             except TransientReadError as reason:
                 now = time.monotonic()
-                since, unread = since if unread else now, Met(self.dataset.path(used), str(reason), "lost")
+                since = since if unread else now
+                unread = Met(self.dataset.path(used), str(reason), "lost")
                 if used == index:
                     met.append(unread._replace(kind="unread"))
                 if self._lost or now - since >= UNREAD_S:
@@ -87,8 +94,8 @@ class ImageReader:
         return None, index
 
     def _some_decode(self) -> bool:
-        """Whether anything has decoded in this process, or does among PROBES images from all over the dataset, or may do so
-        another time."""
+        """Whether anything has decoded in this process, or does among PROBES images from all over
+        the dataset, or may do so another time."""
         for index in range(0, len(self.dataset), max(1, len(self.dataset) // PROBES)):
             if self._any_decodes:
                 return True

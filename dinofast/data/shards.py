@@ -1,8 +1,9 @@
 """WebDataset shards: the images in a tar archive, and the patterns that name many archives.
 
-Their headers are read when a run starts, for the offsets of the members; an image is then read from its place in the archive,
-by one `os.pread`. That wants a file system with random access, local or over the network. In return there is no shuffle buffer
-and no sharing out of shards: the order of an epoch, resuming and replacing are those of single files.
+Their headers are read when a run starts, for the offsets of the members; an image is then read from
+its place in the archive, by one `os.pread`. That wants a file system with random access, local or
+over the network. In return there is no shuffle buffer and no sharing out of shards: the order of an
+epoch, resuming and replacing are those of single files.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import NamedTuple
 from dinofast.data.decode import UnreadableImage, is_text
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
-ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")  # the others to be refused
+# the others to be refused
+ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 BLOCK = 512
 PAST_END = "truncated: reaches past the end of its shard"
@@ -28,7 +30,8 @@ _EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)
 
 
 class Header(NamedTuple):
-    """What a header says of a member: its name, where its bytes lie, and why it cannot be used ("" if it can)."""
+    """What a header says of a member: its name, where its bytes lie, and why it cannot be used (""
+    if it can)."""
 
     name: bytes
     start: int
@@ -46,10 +49,11 @@ class _Tar(tarfile.TarFile):
 def images(file: io.RawIOBase) -> Iterator[Header]:
     """Each image in an open tar archive, in its order.
 
-    An image is a member whose base name goes on, after its first dot, with one of EXTENSIONS: `000.jpg`, not `000.seg.png`.
-    Links are refused, as nothing says that what they point to is in the archive, and it would be seen twice if it is; sparse
-    members, whose bytes do not lie in one piece, are refused too. Raises `UnreadableImage` where the archive is damaged, after
-    what comes before.
+    An image is a member whose base name goes on, after its first dot, with one of EXTENSIONS:
+    `000.jpg`, not `000.seg.png`. Links are refused, as nothing says that what they point to is in
+    the archive, and it would be seen twice if it is; sparse members, whose bytes do not lie in one
+    piece, are refused too. Raises `UnreadableImage` where the archive is damaged, after what comes
+    before.
     """
     fd, at, any_image = file.fileno(), 0, False
     size, head = os.fstat(fd).st_size, os.pread(fd, 256, 0)
@@ -67,12 +71,18 @@ def images(file: io.RawIOBase) -> Iterator[Header]:
             at = after
             if header:
                 any_image = True
-                yield header._replace(reason=PAST_END) if not header.reason and header.start + header.length > size else header
+                yield (
+                    header._replace(reason=PAST_END)
+                    if not header.reason and header.start + header.length > size
+                    else header
+                )
     except OSError:
         raise
     except Exception as error:  # whatever tarfile meets in damaged headers
         if not at:
-            raise UnreadableImage("text, not a tar archive" if is_text(head) else "not a tar archive") from error
+            raise UnreadableImage(
+                "text, not a tar archive" if is_text(head) else "not a tar archive"
+            ) from error
         raise UnreadableImage(f"damaged tar archive: {error} after byte {at:,}") from error
     _check_end(fd, at, size)
     if not any_image:
@@ -80,17 +90,21 @@ def images(file: io.RawIOBase) -> Iterator[Header]:
 
 
 def _plain_header(fd: int, at: int) -> tuple[Header | None, int] | None:
-    """The image, if it is one, that begins at this byte, and where what follows begins; None if tarfile has to say.
+    """The image, if it is one, that begins at this byte, and where what follows begins; None if
+    tarfile has to say.
 
-    Regular files with short names, and extended headers without a name or a size before them, as WebDataset writes them: 6 and
-    16 us a member instead of tarfile's 22 and 67 (page cache, one core, 2026-11-27).
+    Regular files with short names, and extended headers without a name or a size before them, as
+    WebDataset writes them: 6 and 16 us a member instead of tarfile's 22 and 67 (page cache, one
+    core, 2026-11-27).
     """
     block = os.pread(fd, BLOCK, at)
     kind = block[156:157]
     if kind not in (b"0", b"\0", b"x"):
         return None
     try:
-        length, checksum = (int(block[a:b].strip(b" \0") or b"0", 8) for a, b in ((124, 136), (148, 156)))
+        length, checksum = (
+            int(block[a:b].strip(b" \0") or b"0", 8) for a, b in ((124, 136), (148, 156))
+        )
     except ValueError:
         return None
     if len(block) < BLOCK or checksum != sum(block) - sum(block[148:156]) + 8 * 32 or length < 0:
@@ -117,15 +131,22 @@ def _any_header(tar: _Tar, at: int) -> tuple[Header | None, int]:
     if member.size < 0 or tar.offset <= at:
         raise tarfile.ReadError("a size that cannot be")
     name = os.fsencode(member.name)
-    reason = ("a link inside a shard" if member.islnk() or member.issym() else
-              "a sparse member of a shard" if member.issparse() else
-              "not a regular file" if not member.isreg() else "")
+    reason = (
+        "a link inside a shard"
+        if member.islnk() or member.issym()
+        else "a sparse member of a shard"
+        if member.issparse()
+        else "not a regular file"
+        if not member.isreg()
+        else ""
+    )
     is_one = is_image(name) and not member.isdir()
     return Header(name, member.offset_data, member.size, reason) if is_one else None, tar.offset
 
 
 def _check_end(fd: int, at: int, size: int) -> None:
-    """Raise `UnreadableImage` if an archive does not end at byte `at`, where tarfile has stopped without a word."""
+    """Raise `UnreadableImage` if an archive does not end at byte `at`, where tarfile has stopped
+    without a word."""
     end = os.pread(fd, BLOCK, at)
     if len(end) < BLOCK:
         raise UnreadableImage(f"truncated tar archive: no end mark at byte {at:,}")
@@ -134,7 +155,9 @@ def _check_end(fd: int, at: int, size: int) -> None:
     for start in range(at, size, 1 << 16):
         if any(block := os.pread(fd, 1 << 16, start)):
             where = start + len(block) - len(block.lstrip(b"\0"))
-            raise UnreadableImage(f"damaged tar archive: it ends at byte {at:,}, but there is more at byte {where:,}")
+            raise UnreadableImage(
+                f"damaged tar archive: it ends at byte {at:,}, but there is more at byte {where:,}"
+            )
 
 
 def is_shard(path: bytes) -> bool:
@@ -142,13 +165,15 @@ def is_shard(path: bytes) -> bool:
 
 
 def is_image(name: bytes) -> bool:
-    """Whether a member of an archive is an image by its WebDataset extension, all that follows the first dot."""
+    """Whether a member of an archive is an image by its WebDataset extension, all that follows the
+    first dot."""
     key, _, extension = name.rpartition(b"/")[2].partition(b".")
     return bool(key) and b"." + extension.lower() in _EXTENSIONS
 
 
 def expand(pattern: str) -> list[str]:
-    """What a pattern with braces stands for, in its order: `{000000..000146}` counts, with as many digits, `{a,b}` lists.
+    """What a pattern with braces stands for, in its order: `{000000..000146}` counts, with as many
+    digits, `{a,b}` lists.
 
     Raises `ValueError` for other braces, or more than MOST names.
     """
@@ -157,11 +182,15 @@ def expand(pattern: str) -> list[str]:
     for i, piece in enumerate(pieces):
         choices.append(_alternatives(piece, pattern) if i % 2 else [piece])
         if not i % 2 and ("{" in piece or "}" in piece):
-            raise ValueError(f"`data_path` {pattern} has braces that are nested or not closed: write each pattern by itself, "
-                             "as in shards-{000000..000146}.tar.")
+            raise ValueError(
+                f"`data_path` {pattern} has braces that are nested or not closed: write each "
+                "pattern by itself, as in shards-{000000..000146}.tar."
+            )
         n *= len(choices[-1])
         if n > MOST:
-            raise ValueError(f"`data_path` {pattern} stands for more than {MOST:,} files: write fewer.")
+            raise ValueError(
+                f"`data_path` {pattern} stands for more than {MOST:,} files: write fewer."
+            )
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
@@ -170,9 +199,13 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
         return inside.split(",")
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside, re.ASCII)
     if not numbers or int(numbers[1]) > int(numbers[2]):
-        raise ValueError(f"`data_path` {pattern} holds {{{inside}}}, neither a range such as {{000000..000146}} nor a list "
-                         "such as {a,b}: write one of them.")
+        raise ValueError(
+            f"`data_path` {pattern} holds {{{inside}}}, neither a range such as {{000000..000146}} "
+            "nor a list such as {a,b}: write one of them."
+        )
     first, last = int(numbers[1]), int(numbers[2])
     last = min(last, first + MOST)  # one more than is allowed is enough to know
-    width = len(numbers[1]) if numbers[1].startswith("0") or len(numbers[1]) == len(numbers[2]) else 0
+    width = (
+        len(numbers[1]) if numbers[1].startswith("0") or len(numbers[1]) == len(numbers[2]) else 0
+    )
     return [f"{i:0{width}}" for i in range(first, last + 1)]

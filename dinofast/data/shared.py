@@ -19,15 +19,19 @@ ALIGN = 64  # bytes
 
 
 def between_ranks(dataset: ImageDataset) -> tuple[ImageDataset, Callable[[], object]]:
-    """The dataset in memory that the training processes of this machine share, and what removes the file it is mapped from.
+    """The dataset in memory that the training processes of this machine share, and what removes the
+    file it is mapped from.
 
-    Each process lists the source for itself, which also shows whether all see the same; then the first one writes the arrays
-    into a file in the folder for temporary files, and all map it and drop their own copy. The file is to be removed once all
-    have come so far; at the latest it goes with this process. A process alone, or one that cannot share, keeps its own copy.
+    Each process lists the source for itself, which also shows whether all see the same; then the
+    first one writes the arrays into a file in the folder for temporary files, and all map it and
+    drop their own copy. The file is to be removed once all have come so far; at the latest it goes
+    with this process. A process alone, or one that cannot share, keeps its own copy.
     """
     if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < 2:
         return dataset, lambda: None
-    path = os.path.join(tempfile.gettempdir(), f"dinofast-{os.getuid()}-{dataset.fingerprint}.files")
+    path = os.path.join(
+        tempfile.gettempdir(), f"dinofast-{os.getuid()}-{dataset.fingerprint}.files"
+    )
     members = dataset.members
     own: list[np.ndarray] = [dataset.files.text, dataset.files.ends]
     if members:
@@ -38,8 +42,12 @@ def between_ranks(dataset: ImageDataset) -> tuple[ImageDataset, Callable[[], obj
         return dataset, lambda: None
     files = PackedStrings(views[0], views[1].view(np.int64))
     if members:
-        members = replace(members, file=views[2].view(np.int32), names=PackedStrings(views[3], views[4].view(np.int64)),
-                          spans=views[5].view(np.int64).reshape(-1, 2))
+        members = replace(
+            members,
+            file=views[2].view(np.int32),
+            names=PackedStrings(views[3], views[4].view(np.int64)),
+            spans=views[5].view(np.int64).reshape(-1, 2),
+        )
     shared = replace(dataset, files=files, members=members)
     return shared, weakref.finalize(shared, _remove, path)
 
@@ -49,10 +57,19 @@ def _map(path: str, own: list[np.ndarray]) -> list[np.ndarray]:
     arrays = [np.frombuffer(part, np.uint8) for part in own]
     starts = np.cumsum([0, *(-(-len(array) // ALIGN) * ALIGN for array in arrays)]).tolist()
     for _ in range(2):
-        with suppress(FileNotFoundError), open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-            if os.fstat(file.fileno()).st_uid == os.getuid() and os.fstat(file.fileno()).st_size == starts[-1]:
+        with (
+            suppress(FileNotFoundError),
+            open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file,
+        ):
+            if (
+                os.fstat(file.fileno()).st_uid == os.getuid()
+                and os.fstat(file.fileno()).st_size == starts[-1]
+            ):
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                views = [np.frombuffer(mapped, np.uint8, len(a), at) for a, at in zip(arrays, starts, strict=False)]
+                views = [
+                    np.frombuffer(mapped, np.uint8, len(a), at)
+                    for a, at in zip(arrays, starts, strict=False)
+                ]
                 if all(map(np.array_equal, views, arrays)):
                     return views
             raise OSError(f"{path} holds something else")

@@ -14,16 +14,21 @@ WAIT_S = 2.0  # for all of them, when all is to end
 
 
 class Threads:
-    """Runs work in the order in which it comes; without threads at once. A thread that is stuck does not hold up the exit."""
+    """Runs work in the order in which it comes; without threads at once. A thread that is stuck
+    does not hold up the exit."""
 
     def __init__(self, n: int) -> None:
         self._work: queue.SimpleQueue = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=_run, args=(self._work,), name=f"dinofast-crops-{i}", daemon=True)
-                         for i in range(n)]
+        self._threads = [
+            threading.Thread(
+                target=_run, args=(self._work,), name=f"dinofast-crops-{i}", daemon=True
+            )
+            for i in range(n)
+        ]
         for thread in self._threads:
             thread.start()
-        # When nobody refers to this any more, and before the interpreter ends: it kills threads that come back from C++ then,
-        # and the whole process with them.
+        # When nobody refers to this any more, and before the interpreter ends: it kills threads
+        # that come back from C++ then, and the whole process with them.
         self._finalizer = weakref.finalize(self, _end, self._work, self._threads)
 
     def close(self) -> None:

@@ -1,1 +1,2 @@
-"""Evaluation of a frozen backbone: k-NN classification and attention maps. Nothing here trains a backbone."""
+"""Evaluation of a frozen backbone: k-NN classification and attention maps. Nothing here trains a
+backbone."""

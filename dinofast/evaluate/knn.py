@@ -1,4 +1,5 @@
-"""Weighted k-NN classification of frozen features (arXiv 1805.01978, section 3.4), as in the official evaluation."""
+"""Weighted k-NN classification of frozen features (arXiv 1805.01978, section 3.4), as in the
+official evaluation."""
 
 from __future__ import annotations
 
@@ -16,18 +17,27 @@ from ..runtime.backends import cores
 from ..runtime.distributed import pick_device
 from .images import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, LabeledImages, train_and_val
 
-CHUNK_ELEMENTS = 2**26      # of the similarity matrix held at a time: 256 MiB in fp32
+CHUNK_ELEMENTS = 2**26  # of the similarity matrix held at a time: 256 MiB in fp32
 
 
-def knn_classify(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, k: int,
-                 temperature: float = 0.07, n_classes: int | None = None) -> tuple[float, float]:
+def knn_classify(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    k: int,
+    temperature: float = 0.07,
+    n_classes: int | None = None,
+) -> tuple[float, float]:
     """Top-1 and top-5 accuracy in percent of the k-NN classifier.
 
-        for each test image: s = cosine with every training image; the k largest vote for their class with exp(s / temperature)
+        for each test image: s = cosine with every training image;
+        the k largest vote for their class with exp(s / temperature)
 
-    train_features (M, D) and test_features (N, D), any float dtype, L2-normalized here; labels (M,) and (N,) int64 from 0.
-    n_classes: default one more than the largest label. Top-5 looks at min(5, k, n_classes) classes, as the official code
-    does; of classes with equal votes the first comes first. Raises ValueError when k is not within 1..M or a set is empty.
+    train_features (M, D) and test_features (N, D), any float dtype, L2-normalized here; labels (M,)
+    and (N,) int64 from 0. n_classes: default one more than the largest label. Top-5 looks at min(5,
+    k, n_classes) classes, as the official code does; of classes with equal votes the first comes
+    first. Raises ValueError when k is not within 1..M or a set is empty.
     """
     similarity, neighbors = nearest(train_features, test_features, k)
     n_classes = n_classes or int(torch.cat((train_labels, test_labels)).max()) + 1
@@ -35,37 +45,55 @@ def knn_classify(train_features: Tensor, train_labels: Tensor, test_features: Te
 
 
 def nearest(train_features: Tensor, test_features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosine of the k nearest training images, largest first, (N, k) fp32, and their rows (N, k)."""
+    """Cosine of the k nearest training images, largest first, (N, k) fp32, and their rows (N,
+    k)."""
     n_train, n_test = len(train_features), len(test_features)
     if not n_test:
         raise ValueError("There are 0 images to classify: give at least one.")
     if not 1 <= k <= n_train:
-        raise ValueError(f"k is {k} but there are {n_train} training images: choose k between 1 and {n_train}.")
+        raise ValueError(
+            f"k is {k} but there are {n_train} training images: choose k between 1 and {n_train}."
+        )
     train = F.normalize(train_features.float(), dim=1).t()
     chunks = F.normalize(test_features.float(), dim=1).split(max(1, CHUNK_ELEMENTS // n_train))
     found = [(chunk @ train).topk(k) for chunk in chunks]
     return torch.cat([values for values, _ in found]), torch.cat([rows for _, rows in found])
 
 
-def vote(similarity: Tensor, labels: Tensor, truth: Tensor, temperature: float, n_classes: int) -> tuple[float, float]:
-    """Top-1 and top-5 in percent from the neighbors' similarity and labels (N, k) and the true labels (N,)."""
+def vote(
+    similarity: Tensor, labels: Tensor, truth: Tensor, temperature: float, n_classes: int
+) -> tuple[float, float]:
+    """Top-1 and top-5 in percent from the neighbors' similarity and labels (N, k) and the true
+    labels (N,)."""
     k, hits = labels.shape[1], torch.zeros(2, dtype=torch.long, device=labels.device)
     rows = max(1, CHUNK_ELEMENTS // 4 // n_classes)
-    for s, label, target in zip(similarity.split(rows), labels.split(rows), truth.split(rows), strict=True):
+    for s, label, target in zip(
+        similarity.split(rows), labels.split(rows), truth.split(rows), strict=True
+    ):
         votes = torch.zeros(len(s), n_classes, dtype=torch.float64, device=s.device)
-        weights = ((s.double() - s[:, :1]) / temperature).exp()      # the largest is first: same order, no overflow
-        for j in range(k):                      # one at a time: no (N, k, classes) tensor, and sums in a fixed order
-            votes.scatter_add_(1, label[:, j:j + 1], weights[:, j:j + 1])
-        correct = votes.sort(dim=1, descending=True, stable=True).indices[:, :min(5, k)] == target[:, None]
+        # the largest is first: same order, no overflow
+        weights = ((s.double() - s[:, :1]) / temperature).exp()
+        for j in range(k):  # one at a time: no (N, k, classes) tensor, and sums in a fixed order
+            votes.scatter_add_(1, label[:, j : j + 1], weights[:, j : j + 1])
+        correct = (
+            votes.sort(dim=1, descending=True, stable=True).indices[:, : min(5, k)]
+            == target[:, None]
+        )
         hits += torch.stack((correct[:, 0].sum(), correct.sum()))
     top1, top5 = hits.tolist()
     return 100 * top1 / len(truth), 100 * top5 / len(truth)
 
 
 @torch.no_grad()
-def extract_features(backbone: nn.Module, images: LabeledImages, device: str | torch.device = "cpu", batch_size: int = 128,
-                     num_workers: int = 0) -> tuple[Tensor, Tensor]:
-    """Features (N, D) fp32 and labels (N,) on the CPU, in the order of the files. Unreadable images are named and left out."""
+def extract_features(
+    backbone: nn.Module,
+    images: LabeledImages,
+    device: str | torch.device = "cpu",
+    batch_size: int = 128,
+    num_workers: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) fp32 and labels (N,) on the CPU, in the order of the files. Unreadable images
+    are named and left out."""
     backbone = backbone.to(device).eval()
     features, rows = [], []
     for batch, index, bad_files in images.batches(batch_size, num_workers):
@@ -75,54 +103,90 @@ def extract_features(backbone: nn.Module, images: LabeledImages, device: str | t
             features.append(backbone(batch.to(device, non_blocking=True)).float().cpu())
             rows.append(index)
     if not features:
-        raise ValueError(f"None of the {len(images)} images can be read: look at the reasons above.")
+        raise ValueError(
+            f"None of the {len(images)} images can be read: look at the reasons above."
+        )
     return torch.cat(features), torch.tensor(images.labels)[torch.cat(rows)]
 
 
-def knn(pretrained_weights: str | Path, data_path: str | Path, *, checkpoint_key: str = "teacher", arch: str | None = None,
-        patch_size: int | None = None, nb_knn: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07,
-        resize: int | None = None, crop: int | None = None, batch_size_per_gpu: int = 128, num_workers: int = 10,
-        device: str | None = None) -> dict[int, tuple[float, float]]:
-    """Classify `data_path/val` by its neighbors in `data_path/train` and print one line for each k in `nb_knn`.
+def knn(
+    pretrained_weights: str | Path,
+    data_path: str | Path,
+    *,
+    checkpoint_key: str = "teacher",
+    arch: str | None = None,
+    patch_size: int | None = None,
+    nb_knn: Sequence[int] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    resize: int | None = None,
+    crop: int | None = None,
+    batch_size_per_gpu: int = 128,
+    num_workers: int = 10,
+    device: str | None = None,
+) -> dict[int, tuple[float, float]]:
+    """Classify `data_path/val` by its neighbors in `data_path/train` and print one line for each k
+    in `nb_knn`.
 
-    The backbone comes from `checkpoint.load_backbone(pretrained_weights, checkpoint_key, arch, patch_size)`. Without train/ and
-    val/ every fourth image of each class folder is held out. crop: default the size of the global crops that the checkpoint
-    was trained with, 224 for official ones; resize: default 8/7 of it (256 for 224). Channels are normalized as in
-    training. device: default a GPU if there is one.
-    Returns {k: (top-1, top-5)} in percent; k larger than the training set are left out. Raises ValueError if none remains.
+    The backbone comes from `checkpoint.load_backbone(pretrained_weights, checkpoint_key, arch,
+    patch_size)`. Without train/ and val/ every fourth image of each class folder is held out. crop:
+    default the size of the global crops that the checkpoint was trained with, 224 for official
+    ones; resize: default 8/7 of it (256 for 224). Channels are normalized as in training. device:
+    default a GPU if there is one. Returns {k: (top-1, top-5)} in percent; k larger than the
+    training set are left out. Raises ValueError if none remains.
     """
     where = pick_device(device)
     if min(nb_knn) < 1:
         raise ValueError(f"`nb_knn` is {min(nb_knn)}: a number of neighbors is at least 1.")
     if not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` is {temperature}: it must be a number above 0.")
-    for name, value in (("`resize`", resize), ("`crop`", crop), ("`batch_size_per_gpu`", batch_size_per_gpu)):
+    for name, value in (
+        ("`resize`", resize),
+        ("`crop`", crop),
+        ("`batch_size_per_gpu`", batch_size_per_gpu),
+    ):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1.")
     if num_workers < 0:
         raise ValueError(f"`num_workers` is {num_workers}: it must not be negative.")
     trained_with = arguments(pretrained_weights)
     crop = crop or trained_with.get("global_crops_size", 224)
-    transform = EvalTransform(resize or round(crop * 256 / 224), crop, tuple(trained_with.get("image_mean", IMAGENET_MEAN)),
-                              tuple(trained_with.get("image_std", IMAGENET_STD)))
+    transform = EvalTransform(
+        resize or round(crop * 256 / 224),
+        crop,
+        tuple(trained_with.get("image_mean", IMAGENET_MEAN)),
+        tuple(trained_with.get("image_std", IMAGENET_STD)),
+    )
     train, val, sentence = train_and_val(data_path, transform)
     print(f"{sentence} Shorter side {transform.resize}, center crop {transform.crop}.")
     backbone = load_backbone(pretrained_weights, checkpoint_key, arch, patch_size)
-    patch = backbone.patch_embed.patch_size if isinstance(backbone, VisionTransformer) else 1      # timm's is a pair
+    # timm's is a pair
+    patch = backbone.patch_embed.patch_size if isinstance(backbone, VisionTransformer) else 1
     if crop % patch:
-        raise ValueError(f"`crop` {crop} is not a multiple of the patch size {patch}: take {max(crop // patch, 1) * patch}.")
+        raise ValueError(
+            f"`crop` {crop} is not a multiple of the patch size {patch}: take "
+            f"{max(crop // patch, 1) * patch}."
+        )
     (train_features, train_labels), (test_features, test_labels) = (
-        extract_features(backbone, images, where, batch_size_per_gpu, min(num_workers, cores())) for images in (train, val))
+        extract_features(backbone, images, where, batch_size_per_gpu, min(num_workers, cores()))
+        for images in (train, val)
+    )
     fitting = [k for k in nb_knn if k <= len(train_labels)]
     if not fitting:
-        raise ValueError(f"`nb_knn` is {' '.join(map(str, nb_knn))} but there are only {len(train_labels)} training images: "
-                         "give a smaller number.")
+        raise ValueError(
+            f"`nb_knn` is {' '.join(map(str, nb_knn))} but there are only {len(train_labels)} "
+            "training images: give a smaller number."
+        )
     if left_out := [k for k in nb_knn if k not in fitting]:
-        print(f"Left out: k = {', '.join(map(str, left_out))}, more than the {len(train_labels)} training images.")
+        print(
+            f"Left out: k = {', '.join(map(str, left_out))}, more than the {len(train_labels)} "
+            "training images."
+        )
     similarity, neighbors = nearest(train_features.to(where), test_features.to(where), max(fitting))
     labels, truth = train_labels.to(where)[neighbors], test_labels.to(where)
     results = {}
     for k in fitting:
-        top1, top5 = results[k] = vote(similarity[:, :k], labels[:, :k], truth, temperature, len(train.classes))
+        top1, top5 = results[k] = vote(
+            similarity[:, :k], labels[:, :k], truth, temperature, len(train.classes)
+        )
         print(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
     return results

@@ -1,4 +1,5 @@
-"""Pictures of what a backbone has learned: heat maps over images, sheets of captioned columns. Only Pillow and torch."""
+"""Pictures of what a backbone has learned: heat maps over images, sheets of captioned columns. Only
+Pillow and torch."""
 
 from __future__ import annotations
 
@@ -10,21 +11,40 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 # Inferno (matplotlib, CC0) at twelve even steps: lightness grows evenly from black to pale yellow.
-HEAT = torch.tensor([(0, 0, 4), (20, 11, 53), (58, 9, 99), (96, 19, 110), (133, 33, 107), (169, 46, 94), (203, 65, 73),
-                     (230, 93, 47), (247, 131, 17), (252, 173, 18), (245, 219, 75), (252, 255, 164)]) / 255
+HEAT = (
+    torch.tensor(
+        [
+            (0, 0, 4),
+            (20, 11, 53),
+            (58, 9, 99),
+            (96, 19, 110),
+            (133, 33, 107),
+            (169, 46, 94),
+            (203, 65, 73),
+            (230, 93, 47),
+            (247, 131, 17),
+            (252, 173, 18),
+            (245, 219, 75),
+            (252, 255, 164),
+        ]
+    )
+    / 255
+)
 
 
 def heat_colors(values: Tensor) -> Tensor:
-    """Colors of a perceptual map: values (..., H, W) in [0, 1] -> (..., 3, H, W) fp32 in [0, 1], dark to light."""
+    """Colors of a perceptual map: values (..., H, W) in [0, 1] -> (..., 3, H, W) fp32 in [0, 1],
+    dark to light."""
     position = values.float().clamp(0, 1) * (len(HEAT) - 1)
     low = position.floor().long().clamp(max=len(HEAT) - 2)
     table = HEAT.to(values.device)
-    colors = torch.lerp(table[low], table[low + 1], (position - low)[..., None])                # (..., H, W, 3)
+    colors = torch.lerp(table[low], table[low + 1], (position - low)[..., None])  # (..., H, W, 3)
     return colors.movedim(-1, -3)
 
 
 def stretch(maps: Tensor, quantile: float = 0.98) -> Tensor:
-    """Each map (..., H, W) from its smallest value to its `quantile`, to [0, 1]; a flat map to 0."""
+    """Each map (..., H, W) from its smallest value to its `quantile`, to [0, 1]; a flat map to
+    0."""
     flat = maps.float().flatten(-2)
     low = flat.amin(-1, keepdim=True)
     high = flat.quantile(quantile, -1, keepdim=True)
@@ -32,12 +52,16 @@ def stretch(maps: Tensor, quantile: float = 0.98) -> Tensor:
 
 
 def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (..., h, w) of any float dtype -> (..., H, W) fp32, smoothly, within the smallest and the largest value of each map.
+    """Maps (..., h, w) of any float dtype -> (..., H, W) fp32, smoothly, within the smallest and
+    the largest value of each map.
 
-    A patch's value stays at the middle of the patch: cells are areas, not points (align_corners is False).
+    A patch's value stays at the middle of the patch: cells are areas, not points (align_corners is
+    False).
     """
     maps = maps.float()
-    large = F.interpolate(maps.reshape(-1, 1, *maps.shape[-2:]), size, mode="bicubic", align_corners=False)
+    large = F.interpolate(
+        maps.reshape(-1, 1, *maps.shape[-2:]), size, mode="bicubic", align_corners=False
+    )
     low, high = (bound(maps, dim=(-2, -1), keepdim=True) for bound in (torch.amin, torch.amax))
     return large.view(*maps.shape[:-2], *size).clamp(low, high)
 
@@ -45,10 +69,13 @@ def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def overlay(images: Tensor, heat: Tensor, strength: float = 0.85) -> Tensor:
     """Heat maps over dimmed images.
 
-    images (B, 3, H, W) in [0, 1]; heat (B, H, W) in [0, 1], at the images' size. Where heat is 0 the image shows, halfway to
-    gray and at 0.6 of its brightness; where it is 1, `strength` of the color is the map's. Returns (B, 3, H, W) fp32.
+    images (B, 3, H, W) in [0, 1]; heat (B, H, W) in [0, 1], at the images' size. Where heat is 0
+    the image shows, halfway to gray and at 0.6 of its brightness; where it is 1, `strength` of the
+    color is the map's. Returns (B, 3, H, W) fp32.
     """
-    gray = (images * torch.tensor((0.299, 0.587, 0.114), device=images.device).view(3, 1, 1)).sum(1, keepdim=True)
+    gray = (images * torch.tensor((0.299, 0.587, 0.114), device=images.device).view(3, 1, 1)).sum(
+        1, keepdim=True
+    )
     dimmed = 0.6 * torch.lerp(gray.expand_as(images), images, 0.5)
     return torch.lerp(dimmed, heat_colors(heat), strength * heat[:, None].clamp(0, 1))
 
@@ -56,25 +83,42 @@ def overlay(images: Tensor, heat: Tensor, strength: float = 0.85) -> Tensor:
 def sheet(columns: Sequence[tuple[str, Tensor]], gap: int = 8, font_size: int = 15) -> Image.Image:
     """A table of pictures: each column is a caption and its cells, RGB (B, 3, H, W) in [0, 1].
 
-    A caption is broken into lines at spaces until it fits above its column, set smaller if a word does not, and centered.
+    A caption is broken into lines at spaces until it fits above its column, set smaller if a word
+    does not, and centered.
     """
     n_rows, (h, w) = len(columns[0][1]), columns[0][1].shape[-2:]
     fitted = [fit_caption(caption, w, font_size) for caption, _ in columns]
     heights = [font.size * 1.25 * (text.count("\n") + 1) for text, font in fitted]
     head = round(max(heights)) + gap
-    picture = Image.new("RGB", (len(columns) * (w + gap) + gap, n_rows * (h + gap) + gap + head), "white")
+    picture = Image.new(
+        "RGB", (len(columns) * (w + gap) + gap, n_rows * (h + gap) + gap + head), "white"
+    )
     draw = ImageDraw.Draw(picture)
     for c, ((text, font), (_, cells)) in enumerate(zip(fitted, columns, strict=True)):
         left = gap + c * (w + gap)
-        draw.multiline_text((left + w / 2, head), text, fill="black", font=font, anchor="md", align="center", spacing=2)
-        pixels = (cells.float().cpu().clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        draw.multiline_text(
+            (left + w / 2, head),
+            text,
+            fill="black",
+            font=font,
+            anchor="md",
+            align="center",
+            spacing=2,
+        )
+        pixels = (
+            (cells.float().cpu().clamp(0, 1) * 255 + 0.5)
+            .to(torch.uint8)
+            .permute(0, 2, 3, 1)
+            .numpy()
+        )
         for r, cell in enumerate(pixels):
             picture.paste(Image.fromarray(cell), (left, gap + head + r * (h + gap)))
     return picture
 
 
 def fit_caption(text: str, width: int, font_size: int = 15) -> tuple[str, ImageFont.FreeTypeFont]:
-    """The caption with line breaks, and the font in which every line is at most `width` pixels wide."""
+    """The caption with line breaks, and the font in which every line is at most `width` pixels
+    wide."""
     for size in range(font_size, 5, -1):
         font = ImageFont.load_default(size)
         lines: list[str] = []
@@ -86,5 +130,5 @@ def fit_caption(text: str, width: int, font_size: int = 15) -> tuple[str, ImageF
                 lines.append(word)
         if all(font.getlength(line) <= width for line in lines):
             break
-    assert isinstance(font, ImageFont.FreeTypeFont)            # of a given size there is no other
+    assert isinstance(font, ImageFont.FreeTypeFont)  # of a given size there is no other
     return "\n".join(lines), font

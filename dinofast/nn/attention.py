@@ -1,7 +1,8 @@
 """Multi-head self-attention over sequences of several lengths that are packed one after the other.
 
-Axes: T tokens of all sequences, S sequences, H heads, d width of a head. A run is (sequences, tokens of each): the crops of one
-resolution. Queries are all T tokens, or the S first tokens of the sequences (CLS) alone.
+Axes: T tokens of all sequences, S sequences, H heads, d width of a head. A run is (sequences,
+tokens of each): the crops of one resolution. Queries are all T tokens, or the S first tokens of the
+sequences (CLS) alone.
 """
 
 from __future__ import annotations
@@ -22,35 +23,65 @@ from ..runtime.tensor_cache import cached_tensors
 from .packing import Layout, Runs
 
 ATTENTIONS = ("xformers", "varlen", "fa3", "cudnn", "sdpa", "eager")
-DEFAULTS = ("xformers", "varlen", "sdpa")                     # the first that runs; the others wait for a measurement
-_FMHA = {"xformers": "xformers.ops.fmha", "mslk": "mslk.attention.fmha"}          # where each package has it
+DEFAULTS = ("xformers", "varlen", "sdpa")  # the first that runs; the others wait for a measurement
+# where each package has it
+_FMHA = {"xformers": "xformers.ops.fmha", "mslk": "mslk.attention.fmha"}
 
 
-def select_attention(requested: str | None, device: torch.device, dtype: torch.dtype, width: int) -> Selection:
-    """Which implementation serves heads of this width in `dtype` on this device, and on a GPU why not xformers.
+def select_attention(
+    requested: str | None, device: torch.device, dtype: torch.dtype, width: int
+) -> Selection:
+    """Which implementation serves heads of this width in `dtype` on this device, and on a GPU why
+    not xformers.
 
     Raises ValueError if the one that was asked for cannot run here.
     """
-    chosen = select("attention", requested, unavailable_reasons(device, dtype, width), DEFAULTS,
-                    way_out=": leave `attention` out, or give sdpa")
-    return Selection(chosen.name, chosen.reason and chosen.reason.split("; ")[0] if device.type == "cuda" else None)
+    chosen = select(
+        "attention",
+        requested,
+        unavailable_reasons(device, dtype, width),
+        DEFAULTS,
+        way_out=": leave `attention` out, or give sdpa",
+    )
+    return Selection(
+        chosen.name,
+        chosen.reason and chosen.reason.split("; ")[0] if device.type == "cuda" else None,
+    )
 
 
-def unavailable_reasons(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, str | None]:
+def unavailable_reasons(
+    device: torch.device, dtype: torch.dtype, width: int
+) -> dict[str, str | None]:
     """Of each of `ATTENTIONS` why heads of this width in `dtype` cannot have it on this device."""
-    half = None if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else (
-        f"it needs bf16 or fp16 on a GPU, not {str(dtype).removeprefix('torch.')} on {device.type}")
+    half = (
+        None
+        if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+        else (
+            f"it needs bf16 or fp16 on a GPU, not {str(dtype).removeprefix('torch.')} on "
+            f"{device.type}"
+        )
+    )
     if not half and torch.cuda.get_device_capability(device) < (8, 0):
-        half = f"{torch.cuda.get_device_name(device)} is older than the A100, for which its kernels are made"
+        half = (
+            f"{torch.cuda.get_device_name(device)} is older than the A100, for which its "
+            "kernels are made"
+        )
     if not half and (width % 8 or width > 256):
         half = f"its kernels take heads of up to 256 in steps of 8, not {width}"
-    return {"xformers": half or xformers_unavailable_reason(), "varlen": half, "fa3": half or fa3_unavailable_reason(device),
-            "cudnn": half or cudnn_unavailable_reason(), "sdpa": None, "eager": None}
+    return {
+        "xformers": half or xformers_unavailable_reason(),
+        "varlen": half,
+        "fa3": half or fa3_unavailable_reason(device),
+        "cudnn": half or cudnn_unavailable_reason(),
+        "sdpa": None,
+        "eager": None,
+    }
 
 
 @cache
 def fmha() -> ModuleType:
-    """xformers' module of `memory_efficient_attention`, or that of its successor mslk, which has it under the same names.
+    """xformers' module of `memory_efficient_attention`, or that of its successor mslk, which has it
+    under the same names.
 
     Raises ImportError, with what is wrong with either, if neither can be used.
     """
@@ -58,9 +89,10 @@ def fmha() -> ModuleType:
     for package, module in _FMHA.items():
         if importlib.util.find_spec(package):
             try:
-                importlib.import_module(module.rpartition(".")[0])     # again after a failure, unlike its submodules
+                # again after a failure, unlike its submodules
+                importlib.import_module(module.rpartition(".")[0])
                 return importlib.import_module(module)
-            except Exception as error:                       # one that was built for another torch raises all kinds
+            except Exception as error:  # one that was built for another torch raises all kinds
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 wrong.append(f"{package} does not import ({first})")
     raise ImportError(", and ".join(wrong) or "neither xformers nor mslk is installed")
@@ -80,9 +112,14 @@ def fa3_unavailable_reason(device: torch.device) -> str | None:
     if "FA3" not in getattr(torch.nn.attention, "list_flash_attention_impls", list)():
         return f"torch {torch.__version__} cannot take FlashAttention-3"
     if torch.cuda.get_device_capability(device)[0] != 9:
-        return f"{torch.cuda.get_device_name(device)} is no H100 or H200, for which its kernels are made"
+        return (
+            f"{torch.cuda.get_device_name(device)} is no H100 or H200, for which its kernels "
+            "are made"
+        )
     if not importlib.util.find_spec("flash_attn_interface"):
-        return "flash_attn_interface is not installed (it is built from the source of flash-attention)"
+        return (
+            "flash_attn_interface is not installed (it is built from the source of flash-attention)"
+        )
     return None
 
 
@@ -91,7 +128,8 @@ def cudnn_unavailable_reason() -> str | None:
 
 
 def activate(impl: str) -> None:
-    """To be called before steps with `impl`: torch has one flash attention at a time, in all of the process.
+    """To be called before steps with `impl`: torch has one flash attention at a time, in all of the
+    process.
 
     What fa3 puts there is taken away again for all others; what somebody else has put there stays.
     """
@@ -103,28 +141,49 @@ def activate(impl: str) -> None:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, where: Layout, impl: str = "sdpa") -> Tensor:
-    """`softmax(q k^T / sqrt(d)) v` within each sequence: q (T, H, d) or (S, H, d), k and v (T, H, d), result as q.
+    """`softmax(q k^T / sqrt(d)) v` within each sequence: q (T, H, d) or (S, H, d), k and v (T, H,
+    d), result as q.
 
-    xformers: `memory_efficient_attention` with a block-diagonal mask. varlen: torch's `varlen_attn` with
-    FlashAttention-2; fa3: with FlashAttention-3 (see `activate`). cudnn: cuDNN's, run by run; these four take bf16 and fp16 on
-    a GPU. sdpa: torch's `scaled_dot_product_attention`, run by run. eager: the formula, run by run. The last two take any float
-    dtype and device.
+    xformers: `memory_efficient_attention` with a block-diagonal mask. varlen: torch's `varlen_attn`
+    with FlashAttention-2; fa3: with FlashAttention-3 (see `activate`). cudnn: cuDNN's, run by run;
+    these four take bf16 and fp16 on a GPU. sdpa: torch's `scaled_dot_product_attention`, run by
+    run. eager: the formula, run by run. The last two take any float dtype and device.
     """
-    assert q.shape[0] in (k.shape[0], len(where.cls)), "queries are all tokens, or one for each sequence"
+    assert q.shape[0] in (k.shape[0], len(where.cls)), (
+        "queries are all tokens, or one for each sequence"
+    )
     cls_only = q.shape[0] != k.shape[0]
     if impl == "xformers":
-        return torch.ops.dinofast.packed_attention(q, k, v, [x for run in where.runs for x in run], cls_only)[0]
+        return torch.ops.dinofast.packed_attention(
+            q, k, v, [x for run in where.runs for x in run], cls_only
+        )[0]
     if impl in ("varlen", "fa3"):
         from torch.nn.attention.varlen import varlen_attn
 
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):          # torch 2.15 would take cuDNN's on an H100
-            return varlen_attn(q, k, v, where.cls_cu_seqlens if cls_only else where.cu_seqlens,       # type: ignore[return-value]
-                               where.cu_seqlens, 1 if cls_only else where.max_seqlen, where.max_seqlen)
-    by_run: dict[str, Callable[..., Tensor]] = {"sdpa": F.scaled_dot_product_attention, "cudnn": _cudnn, "eager": _eager}
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # torch 2.15 would take cuDNN's on an H100
+            return varlen_attn(
+                q,
+                k,
+                v,
+                where.cls_cu_seqlens if cls_only else where.cu_seqlens,  # type: ignore[return-value]
+                where.cu_seqlens,
+                1 if cls_only else where.max_seqlen,
+                where.max_seqlen,
+            )
+    by_run: dict[str, Callable[..., Tensor]] = {
+        "sdpa": F.scaled_dot_product_attention,
+        "cudnn": _cudnn,
+        "eager": _eager,
+    }
     one = by_run[impl]
     q_runs = tuple((n, 1) for n, _ in where.runs) if cls_only else where.runs
-    parts = [one(*qkv) for qkv in zip(_by_run(q, q_runs), _by_run(k, where.runs), _by_run(v, where.runs), strict=True)]
-    parts = [part.transpose(1, 2).flatten(0, 1) for part in parts]                           # (n N, H, d)
+    parts = [
+        one(*qkv)
+        for qkv in zip(
+            _by_run(q, q_runs), _by_run(k, where.runs), _by_run(v, where.runs), strict=True
+        )
+    ]
+    parts = [part.transpose(1, 2).flatten(0, 1) for part in parts]  # (n N, H, d)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -138,7 +197,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if q.shape[-2] == 1 != k.shape[-2]:                      # next to no work, for which it may have no kernel
+    if q.shape[-2] == 1 != k.shape[-2]:  # next to no work, for which it may have no kernel
         return F.scaled_dot_product_attention(q, k, v)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v)
@@ -154,14 +213,19 @@ def _by_run(x: Tensor, runs: Runs) -> list[Tensor]:
 @cached_tensors
 def _block_diagonal(runs: tuple[int, ...], cls_only: bool, device: torch.device):
     lengths = [tokens for n, tokens in zip(runs[::2], runs[1::2], strict=True) for _ in range(n)]
-    return fmha().attn_bias.BlockDiagonalMask.from_seqlens([1] * len(lengths) if cls_only else lengths, lengths, device=device)
+    return fmha().attn_bias.BlockDiagonalMask.from_seqlens(
+        [1] * len(lengths) if cls_only else lengths, lengths, device=device
+    )
 
 
 @torch.library.custom_op("dinofast::packed_attention", mutates_args=())
-def _packed_attention(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[int], cls_only: bool) -> tuple[Tensor, Tensor]:
+def _packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, runs: Sequence[int], cls_only: bool
+) -> tuple[Tensor, Tensor]:
     out, lse = fmha().memory_efficient_attention_forward_requires_grad(
-        q[None], k[None], v[None], _block_diagonal(tuple(runs), cls_only, q.device))
-    return out[0].contiguous(), lse                                                          # (Tq, H, d), (1, H, Tq)
+        q[None], k[None], v[None], _block_diagonal(tuple(runs), cls_only, q.device)
+    )
+    return out[0].contiguous(), lse  # (Tq, H, d), (1, H, Tq)
 
 
 @_packed_attention.register_fake
@@ -170,10 +234,25 @@ def _(q, k, v, runs, cls_only):
 
 
 @torch.library.custom_op("dinofast::packed_attention_backward", mutates_args=())
-def _packed_attention_backward(grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, runs: Sequence[int],
-                               cls_only: bool) -> tuple[Tensor, Tensor, Tensor]:
-    grads = fmha().memory_efficient_attention_backward(grad[None].contiguous(), out[None], lse, q[None], k[None], v[None],
-                                                     _block_diagonal(tuple(runs), cls_only, q.device))
+def _packed_attention_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    runs: Sequence[int],
+    cls_only: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = fmha().memory_efficient_attention_backward(
+        grad[None].contiguous(),
+        out[None],
+        lse,
+        q[None],
+        k[None],
+        v[None],
+        _block_diagonal(tuple(runs), cls_only, q.device),
+    )
     return tuple(g[0].contiguous() for g in grads)
 
 
@@ -188,7 +267,13 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    return *torch.ops.dinofast.packed_attention_backward(grad, *ctx.saved_tensors, ctx.runs, ctx.cls_only), None, None
+    return (
+        *torch.ops.dinofast.packed_attention_backward(
+            grad, *ctx.saved_tensors, ctx.runs, ctx.cls_only
+        ),
+        None,
+        None,
+    )
 
 
 _packed_attention.register_autograd(_backward, setup_context=_keep)

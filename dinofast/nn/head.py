@@ -10,7 +10,8 @@ from .onednn_linear import Linear
 
 
 class Prototypes(nn.Module):
-    """Bias-free linear layer with rows `g v / ||v||` (weight norm, arXiv 1602.07868): (B, D) -> (B, K).
+    """Bias-free linear layer with rows `g v / ||v||` (weight norm, arXiv 1602.07868): (B, D) -> (B,
+    K).
 
     Owns `weight_g` (K, 1) and `weight_v` (K, D) under the names that official checkpoints use.
     """
@@ -28,12 +29,21 @@ class Prototypes(nn.Module):
 class DINOHead(nn.Module):
     """Features (B, in_dim) -> prototype logits (B, out_dim), as the official `DINOHead`.
 
-    norm_last_layer: hold the prototypes' norms at 1 (`weight_g` frozen). The bottleneck is normalized in fp32 under any
-    autocast: in fp16 its square sum can vanish, a known source of NaN in the official code.
+    norm_last_layer: hold the prototypes' norms at 1 (`weight_g` frozen). The bottleneck is
+    normalized in fp32 under any autocast: in fp16 its square sum can vanish, a known source of NaN
+    in the official code.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, use_bn: bool = False, norm_last_layer: bool = True, nlayers: int = 3,
-                 hidden_dim: int = 2048, bottleneck_dim: int = 256) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ) -> None:
         super().__init__()
         if nlayers <= 1:
             self.mlp: nn.Module = Linear(in_dim, bottleneck_dim)

@@ -1,7 +1,9 @@
-"""The vision transformer of the official DINO: same parameter names, same results (arXiv 2010.11929 and 2104.14294).
+"""The vision transformer of the official DINO: same parameter names, same results (arXiv 2010.11929
+and 2104.14294).
 
-All crops of a pass, of whatever sizes, run as one packed sequence, so that each linear layer is one matrix product.
-Axes: B images, S sequences (one a crop), T tokens of all sequences (of each its CLS token first), D width, H heads.
+All crops of a pass, of whatever sizes, run as one packed sequence, so that each linear layer is one
+matrix product. Axes: B images, S sequences (one a crop), T tokens of all sequences (of each its CLS
+token first), D width, H heads.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.impl = "sdpa"                                    # of attention.ATTENTIONS
+        self.impl = "sdpa"  # of attention.ATTENTIONS
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
@@ -50,31 +52,49 @@ class Attention(nn.Module):
         return self.proj(attention(*self.split_heads(x), where, self.impl).flatten(1))
 
     def forward_cls(self, x: Tensor, where: Layout) -> Tensor:
-        """What `forward` gives in the rows of the CLS tokens, (S, D), without the queries of all others."""
+        """What `forward` gives in the rows of the CLS tokens, (S, D), without the queries of all
+        others."""
         dim, library = x.shape[1], getattr(self.qkv, "library", "blas")
         weight, bias = operand(self.qkv, "weight"), operand(self.qkv, "bias")
-        q = linear(x.index_select(0, where.cls), weight[:dim], None if bias is None else bias[:dim], library)
+        q = linear(
+            x.index_select(0, where.cls),
+            weight[:dim],
+            None if bias is None else bias[:dim],
+            library,
+        )
         kv = linear(x, weight[dim:], None if bias is None else bias[dim:], library)
         k, v = kv.view(x.shape[0], 2, self.num_heads, -1).unbind(1)
-        return self.proj(attention(q.view(q.shape[0], self.num_heads, -1), k, v, where, self.impl).flatten(1))
+        return self.proj(
+            attention(q.view(q.shape[0], self.num_heads, -1), k, v, where, self.impl).flatten(1)
+        )
 
 
 class Block(nn.Module):
     """x + attention, then + MLP, with what stochastic depth has drawn: scales (2, S)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool,
-                 norm_layer: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        norm_layer: Callable[[int], nn.Module],
+    ) -> None:
         super().__init__()
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, num_heads, qkv_bias)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, where: Layout, drawn: Tensor | None = None, cls_only: bool = False) -> Tensor:
-        """x (T, D) -> (T, D), or with `cls_only` the rows (S, D) of the CLS tokens, at a fraction of the work."""
+    def forward(
+        self, x: Tensor, where: Layout, drawn: Tensor | None = None, cls_only: bool = False
+    ) -> Tensor:
+        """x (T, D) -> (T, D), or with `cls_only` the rows (S, D) of the CLS tokens, at a fraction
+        of the work."""
         attend = self.attn.forward_cls if cls_only else self.attn
         branch = attend(self.norm1(x), where)
-        x = x.index_select(0, where.cls) if cls_only else x           # its backward adds; that of x[...] sorts first
+        # its backward adds; that of x[...] sorts first
+        x = x.index_select(0, where.cls) if cls_only else x
         if drawn is None:
             x = x + branch
             return x + self.mlp(self.norm2(x))
@@ -84,7 +104,8 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride is its kernel, which is one matrix product over patches, by one of linear.LIBRARIES."""
+    """A convolution whose stride is its kernel, which is one matrix product over patches, by one of
+    linear.LIBRARIES."""
 
     library = "blas"
 
@@ -92,47 +113,72 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-        self.proj.reads_copies = True             # type: ignore[assignment]  # torch: tensors and modules alone
+        self.proj.reads_copies = True  # type: ignore[assignment]  # torch: tensors and modules alone
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(P, C p p) -> (P, D)."""
-        return linear(pixels, operand(self.proj, "weight").flatten(1), operand(self.proj, "bias"), self.library)
+        return linear(
+            pixels,
+            operand(self.proj, "weight").flatten(1),
+            operand(self.proj, "bias"),
+            self.library,
+        )
 
 
 class VisionTransformer(nn.Module):
-    """Images (B, 3, h, w), any size of at least one patch, or one such tensor per size -> CLS features (all images, D).
+    """Images (B, 3, h, w), any size of at least one patch, or one such tensor per size -> CLS
+    features (all images, D).
 
-    img_size: side(s) of the image whose patch grid the learned positions fit; other sizes interpolate them. init_std: standard
-    deviation of the linear layers at the start, "fan_in" for fan_in ** -0.5 (suits narrow models that train for minutes).
+    img_size: side(s) of the image whose patch grid the learned positions fit; other sizes
+    interpolate them. init_std: standard deviation of the linear layers at the start, "fan_in" for
+    fan_in ** -0.5 (suits narrow models that train for minutes).
     """
 
-    def __init__(self, img_size: Sequence[int] = (224,), patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768,
-                 depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, qkv_bias: bool = True,
-                 drop_path_rate: float = 0.0, norm_layer: Callable[[int], nn.Module] = _LAYER_NORM,
-                 init_std: float | str = 0.02) -> None:
+    def __init__(
+        self,
+        img_size: Sequence[int] = (224,),
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = _LAYER_NORM,
+        init_std: float | str = 0.02,
+    ) -> None:
         super().__init__()
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: choose one that divides the "
-                             "other.")
+            raise ValueError(
+                f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: choose one "
+                "that divides the other."
+            )
         self.num_features = self.embed_dim = embed_dim
         self.head_width = embed_dim // num_heads
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.grid = img_size[0] // patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2 + 1, embed_dim))
-        self.drop_path_rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]    # grows over the depth
-        self.grad_checkpointing = False                                                       # see set_execution
+        # grows over the depth
+        self.drop_path_rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.grad_checkpointing = False  # see set_execution
         self.residual_dtype: torch.dtype | None = None
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer) for _ in range(depth)
+        )
         self.norm = norm_layer(embed_dim)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                init_linear_(module, module.in_features**-0.5 if init_std == "fan_in" else float(init_std))
+                init_linear_(
+                    module, module.in_features**-0.5 if init_std == "fan_in" else float(init_std)
+                )
 
     def positions(self, matrix: Tensor | None) -> Tensor:
-        """Learned positions (N, D) of CLS and patches, resampled by a matrix of `resampling` unless it is None."""
+        """Learned positions (N, D) of CLS and patches, resampled by a matrix of `resampling` unless
+        it is None."""
         table = self.pos_embed[0]
         if matrix is None:
             return table
@@ -141,12 +187,18 @@ class VisionTransformer(nn.Module):
 
     def embed(self, patches: PackedCrops) -> Tensor:
         """Packed tokens with positions, (T, D)."""
-        parts = self.patch_embed(patches.pixels).split([n * rows * cols for n, rows, cols in patches.grids])
+        parts = self.patch_embed(patches.pixels).split(
+            [n * rows * cols for n, rows, cols in patches.grids]
+        )
         tokens = []
-        for part, (n, rows, cols), matrix in zip(parts, patches.grids, patches.resampling, strict=True):
+        for part, (n, rows, cols), matrix in zip(
+            parts, patches.grids, patches.resampling, strict=True
+        ):
             positions = self.positions(matrix)
             cls = (self.cls_token[0] + positions[:1]).expand(n, 1, -1)
-            tokens.append(torch.cat((cls, part.view(n, rows * cols, -1) + positions[1:]), dim=1).flatten(0, 1))
+            tokens.append(
+                torch.cat((cls, part.view(n, rows * cols, -1) + positions[1:]), dim=1).flatten(0, 1)
+            )
         return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
     def forward(self, x: Tensor | Sequence[Tensor] | PackedCrops) -> Tensor:
@@ -158,16 +210,23 @@ class VisionTransformer(nn.Module):
             x = x.to(self.residual_dtype)
         for block, branches in zip(self.blocks[:-1], drawn[:-1], strict=True):
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, where, branches, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(
+                    block, x, where, branches, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x = block(x, where, branches)
         return self.norm(self.blocks[-1](x, where, drawn[-1], cls_only=True))
 
-    def set_execution(self, attention: str, grad_checkpointing: bool = False, library: str = "blas",
-                      residual_dtype: torch.dtype | None = None) -> None:
-        """How passes are done from now on: attention (one of ATTENTIONS), whether backward computes each block's insides
-        anew instead of keeping them, linear layers (one of LIBRARIES), and the dtype of the tokens between branches under
-        autocast (None: what the sums give, float32)."""
+    def set_execution(
+        self,
+        attention: str,
+        grad_checkpointing: bool = False,
+        library: str = "blas",
+        residual_dtype: torch.dtype | None = None,
+    ) -> None:
+        """How passes are done from now on: attention (one of ATTENTIONS), whether backward computes
+        each block's insides anew instead of keeping them, linear layers (one of LIBRARIES), and the
+        dtype of the tokens between branches under autocast (None: what the sums give, float32)."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.impl = attention
@@ -179,7 +238,8 @@ class VisionTransformer(nn.Module):
         return patchify(crops, self.patch_embed.patch_size, self.grid)
 
     def pack(self, crops: Tensor | Sequence[Tensor]) -> PackedCrops:
-        """What `forward` takes, of a student and, `first` of it, of its teacher: crops (n, C, h, w), or one tensor per size."""
+        """What `forward` takes, of a student and, `first` of it, of its teacher: crops (n, C, h,
+        w), or one tensor per size."""
         packed = self.patchify(crops)
         return packed._replace(drop_path=self.draw(packed.layout))
 
@@ -190,14 +250,18 @@ class VisionTransformer(nn.Module):
         return tuple(draw_scales(self.drop_path_rates, where))
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
-        """Attention of the last block to images (B, 3, h, w): (B, H, N, N); row 0 is what CLS looks at."""
+        """Attention of the last block to images (B, 3, h, w): (B, H, N, N); row 0 is what CLS looks
+        at."""
         packed = self.patchify(x)
         tokens, where = self.embed(packed), packed.layout
         for block in self.blocks[:-1]:
             tokens = block(tokens, where)
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        q, k, _ = (part.unflatten(0, where.runs[0]).transpose(1, 2) for part in last.attn.split_heads(last.norm1(tokens)))
+        q, k, _ = (
+            part.unflatten(0, where.runs[0]).transpose(1, 2)
+            for part in last.attn.split_heads(last.norm1(tokens))
+        )
         return attention_weights(q, k)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
@@ -221,21 +285,34 @@ def init_linear_(layer: nn.Linear, std: float = 0.02) -> None:
 
 def vit_tiny(patch_size: int = 16, drop_path_rate: float = 0.0, **options) -> VisionTransformer:
     """ViT-Ti: width 192, 12 blocks, 3 heads; 5.5 M parameters."""
-    return VisionTransformer(patch_size=patch_size, embed_dim=192, num_heads=3, drop_path_rate=drop_path_rate, **options)
+    return VisionTransformer(
+        patch_size=patch_size, embed_dim=192, num_heads=3, drop_path_rate=drop_path_rate, **options
+    )
 
 
 def vit_small(patch_size: int = 16, drop_path_rate: float = 0.0, **options) -> VisionTransformer:
     """ViT-S: width 384, 12 blocks, 6 heads; 21.7 M parameters."""
-    return VisionTransformer(patch_size=patch_size, embed_dim=384, num_heads=6, drop_path_rate=drop_path_rate, **options)
+    return VisionTransformer(
+        patch_size=patch_size, embed_dim=384, num_heads=6, drop_path_rate=drop_path_rate, **options
+    )
 
 
 def vit_base(patch_size: int = 16, drop_path_rate: float = 0.0, **options) -> VisionTransformer:
     """ViT-B: width 768, 12 blocks, 12 heads; 85.8 M parameters."""
-    return VisionTransformer(patch_size=patch_size, embed_dim=768, num_heads=12, drop_path_rate=drop_path_rate, **options)
+    return VisionTransformer(
+        patch_size=patch_size, embed_dim=768, num_heads=12, drop_path_rate=drop_path_rate, **options
+    )
 
 
 def vit_nano(patch_size: int = 4, drop_path_rate: float = 0.0, **options) -> VisionTransformer:
-    """Not an official size: width 64, 2 blocks, 2 heads, 0.11 M parameters, learns from 32-pixel crops in minutes on a CPU."""
+    """Not an official size: width 64, 2 blocks, 2 heads, 0.11 M parameters, learns from 32-pixel
+    crops in minutes on a CPU."""
     options = {"img_size": (32,), "init_std": "fan_in", **options}
-    return VisionTransformer(patch_size=patch_size, embed_dim=64, depth=2, num_heads=2, drop_path_rate=drop_path_rate,
-                             **options)
+    return VisionTransformer(
+        patch_size=patch_size,
+        embed_dim=64,
+        depth=2,
+        num_heads=2,
+        drop_path_rate=drop_path_rate,
+        **options,
+    )

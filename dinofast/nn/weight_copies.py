@@ -1,8 +1,10 @@
-"""16-bit copies of float32 parameters, for autocast: the optimizer writes them, so that a step casts no linear layer's weight.
+"""16-bit copies of float32 parameters, for autocast: the optimizer writes them, so that a step
+casts no linear layer's weight.
 
-Autocast rounds each weight and bias anew in every forward pass, 212 casts in a step of ViT-S (student and teacher). A copy that
-is rounded where the parameter is updated holds the same bits. Only a step reads them (`reading`): whoever else has the
-networks, or copies of them, computes with the parameters.
+Autocast rounds each weight and bias anew in every forward pass, 212 casts in a step of ViT-S
+(student and teacher). A copy that is rounded where the parameter is updated holds the same bits.
+Only a step reads them (`reading`): whoever else has the networks, or copies of them, computes with
+the parameters.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ _is_reading = False
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """In which forward passes, and what backward computes anew of them, read copies; they must be fresh (`Copies.refresh`)."""
+    """In which forward passes, and what backward computes anew of them, read copies; they must be
+    fresh (`Copies.refresh`)."""
     global _is_reading
     before, _is_reading = _is_reading, True
     try:
@@ -47,11 +50,16 @@ def operand(module: nn.Module, name: Literal["weight"]) -> Tensor: ...
 @overload
 def operand(module: nn.Module, name: Literal["bias"]) -> Tensor | None: ...
 def operand(module: nn.Module, name: str) -> Tensor | None:
-    """Parameter `name` as a product reads it: while `reading`, its copy if there is one in autocast's dtype; else itself."""
+    """Parameter `name` as a product reads it: while `reading`, its copy if there is one in
+    autocast's dtype; else itself."""
     parameter, copy = getattr(module, name), module._buffers.get(f"{name}_copy")
     if not _is_reading or copy is None or not _autocasts_to(copy):
         return parameter
-    return _ReadCopy.apply(parameter, copy) if parameter.requires_grad and torch.is_grad_enabled() else copy
+    return (
+        _ReadCopy.apply(parameter, copy)
+        if parameter.requires_grad and torch.is_grad_enabled()
+        else copy
+    )
 
 
 def _autocasts_to(copy: Tensor) -> bool:
@@ -60,7 +68,8 @@ def _autocasts_to(copy: Tensor) -> bool:
 
 
 class Copies:
-    """The copies of all float32 parameters of modules with `reads_copies`, in buffers NAME_copy that are not saved.
+    """The copies of all float32 parameters of modules with `reads_copies`, in buffers NAME_copy
+    that are not saved.
 
     of: parameter -> copy.
     """
@@ -69,9 +78,18 @@ class Copies:
         self.of: dict[Tensor, Tensor] = {}
         self._dtype = dtype
         self._versions: list[int] = []
-        modules = [module for network in networks for module in network.modules() if getattr(module, "reads_copies", False)]
-        self._places = [(module, name) for module in modules for name, parameter in module.named_parameters(recurse=False)
-                        if parameter.dtype == torch.float32]
+        modules = [
+            module
+            for network in networks
+            for module in network.modules()
+            if getattr(module, "reads_copies", False)
+        ]
+        self._places = [
+            (module, name)
+            for module in modules
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.dtype == torch.float32
+        ]
         self.refresh()
 
     def written(self) -> None:
@@ -80,14 +98,16 @@ class Copies:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Round anew if somebody else has written or moved a parameter: a checkpoint that was loaded, `.to`, a user's code.
+        """Round anew if somebody else has written or moved a parameter: a checkpoint that was
+        loaded, `.to`, a user's code.
 
         Not seen, as torch does not count it: what is done through `parameter.data`.
         """
         parameters = [getattr(module, name) for module, name in self._places]
         if [parameter._version for parameter in parameters] == self._versions and all(
-                module._buffers[f"{name}_copy"] is self.of.get(parameter)
-                for (module, name), parameter in zip(self._places, parameters, strict=True)):
+            module._buffers[f"{name}_copy"] is self.of.get(parameter)
+            for (module, name), parameter in zip(self._places, parameters, strict=True)
+        ):
             return
         self.of.clear()
         for (module, name), parameter in zip(self._places, parameters, strict=True):

@@ -1,1 +1,2 @@
-"""What a run needs from the machine: processes, signals, memory, streams, CUDA graphs, progress, and what is installed."""
+"""What a run needs from the machine: processes, signals, memory, streams, CUDA graphs, progress,
+and what is installed."""

@@ -1,4 +1,5 @@
-"""Forward and backward of a step as one CUDA graph: recorded once, then replayed by a single launch."""
+"""Forward and backward of a step as one CUDA graph: recorded once, then replayed by a single
+launch."""
 
 from __future__ import annotations
 
@@ -10,18 +11,22 @@ from torch import Tensor
 
 from .tensor_cache import keep_alive
 
-WARM_UP = 3                              # steps done eagerly first: they compile, allocate and start libraries
+WARM_UP = 3  # steps done eagerly first: they compile, allocate and start libraries
 
 
 class CUDAGraphStep:
-    """`graph(crops, teacher_temp)` does what `whole` does, leaving the gradients of `parameters` where they always were.
+    """`graph(crops, teacher_temp)` does what `whole` does, leaving the gradients of `parameters`
+    where they always were.
 
-    The first steps run as they are, on a stream of their own as capturing asks; then one is recorded, and from there on each is
-    replayed on inputs copied into the recorded ones. All steps must have inputs of the same shapes, and `whole` must not wait
-    for the device. What it returns is overwritten by the next call.
+    The first steps run as they are, on a stream of their own as capturing asks; then one is
+    recorded, and from there on each is replayed on inputs copied into the recorded ones. All steps
+    must have inputs of the same shapes, and `whole` must not wait for the device. What it returns
+    is overwritten by the next call.
     """
 
-    def __init__(self, whole: Callable[[list[Tensor], Tensor], Any], parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self, whole: Callable[[list[Tensor], Tensor], Any], parameters: Sequence[Tensor]
+    ) -> None:
         self._whole, self._parameters, self._done = whole, parameters, 0
         self._stream: torch.cuda.Stream | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -37,7 +42,7 @@ class CUDAGraphStep:
             kept.copy_(new)
         self._graph.replay()
         for p, grad in zip(self._parameters, self._grads, strict=True):
-            p.grad = grad                                     # the optimizer lets go of them after each step
+            p.grad = grad  # the optimizer lets go of them after each step
         return self._stats
 
     def _eagerly(self, crops: list[Tensor], teacher_temp: Tensor) -> Any:
@@ -52,10 +57,17 @@ class CUDAGraphStep:
     def _record(self, crops: list[Tensor], teacher_temp: Tensor) -> None:
         self._inputs = [x.clone() for x in (*crops, teacher_temp)]
         for p in self._parameters:
-            p.grad = None                                     # so that backward makes them in the graph's own memory
+            p.grad = None  # so that backward makes them in the graph's own memory
         graph = torch.cuda.CUDAGraph()
-        with keep_alive() as self._held, torch.cuda.graph(graph, stream=self._stream,
-                                                       capture_error_mode="thread_local"):        # the loader's threads go on
+        with (
+            keep_alive() as self._held,
+            torch.cuda.graph(
+                graph,
+                stream=self._stream,
+                # the loader's threads go on
+                capture_error_mode="thread_local",
+            ),
+        ):
             self._stats = self._whole(self._inputs[:-1], self._inputs[-1])
         self._grads = [p.grad for p in self._parameters]
         self._graph = graph

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Process:
-    """This process among `world` ones, and its device. `is_main` is the one that writes files and speaks."""
+    """This process among `world` ones, and its device. `is_main` is the one that writes files and
+    speaks."""
 
     rank: int
     world: int
@@ -26,6 +27,12 @@ class Process:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU, {torch.get_num_threads()} threads"
 
     def any(self, flag: bool) -> bool:
         """True on every rank where `flag` is true on any. Waits for the others."""
@@ -49,9 +56,13 @@ class Process:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device that "cuda", "cpu" or None (a GPU where there is one) means. Raises `ValueError` when cuda is absent."""
+    """The device that "cuda", "cpu" or None (a GPU where there is one) means. Raises `ValueError`
+    when cuda is absent."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("`device` cuda: torch sees no GPU here; use `device` cpu, or see what `dinofast doctor` says.")
+        raise ValueError(
+            "`device` cuda: torch sees no GPU here; use `device` cpu, or see what `dinofast "
+            "doctor` says."
+        )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -59,25 +70,32 @@ def pick_device(name: str | None) -> torch.device:
 def session(device: str | None = None, dist_url: str = "env://") -> Iterator[Process]:
     """Join the processes that torchrun started (one alone otherwise): nccl on GPUs, gloo on CPUs.
 
-    device: "cuda", "cpu" or None for a GPU where there is one. Raises `ValueError` when cuda is asked for and absent.
+    device: "cuda", "cpu" or None for a GPU where there is one. Raises `ValueError` when cuda is
+    asked for and absent.
     """
-    world, rank, local = (int(os.environ.get(name, default)) for name, default in
-                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    world, rank, local = (
+        int(os.environ.get(name, default))
+        for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
     use_cuda = pick_device(device).type == "cuda"
     if use_cuda and local >= torch.cuda.device_count():
-        raise ValueError(f"process {local} of this machine finds only {torch.cuda.device_count()} GPU(s): "
-                         "start at most one a GPU.")
+        raise ValueError(
+            f"process {local} of this machine finds only {torch.cuda.device_count()} GPU(s): "
+            "start at most one a GPU."
+        )
     where = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(where)
     started = world > 1 and not dist.is_initialized()
     if started:
-        # A thread of gloo that drops a tensor while Python ends aborts the process (pytorch issue 190489): the group must not
-        # live that long. The functions of torch.distributed.nn, which DDP imports, have the group of that moment as a default
-        # argument: none yet.
+        # A thread of gloo that drops a tensor while Python ends aborts the process (pytorch issue
+        # 190489): the group must not live that long. The functions of torch.distributed.nn, which
+        # DDP imports, have the group of that moment as a default argument: none yet.
         import_module("torch.distributed.nn")
         atexit.register(_let_go)
-        dist.init_process_group("nccl" if use_cuda else "gloo", init_method=dist_url, rank=rank, world_size=world)
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo", init_method=dist_url, rank=rank, world_size=world
+        )
     try:
         yield Process(rank, world, where)
     finally:
@@ -86,7 +104,8 @@ def session(device: str | None = None, dist_url: str = "env://") -> Iterator[Pro
 
 
 def _let_go() -> None:
-    """At exit: drop the models that a cycle or an uncaught error still holds, and with them their process group."""
+    """At exit: drop the models that a cycle or an uncaught error still holds, and with them their
+    process group."""
     for name in ("last_exc", "last_value", "last_traceback"):
         if hasattr(sys, name):
             setattr(sys, name, None)

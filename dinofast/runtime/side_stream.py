@@ -1,4 +1,5 @@
-"""How crops reach a GPU while it is still at the step before, and how long it has nothing to do for want of them."""
+"""How crops reach a GPU while it is still at the step before, and how long it has nothing to do for
+want of them."""
 
 from __future__ import annotations
 
@@ -8,13 +9,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-UNREAD = 64  # pairs of events that wait to be read; then the finished ones are, so that they stay few if nobody asks
+# pairs of events that wait to be read; then the finished ones are, so that they stay few if nobody
+# asks
+UNREAD = 64
 
 
 class SideStream:
-    """A stream for the copies and kernels of the data path, beside the current stream, on which the steps run.
+    """A stream for the copies and kernels of the data path, beside the current stream, on which the
+    steps run.
 
-    Neither stream holds up the other until the crops are used, and the host waits for neither. `device`: a CUDA device.
+    Neither stream holds up the other until the crops are used, and the host waits for neither.
+    `device`: a CUDA device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,17 +29,23 @@ class SideStream:
         self._wait_s = 0.0
 
     def run(self, work: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """The tensors that `work` makes on this stream, to be used on the current stream, which waits for them.
+        """The tensors that `work` makes on this stream, to be used on the current stream, which
+        waits for them.
 
-        `work` must not use what the current stream is still at. The memory of a tensor that is dropped is used again once the
-        current stream has gone past all that it had to do then: a host that is k batches ahead keeps k of them. Not to be
-        called while a graph is captured; where threads make the next crops meanwhile, and ask for pinned memory, a capture
-        needs `capture_error_mode="thread_local"`.
+        `work` must not use what the current stream is still at. The memory of a tensor that is
+        dropped is used again once the current stream has gone past all that it had to do then: a
+        host that is k batches ahead keeps k of them. Not to be called while a graph is captured;
+        where threads make the next crops meanwhile, and ask for pinned memory, a capture needs
+        `capture_error_mode="thread_local"`.
         """
         current = torch.cuda.current_stream(self._device)
         if len(self._unread) >= UNREAD:
             self._read()
-        free, ready = self._spare.pop() if self._spare else [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        free, ready = (
+            self._spare.pop()
+            if self._spare
+            else [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        )
         free.record(current)
         with torch.cuda.stream(self._stream):
             made = work()
@@ -46,12 +57,14 @@ class SideStream:
         return made
 
     def wait_s(self) -> float:
-        """Seconds for which the current stream has waited in all calls of `run` that the device has gone past.
+        """Seconds for which the current stream has waited in all calls of `run` that the device has
+        gone past.
 
-        That is, for each, from the end of what had been enqueued before the call to the moment at which the tensors were
-        there, by the device's clock: it stood idle, or the rest of the copying went on. However long the host is held up,
-        nothing counts while the device is still at earlier work. Asking does not wait for the device: calls that it has yet
-        to go past count next time.
+        That is, for each, from the end of what had been enqueued before the call to the moment at
+        which the tensors were there, by the device's clock: it stood idle, or the rest of the
+        copying went on. However long the host is held up, nothing counts while the device is still
+        at earlier work. Asking does not wait for the device: calls that it has yet to go past count
+        next time.
         """
         self._read()
         return self._wait_s

@@ -8,7 +8,8 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop; everything is saved. No `Exception`, which some on the way take for a damaged file."""
+    """A signal asked the run to stop; everything is saved. No `Exception`, which some on the way
+    take for a damaged file."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -16,18 +17,20 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignal:
-    """SIGINT and SIGTERM ask for an orderly end instead of ending the process; a second SIGINT ends it at once."""
+    """SIGINT and SIGTERM ask for an orderly end instead of ending the process; a second SIGINT ends
+    it at once."""
 
     def __init__(self) -> None:
         self.signum = 0
-        self.training = False                   # before the first step nothing is there to finish: a signal ends it at once
+        # before the first step nothing is there to finish: a signal ends it at once
+        self.training = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
         for signum in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._before[signum] = signal.signal(signum, self._caught)
-            except ValueError:                                 # not in the main thread: signals are the caller's affair there
+            except ValueError:  # not in the main thread: signals are the caller's affair there
                 break
         return self
 
@@ -43,4 +46,4 @@ class StopSignal:
 
     def __exit__(self, *exc: object) -> None:
         for signum, handler in self._before.items():
-            signal.signal(signum, handler)                     # type: ignore[arg-type]
+            signal.signal(signum, handler)  # type: ignore[arg-type]

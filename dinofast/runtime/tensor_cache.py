@@ -1,4 +1,5 @@
-"""Tensors that depend on shapes alone, made once and kept, so that a step neither computes nor sends them to the device."""
+"""Tensors that depend on shapes alone, made once and kept, so that a step neither computes nor
+sends them to the device."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
-KEPT = 512                               # results of each function, the last that were asked for
+KEPT = 512  # results of each function, the last that were asked for
 _held: list[list[Any]] = []
 R = TypeVar("R", covariant=True)
 
@@ -25,9 +26,11 @@ class Cached(Protocol[R]):
 def cached_tensors(make: Callable[..., R]) -> Cached[R]:
     """`make`, its last results kept by their arguments.
 
-    Made outside inference mode, or training could not use what evaluation has made. While a compiler or another mode watches
-    the operations, nothing is kept: tensors that are made then are not real outside it.
+    Made outside inference mode, or training could not use what evaluation has made. While a
+    compiler or another mode watches the operations, nothing is kept: tensors that are made then are
+    not real outside it.
     """
+
     def real(*args):
         with torch.inference_mode(False), torch.no_grad():
             return make(*args)
@@ -50,7 +53,8 @@ def cached_tensors(make: Callable[..., R]) -> Cached[R]:
 
 @contextmanager
 def keep_alive() -> Iterator[list[Any]]:
-    """All results that are given out meanwhile, in a list: for a CUDA graph, which reads their memory as long as it lives."""
+    """All results that are given out meanwhile, in a list: for a CUDA graph, which reads their
+    memory as long as it lives."""
     results: list[Any] = []
     _held.append(results)
     try:

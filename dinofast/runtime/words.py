@@ -1,4 +1,5 @@
-"""How options are spelled to whoever reads a message: `name` in Python, --name on the command line."""
+"""How options are spelled to whoever reads a message: `name` in Python, --name on the command
+line."""
 
 from __future__ import annotations
 

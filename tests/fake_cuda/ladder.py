@@ -1,6 +1,7 @@
-"""The measuring parts of `make gpu` on fake CUDA tensors: every line of them but what kernels do. Times mean nothing.
+"""The measuring parts of `make gpu` on fake CUDA tensors: every line of them but what kernels do.
+Times mean nothing.
 
-    python ladder.py probe | step | options FOLDER [full]      prints the result that FOLDER then holds; full: at full size
+    python ladder.py probe | step | options FOLDER [full]    prints the result; full: full size
 """
 
 from __future__ import annotations
@@ -63,8 +64,14 @@ class Profiler:
         pass
 
     def events(self) -> list[Any]:
-        return [SimpleNamespace(name=f"kernel {i % 7}", device_type=torch.autograd.DeviceType.CUDA,
-                                time_range=SimpleNamespace(start=10.0 * i, end=10.0 * i + 8)) for i in range(300)]
+        return [
+            SimpleNamespace(
+                name=f"kernel {i % 7}",
+                device_type=torch.autograd.DeviceType.CUDA,
+                time_range=SimpleNamespace(start=10.0 * i, end=10.0 * i + 8),
+            )
+            for i in range(300)
+        ]
 
 
 class Loader(step_clock.Synthetic):
@@ -86,15 +93,24 @@ def pretend() -> None:
     """What the official loop reads on the host is made up, as are the device's clock and memory."""
     steps.prepare(None)
     torch.nn.Module.compile = lambda self, *args, **options: None
-    for name, value in {"synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": GIB, "empty_cache": None,
-                        "max_memory_allocated": 3 * GIB, "_sleep": None, "mem_get_info": (79 * GIB, 80 * GIB)}.items():
+    for name, value in {
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "memory_allocated": GIB,
+        "empty_cache": None,
+        "max_memory_allocated": 3 * GIB,
+        "_sleep": None,
+        "mem_get_info": (79 * GIB, 80 * GIB),
+    }.items():
         setattr(torch.cuda, name, lambda *args, value=value, **options: value)
     torch.cuda.Event, torch.profiler.profile = Event, Profiler
-    fake_tensor.CONSTANT_NUMEL_LIMIT = 0                 # a number that is copied to the device would be copied for real
+    # a number that is copied to the device would be copied for real
+    fake_tensor.CONSTANT_NUMEL_LIMIT = 0
     as_bool, as_list = torch.Tensor.__bool__, torch.Tensor.tolist
 
     def is_fake(x: torch.Tensor) -> bool:
         return isinstance(x, fake_tensor.FakeTensor)
+
     torch.Tensor.item = lambda self: 11.0
     torch.Tensor.__bool__ = lambda self: True if is_fake(self) else as_bool(self)
     torch.Tensor.tolist = lambda self: [0.04] * self.numel() if is_fake(self) else as_list(self)
@@ -106,7 +122,14 @@ def pretend() -> None:
 
 def main(part: str, folder: str, *size: str) -> None:
     module = {"probe": probe, "step": bench_step, "options": step_options}[part]
-    sys.argv = [part, "--device", "cuda", "--save-results", folder, *([] if size else ["--rehearse"])]
+    sys.argv = [
+        part,
+        "--device",
+        "cuda",
+        "--save-results",
+        folder,
+        *([] if size else ["--rehearse"]),
+    ]
     pretend()
     module.SECONDS = {"cuda": 0.0}
     with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
