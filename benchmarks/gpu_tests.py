@@ -116,7 +116,7 @@ def main() -> int:
         args.save_results / f"tests-{args.device}.json", torch.device(args.device), args.resume
     )
     chosen = (
-        ["tests/test_schedule.py", "tests/test_ops.py"]
+        ["tests/test_schedule.py", "tests/ops/test_ops.py"]
         if args.rehearse
         else ["tests/", "-m", "gpu"]
     )

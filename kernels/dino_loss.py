@@ -21,7 +21,7 @@ logits at V = 10, B = 64, K = 65,536 in bf16; 2 numbers per row, the temperature
 A forward program is one warp with a chunk of columns of all rows of an image: the teacher's weights
 stay in registers while the student's rows go by, each chunk relative to its own maximum. A sum over
 the chunk is then one over a warp, without a barrier: 14 instructions an element in bf16, half of
-them the formula's, and 32 warps on a multiprocessor (tests/budgets.py); 256 threads with 2,048
+them the formula's, and 32 warps on a multiprocessor (tests/ops/budgets.py); 256 threads with 2,048
 columns took 27, and 12 barriers a row. A second, small kernel joins the chunks of a row, a warp
 each, as flash attention joins its blocks. A row is loaded ahead, because a load cannot pass the
 store of the row before: 32 KiB are on their way to a multiprocessor, where 3 TB/s take some 23 KiB

@@ -28,6 +28,12 @@ def photographs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def forget_graphs():
+    yield
+    torch.compiler.reset()
+
+
 # ---- what a test needs that may not be here
 def why_not_here(impl):
     """Why an implementation cannot run in this test run, in a sentence; empty if it can."""
@@ -101,7 +107,7 @@ def compiled_ahead_of_time():
         if operation not in done:
             environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
             # Triton warns where it is left to choose whether to fuse
-            script = Path(__file__).parent / "ahead_of_time.py"
+            script = Path(__file__).parent / "ops" / "ahead_of_time.py"
             process = subprocess.run(
                 [sys.executable, "-W", "error:TRITON_DEFAULT_FP_FUSION", script, operation],
                 timeout=300,

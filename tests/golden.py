@@ -1,4 +1,4 @@
-"""Outputs of the official code (tests/data/README.md), as torch tensors."""
+"""Outputs of the official code (tests/official/README.md), as torch tensors."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "official"
 
 
 def load(name: str, prefix: str = "") -> dict[str, Tensor]:

@@ -215,7 +215,7 @@ def test_places_of_the_kernel_page_exist():
     text = prose(ROOT / "docs" / "adding_a_kernel.md")
     for path in re.findall(r"`((?:dinofast|kernels|csrc|tests|benchmarks)/[\w/.]+)`", text):
         assert "NAME" in path or (ROOT / path).exists(), path
-    tests = (ROOT / "tests" / "test_normalize.py").read_text()
+    tests = (ROOT / "tests" / "ops" / "test_normalize.py").read_text()
     for test in re.findall(r"`(test_\w+)`", text):
         assert f"def {test}(" in tests, test
 

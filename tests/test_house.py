@@ -196,7 +196,7 @@ def test_a_run_of_the_gpu_tests_alone_finds_those_of_attention():
         "-q",
         "-p",
         "no:cacheprovider",
-        "tests/test_attention.py",
+        "tests/nn/test_attention.py",
     )
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     found = [line.split("::")[1].split("[")[0] for line in done.stdout.splitlines() if "::" in line]

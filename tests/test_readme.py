@@ -2,20 +2,18 @@
 
 import ast
 import re
-import sys
 from pathlib import Path
 
 import pytest
+import report
+import tables
 
 import dinofast
 from dinofast import cli
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text().replace("\\\n", "")  # a command may go on in the next line
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import report
-import tables
+# a command may go on in the next line
+TEXT = (ROOT / "README.md").read_text().replace("\\\n", "")
 
 
 def test_tables_and_chart_are_rendered_from_the_results():

@@ -2,17 +2,11 @@
 anew or waits."""
 
 import itertools
-import json
-import subprocess
-import sys
 import types
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import golden
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import GOLDEN, GoldenLoader, golden_model
 
@@ -22,10 +16,11 @@ from dinofast.bench.baseline import OfficialStep
 from dinofast.config import Config
 from dinofast.nn import onednn_linear as linear
 from dinofast.nn.dino import Model
-from dinofast.runtime import cuda_graph
 from dinofast.runtime.distributed import Process
 from dinofast.schedule import Schedule
 from dinofast.step import Step
+
+pytestmark = pytest.mark.usefixtures("forget_graphs")
 
 CPU = Process(0, 1, torch.device("cpu"))
 SMALL = Config(
@@ -44,12 +39,6 @@ SMALL = Config(
     freeze_last_layer=0,
     device="cpu",
 )
-
-
-@pytest.fixture(autouse=True)
-def forget_graphs():
-    yield
-    torch.compiler.reset()
 
 
 class Batches:
@@ -263,77 +252,6 @@ def test_bf16_is_as_close_to_the_exact_gradient_as_the_official_autocast(changes
     assert 1e-3 < rms[0] < most * rms[1] < 0.05, off
 
 
-def test_nothing_is_compiled_anew_after_the_first_steps():
-    """Full graphs of fixed shapes, two in all: what stochastic depth draws at each step changes
-    none."""
-    step, batches = small(compile="on", accumulate=2)
-    counters.clear()
-    for i in range(2):
-        step(i, batches)
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for i in range(2, 6):
-            step(i, batches)
-    assert counters["stats"]["unique_graphs"] == 2
-
-
-def test_compiled_steps_draw_what_eager_ones_draw():
-    runs = []
-    for compile in ("off", "on"):
-        step, batches = small(compile=compile)
-        runs.append([step(i, batches) for i in range(4)])
-    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
-
-
-def test_models_that_are_gone_leave_room_for_new_graphs():
-    """torch keeps eight graphs of a function, and all compiled modules share one: a session may
-    train more than four models."""
-    for _ in range(6):
-        step, batches = small(compile="on", local_crops_number=1)
-        step(0, batches)
-        del step
-    step, batches = small(compile="on", local_crops_number=1)
-    assert all(torch.isfinite(x) for x in step(0, batches).values())
-
-
-RESTART = """
-import json, sys
-import test_step
-from torch._dynamo.utils import counters
-step, batches = test_step.small(compile="on")
-losses = [x.item() for x in step(0, batches).values()]
-print(json.dumps([losses, dict(counters["inductor"]), dict(counters["aot_autograd"])]))
-"""
-
-
-def test_a_restart_finds_what_was_compiled(tmp_path):
-    here = Path(__file__).parent
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "HOME": str(tmp_path),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
-        "PYTHONPATH": f"{here.parent}:{here}",
-    }
-    runs = [
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-W", "ignore", "-c", RESTART],
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=300,
-            ).stdout.splitlines()[-1]
-        )
-        for _ in range(2)
-    ]
-    assert runs[0][0] == runs[1][0]
-    assert runs[0][1]["fxgraph_cache_miss"] > 0 and runs[0][2].get("autograd_cache_hit", 0) == 0
-    assert "fxgraph_cache_miss" not in runs[1][1] and "autograd_cache_miss" not in runs[1][2]
-    # of 3: torch 2.13 keeps no graph with autocast in it
-    assert runs[1][2]["autograd_cache_hit"] >= 2
-
-
 def test_what_a_run_announces_of_its_step():
     assert small(linear="blas")[0].how == "attention sdpa, not compiled"
     assert small(linear="onednn", grad_checkpointing=True)[0].how == (
@@ -410,19 +328,6 @@ def test_batch_statistics_over_several_gpus_are_not_compiled(monkeypatch):
         step._compile()
 
 
-def test_a_compiler_that_fails_is_found_out_before_the_first_step(monkeypatch):
-    assert step_module.compiler_unavailable_reason(CPU.device) is None
-
-    def broken(*args, **arguments):
-        raise RuntimeError("no g++\nand more")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    assert (
-        step_module.compiler_unavailable_reason(CPU.device)
-        == "torch.compile does not work here (no g++)"
-    )
-
-
 def test_a_bf16_teacher_follows_its_average_in_float32():
     step, batches = small(precision="bf16", teacher_precision="bf16")
     whole, same = small(precision="bf16")
@@ -488,131 +393,3 @@ def test_checkpointing_keeps_less_for_backward():
             step.model(next(batches), torch.tensor(0.04))
         kept[checkpointing] = sum(sizes)
     assert kept[True] < 0.75 * kept[False]
-
-
-# ---- the CUDA graph
-class Replayed:
-    """Stands in for a CUDA graph: what is recorded is done again at each replay, into the memory of
-    the recording."""
-
-    recording = None
-
-    def replay(self):
-        stats, grads = self.made
-        for p in self.parameters:
-            p.grad = None
-        new = self.whole()
-        for old, now in zip(
-            (*stats.values(), *grads),
-            (*new.values(), *(p.grad for p in self.parameters)),
-            strict=True,
-        ):
-            old.copy_(now)
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    """Streams and graphs on a CPU; the recording itself does nothing to the model, as on a GPU."""
-
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    @contextmanager
-    def record(graph, stream, capture_error_mode):
-        assert capture_error_mode == "thread_local"
-        yield
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
-    monkeypatch.setattr(torch.cuda, "graph", record)
-
-
-def test_the_graph_gives_the_official_trajectory(recorder):
-    """Three steps as they are, then replays: also across the epoch in which the last layer is no
-    longer frozen."""
-    step = golden_step()
-    center = step.model.dino_loss.center
-    parameters = [p for p in step.model.student.parameters() if p.requires_grad]
-    calls = []
-
-    def whole(crops, teacher_temp):
-        calls.append([x.data_ptr() for x in crops])
-        before = center.clone()
-        stats = step._whole(crops, teacher_temp)
-        if len(calls) == cuda_graph.WARM_UP + 1:  # what is recorded is not done
-            center.copy_(before)
-        return stats
-
-    step.graph = cuda_graph.CUDAGraphStep(whole, parameters)
-    plain = step.graph._record
-
-    def record(crops, teacher_temp):
-        plain(crops, teacher_temp)
-        graph = step.graph._graph
-        graph.parameters, graph.made = parameters, (step.graph._stats, step.graph._grads)
-        graph.whole = lambda: whole(step.graph._inputs[:-1], step.graph._inputs[-1])
-
-    step.graph._record = record
-    assert_official(step, step.model)
-    assert len(calls) == 8 + 1 and len({tuple(c) for c in calls[cuda_graph.WARM_UP :]}) == 1
-
-
-GPU = Process(0, 1, torch.device("cuda", 0)) if torch.cuda.is_available() else None
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"compile": "off"},
-        {"compile": "on"},
-        {"compile": "off", "cuda_graph": True},
-        {"compile": "on", "cuda_graph": True},
-        {"compile": "on", "grad_checkpointing": True},
-    ],
-    ids=str,
-)
-def test_official_trajectory_on_a_gpu(gpu, changes):
-    step = golden_step(GPU, precision="fp32", **changes)
-    assert_official(step, step.model, "cuda", tolerance=1e-4)
-    assert (step.graph is not None) == changes.get("cuda_graph", False)
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_replayed_step_is_an_eager_step(gpu, precision):
-    runs = []
-    for graph in (False, True):
-        step, batches = small(GPU, cuda_graph=graph, compile="off", precision=precision)
-        runs.append([step(i, batches) for i in range(8)])
-        assert step.graph is None or step.graph._graph is not None
-    torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"compile": "off"},
-        {"compile": "on"},
-        {"cuda_graph": True},
-        {"precision": "fp16"},
-        {"precision": "fp32"},
-        {"residual_precision": "bf16"},
-        {"teacher_precision": "bf16"},
-        {"grad_checkpointing": True},
-        {"attention": "sdpa"},
-    ],
-    ids=str,
-)
-def test_no_step_waits_for_the_gpu(gpu, changes):
-    step, batches = small(GPU, **changes)
-    crops = [next(batches) for _ in range(10)]
-    for i in range(6):  # compiles, records, makes what is made once
-        step(i, iter(crops[i:]))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for i in range(6, 10):
-            step(i, iter(crops[i:]))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

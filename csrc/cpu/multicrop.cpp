@@ -252,7 +252,7 @@ DINOFAST_CLONES void gray(uint8_t* r, uint8_t* g, uint8_t* b, int64_t n) {
 }
 
 // Through PIL's 8-bit HSV, in which the hue is turned by `step` of 256. PIL computes partly in double; floats and integers stand
-// where they give the same for every color and every step (tests/test_native.py tries all colors).
+// where they give the same for every color and every step (tests/data/test_native.py tries all colors).
 DINOFAST_CLONES void hue(uint8_t* r, uint8_t* g, uint8_t* b, int64_t n, int32_t step) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {

@@ -29,8 +29,8 @@ NO_TRITON = (
 
 class Operation(NamedTuple):
     """kernels: device type -> the kind of kernel that is faster than the reference there. file: its
-    name in kernels/FILE.py, tests/test_FILE.py, the ahead-of-time check and the launches under the
-    sanitizer. core: its C++, csrc/cpu/CORE.cpp. has_reference: False where Pillow is the
+    name in kernels/FILE.py, tests/ops/test_FILE.py, the ahead-of-time check and the launches under
+    the sanitizer. core: its C++, csrc/cpu/CORE.cpp. has_reference: False where Pillow is the
     specification."""
 
     kernels: Mapping[str, str]

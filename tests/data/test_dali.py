@@ -1,5 +1,5 @@
 """The dali backend on DALI's CPU operators: what goes to DALI and what to PIL, how near its crops
-are, and what its failures cost. tests/test_loader.py runs its tests with this backend too."""
+are, and what its failures cost. tests/data/test_loader.py runs its tests with this backend too."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ def test_ctrl_c_ends_it(backend, photographs, tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)},
     )
     deadline = time.monotonic() + 30
     # the measurement has begun

@@ -1,16 +1,14 @@
 """`make gpu` rehearsed on a fake GPU: what measures there runs to its end, with a row for all that
 can be there."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 from dinofast.bench import record
 from dinofast.nn.attention import ATTENTIONS
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

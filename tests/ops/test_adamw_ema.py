@@ -11,7 +11,7 @@ import torch
 from accuracy import assert_no_worse
 from torch import Tensor
 
-from dinofast import ops, reference
+from dinofast import ops
 
 NEEDS = "cpp"
 KERNELS = ("cpp", "triton")
@@ -410,102 +410,3 @@ def test_leaves_are_written_and_marked(impl: str) -> None:
         inside = torch.ones(3)
         ops.ema_([inside], [torch.zeros(3)], 0.5, impl=impl)
     assert inside.tolist() == [0.5] * 3
-
-
-@pytest.mark.parametrize("impl", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck(dtype: torch.dtype, impl: str) -> None:
-    x = with_copies(draw([(5,), (3, 4), ()], dtype=dtype), torch.bfloat16)
-    number = torch.tensor(0.1, dtype=torch.float64)
-    holes = [
-        y
-        for name in ("teachers", "param_copies", "teacher_copies")
-        for y in ([t for t in x[name] if t is not None], [t is not None for t in x[name]])
-    ]
-    for skip in (False, True):
-        torch.library.opcheck(
-            torch.ops.dinofast.adamw_ema_.default,
-            (
-                x["params"],
-                x["grads"],
-                x["exp_avgs"],
-                x["exp_avg_sqs"],
-                x["steps"],
-                *holes,
-                x["coefficients"],
-                torch.tensor(skip),
-                number,
-                number,
-                0.9,
-                0.999,
-                1e-8,
-                number,
-                impl,
-            ),
-        )
-        torch.library.opcheck(
-            torch.ops.dinofast.ema_.default,
-            (x["params"], x["grads"], *holes[2:4], number, torch.tensor(skip), impl),
-        )
-    torch.library.opcheck(torch.ops.dinofast.grad_norms.default, (x["grads"], impl))
-
-
-@pytest.mark.parametrize("impl", KERNELS)
-def test_compiles_as_one_graph(impl: str) -> None:
-    before = draw([(5,), (3, 4), (7,)])
-    coefficients = reference.clip_coefficients(ops.grad_norms(before["grads"], impl), 1e-3)
-    expected = run(before | {"coefficients": coefficients}, impl)
-    ops.ema_(expected["exp_avgs"], expected["params"], 0.5, impl=impl)
-
-    @torch.compile(fullgraph=True)
-    def compiled(x: dict[str, Any], lr: Tensor) -> None:
-        x["coefficients"] = reference.clip_coefficients(ops.grad_norms(x["grads"], impl), 1e-3)
-        ops.adamw_ema_(**x, **OPTIONS | {"lr": lr}, impl=impl)
-        ops.ema_(x["exp_avgs"], x["params"], 0.5, impl=impl)
-
-    ours = clone(before)
-    compiled(ours, torch.tensor(OPTIONS["lr"], dtype=torch.float64))
-    assert not torch.equal(ours["params"][0], before["params"][0])
-    for a, b in zip(flat(ours), flat(expected), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"grads": [torch.zeros(5)]}, "grads has 1 tensors and params has 2"),
-        (
-            {"teachers": [None, torch.zeros(4)]},
-            r"teachers\[1\] has shape \(4,\): expected \(3,\), that of params\[1\]",
-        ),
-        (
-            {"steps": []},
-            r"steps has shapes \[\] and coefficients \(2,\): expected 2 tensors \(\) and one",
-        ),
-        ({"steps": [torch.zeros(0), torch.zeros(())]}, r"steps has shapes \[\(0,\), \(\)\]"),
-        (
-            {"coefficients": torch.ones(3)},
-            r"coefficients \(3,\): expected 2 tensors \(\) and one \(2,\)",
-        ),
-        ({"param_copies": [torch.zeros(5)]}, "param_copies has 1 tensors and params has 2"),
-        (
-            {"teachers": [None, None], "teacher_copies": [None, torch.zeros(3)]},
-            r"teacher_copies\[1\] is a tensor but teachers\[1\] is None",
-        ),
-        ({"impl": "fast"}, "impl is 'fast': use one of"),
-        (
-            {"impl": "cpp", "steps": [torch.zeros((), device="meta")] * 2},
-            "impl='cpp' takes tensors on one device",
-        ),
-    ],
-)
-def test_refusals(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ops.adamw_ema_(**draw([(5,), (3,)]) | OPTIONS | change)
-
-
-def test_more_refusals() -> None:
-    with pytest.raises(ValueError, match="grads is empty"):
-        ops.grad_norms([])
-    with pytest.raises(ValueError, match="students has 0 tensors and teachers has 1"):
-        ops.ema_([torch.zeros(2)], [], 0.9)

@@ -19,7 +19,7 @@ from dinofast.evaluate.knn import extract_features, knn, knn_classify
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(Path(__file__).parent / "data" / "knn.npz") as data:
+    with np.load(Path(__file__).parents[1] / "official" / "knn.npz") as data:
         return {name: torch.from_numpy(data[name]) for name in data.files}
 
 

@@ -71,15 +71,15 @@ def test_paths_name_every_operation() -> None:
 
 @pytest.mark.parametrize("name", ops.OPERATIONS)
 def test_an_operation_is_found_in_all_its_places(name: str) -> None:
-    operation, root = ops.OPERATIONS[name], Path(__file__).parent.parent
+    operation, root = ops.OPERATIONS[name], Path(__file__).parents[2]
     assert hasattr(ops, name) and hasattr(reference, name) == operation.has_reference
     assert ("triton" in operation.kernels.values()) == (
         root / "kernels" / f"{operation.file}.py"
     ).is_file()
     assert (operation.core is not None) == ("cpp" in operation.kernels.values())
     assert operation.core is None or (root / "csrc" / "cpu" / f"{operation.core}.cpp").is_file()
-    assert (root / "tests" / f"test_{operation.file}.py").is_file()
-    for script in ("tests/ahead_of_time.py", "benchmarks/launch_kernels.py"):
+    assert (root / "tests" / "ops" / f"test_{operation.file}.py").is_file()
+    for script in ("tests/ops/ahead_of_time.py", "benchmarks/launch_kernels.py"):
         assert f"\ndef {operation.file}(" in (root / script).read_text(), script
 
 

@@ -99,7 +99,7 @@ def test_levels_by_table(impl: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_kind_of_color(impl: str) -> None:
     """A lattice of all colors, with every step of the hue that a plan can draw and some more; for
-    C++ each of the 16.8 million colors is in tests/test_native.py."""
+    C++ each of the 16.8 million colors is in tests/data/test_native.py."""
     levels = np.array([0, 1, 2, 31, 64, 100, 127, 128, 129, 180, 203, 254, 255], np.uint8)
     lattice = np.stack(np.meshgrid(*[levels] * 3, indexing="ij"), -1).reshape(-1, 3)
     side = int(len(lattice) ** 0.5) + 1

@@ -1,7 +1,7 @@
 """Compiles, without a GPU, what a launcher of Triton kernels would launch, and reads the machine
 code.
 
-    python tests/ahead_of_time.py dino_loss    prints JSON, an entry a kernel and configuration
+    python tests/ops/ahead_of_time.py dino_loss    prints JSON, an entry a kernel and configuration
 
 A process of its own, because TRITON_INTERPRET must not be set when the kernels are decorated. The
 launcher itself is run, on tensors without memory ("meta"), so that shapes, constants and

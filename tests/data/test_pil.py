@@ -11,7 +11,7 @@ from dinofast.data.augmentation import VIEW
 from dinofast.data.backend_pil import cut, render
 from dinofast.data.decode import TransientReadError, UnreadableImage, decode, read_file, unreadable
 
-GOLDEN = np.load(Path(__file__).parent / "data" / "augment.npz")
+GOLDEN = np.load(Path(__file__).parents[1] / "official" / "augment.npz")
 
 
 def golden_view(i):
