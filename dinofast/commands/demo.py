@@ -87,8 +87,7 @@ def demo(
     untrained = Model.from_config(cfg).teacher.backbone.eval()
     trained = load_backbone(path)
     score = evaluate(out / "data", untrained, trained)
-    best = int(np.argmax(score["trained"]["attention_on_object"]))
-    sheet(columns(seed, untrained, trained, best)).save(out / "attention_maps.png", optimize=True)
+    sheet(picture_rows(seed, untrained, trained)).save(out / "attention_maps.png", optimize=True)
     result = score | {
         "date": time.strftime("%Y-%m-%d"),
         "command": f"dinofast demo --seed {seed}",
@@ -190,15 +189,12 @@ def evaluate(data: Path, untrained: nn.Module, trained: nn.Module) -> dict:
     return score
 
 
-def columns(
-    seed: int, untrained: nn.Module, trained: nn.Module, best: int
-) -> list[tuple[str, Tensor]]:
-    """The columns of the picture: the first unseen image of SHOWN classes, drawn at TILE pixels,
+def picture_rows(seed: int, untrained: nn.Module, trained: nn.Module) -> list[tuple[str, Tensor]]:
+    """The rows of the picture: the first unseen image of SHOWN classes, drawn at TILE pixels,
     and what is made of it.
 
     The backbones see the same drawings at FINE pixels, twice their training's size, for maps of
-    FINE / PATCH patches a side, averaged over all shifts of the patches. best: which head of the
-    trained backbone has a column of its own.
+    FINE / PATCH patches a side, averaged over all shifts of the patches.
     """
     first = (sample_data.VALIDATION_EVERY - 1) * len(sample_data.CLASSES)
     drawn = [
@@ -218,7 +214,6 @@ def columns(
         ("unseen image", shown),
         ("attention, untrained", heat(before.mean(1))),
         ("attention, trained", heat(after.mean(1))),
-        (f"trained, head {best + 1}", heat(after[:, best])),
     ]
     features = patch_features(trained, images)
     # else images differ more than their patches

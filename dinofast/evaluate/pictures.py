@@ -1,4 +1,4 @@
-"""Pictures of what a backbone has learned: heat maps over images, sheets of captioned columns. Only
+"""Pictures of what a backbone has learned: heat maps over images, sheets of captioned rows. Only
 Pillow and torch."""
 
 from __future__ import annotations
@@ -80,39 +80,27 @@ def overlay(images: Tensor, heat: Tensor, strength: float = 0.85) -> Tensor:
     return torch.lerp(dimmed, heat_colors(heat), strength * heat[:, None].clamp(0, 1))
 
 
-def sheet(columns: Sequence[tuple[str, Tensor]], gap: int = 8, font_size: int = 15) -> Image.Image:
-    """A table of pictures: each column is a caption and its cells, RGB (B, 3, H, W) in [0, 1].
+def sheet(
+    rows: Sequence[tuple[str, Tensor]], gap: int = 8, font_size: int = 15, caption_width: int = 100
+) -> Image.Image:
+    """A table of pictures: each row is a caption and its cells, RGB (B, 3, H, W) in [0, 1].
 
-    A caption is broken into lines at spaces until it fits above its column, set smaller if a word
-    does not, and centered.
+    A caption stands left of its row, in a column of `caption_width` pixels. It is broken into lines
+    at spaces until it fits, and set smaller if a word does not.
     """
-    n_rows, (h, w) = len(columns[0][1]), columns[0][1].shape[-2:]
-    fitted = [fit_caption(caption, w, font_size) for caption, _ in columns]
-    heights = [font.size * 1.25 * (text.count("\n") + 1) for text, font in fitted]
-    head = round(max(heights)) + gap
-    picture = Image.new(
-        "RGB", (len(columns) * (w + gap) + gap, n_rows * (h + gap) + gap + head), "white"
-    )
+    n_columns, (h, w) = len(rows[0][1]), rows[0][1].shape[-2:]
+    head = gap + caption_width + gap
+    size = head + n_columns * (w + gap), gap + len(rows) * (h + gap)
+    picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
-    for c, ((text, font), (_, cells)) in enumerate(zip(fitted, columns, strict=True)):
-        left = gap + c * (w + gap)
-        draw.multiline_text(
-            (left + w / 2, head),
-            text,
-            fill="black",
-            font=font,
-            anchor="md",
-            align="center",
-            spacing=2,
-        )
-        pixels = (
-            (cells.float().cpu().clamp(0, 1) * 255 + 0.5)
-            .to(torch.uint8)
-            .permute(0, 2, 3, 1)
-            .numpy()
-        )
-        for r, cell in enumerate(pixels):
-            picture.paste(Image.fromarray(cell), (left, gap + head + r * (h + gap)))
+    for r, (caption, cells) in enumerate(rows):
+        top = gap + r * (h + gap)
+        text, font = fit_caption(caption, caption_width, font_size)
+        middle = head - gap, top + h / 2
+        draw.multiline_text(middle, text, "black", font, anchor="rm", align="right", spacing=2)
+        pixels = (cells.float().cpu().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+        for c, cell in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+            picture.paste(Image.fromarray(cell), (head + c * (w + gap), top))
     return picture
 
 
