@@ -299,6 +299,21 @@ class Config:
     def check(self) -> Config:
         """Raise `ValueError` (one sentence: the value and the way out) for the first option that
         cannot be right."""
+        self._check_values()
+        self._check_ranges()
+        for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+            if getattr(self, name) > self.epochs:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)} but `epochs` is only {self.epochs}: the "
+                    f"warm-up cannot be longer than the training; lower `{name}` or raise `epochs`."
+                )
+        if self.vit is not None:
+            self._check_patches("global_crops_size", needed=True)
+            self._check_patches("local_crops_size", needed=self.local_crops_number > 0)
+        return self
+
+    def _check_values(self) -> None:
+        """Each is of its type, finite, and one of its choices."""
         for f in fields(self):
             value = getattr(self, f.name)
             self._check_type(f.name, value, f.default, f.metadata.get("type", str))
@@ -313,6 +328,8 @@ class Config:
                 raise ValueError(
                     f"`{f.name}` is '{value}': choose from {', '.join(f.metadata['choices'])}."
                 )
+
+    def _check_ranges(self) -> None:
         for name in (
             "patch_size",
             "out_dim",
@@ -373,16 +390,6 @@ class Config:
             "must be two radii, 0 <= smallest <= largest < 1000",
         )
         self._need("image_std", all(s > 0 for s in self.image_std), "must be three numbers above 0")
-        for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-            if getattr(self, name) > self.epochs:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)} but `epochs` is only {self.epochs}: the "
-                    f"warm-up cannot be longer than the training; lower `{name}` or raise `epochs`."
-                )
-        if self.vit is not None:
-            self._check_patches("global_crops_size", needed=True)
-            self._check_patches("local_crops_size", needed=self.local_crops_number > 0)
-        return self
 
     def _check_type(self, name: str, value: Any, default: Any, no_default: type = str) -> None:
         if isinstance(default, tuple):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import __version__, ops
-from ..data import choose_backend
+from ..data import select_backend
 from ..nn.attention import fmha, select_attention, unavailable_reasons, xformers_unavailable_reason
 from ..nn.onednn_linear import select_library
 from ..runtime.backends import cores
@@ -64,7 +64,7 @@ def report() -> str:
             "SGD, LARS": "torch, tensor by tensor",
         }
         lines += [f"  {name:22} {what}" for name, what in torch_s.items()]
-        crops, why = choose_backend(None, device)
+        crops, why = select_backend(None, device)
         lines.append(
             f"  {'crops':22} {crops}{f' ({why})' if why else ''}; "
             f"{'nvJPEG' if crops == 'dali' else 'PIL'} decodes"

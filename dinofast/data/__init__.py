@@ -1,6 +1,6 @@
 """The data path by stage: dataset -> sampler -> augmentation -> decode -> backend_{pil,native,dali}
 -> loader."""
 
-from dinofast.data.loader import Loader, choose_backend, make_loader
+from dinofast.data.loader import Loader, make_loader, select_backend
 
-__all__ = ["Loader", "choose_backend", "make_loader"]
+__all__ = ["Loader", "select_backend", "make_loader"]

@@ -120,7 +120,7 @@ class Loader:
         self._mean, self._std = (
             torch.tensor(c, device=device).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std)
         )
-        self.backend, self.backend_note = choose_backend(cfg.data_backend, device.type)
+        self.backend, self.backend_note = select_backend(cfg.data_backend, device.type)
         self.dtype = (
             torch.bfloat16 if cfg.vit and cfg.precision_on(device.type) == "bf16" else torch.float32
         )
@@ -332,7 +332,7 @@ class Loader:
         )
 
 
-def choose_backend(asked: str | None, device_type: str) -> Selection:
+def select_backend(asked: str | None, device_type: str) -> Selection:
     """Which backend executes the plan, and why not a faster one. Raises `ValueError` if what was
     asked for cannot run here."""
     reasons = {

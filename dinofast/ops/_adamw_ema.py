@@ -208,6 +208,15 @@ torch.library.register_fake("dinofast::adamw_ema_", lambda *_: None, lib=library
 torch.library.register_fake("dinofast::ema_", lambda *_: None, lib=library)
 
 
+def _check_steps(n: int, steps: Sequence[Tensor], coefficients: Tensor) -> None:
+    if len(steps) != n or any(step.ndim for step in steps) or coefficients.shape != (n,):
+        raise ValueError(
+            f"steps has shapes {[tuple(s.shape) for s in steps]} and coefficients "
+            f"{tuple(coefficients.shape)}: expected {n} tensors () and one ({n},), to go with "
+            "params."
+        )
+
+
 def _choose_for_lists(
     op: str,
     impl: str | None,
@@ -347,16 +356,7 @@ def adamw_ema_(
         param_copies=param_copies,
         teacher_copies=teacher_copies,
     )
-    if (
-        len(steps) != len(params)
-        or any(step.ndim for step in steps)
-        or coefficients.shape != (len(params),)
-    ):
-        raise ValueError(
-            f"steps has shapes {[tuple(s.shape) for s in steps]} and coefficients "
-            f"{tuple(coefficients.shape)}: expected {len(params)} tensors () and one "
-            f"({len(params)},), to go with params."
-        )
+    _check_steps(len(params), steps, coefficients)
     for i, (copy, teacher) in enumerate(zip(teacher_copies, teachers, strict=True)):
         if copy is not None and teacher is None:
             raise ValueError(
@@ -371,13 +371,9 @@ def adamw_ema_(
         steps,
     )
     if impl == "reference":
+        lists = params, grads, exp_avgs, exp_avg_sqs, steps, teachers
         return reference.adamw_ema_(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            steps,
-            teachers,
+            *lists,
             coefficients,
             skip,
             lr=lr,

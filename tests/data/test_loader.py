@@ -16,7 +16,7 @@ from test_shards import pack
 
 from dinofast import ops
 from dinofast.config import Config
-from dinofast.data import backend_dali, backend_native, choose_backend, decode, make_loader
+from dinofast.data import backend_dali, backend_native, decode, make_loader, select_backend
 from dinofast.data.augmentation import View, draw
 from dinofast.data.backend_pil import render
 from dinofast.data.loader import views
@@ -321,9 +321,9 @@ def test_a_damaged_shard_is_listed_and_the_rest_of_it_trained_on(config, sharded
 def test_dali_needs_a_kernel_for_its_colors(monkeypatch):
     monkeypatch.setattr(backend_dali.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(ops._choice, "NO_TRITON", "")
-    assert choose_backend(None, "cuda").name == "dali"
+    assert select_backend(None, "cuda").name == "dali"
     monkeypatch.setattr(ops._choice, "NO_TRITON", "Triton is not installed")
-    name, why = choose_backend(None, "cuda")
+    name, why = select_backend(None, "cuda")
     assert (
         name != "dali"
         and "not dali: ops.color, which it needs, cannot run on cuda: Triton is not installed"
@@ -333,7 +333,7 @@ def test_dali_needs_a_kernel_for_its_colors(monkeypatch):
         ValueError,
         match="dali was asked for, but ops.color, which it needs, cannot run on cuda: Triton",
     ):
-        choose_backend("dali", "cuda")
+        select_backend("dali", "cuda")
     assert backend_dali.unavailable_reason("cpu") == (
         ops._choice.NO_CPP
         and "ops.color, which it needs, cannot run on cpu: " + ops._choice.NO_CPP
