@@ -202,6 +202,8 @@ class VisionTransformer(nn.Module):
         return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
     def forward(self, x: Tensor | Sequence[Tensor] | PackedCrops) -> Tensor:
+        """Images (n, 3, h, w), one such tensor per size, or what `pack` made of them -> (sum of n,
+        D)."""
         packed = x if isinstance(x, PackedCrops) else self.pack(x)
         where = packed.layout
         drawn = self.draw(where) if packed.drop_path is None else packed.drop_path

@@ -19,7 +19,7 @@ _T = TypeVar("_T", Tensor, Tensor | None)
 
 
 class StudentTeacherOptimizer(torch.optim.Optimizer):
-    """Base of the three; a child updates the student of one group.
+    """What `AdamWEMA`, `SGDEMA` and `LARSEMA` have in common; a child updates the student.
 
     params: parameters or groups, as for any torch optimizer. student, teacher: modules with the
     same parameters in the same order; `teacher <- momentum teacher + (1 - momentum) student`
