@@ -45,6 +45,7 @@ MORE = 75  # exit code of a part, and of this: something is left; as record.MORE
 # of a call, ending what runs over not counted; with less no part is begun
 TOTAL_S, LEAST_S = 510, 10
 INTERRUPTED_S, ABORTED_S = 15, 5  # a part that runs over has so long to end when it is told to
+# seconds of a call at most, in a run of everything
 LIMITS = {
     "install": 60,
     "probe": 150,
@@ -53,7 +54,6 @@ LIMITS = {
     "dino_loss": 75,
     "adamw_ema": 45,
     "tests": 240,
-    # seconds of a call at most, in a run of everything
     "data": 120,
     "memcheck": 90,
     "racecheck": 60,
@@ -200,7 +200,7 @@ class Call(NamedTuple):
             return self.install(limit_s)
         start, resume = time.monotonic(), not self.again
         if name == SANITIZED[0] and self.device != "cpu" and sanitizer():
-            # compiles them
+            # first without the sanitizer, which compiles them
             run(name, kernels(self.device), limit_s, self.environment, self.logs / f"{name}.log")
         for restart in range(RESTARTS + 1):
             left_s = limit_s - (time.monotonic() - start)
@@ -395,11 +395,11 @@ def main(arguments: Sequence[str] = ()) -> int:
     if not args.rehearse and (reason := gpu_unavailable_reason()):
         print(reason)
         return 1
-    # as a shell has it for what runs in the background: parts
+    # as a shell has it for what runs in the background: parts would inherit it, and could not be
+    # interrupted
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        # would inherit it, and could not be interrupted
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # of what is aborted
+    # no core files of what is aborted
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     call = make_call(args)
     own = call.results == ROOT / "benchmarks" / "results"
