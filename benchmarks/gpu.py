@@ -384,6 +384,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] = ()) -> int:
     start, args = time.monotonic(), parse(arguments)
+    sys.path.insert(0, str(ROOT))  # on a bare machine dinofast is not installed yet
     limits = dict(LIMITS)
     if args.rehearse:  # what runs over stands in the middle, so that parts are seen to go on
         limits = {"install": 0, "probe": TOTAL_S, PLANTED: PLANTED_S} | dict.fromkeys(
