@@ -55,17 +55,16 @@ class Case(NamedTuple):
 
 
 OPTIONS = (
-    ("attention", "varlen"),
-    ("attention", "fa3"),
-    ("attention", "xformers"),
     ("residual_precision", "bf16"),
     ("cuda_graph", True),
     ("teacher_precision", "bf16"),
+    ("attention", "xformers"),
+    ("attention", "varlen"),
+    ("attention", "fa3"),
     ("batch_size_per_gpu", 256),
     ("batch_size_per_gpu", 512),
     ("compile", "max-autotune"),
     ("attention", "cudnn"),
-    ("attention", "sdpa"),
     ("batch_size_per_gpu", 1024),
 )  # by expected gain and by how long they take to compile
 

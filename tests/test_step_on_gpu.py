@@ -33,9 +33,11 @@ def test_a_replayed_step_is_an_eager_step(gpu, precision):
     runs = []
     for graph in (False, True):
         step, batches = small(GPU, cuda_graph=graph, compile="off", precision=precision)
-        runs.append([step(i, batches) for i in range(8)])
+        # a replay writes into the tensors of the one before
+        runs.append([{k: v.clone() for k, v in step(i, batches).items()} for i in range(8)])
         assert step.graph is None or step.graph._graph is not None
-    torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-3)
+    # of fp16 the first steps are skipped: their gradients are not finite until the scale fits
+    torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize(
