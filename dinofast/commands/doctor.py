@@ -12,7 +12,13 @@ import torch
 
 from .. import __version__, ops
 from ..data import select_backend
-from ..nn.attention import fmha, select_attention, unavailable_reasons, xformers_unavailable_reason
+from ..nn.attention import (
+    ATTENTIONS,
+    DEFAULT,
+    fmha,
+    unavailable_reason,
+    xformers_unavailable_reason,
+)
 from ..nn.onednn_linear import select_library
 from ..runtime.backends import cores
 
@@ -75,29 +81,18 @@ def report() -> str:
 
 
 def _attention(device: str) -> str:
-    why: str | None = None
-    others = ""
-    if device == "cuda" and not torch.cuda.is_available():
-        why = xformers_unavailable_reason()
-        chosen = "varlen" if why else "xformers"
-    else:
-        how = torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16, 64
-        chosen, _ = select_attention(None, *how)
-        others = _others(chosen, unavailable_reasons(*how)) if device == "cuda" else ""
-    where = (
-        "torch's, per crop size"
-        if chosen == "sdpa"
-        else "over all packed crops, in bf16 and fp16; sdpa in fp32"
-    )
-    operators = _xformers_operators() if device == "cuda" else ""
-    return f"{chosen}, {where}{f' ({why})' if why else ''}{others}{operators}"
+    if device == "cpu" or not torch.cuda.is_available():
+        return f"{DEFAULT}, torch's, per crop size"
+    how = torch.device(device), torch.bfloat16, 64
+    others = _others({name: unavailable_reason(name, *how) for name in ATTENTIONS})
+    return f"{DEFAULT}, torch's, per crop size{others}{_xformers_operators()}"
 
 
-def _others(chosen: str, reasons: dict[str, str | None]) -> str:
+def _others(reasons: dict[str, str | None]) -> str:
     """What else can run, and what cannot, each reason once."""
     names: dict[str | None, list[str]] = {}
     for name, reason in reasons.items():
-        if name != chosen:
+        if name != DEFAULT:
             names.setdefault(reason, []).append(name)
     can = f"; others: {', '.join(names.pop(None, []))}"
     return can + "".join(f"; not {', '.join(those)}: {reason}" for reason, those in names.items())

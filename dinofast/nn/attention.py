@@ -25,7 +25,7 @@ from .packing import Layout, Runs
 ATTENTIONS = ("xformers", "varlen", "fa3", "cudnn", "sdpa", "eager")
 # torch takes cuDNN's kernel on an H100 or H200. Forward and backward of a block's attention on the
 # crops of 128 images, H200, 2026-11-27: sdpa 0.91 ms, varlen 1.31, eager 2.99 (probe-cuda.json).
-DEFAULTS = ("sdpa",)
+DEFAULT = "sdpa"
 # where each package has it
 _FMHA = {"xformers": "xformers.ops.fmha", "mslk": "mslk.attention.fmha"}
 
@@ -37,44 +37,44 @@ def select_attention(
 
     Raises ValueError if the one that was asked for cannot run here.
     """
+    reasons = {
+        name: unavailable_reason(name, device, dtype, width) if name == requested else None
+        for name in ATTENTIONS
+    }
     return select(
         "attention",
         requested,
-        unavailable_reasons(device, dtype, width),
-        DEFAULTS,
-        way_out=": leave `attention` out, or give sdpa",
+        reasons,
+        (DEFAULT,),
+        way_out=f": leave `attention` out, or give {DEFAULT}",
     )
 
 
-def unavailable_reasons(
-    device: torch.device, dtype: torch.dtype, width: int
-) -> dict[str, str | None]:
-    """Of each of `ATTENTIONS` why heads of this width in `dtype` cannot have it on this device."""
-    half = (
-        None
-        if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-        else (
+def unavailable_reason(
+    name: str, device: torch.device, dtype: torch.dtype, width: int
+) -> str | None:
+    """Why heads of this width in `dtype` cannot have this one of `ATTENTIONS` on this device."""
+    if name in ("sdpa", "eager"):
+        return None
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return (
             f"it needs bf16 or fp16 on a GPU, not {str(dtype).removeprefix('torch.')} on "
             f"{device.type}"
         )
-    )
-    if not half and torch.cuda.get_device_capability(device) < (8, 0):
-        half = (
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return (
             f"{torch.cuda.get_device_name(device)} is older than the A100, for which its "
             "kernels are made"
         )
-    if not half and (width % 8 or width > 256):
-        half = f"its kernels take heads of up to 256 in steps of 8, not {width}"
-    return {
-        "xformers": half
-        or xformers_unavailable_reason()
-        or xformers_kernel_unavailable_reason(device, dtype, width),
-        "varlen": half,
-        "fa3": half or fa3_unavailable_reason(device),
-        "cudnn": half or cudnn_unavailable_reason(),
-        "sdpa": None,
-        "eager": None,
-    }
+    if width % 8 or width > 256:
+        return f"its kernels take heads of up to 256 in steps of 8, not {width}"
+    if name == "xformers":
+        return xformers_unavailable_reason() or xformers_kernel_unavailable_reason(
+            device, dtype, width
+        )
+    if name == "fa3":
+        return fa3_unavailable_reason(device)
+    return cudnn_unavailable_reason() if name == "cudnn" else None
 
 
 @cache
@@ -211,7 +211,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if q.shape[-2] == 1:  # next to no work; it has no kernel for one key, and may have none for this
+    if q.shape[-2] == 1:  # next to no work, and it has no kernel for a lone key
         return F.scaled_dot_product_attention(q, k, v)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v)
