@@ -39,9 +39,7 @@ class Keeper:
 
     def __init__(self, path: Path, device: torch.device, resume: bool) -> None:
         self.path, self.reporter = path, None
-        command = (
-            f"python benchmarks/gpu_tests.py --device {device.type} --save-results {path.parent}"
-        )
+        command = f"python benchmarks/gpu_tests.py --device {device.type} --save-results DIR"
         self.kept: dict[str, Any] = environment("tests", device, command) | {"tests": {}}
         if resume and path.is_file():
             found = json.loads(path.read_text())
@@ -83,7 +81,8 @@ class Keeper:
         test = self.tests[report.nodeid]
         test["seconds"] = round(test.get("seconds", 0.0) + report.duration, 3)
         if report.outcome != "passed":
-            test |= {"outcome": report.outcome, "reason": str(report.longrepr)[-2000:]}
+            reason = str(report.longrepr).replace(f"{ROOT}/", "")
+            test |= {"outcome": report.outcome, "reason": reason[-2000:]}
             if report.failed and self.reporter:
                 self.reporter.write_line(
                     f"\nFAILED {report.nodeid} ({report.when})\n{report.longreprtext}", red=True

@@ -12,13 +12,14 @@ import re
 
 import chart
 import tables
+import tables_on_gpu
 
 PAGES = ("README.md", "docs/benchmarks.md")
 TABLES = {
     "headline": tables.headline,
     "demo": tables.demo,
     "first_batch": tables.first_batch,
-    "gpu": tables.gpu,
+    "gpu": tables_on_gpu.gpu,
     "step-cpu": functools.partial(tables.step, "cpu"),
     "data-cpu": functools.partial(tables.data, "cpu"),
     "dino_loss-cpu": functools.partial(tables.speed, "dino_loss", "cpu"),

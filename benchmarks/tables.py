@@ -3,7 +3,6 @@ Markdown."""
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 
@@ -11,18 +10,37 @@ from cells import bandwidth, different, digits, faster, gib, memory, once, rate,
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-NO_GPU = (
-    "GPU: nothing has been measured on one yet, and no number is claimed; `make gpu` "
-    "measures all of the above there."
-)
 PARTS = ("data", "teacher", "student", "loss", "backward", "optimizer")  # of a step
-HEADLINE = (
-    ("step", "training step, ViT-S/16, batch of 8, fp32, 2 cores", "official", "dinofast"),
-    ("step", "the same, ours compiled and in bf16", "official", "dinofast, compiled, bf16"),
-    ("dino_loss", "loss, forward and backward", "official", "dinofast"),
-    ("adamw_ema", "clip, AdamW and EMA", "official", "dinofast"),
-    ("data", "decoding and crops, one core", "official", "dinofast"),
-)
+OFFICIAL, OURS = "official", "dinofast"
+STEP = "training step, ViT-S/16, batch of {images}, K = 65,536"
+LOSS = "loss, forward and backward, batch of {images}, {dtype}"
+# by device: benchmark, what the row is of, theirs, ours
+HEADLINE: dict[str, tuple[tuple[str, str, str | None, str], ...]] = {
+    "cuda": (
+        ("step", STEP, OFFICIAL, OURS),
+        (
+            "step",
+            "the same, official with SDPA and torch.compile",
+            "official + SDPA + compile",
+            OURS,
+        ),
+        ("step", "the same, from JPEG files decoded by 16 CPU cores", None, "dinofast, from files"),
+        ("dino_loss", LOSS, OFFICIAL, OURS),
+        ("adamw_ema", "clip, AdamW and EMA", OFFICIAL, OURS),
+    ),
+    "cpu": (
+        ("step", STEP, OFFICIAL, OURS),
+        (
+            "step",
+            "the same, official in fp32, ours compiled in bf16",
+            OFFICIAL,
+            "dinofast, compiled, bf16",
+        ),
+        ("dino_loss", LOSS, OFFICIAL, OURS),
+        ("adamw_ema", "clip, AdamW and EMA", OFFICIAL, OURS),
+        ("data", "decoding and crops, one core", OFFICIAL, OURS),
+    ),
+}
 
 
 def load(benchmark: str, device_type: str) -> dict | None:
@@ -34,8 +52,13 @@ def load(benchmark: str, device_type: str) -> dict | None:
     result = json.loads(path.read_text())
     # whose measurement has come to its end
     result["cases"] = [case for case in result["cases"] if "begun" not in case]
+    where: dict[str, list[str]] = {}
+    for case in result["cases"]:
+        for flag in flagged(case):
+            where.setdefault(flag, []).append(case["case"])
     result["flagged"] = [
-        f"{case['case']}, {flag}" for case in result["cases"] for flag in flagged(case)
+        f"{names[0] if len(names) == 1 else f'{len(names)} cases'}, {flag.rstrip('.')}"
+        for flag, names in where.items()
     ]
     cases = [
         case | {"rows": [row for row in case["rows"] if "median_ms" in row]}
@@ -78,25 +101,36 @@ def reasons(result: dict) -> list[str]:
 
 
 def headline() -> str:
-    """Five rows for the front page: official and dinofast, from the largest case of each result on
-    a CPU. A row that failed, or whose results are not the official ones, is left out."""
+    """The front page's: official and dinofast, from the fullest case of each result, a table for
+    each device. A row that failed, or whose results are not the official ones, is left out."""
+    return "\n\n".join(filter(None, map(headline_of, HEADLINE)))
+
+
+def headline_of(device_type: str) -> str:
     rows, machines = [], set()
-    for benchmark, what, official, ours in HEADLINE:
-        result = load(benchmark, "cpu")
+    for benchmark, what, official, ours in HEADLINE[device_type]:
+        result = load(benchmark, device_type)
         case = max(result["cases"], key=lambda case: len(case["rows"])) if result else {"rows": []}
         good = {row["candidate"]: row for row in case["rows"] if "differs" not in row}
-        if official not in good or ours not in good:
+        if ours not in good or (official and official not in good):
             continue
-        theirs, mine = good[official], good[ours]
-        said = [
-            f"{rate(each['images_per_s'])} images/s"
-            if "images_per_s" in each
-            else f"{digits(each['median_ms'])} ms"
-            for each in (theirs, mine)
-        ]
-        rows.append((what, *said, f"**{theirs['median_ms'] / mine['median_ms']:.1f} x**"))
-        machines.add(f"{result['device']}, torch {result['versions']['torch']}, {result['date']}")
-    return f"{table(('', 'official', 'dinofast', ''), rows)}\n\n{'; '.join(sorted(machines))}."
+        both = [good[name] if name else None for name in (official, ours)]
+        times = both[0] and f"**{both[0]['median_ms'] / both[1]['median_ms']:.1f} x**"
+        rows.append((what.format(**case), *map(speed_of, both), times or ""))
+        machines.add((result["device"], result["versions"]["torch"], result["date"]))
+    if not rows:
+        return ""
+    devices = ", ".join(sorted({device for device, _, _ in machines}))
+    made = sorted({f"torch {torch}, {date}" for _, torch, date in machines})
+    return f"{table((devices, OFFICIAL, OURS, ' '), rows)}\n\n{'; '.join(made)}."
+
+
+def speed_of(row: dict | None) -> str:
+    if row is None:
+        return ""
+    if "images_per_s" in row:
+        return f"{rate(row['images_per_s'])} images/s"
+    return f"{digits(row['median_ms'])} ms"
 
 
 def demo() -> str:
@@ -174,20 +208,6 @@ def first_batch() -> str:
         "processes of a machine."
     )
     return "\n\n".join([title, table(head, rows), f"{kept} {provenance(result)}"])
-
-
-def gpu() -> str:
-    """All that was measured on a GPU; one line if nothing was."""
-    makers = {
-        "step": step,
-        "options": options,
-        "probe": probe,
-        "dino_loss": functools.partial(speed, "dino_loss"),
-        "adamw_ema": functools.partial(speed, "adamw_ema"),
-        "data": data,
-    }
-    blocks = [make("cuda") for name, make in makers.items() if load(name, "cuda")]
-    return "\n\n".join(blocks) or NO_GPU
 
 
 def speed(benchmark: str, device_type: str) -> str:
@@ -310,64 +330,6 @@ def step(device_type: str) -> str:
             table(("case", "", "images/s", "this / official", "MFU", "memory"), once(brief)),
         ]
     return "\n\n".join([*blocks, provenance(result)])
-
-
-def probe(device_type: str) -> str:
-    """What the device can do: ceilings, products, attention; and the kernels of a step, in a
-    sentence each."""
-    result = load("probe", device_type)
-    if not result:
-        return "The probe: no measurement has been committed yet."
-    rows = [
-        (
-            case["case"],
-            row["candidate"],
-            digits(row["median_ms"]),
-            "" if row.get("gbps") is None else f"{row['gbps']:,.0f}",
-            "" if row.get("tflops") is None else digits(row["tflops"]),
-        )
-        for case in result["cases"]
-        for row in case["rows"]
-    ]
-    kernels = [
-        f"{case['case']}: {case['n_kernels']:,.0f} kernels, {case['kernels_us'] / 1e3:,.1f} ms; "
-        f"none runs for {case['gaps_us'] / 1e3:,.1f} ms."
-        for case in result["cases"]
-        if "kernels" in case
-    ]
-    head = ("", "", "ms", "GB/s", "TFLOP/s")
-    return "\n\n".join(
-        ["What the device does:", table(head, once(rows)), *kernels, provenance(result)]
-    )
-
-
-def options(device_type: str) -> str:
-    """Options one at a time on top of the best before, and which were kept."""
-    result = load("options", device_type)
-    if not result:
-        return "Candidates: no measurement has been committed yet."
-    rows = []
-    for case in result["cases"]:
-        before, after = case["rows"]
-        on_top = " ".join(f"--{name} {value}" for name, value in case["on_top_of"].items())
-        rows.append(
-            (
-                case["case"],
-                on_top,
-                rate(before["images_per_s"]),
-                rate(after["images_per_s"]),
-                f"{case['gain']:.3f}",
-                "yes" if case["kept"] else "",
-            )
-        )
-    head = ("", "on top of", "images/s before", "images/s with it", "with it / before", "kept")
-    return "\n\n".join(
-        [
-            "Options of the step, each on top of what was kept before:",
-            table(head, rows),
-            provenance(result),
-        ]
-    )
 
 
 def full_table(case: dict) -> str:

@@ -284,7 +284,7 @@ def test_pytest_runs_and_reports_the_cases(tmp_path, broken):
 @pytest.mark.parametrize(
     "module, small",
     [(bench_dino_loss, SMALL_LOSS), (bench_adamw_ema, SMALL_STEP)],
-    ids=lambda x: str(x),
+    ids=["dino_loss", "adamw_ema"],
 )
 def test_on_a_gpu(gpu, not_compiled, monkeypatch, module, small):
     monkeypatch.delenv("DINO_OFFICIAL", raising=False)

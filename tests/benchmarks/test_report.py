@@ -8,6 +8,7 @@ import official_checkout
 import pytest
 import report
 import tables
+import tables_on_gpu
 from test_benchmarks import CPU, ROW, SMALL_LOSS
 
 from dinofast.bench import record
@@ -135,7 +136,7 @@ def test_report_without_a_file(monkeypatch, tmp_path):
     assert (
         tables.speed("dino_loss", "cuda") == "`dino_loss`: no measurement has been committed yet."
     )
-    assert tables.gpu() == tables.NO_GPU and "\n" not in tables.NO_GPU
+    assert tables_on_gpu.gpu() == tables_on_gpu.NO_GPU and "\n" not in tables_on_gpu.NO_GPU
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import bench_step
 import pytest
 import step_options
 import tables
+import tables_on_gpu
 import torch
 
 from dinofast.bench import record
@@ -202,7 +203,7 @@ def test_a_candidate_must_do_the_same_step(images, first, same):
 def test_report_of_a_gpu(monkeypatch, tmp_path, steps):
     """One line without results; else a table for each that is there, flagged rows as notes."""
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.gpu() == tables.NO_GPU
+    assert tables_on_gpu.gpu() == tables_on_gpu.NO_GPU
     base = record.environment("options", CPU, "a command") | {"device_type": "cuda"}
     record.save(base | {"cases": list(climb(*ORDER).values())}, tmp_path)
     rows = [
@@ -211,7 +212,12 @@ def test_report_of_a_gpu(monkeypatch, tmp_path, steps):
     ]
     kernels = {
         "case": "one step",
-        "kernels": [],
+        "kernels": [
+            {"kernel": "nvjet_sm90_tst_192x192", "total_us": 21_000.0},
+            {"kernel": "triton_poi_fused_gelu_gelu_backward_31", "total_us": 3_260.0},
+            {"kernel": "_gradient", "total_us": 90.0},
+            {"kernel": "Memset (Device)", "total_us": 40.0},
+        ],
         "n_kernels": 1234.0,
         "kernels_us": 60_000.0,
         "gaps_us": 2500.0,
@@ -221,13 +227,18 @@ def test_report_of_a_gpu(monkeypatch, tmp_path, steps):
         base | {"benchmark": "probe", "cases": [{"case": "products", "rows": rows}, kernels]},
         tmp_path,
     )
-    shown = tables.gpu()
+    outcomes = {"a": {"outcome": "passed"}, "b": {"begun": 1}}
+    outcomes["c"] = {"outcome": "skipped", "reason": "('x.py', 3, 'Skipped: no DALI (pip it)')"}
+    record.write(base | {"benchmark": "tests", "tests": outcomes}, tmp_path / "tests-cuda.json")
+    shown = tables_on_gpu.gpu()
     for words in (
         "| --attention fa3 |  | 1,280 | 1,422 | 1.111 | yes |",
         "| --cuda_graph true | --attention fa3 | 1,422 | 1,347 | 0.947 |  |",
         "| products | qkv, forward | 0.123 | 612 |",
         "Flagged: products, fa3: not here.",
-        "one step: 1,234 kernels, 60.0 ms; none runs for 2.5 ms.",
+        "one step: 1,234 kernels, 60.0 ms (matrix products 21.0, GELU 3.3, loss and optimizer "
+        "0.1); none runs for 2.5 ms.",
+        "GPU tests: 1 passed, 1 interrupted, 1 skipped; skipped 1: no DALI. ",
         "Flagged: --teacher_precision bf16, OutOfMemoryError: CUDA out of memory.",
     ):
         assert words in shown, shown

@@ -336,11 +336,9 @@ def test_doctor_says_which_other_attention_a_gpu_has(monkeypatch):
         monkeypatch.setattr(
             module, "xformers_unavailable_reason", lambda: "xformers is not installed"
         )
-    assert doctor._attention("cuda").startswith(
-        "varlen, over all packed crops"
-    ) and doctor._attention("cuda").endswith(
-        "; others: cudnn, sdpa, eager; not xformers: xformers is not installed; not fa3: Some GPU "
-        "is no H100 or H200, for which its kernels are made"
+    assert doctor._attention("cuda") == (
+        "sdpa, torch's, per crop size; others: varlen, cudnn, eager; not xformers: xformers is not "
+        "installed; not fa3: Some GPU is no H100 or H200, for which its kernels are made"
     )
 
 

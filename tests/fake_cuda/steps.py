@@ -189,6 +189,7 @@ def prepare(backend: str | Callable | None) -> None:
     step_module.compiler_unavailable_reason = lambda device: None
     attention.xformers_unavailable_reason = attention.cudnn_unavailable_reason = lambda: None
     attention.fa3_unavailable_reason = lambda device: None
+    attention.xformers_kernel_unavailable_reason = lambda *how: None
     step_module.activate = lambda impl: None
 
 

@@ -14,43 +14,23 @@ from test_attention import RUNS, dense, run, using
 from torch.nn.attention import SDPBackend
 
 from dinofast.nn import attention as attention_module
-from dinofast.nn.attention import activate, fmha, select_attention
+from dinofast.nn.attention import (
+    activate,
+    fmha,
+    select_attention,
+    xformers_kernel_unavailable_reason,
+)
 
 
 # ---- which one serves
 @pytest.mark.parametrize(
     ("asked", "device", "dtype", "capability", "installed", "chosen"),
     [
-        (None, "cuda", torch.bfloat16, (8, 0), True, ("xformers", None)),
-        (None, "cuda", torch.float16, (9, 0), True, ("xformers", None)),
-        (
-            None,
-            "cuda",
-            torch.bfloat16,
-            (9, 0),
-            False,
-            ("varlen", "not xformers: neither xformers nor mslk is installed"),
-        ),
-        (
-            None,
-            "cuda",
-            torch.float32,
-            (9, 0),
-            True,
-            ("sdpa", "not xformers: it needs bf16 or fp16 on a GPU, not float32 on cuda"),
-        ),
+        (None, "cuda", torch.bfloat16, (8, 0), True, ("sdpa", None)),
+        (None, "cuda", torch.float16, (9, 0), False, ("sdpa", None)),
+        (None, "cuda", torch.float32, (9, 0), True, ("sdpa", None)),
+        (None, "cuda", torch.float16, (7, 5), True, ("sdpa", None)),
         (None, "cpu", torch.bfloat16, None, True, ("sdpa", None)),
-        (
-            None,
-            "cuda",
-            torch.float16,
-            (7, 5),
-            True,
-            (
-                "sdpa",
-                "not xformers: Some GPU is older than the A100, for which its kernels are made",
-            ),
-        ),
         ("xformers", "cuda", torch.bfloat16, (8, 0), True, ("xformers", None)),
         ("varlen", "cuda", torch.bfloat16, (8, 6), True, ("varlen", None)),
         ("sdpa", "cuda", torch.bfloat16, (9, 0), True, ("sdpa", None)),
@@ -64,13 +44,46 @@ def test_choice(machine, asked, device, dtype, capability, installed, chosen):
     assert select_attention(asked, torch.device(device), dtype, 64) == chosen
 
 
-def test_an_xformers_that_does_not_import_is_not_chosen(machine):
+def test_an_xformers_that_does_not_import_is_refused(machine):
     machine((9, 0), True, ImportError("it was built for another torch\nand so on"))
-    assert select_attention(None, torch.device("cuda"), torch.bfloat16, 64) == (
-        "varlen",
-        "not xformers: xformers does not import (it was built for another torch), and mslk does "
-        "not import (it was built for another torch)",
+    with pytest.raises(ValueError) as error:
+        select_attention("xformers", torch.device("cuda"), torch.bfloat16, 64)
+    assert str(error.value) == (
+        "`attention` xformers was asked for, but xformers does not import (it was built for "
+        "another torch), and mslk does not import (it was built for another torch): leave "
+        "`attention` out, or give sdpa."
     )
+
+
+@pytest.mark.parametrize("package", ["xformers", "mslk"])
+def test_an_xformers_without_kernels_is_refused(machine, monkeypatch, package):
+    """A wheel for another CUDA warns at import and says at the first call what it lacks: seen on an
+    H200, 2026-11-27."""
+
+    def no_operator(*args):
+        raise NotImplementedError(
+            "No operator found for `memory_efficient_attention_forward` with inputs:\n"
+            "     query       : shape=(1, 8, 1, 64) (torch.bfloat16)\n"
+            "`cutlassF-pt` is not supported because:\n    it wasn't build with CUDA support\n"
+        )
+
+    machine((9, 0), True)
+    monkeypatch.setattr(
+        attention_module,
+        "fmha",
+        lambda: types.SimpleNamespace(
+            __name__=f"{package}.ops.fmha",
+            memory_efficient_attention_forward_requires_grad=no_operator,
+            attn_bias=types.SimpleNamespace(
+                BlockDiagonalMask=types.SimpleNamespace(from_seqlens=lambda *args, **options: None)
+            ),
+        ),
+    )
+    reason = xformers_kernel_unavailable_reason.__wrapped__(torch.device("cpu"), torch.bfloat16, 64)
+    assert reason == f"{package} has no kernel here (it wasn't build with CUDA support)"
+    monkeypatch.setattr(attention_module, "xformers_kernel_unavailable_reason", lambda *how: reason)
+    with pytest.raises(ValueError, match=f"asked for, but {package} has no kernel here"):
+        select_attention("xformers", torch.device("cuda"), torch.bfloat16, 64)
 
 
 def test_a_good_mslk_stands_in_for_an_xformers_that_does_not_import(machine, monkeypatch):
@@ -83,10 +96,14 @@ def test_a_good_mslk_stands_in_for_an_xformers_that_does_not_import(machine, mon
         return good
 
     monkeypatch.setattr(attention_module.importlib, "import_module", import_module)
-    assert (
-        select_attention(None, torch.device("cuda"), torch.bfloat16, 64) == ("xformers", None)
-        and fmha() is good
-    )
+    chosen = select_attention("xformers", torch.device("cuda"), torch.bfloat16, 64)
+    assert chosen == ("xformers", None) and fmha() is good
+
+
+def test_what_nobody_asks_for_is_not_imported(machine, monkeypatch):
+    machine((9, 0), True)
+    monkeypatch.setattr(attention_module, "fmha", lambda: pytest.fail("imported"))
+    assert select_attention(None, torch.device("cuda"), torch.bfloat16, 64).name == "sdpa"
 
 
 def test_what_a_failed_import_leaves_behind_is_not_taken(tmp_path, monkeypatch):
@@ -187,13 +204,14 @@ def test_cudnn_is_sdpa_by_its_own_kernel_and_leaves_single_queries_to_torch(monk
         asked.clear()
 
 
-@pytest.mark.parametrize(
-    "width, chosen", [(64, "xformers"), (256, "xformers"), (50, "sdpa"), (264, "sdpa")]
-)
-def test_choice_by_the_width_of_a_head(machine, width, chosen):
+@pytest.mark.parametrize(("width", "fits"), [(64, True), (256, True), (50, False), (264, False)])
+def test_choice_by_the_width_of_a_head(machine, width, fits):
     machine((9, 0), True)
-    impl, note = select_attention(None, torch.device("cuda"), torch.bfloat16, width)
-    assert impl == chosen and (not note or f"up to 256 in steps of 8, not {width}" in note)
+    reason = attention_module.unavailable_reason(
+        "varlen", torch.device("cuda"), torch.bfloat16, width
+    )
+    assert (reason is None) == fits
+    assert fits or reason.endswith(f"up to 256 in steps of 8, not {width}")
 
 
 @pytest.mark.parametrize(
@@ -288,6 +306,9 @@ def machine(monkeypatch):
                 raise fails
 
         monkeypatch.setattr(attention_module.importlib, "import_module", import_module)
+        monkeypatch.setattr(
+            attention_module, "xformers_kernel_unavailable_reason", lambda *how: None
+        )
         monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
