@@ -146,7 +146,7 @@ class Config:
         "[dinofast] Attention of our ViTs: xformers (or mslk, its successor), varlen (torch's own) "
         "or fa3 (FlashAttention-3, for H100 and H200) over all packed crops at once, in bf16 or "
         "fp16 on a GPU; cudnn and sdpa, cuDNN's and torch's kernels for each crop size; eager, the "
-        "formula. Default: the first of xformers, varlen, sdpa that runs here.",
+        "formula. Default: sdpa.",
         choices=("xformers", "varlen", "fa3", "cudnn", "sdpa", "eager"),
         aliases={"mslk": "xformers"},
     )

@@ -67,6 +67,7 @@ def test_drop_in_of_the_readme_runs():
         "student_output": torch.randn(20, 65536, requires_grad=True),
         "teacher_output": torch.randn(4, 65536),
         "epoch": 3,
+        "device": "cpu",
     }
     exec(block, names)  # noqa: S102 - our own README
     names["loss"].backward()
@@ -82,7 +83,9 @@ def test_optimizer_of_the_readme_runs():
     student = torch.nn.Linear(3, 2)
     teacher, start = copy.deepcopy(student), copy.deepcopy(student)
     student(torch.ones(1, 3)).sum().backward()
-    exec(block, {"student": student, "teacher": teacher})  # noqa: S102 - our own README
+    names = {"student": student, "teacher": teacher}
+    exec(block, names)  # noqa: S102 - our own README
+    assert [group["weight_decay"] for group in names["optimizer"].param_groups] == [0.04, 0.0]
     for s, t, old in zip(
         student.parameters(), teacher.parameters(), start.parameters(), strict=True
     ):
