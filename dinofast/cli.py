@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return _say(f"dinofast: {with_flags(str(error), options)}", USAGE)
     except (OSError, RuntimeError) as error:
+        from .data.backend_pil import WorkerDied
         from .runtime.progress import Diverged
-        from .train import WorkerDied
 
         if not isinstance(error, Diverged | WorkerDied | OSError):
             raise  # a fault of ours, or of torch: the traceback is worth more

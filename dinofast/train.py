@@ -13,6 +13,7 @@ from torch import nn
 from . import checkpoint, ops
 from .config import Config
 from .data import Loader, make_loader
+from .data.backend_pil import explain_killed_workers
 from .nn.dino import Model, backbone_maker
 from .resume import first_step, restore
 from .runtime import distributed
@@ -22,10 +23,6 @@ from .runtime.progress import Run, counting
 from .runtime.signals import Interrupted, StopSignal
 from .schedule import Schedule
 from .step import Step
-
-
-class WorkerDied(RuntimeError):
-    """A process that loads data was killed from outside."""
 
 
 def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
@@ -77,113 +74,113 @@ def _train(
     with (
         closing(loader),
         checkpoint.lock_output_dir(Path(cfg.output_dir)) if process.is_main else nullcontext(),
+        retain_freed_memory(process.device),
+        explain_killed_workers(cfg.output_dir),
     ):
-        try:
-            with retain_freed_memory(process.device):
-                return _run(cfg, backbone, process, stop, loader)
-        except RuntimeError as error:
-            # torch raises it wherever the main thread happens to be
-            if "DataLoader worker" in str(error):
-                raise WorkerDied(
-                    "a data worker was killed, often for lack of memory: lower `num_workers` or "
-                    "the batch; the same command goes on from what was last saved in "
-                    f"'{cfg.output_dir}'."
-                ) from error
-            raise
+        return _Training(cfg, backbone, process, loader)(stop)
 
 
-def _run(
-    cfg: Config,
-    backbone: Callable[[], nn.Module] | None,
-    process: distributed.Process,
-    stop: StopSignal,
-    loader: Loader,
-) -> Path:
-    output_dir = Path(cfg.output_dir)
-    path = output_dir / "checkpoint.pth"
+class _Training:
+    """One run: the step, where it stands, what is logged and saved of it."""
 
-    # ---- model, optimizer, where to go on
-    per_epoch = loader.steps_per_epoch
-    batch = cfg.batch_size_per_gpu * cfg.accumulate * process.world
-    schedule = Schedule(cfg, per_epoch, process.world, process.device)
-    one_step = Step(cfg, Model.from_config(cfg, backbone), process, schedule)
-    state = one_step.model, one_step.optimizer, one_step.scaler
-    position, changed = checkpoint.TrainState(), list[str]()
-    if path.exists():
-        position, changed = restore(path, *state, cfg)
-    elif process.is_main:
-        loader.begin_run()
-    process.barrier()  # nobody writes here before everybody has read
-    start, inexact = first_step(position, loader, batch)
-    loader.seek(start)
-    sums = EpochSums(process.device, position.sums if start % per_epoch and not inexact else None)
-    run = Run(
-        output_dir,
-        process.is_main,
-        steps_per_epoch=per_epoch,
-        epochs=cfg.epochs,
-        images_per_step=batch,
-        out_dim=cfg.out_dim,
-    )
-    run.drop_after(start // per_epoch)
-    _introduce(run, cfg.arch, process, one_step, loader)
-    run.log_left_out(loader.bad_files, output_dir / "bad_files.txt")
-    run.log_start(start, path)
-    for note in [*one_step.notes, *changed, *inexact]:
-        run.log(f"note: {note}")
+    def __init__(
+        self,
+        cfg: Config,
+        backbone: Callable[[], nn.Module] | None,
+        process: distributed.Process,
+        loader: Loader,
+    ) -> None:
+        self.cfg, self.process, self.loader = cfg, process, loader
+        self.path, self.told_peak = Path(cfg.output_dir) / "checkpoint.pth", False
+        self.batch = cfg.batch_size_per_gpu * cfg.accumulate * process.world
+        per_epoch = loader.steps_per_epoch
+        self.schedule = Schedule(cfg, per_epoch, process.world, process.device)
+        self.step = Step(cfg, Model.from_config(cfg, backbone), process, self.schedule)
+        self.state = self.step.model, self.step.optimizer, self.step.scaler
+        position, changed = checkpoint.TrainState(), list[str]()
+        if self.path.exists():
+            position, changed = restore(self.path, *self.state, cfg)
+        elif process.is_main:
+            loader.begin_run()
+        process.barrier()  # nobody writes here before everybody has read
+        self.start, inexact = first_step(position, loader, self.batch)
+        loader.seek(self.start)
+        goes_on = self.start % per_epoch and not inexact
+        self.sums = EpochSums(process.device, position.sums if goes_on else None)
+        self.run = Run(
+            self.path.parent,
+            process.is_main,
+            steps_per_epoch=per_epoch,
+            epochs=cfg.epochs,
+            images_per_step=self.batch,
+            out_dim=cfg.out_dim,
+        )
+        self.run.drop_after(self.start // per_epoch)
+        _introduce(self.run, cfg.arch, process, self.step, loader)
+        self.run.log_left_out(loader.bad_files, self.path.with_name("bad_files.txt"))
+        self.run.log_start(self.start, self.path)
+        for note in [*self.step.notes, *changed, *inexact]:
+            self.run.log(f"note: {note}")
 
-    def save(step: int, keep: bool = False) -> None:
-        if process.is_main:
-            epoch, inside = divmod(step, per_epoch)
-            of_epoch = sums.read() if inside else {}
-            data = loader.n_images, of_epoch, loader.fingerprint, batch
-            where = checkpoint.TrainState(step, epoch, inside * batch, *data)
-            numbered = output_dir / f"checkpoint{epoch - 1:04}.pth"
-            checkpoint.save(numbered if keep else path, *state, cfg, where)
-            if keep:
-                # in this order: a run killed in between makes both again
-                checkpoint.link(numbered, path)
+    def __call__(self, stop: StopSignal) -> Path:
+        cfg, process, per_epoch = self.cfg, self.process, self.loader.steps_per_epoch
+        with self.run.live(self.start, self.sums.read()):
+            stop.training = True
+            for step in range(self.start, self.schedule.total):
+                self.sums.add(self.step(step, self.loader))
 
-    # ---- the loop
-    with run.live(start, sums.read()):
-        stop.training, told_peak = True, False
-        for step in range(start, schedule.total):
-            sums.add(one_step(step, loader))
-
-            done = step + 1
-            epoch, ends_epoch = step // per_epoch, done % per_epoch == 0
-            stopping = process.world == 1 and bool(stop.signum)
-            if done % cfg.log_steps == 0 or ends_epoch:
-                now = sums.read()  # the only wait for the device
-                stopping = process.any(bool(stop.signum))
-                if not told_peak:
-                    told_peak = True
-                    run.log(f"peak memory so far: {peak_memory(process.device)}")
-                run.show(done, now, schedule.lr[step], loader.wait_s)
-                met = loader.bad_files, loader.n_unread, loader.unread_reason
-                run.log_replaced(*met, output_dir / "bad_files.txt", process.world)
-                if ends_epoch:
-                    this = slice(epoch * per_epoch, done)
-                    run.end_epoch(
-                        epoch, now, schedule.lr[this].mean(), schedule.weight_decay[this].mean()
+                done = step + 1
+                ends_epoch = done % per_epoch == 0
+                stopping = process.world == 1 and bool(stop.signum)
+                if done % cfg.log_steps == 0 or ends_epoch:
+                    self.read(step)
+                    stopping = process.any(bool(stop.signum))
+                due = cfg.saveckp_steps and done % cfg.saveckp_steps == 0
+                if not ends_epoch and (stopping or due):
+                    self.save(done)
+                if stopping:
+                    process.barrier()  # nobody leaves before it is saved
+                    raise Interrupted(
+                        stop.signum or signal.SIGTERM,
+                        f"stopped after step {done} of {self.schedule.total}, saved in "
+                        f"'{self.path}'; the same command goes on from there.",
                     )
-                    sums.clear()
-                    save(done, keep=bool(cfg.saveckp_freq) and epoch % cfg.saveckp_freq == 0)
-            due = cfg.saveckp_steps and done % cfg.saveckp_steps == 0
-            if not ends_epoch and (stopping or due):
-                save(done)
-            if stopping:
-                process.barrier()  # nobody leaves before it is saved
-                raise Interrupted(
-                    stop.signum or signal.SIGTERM,
-                    f"stopped after step {done} of {schedule.total}, saved in "
-                    f"'{path}'; the same command goes on from there.",
-                )
-    run.log(
-        f"done: {schedule.total} steps, teacher and student in '{path}'; peak memory "
-        f"{peak_memory(process.device)}"
-    )
-    return path
+        self.run.log(
+            f"done: {self.schedule.total} steps, teacher and student in '{self.path}'; peak memory "
+            f"{peak_memory(process.device)}"
+        )
+        return self.path
+
+    def read(self, step: int) -> None:
+        """What a step and those before it came to, logged; at the end of an epoch also saved."""
+        cfg, loader, per_epoch = self.cfg, self.loader, self.loader.steps_per_epoch
+        done, epoch = step + 1, step // per_epoch
+        now = self.sums.read()  # the only wait for the device
+        if not self.told_peak:
+            self.told_peak = True
+            self.run.log(f"peak memory so far: {peak_memory(self.process.device)}")
+        self.run.show(done, now, self.schedule.lr[step], loader.wait_s)
+        met = loader.bad_files, loader.n_unread, loader.unread_reason
+        self.run.log_replaced(*met, self.path.with_name("bad_files.txt"), self.process.world)
+        if done % per_epoch == 0:
+            this = slice(epoch * per_epoch, done)
+            lr, weight_decay = self.schedule.lr[this], self.schedule.weight_decay[this]
+            self.run.end_epoch(epoch, now, lr.mean(), weight_decay.mean())
+            self.sums.clear()
+            self.save(done, keep=bool(cfg.saveckp_freq) and epoch % cfg.saveckp_freq == 0)
+
+    def save(self, step: int, keep: bool = False) -> None:
+        if not self.process.is_main:
+            return
+        epoch, inside = divmod(step, self.loader.steps_per_epoch)
+        of_epoch = self.sums.read() if inside else {}
+        data = self.loader.n_images, of_epoch, self.loader.fingerprint, self.batch
+        where = checkpoint.TrainState(step, epoch, inside * self.batch, *data)
+        numbered = self.path.with_name(f"checkpoint{epoch - 1:04}.pth")
+        checkpoint.save(numbered if keep else self.path, *self.state, self.cfg, where)
+        if keep:
+            # in this order: a run killed in between makes both again
+            checkpoint.link(numbered, self.path)
 
 
 def _introduce(

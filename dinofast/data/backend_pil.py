@@ -9,7 +9,9 @@ border.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +21,25 @@ from torch.utils.data import Dataset
 from dinofast.data.augmentation import Augmentation
 from dinofast.data.reader import Met
 from dinofast.data.sampler import BatchIndices
+
+
+class WorkerDied(RuntimeError):
+    """A process that loads data was killed from outside."""
+
+
+@contextmanager
+def explain_killed_workers(output_dir: str | Path) -> Iterator[None]:
+    """Turns torch's error, which it raises wherever the main thread happens to be, into
+    `WorkerDied`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise WorkerDied(
+            "a data worker was killed, often for lack of memory: lower `num_workers` or the batch; "
+            f"the same command goes on from what was last saved in '{output_dir}'."
+        ) from error
 
 
 class CropDataset(Dataset):
