@@ -32,19 +32,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import Any, NamedTuple
+
+from limited_run import MORE, Ended, run
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
-MORE = 75  # exit code of a part, and of this: something is left; as record.MORE
-# of a call, ending what runs over not counted; with less no part is begun
-TOTAL_S, LEAST_S = 510, 10
-INTERRUPTED_S, ABORTED_S = 15, 5  # a part that runs over has so long to end when it is told to
+TOTAL_S = 510  # of a call, ending what runs over not counted
 # seconds of a call at most, in a run of everything
 LIMITS = {
     "install": 60,
@@ -83,18 +80,6 @@ BUILD = ("setup.py", "--quiet", "build_ext", "--inplace")
 SANITIZER_PLACES = (os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/usr/local/cuda")
 
 
-class Ended(NamedTuple):
-    """code: None if it ran over; how: in words."""
-
-    code: int | None
-    how: str
-
-    @property
-    def is_finished(self) -> bool:
-        """It came to an end of its own, well or not."""
-        return self.code is not None and self.code >= 0 and self.code != MORE
-
-
 def gpu_unavailable_reason() -> str:
     """Why this machine or this Python will not do, in a sentence; empty if it will."""
     if not importlib.util.find_spec("torch"):
@@ -112,76 +97,6 @@ def gpu_unavailable_reason() -> str:
     if not importlib.util.find_spec("triton"):
         return f"Triton is not installed in {PYTHON}: the GPU kernels are written in it."
     return ""
-
-
-def run(
-    name: str, arguments: Sequence[str], limit_s: float, environment: dict[str, str], log: Path
-) -> Ended:
-    """One process of a part, with all that it says in `log` as well. One that runs over is told to
-    end, then ended with all its children."""
-    if limit_s < LEAST_S:
-        return Ended(None, "not begun, no time was left")
-    print(f"\n==== {name} (at most {limit_s:.0f} s): {' '.join(arguments)}", flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            arguments,
-            cwd=ROOT,
-            env=environment,
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        printer = threading.Thread(target=_print, args=(process.stdout, file), daemon=True)
-        printer.start()
-        try:
-            code = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            said = _end(process)
-            printer.join(ABORTED_S)  # a child of its own session may hold the pipe open
-    took = f"{time.monotonic() - start:.0f} s"
-    if code is None:
-        return Ended(None, f"not finished after {limit_s:.0f} s, {said}: {log} has where it was")
-    if code == MORE:
-        return Ended(code, f"something is left, {took}")
-    return Ended(code, f"ok, {took}" if code == 0 else f"FAILED: exit code {code}, {took}")
-
-
-def _print(pipe: IO[bytes], log: IO[bytes]) -> None:
-    for line in pipe:
-        with suppress(ValueError):  # of a log closed meanwhile
-            log.write(line)
-            log.flush()
-        sys.stdout.write(line.decode(errors="replace"))
-        sys.stdout.flush()
-
-
-def _end(process: subprocess.Popen) -> str:
-    """Interrupts what still runs, for Python's traceback; then aborts it, for that of faulthandler,
-    which needs no help of the interpreter; then kills the group. What was needed."""
-    said = "ended by itself"
-    for number, seconds, what in (
-        (signal.SIGINT, INTERRUPTED_S, "interrupted"),
-        (signal.SIGABRT, ABORTED_S, "aborted"),
-    ):
-        if process.poll() is not None:
-            break
-        said = what
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(
-                number
-            )
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-    if process.poll() is None:
-        said = "killed"
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)  # children too
-    process.wait()
-    return said
 
 
 class Call(NamedTuple):
@@ -438,16 +353,21 @@ def main(arguments: Sequence[str] = ()) -> int:
         f"\n==== make gpu, {time.monotonic() - start:.0f} s, results in {call.results}, logs in "
         f"{call.logs}"
     )
-    for name in names:
-        print(f"{name:10} {state['parts'][name]['how']}")
+    return summarize({name: state["parts"][name] for name in names})
+
+
+def summarize(parts: dict[str, dict[str, Any]]) -> int:
+    """How each part ended, printed; the exit code of the call."""
+    for name, part in parts.items():
+        print(f"{name:10} {part['how']}")
     left = [
         name
-        for name in names
-        if not state["parts"][name]["finished"] and name not in ("racecheck", PLANTED)
+        for name, part in parts.items()
+        if not part["finished"] and name not in ("racecheck", PLANTED)
     ]
     if left:
         print(f"left for another call: {', '.join(left)}")
-    if any(state["parts"][name]["how"].startswith("FAILED") for name in names):
+    if any(part["how"].startswith("FAILED") for part in parts.values()):
         return 1
     return MORE if left else 0
 

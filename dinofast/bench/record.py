@@ -102,9 +102,11 @@ def environment(benchmark: str, device: torch.device, command: str) -> dict[str,
 
 
 def commit() -> str:
-    """Of the checkout, "-dirty" if a tracked file other than results and rendered pages differs.
-    Where git fails, $DINOFAST_COMMIT, or a hash of the code, so that results of other code are
-    never gone on from."""
+    """$DINOFAST_COMMIT if it is set, for copies whose .git is not there or not theirs. Else of the
+    checkout, "-dirty" if a tracked file other than results and rendered pages differs. Where git
+    fails a hash of the code, so that results of other code are never gone on from."""
+    if given := os.environ.get("DINOFAST_COMMIT"):
+        return given
     try:
         git = ("git", "-C", str(ROOT))
         head = subprocess.run(
@@ -127,7 +129,7 @@ def commit() -> str:
             check=True,
         ).stdout
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("DINOFAST_COMMIT") or f"code-{_hash_of_code()}"
+        return f"code-{_hash_of_code()}"
     return head + ("-dirty" if status.strip() else "")
 
 

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import gpu
+import limited_run
 import pytest
 import torch
 
@@ -36,7 +37,7 @@ STUCK = (
     [
         ("print('said')", 60, "ok, ", ("said",)),
         ("raise SystemExit(3)", 60, "FAILED: exit code 3, ", ()),
-        (f"raise SystemExit({gpu.MORE})", 60, "something is left, ", ()),
+        (f"raise SystemExit({limited_run.MORE})", 60, "something is left, ", ()),
         (
             "import time\ndef runs_over():\n    time.sleep(60)\nruns_over()",
             3,
@@ -51,15 +52,15 @@ STUCK = (
 def test_a_part_that_runs_over_is_interrupted_then_killed(
     code, limit_s, how, logged, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(gpu, "LEAST_S", 0)
+    monkeypatch.setattr(limited_run, "LEAST_S", 0)
     # it ends at once, on a busy machine later
-    monkeypatch.setattr(gpu, "INTERRUPTED_S", 30 if how == "interrupted" else 1)
-    monkeypatch.setattr(gpu, "ABORTED_S", 30 if how == "aborted" else 1)
+    monkeypatch.setattr(limited_run, "INTERRUPTED_S", 30 if how == "interrupted" else 1)
+    monkeypatch.setattr(limited_run, "ABORTED_S", 30 if how == "aborted" else 1)
     environment = gpu.environment_of("cpu", None)
     # as `main`: in the background it is ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        ended = gpu.run(
+        ended = limited_run.run(
             "some", (sys.executable, "-c", code), limit_s, environment, tmp_path / "some.log"
         )
     finally:
@@ -73,8 +74,8 @@ def test_a_part_that_runs_over_is_interrupted_then_killed(
 
 
 def test_children_of_a_part_end_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "LEAST_S", 0)
-    monkeypatch.setattr(gpu, "INTERRUPTED_S", 2)
+    monkeypatch.setattr(limited_run, "LEAST_S", 0)
+    monkeypatch.setattr(limited_run, "INTERRUPTED_S", 2)
     child = tmp_path / "child"
     code = (
         "import pathlib, subprocess, time\n"
@@ -82,15 +83,24 @@ def test_children_of_a_part_end_with_it(tmp_path, monkeypatch):
         f"pathlib.Path({str(child)!r}).write_text(str(p.pid))\n"
         "time.sleep(60)"
     )
-    gpu.run("some", (sys.executable, "-c", code), 5, dict(os.environ), tmp_path / "some.log")
+    limited_run.run(
+        "some", (sys.executable, "-c", code), 5, dict(os.environ), tmp_path / "some.log"
+    )
     state = subprocess.run(
         ("ps", "-o", "stat=", "-p", child.read_text()), capture_output=True, text=True
     ).stdout.strip()
     assert state[:1] in ("", "Z")  # ZN where the run is nice
 
 
+def test_a_bare_machine_finds_dinofast_in_the_checkout(monkeypatch):
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if Path(place) != gpu.ROOT])
+    assert gpu.main(["no-such-part"]) == 1 and sys.path[0] == str(gpu.ROOT)
+
+
 def test_without_time_no_part_is_begun(tmp_path):
-    ended = gpu.run("some", ("no such program",), gpu.LEAST_S - 1, {}, tmp_path / "some.log")
+    ended = limited_run.run(
+        "some", ("no such program",), limited_run.LEAST_S - 1, {}, tmp_path / "some.log"
+    )
     assert ended == (None, "not begun, no time was left") and not (tmp_path / "some.log").exists()
 
 
@@ -104,7 +114,7 @@ def call(tmp_path, device="cuda", again=False):
         ([0], 1),
         ([1], 1),
         ([None], 1),
-        ([gpu.MORE, 0], 2),
+        ([limited_run.MORE, 0], 2),
         ([-11, -11, 0], 3),
         ([-11] * 20, gpu.RESTARTS + 1),
     ],
@@ -116,7 +126,7 @@ def test_a_part_that_crashes_goes_on_in_a_fresh_process(codes, ran, tmp_path, mo
 
     def run(name, arguments, limit_s, environment, log):
         seen.append("--resume" in arguments)
-        return gpu.Ended(codes[len(seen) - 1], "words")
+        return limited_run.Ended(codes[len(seen) - 1], "words")
 
     monkeypatch.setattr(gpu, "run", run)
     ended = call(tmp_path, again=True).part("step", 400)
@@ -129,11 +139,11 @@ def test_a_part_is_not_restarted_when_its_time_is_over(tmp_path, monkeypatch):
     def run(name, arguments, limit_s, environment, log):
         seen.append(limit_s)
         now[0] += 100.0
-        return gpu.Ended(gpu.MORE, "something is left")
+        return limited_run.Ended(limited_run.MORE, "something is left")
 
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
-    assert call(tmp_path).part("step", 250).code == gpu.MORE and seen == [250, 150]
+    assert call(tmp_path).part("step", 250).code == limited_run.MORE and seen == [250, 150]
 
 
 def test_the_sanitizer_finds_its_kernels_compiled(tmp_path, monkeypatch):
@@ -141,7 +151,7 @@ def test_the_sanitizer_finds_its_kernels_compiled(tmp_path, monkeypatch):
 
     def run(name, arguments, limit_s, environment, log):
         ran.append((arguments[0], arguments[-3:], "PYTORCH_NO_CUDA_MEMORY_CACHING" in environment))
-        return gpu.Ended(0, "ok, 1 s")
+        return limited_run.Ended(0, "ok, 1 s")
 
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu, "sanitizer", lambda: "compute-sanitizer")
@@ -181,10 +191,10 @@ def ladder(monkeypatch, tmp_path):
                 self.environment["DINOFAST_REQUIRE"] == "triton"
                 and "TRITON_INTERPRET" not in self.environment
             )
-            if limit_s < gpu.LEAST_S:
-                return gpu.Ended(None, "not begun, no time was left")
+            if limit_s < limited_run.LEAST_S:
+                return limited_run.Ended(None, "not begun, no time was left")
             now[0] += min(limit_s, (takes or {}).get(name, limit_s / 2))
-            return (ended or {}).get(name, gpu.Ended(0, "ok, 1 s"))
+            return (ended or {}).get(name, limited_run.Ended(0, "ok, 1 s"))
 
         monkeypatch.setattr(gpu.Call, "part", part)
         now[0] = 0.0
@@ -201,7 +211,7 @@ def test_a_run_says_why_it_cannot_begin(monkeypatch, capsys):
 
 
 def test_a_call_ends_within_nine_minutes():
-    assert gpu.TOTAL_S + gpu.INTERRUPTED_S + gpu.ABORTED_S <= 540
+    assert gpu.TOTAL_S + limited_run.INTERRUPTED_S + limited_run.ABORTED_S <= 540
     assert list(gpu.LIMITS) == [
         "install",
         "probe",
@@ -227,7 +237,7 @@ def test_parts_stand_in_order_of_worth_and_share_a_call(ladder, capsys):
     """Each may take its limit, the last ones what is left; what had no time is left for the next
     call, which begins there."""
     code, limits, seconds = ladder(takes=gpu.LIMITS)
-    assert code == gpu.MORE and seconds <= gpu.TOTAL_S
+    assert code == limited_run.MORE and seconds <= gpu.TOTAL_S
     assert list(limits) == list(gpu.LIMITS) and limits["probe"] == gpu.LIMITS["probe"]
     assert (
         limits["step"] == gpu.TOTAL_S - gpu.LIMITS["install"] - gpu.LIMITS["probe"]
@@ -258,10 +268,10 @@ def test_named_parts_have_all_of_the_time(ladder):
 @pytest.mark.parametrize(
     "ended, code, repeated",
     [
-        (gpu.Ended(1, "FAILED: exit code 1"), 1, False),
-        (gpu.Ended(-11, "FAILED: exit code -11"), 1, True),
-        (gpu.Ended(None, "not finished"), gpu.MORE, True),
-        (gpu.Ended(gpu.MORE, "something is left"), gpu.MORE, True),
+        (limited_run.Ended(1, "FAILED: exit code 1"), 1, False),
+        (limited_run.Ended(-11, "FAILED: exit code -11"), 1, True),
+        (limited_run.Ended(None, "not finished"), limited_run.MORE, True),
+        (limited_run.Ended(limited_run.MORE, "something is left"), limited_run.MORE, True),
     ],
 )
 def test_how_a_part_ended_decides_on_the_next_call(ended, code, repeated, ladder):
@@ -306,7 +316,7 @@ def test_a_rehearsal(tmp_path, capfd, monkeypatch):
 
 
 def rehearse(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(gpu, "LEAST_S", 1)
+    monkeypatch.setattr(limited_run, "LEAST_S", 1)
     monkeypatch.setattr(gpu, "PLANTED_S", 2)
     flags = ("--rehearse", "--results", str(tmp_path), "adamw_ema", "planted")
     assert gpu.main(flags) == 0
