@@ -167,17 +167,6 @@ def growing(
         )
         return made
 
-    def timed_row(t: Timed, extra: float | None) -> dict[str, Any]:
-        rate = case.images / quartiles(t.step_ms)[1] * 1e3
-        return row_of(
-            t.name,
-            t.step_ms,
-            images_per_s=rate,
-            mfu=None if t.name in OTHER_PRECISION else rate * flops / peak,
-            parts_ms=t.parts_ms,
-            extra_mib=extra,
-        )
-
     with retain_freed_memory(device), ExitStack() as stack:
         candidates: dict[str, StepRunner] = {}
         near: dict[str, float] = {}
@@ -191,7 +180,8 @@ def growing(
                 near[name] = losses(candidate, 2)[-1]
             bench_step.warm_up(candidate, device)
             (alone,) = bench_step.in_turns([candidate], device, 0.0, fewest=1)
-            rows[name] = timed_row(alone, None if alone.peak_gib is None else alone.peak_gib * 1024)
+            extra = None if alone.peak_gib is None else alone.peak_gib * 1024
+            rows[name] = timed_row(alone, case.images, flops / peak, extra)
             candidates[name] = candidate
 
         for name in sorted(case.candidates, key=lambda name: name != "dinofast"):
@@ -202,17 +192,10 @@ def growing(
             if name not in candidates:
                 free_memory(device)
             yield grown()
-        compared = compare(
-            {name: [near[name]] for name in case.candidates if name in near and name in candidates},
-            NEAR,
-        )
-        exact, failed = losses_of_one_image(case, device)
-        for name, found in (compare(exact, SAME) | failed).items():
-            compared[name] = (
-                found if name not in compared or compared[name]["same_losses"] else compared[name]
-            )
-        for name in set(compared) & set(candidates):
-            rows[name] |= compared[name]
+        timed_too = [name for name in case.candidates if name in near and name in candidates]
+        alike = compare_all(case, {name: near[name] for name in timed_too}, device)
+        for name in set(alike) & set(candidates):
+            rows[name] |= alike[name]
         yield grown()
         if not candidates:
             return
@@ -220,10 +203,39 @@ def growing(
             list(candidates.values()), device, seconds or SECONDS[device.type] * len(candidates)
         )
         for t in timed:
-            rows[t.name] |= timed_row(t, memory_mib(candidates[t.name], t, device))
+            extra = memory_mib(candidates[t.name], t, device)
+            rows[t.name] |= timed_row(t, case.images, flops / peak, extra)
         yield grown(rounds=len(timed[0].step_ms))
     candidates.clear()
     free_memory(device)
+
+
+def timed_row(
+    t: Timed, images: int, seconds_an_image: float, extra: float | None
+) -> dict[str, Any]:
+    """seconds_an_image: what its products take at the device's peak. extra: MiB."""
+    rate = images / quartiles(t.step_ms)[1] * 1e3
+    return row_of(
+        t.name,
+        t.step_ms,
+        images_per_s=rate,
+        mfu=None if t.name in OTHER_PRECISION else rate * seconds_an_image,
+        parts_ms=t.parts_ms,
+        extra_mib=extra,
+    )
+
+
+def compare_all(
+    case: Case, near: dict[str, float], device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """By candidate, whether it does the same step: one image in fp32 to SAME, and, of those in
+    `near`, the loss of the steps that are timed to NEAR."""
+    compared = compare({name: [loss] for name, loss in near.items()}, NEAR)
+    exact, failed = losses_of_one_image(case, device)
+    for name, found in (compare(exact, SAME) | failed).items():
+        if name not in compared or compared[name]["same_losses"]:
+            compared[name] = found
+    return compared
 
 
 def free_memory(device: torch.device) -> None:

@@ -304,17 +304,10 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def main(module: Any) -> int:
-    """A benchmark as a script; the exit code. `module` has NAME, `cases(device)`, tiny ones in
-    `rehearsal()`, `candidates_of(case)` and `measure_case(case, device)`, which gives a case, or
-    `growing(case, device)`, which yields it as it grows; and `go_on_from(cases)` where a case
-    depends on those before.
-
-    Every case is measured and printed, and with --save-results each step is in the file at once.
-    What fails is flagged, and the next is begun.
-    """
+def parse(description: str) -> argparse.Namespace:
+    """The command line of a benchmark as a script."""
     parser = argparse.ArgumentParser(
-        description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: CUDA if there is a device"
@@ -338,7 +331,19 @@ def main(module: Any) -> int:
     parser.add_argument(
         "--rehearse", action="store_true", help="tiny cases, to see that all is in order"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(module: Any) -> int:
+    """A benchmark as a script; the exit code. `module` has NAME, `cases(device)`, tiny ones in
+    `rehearsal()`, `candidates_of(case)` and `measure_case(case, device)`, which gives a case, or
+    `growing(case, device)`, which yields it as it grows; and `go_on_from(cases)` where a case
+    depends on those before.
+
+    Every case is measured and printed, and with --save-results each step is in the file at once.
+    What fails is flagged, and the next is begun.
+    """
+    args = parse(module.__doc__)
     device, start = choose_device(args.device), time.perf_counter()
     command = f"python benchmarks/{Path(sys.argv[0]).name} --device {device.type} --save-results"
     ledger = Ledger(

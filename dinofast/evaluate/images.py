@@ -135,23 +135,7 @@ def train_and_val(
     """
     root = Path(data_path)
     if (root / "train").is_dir() and (root / "val").is_dir():
-        train, val = (labeled_folder(root / split, transform) for split in ("train", "val"))
-        if unknown := sorted(set(val.classes) - set(train.classes)):
-            raise ValueError(
-                f"'{root}/val' has the class '{unknown[0]}' but '{root}/train' has not: both need "
-                "the same."
-            )
-        number = {name: label for label, name in enumerate(train.classes)}
-        val = replace(
-            val,
-            labels=tuple(number[val.classes[label]] for label in val.labels),
-            classes=train.classes,
-        )
-        return (
-            train,
-            val,
-            f"{len(train)} images to compare with (train/), {len(val)} to classify (val/).",
-        )
+        return _given_halves(root, transform)
     halves = [name for name in ("train", "val") if (root / name).is_dir()]
     if halves:
         other = "val" if halves == ["train"] else "train"
@@ -185,4 +169,27 @@ def train_and_val(
             f"No train/ and val/ in '{root}': every {HOLD_OUT_EVERY}th image of each class is held "
             f"out; {len(train)} images to compare with, {len(val)} to classify."
         ),
+    )
+
+
+def _given_halves(
+    root: Path, transform: Callable[[Image.Image], Tensor]
+) -> tuple[LabeledImages, LabeledImages, str]:
+    """`train/` and `val/` of `root`, the labels of both those of `train/`."""
+    train, val = (labeled_folder(root / split, transform) for split in ("train", "val"))
+    if unknown := sorted(set(val.classes) - set(train.classes)):
+        raise ValueError(
+            f"'{root}/val' has the class '{unknown[0]}' but '{root}/train' has not: both need "
+            "the same."
+        )
+    number = {name: label for label, name in enumerate(train.classes)}
+    val = replace(
+        val,
+        labels=tuple(number[val.classes[label]] for label in val.labels),
+        classes=train.classes,
+    )
+    return (
+        train,
+        val,
+        f"{len(train)} images to compare with (train/), {len(val)} to classify (val/).",
     )
