@@ -15,6 +15,10 @@ from dinofast.data import augmentation
 from dinofast.data import backend_native as native
 from dinofast.data.backend_pil import render as render_by_pil
 
+pytestmark = pytest.mark.skipif(
+    bool(native.unavailable_reason()), reason=native.unavailable_reason() or "here"
+)
+
 # ---- plans, straight into C++
 GUARD = 64  # bytes before and after a crop, which must stay as they are
 

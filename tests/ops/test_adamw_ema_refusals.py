@@ -10,6 +10,10 @@ from test_adamw_ema import OPTIONS, draw
 
 from dinofast import ops
 
+NEEDS = "cpp"
+# NumPy's, from the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
