@@ -25,7 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:
         ),
         (
             {"steps": []},
-            r"steps has shapes \[\] and coefficients \(2,\): expected 2 tensors \(\) and one",
+            r"steps has shapes \[\] and coefficients \(2,\): "
+            r"expected 2 tensors \(\) and one \(2,\)",
         ),
         ({"steps": [torch.zeros(0), torch.zeros(())]}, r"steps has shapes \[\(0,\), \(\)\]"),
         (
