@@ -224,9 +224,7 @@ def all_cores(cfg: Config) -> Turn:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-
-
+# ---- the official pipeline
 class Rewritten(Dataset):
     """The official semantics: crops drawn by our plan, so that results can be compared, and made
     one by one by PIL."""
@@ -307,9 +305,7 @@ def checkout(cfg: Config, loader: Loader) -> Iterator[list[Tensor]]:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-
-
+# ---- DALI
 def dali_pipeline(cfg: Config, loader: Loader) -> Iterator[list[Tensor]]:
     """One thread, and nothing made ahead: each run reads, decodes and makes the crops of one
     batch."""

@@ -54,6 +54,7 @@ class Case(NamedTuple):
         )
 
 
+# by expected gain and by how long they take to compile
 OPTIONS = (
     ("residual_precision", "bf16"),
     ("cuda_graph", True),
@@ -66,7 +67,7 @@ OPTIONS = (
     ("compile", "max-autotune"),
     ("attention", "cudnn"),
     ("batch_size_per_gpu", 1024),
-)  # by expected gain and by how long they take to compile
+)
 
 
 def cases(device: torch.device) -> list[Case]:

@@ -66,15 +66,16 @@ std::pair<double, double> dino_loss(uintptr_t student, int student_dtype, std::p
 constexpr int32_t kLargestCrop = 1 << 14;  // pixels, as in dinofast/config.py
 
 void multicrop(const py::array_t<uint8_t, py::array::c_style>& image, const py::array& views, const Addresses& crops, int kind,
-               const std::optional<Floats>& table) {
+               const std::optional<Floats>& norm_lut) {
     using dinofast::Levels;
     if (image.ndim() != 3 || (image.shape(2) != 3 && image.shape(2) != 4))
         throw std::invalid_argument("image must be (height, width, 3 or 4)");
     if (views.itemsize() != sizeof(dinofast::View) || views.ndim() != 1 || !(views.flags() & py::array::c_style) ||
         uintptr_t(views.data()) % alignof(dinofast::View) || size_t(views.size()) != crops.size())
         throw std::invalid_argument("views must be as many as crops, one after the other, of data.augmentation.VIEW");
-    if (kind < 0 || kind > 2 || (kind && (!table || table->ndim() != 2 || table->shape(0) != 3 || table->shape(1) != 256)))
-        throw std::invalid_argument("table must be (3, 256)");
+    const bool has_levels = norm_lut && norm_lut->ndim() == 2 && norm_lut->shape(0) == 3 && norm_lut->shape(1) == 256;
+    if (kind < 0 || kind > 2 || (kind && !has_levels))
+        throw std::invalid_argument("norm_lut must be (3, 256)");
     const auto* drawn = static_cast<const dinofast::View*>(views.data());
     for (size_t i = 0; i < crops.size(); ++i) {  // any bytes may come: what passes here is safe to execute
         const int64_t y = drawn[i].box[0], x = drawn[i].box[1], h = drawn[i].box[2], w = drawn[i].box[3];
@@ -90,7 +91,7 @@ void multicrop(const py::array_t<uint8_t, py::array::c_style>& image, const py::
     }
     std::vector<void*> places;
     for (const uintptr_t address : crops) places.push_back(at<void>(address));
-    const Levels levels{static_cast<Levels::Kind>(kind), table ? table->data() : nullptr};
+    const Levels levels{static_cast<Levels::Kind>(kind), norm_lut ? norm_lut->data() : nullptr};
     py::gil_scoped_release release;
     dinofast::multicrop(image.data(), image.shape(0), image.shape(1), image.shape(2), drawn, int64_t(places.size()), levels,
                         places.data());
@@ -180,7 +181,8 @@ PYBIND11_MODULE(_C, m) {
           py::arg("grad_scale"), py::arg("streamed"), py::arg("n_threads"),
           "Fills teacher_sum (K,) and grad (V, B, K) unless None; returns the loss and the mean teacher entropy.");
     m.def("multicrop", &multicrop, py::arg("image").noconvert(), py::arg("views"), py::arg("crops"), py::arg("kind"),
-          py::arg("table").noconvert(), "All crops of an image; kind: 0 uint8, 1 float32, 2 bfloat16, the last two by table.");
+          py::arg("norm_lut").noconvert(),
+          "All crops of an image; kind: 0 uint8, 1 float32, 2 bfloat16, the last two by norm_lut.");
     m.def("arrow_view", &arrow_view, py::arg("arrow_array"), py::arg("height"), py::arg("width"),
           "Pixels (height, width, 4) in the memory of their owner, which stays until the array has gone.");
     m.def("empty", &empty, py::arg("bytes"), "Memory for a large result, that of an earlier one where the size is the same.");

@@ -79,9 +79,7 @@ def _exponentials(x, factor):
     return top, d, tl.exp2(d * factor)
 
 
-# --------------------------------------------------------------------------------------------------
-
-
+# ---- forward
 @triton.jit(do_not_specialize=("B",))
 def _sum_columns(
     teacher,  # (T, B, K)

@@ -61,7 +61,7 @@ def test_files_of_the_data_path_import_each_other_in_no_circle():
 
 
 def room(path: Path) -> str:
-    """The layer's member a file belongs to: data/pil.py belongs to data."""
+    """The layer's member a file belongs to: data/backend_pil.py belongs to data."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

@@ -1,4 +1,4 @@
-"""The official run of eight steps in golden/train.npz: its options, weights and batches."""
+"""The official run of eight steps in tests/official/train.npz: its options, weights and batches."""
 
 import golden
 import torch

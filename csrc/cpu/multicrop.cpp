@@ -1,6 +1,6 @@
 // The augmentation of DINO (arXiv 2104.14294, section 3.2) on one decoded image: every crop of a plan, bit for bit as PIL makes
-// it (dinofast/data/pil.py). Each step rounds to 8 bits where PIL does, by the arithmetic that PIL uses, so a crop does not tell
-// which of the two has made it. No product is contracted with a sum here: PIL's are not.
+// it (dinofast/data/backend_pil.py). Each step rounds to 8 bits where PIL does, by the arithmetic that PIL uses, so a crop does
+// not tell which of the two has made it. No product is contracted with a sum here: PIL's are not.
 //
 //     box, bicubic with antialiasing, columns and then rows -> mirror -> brightness, contrast, saturation and hue as ordered
 //     -> gray -> three box blurs in each direction -> solarize
@@ -367,13 +367,13 @@ void write(const uint8_t* crop, int64_t area, const Levels& levels, void* out) {
     }
     for (int c = 0; c < 3; ++c) {
         const uint8_t* x = crop + c * area;
-        const float* table = levels.table + c * 256;
+        const float* norm_lut = levels.norm_lut + c * 256;
         if (levels.kind == Levels::Kind::f32) {
             float* to = static_cast<float*>(out) + c * area;
-            for (int64_t i = 0; i < area; ++i) to[i] = table[x[i]];
+            for (int64_t i = 0; i < area; ++i) to[i] = norm_lut[x[i]];
         } else {
             BF16 rounded[256], *to = static_cast<BF16*>(out) + c * area;
-            for (int level = 0; level < 256; ++level) rounded[level] = narrow<BF16>(table[level]);
+            for (int level = 0; level < 256; ++level) rounded[level] = narrow<BF16>(norm_lut[level]);
             for (int64_t i = 0; i < area; ++i) to[i] = rounded[x[i]];
         }
     }

@@ -4,7 +4,7 @@
 
 namespace dinofast {
 
-struct View {  // one crop as it was drawn: dinofast/data/plan.py, VIEW
+struct View {  // one crop as it was drawn: dinofast/data/augmentation.py, VIEW
     int32_t box[4];  // y, x, height, width in the image, pixels
     int32_t size;    // side of the crop, pixels
     uint8_t flip, jitter;  // and the other switches: not bool, which a byte of 2 would make undefined
@@ -15,10 +15,10 @@ struct View {  // one crop as it was drawn: dinofast/data/plan.py, VIEW
     uint8_t solarize;
 };
 
-// What becomes of a level: itself, or an entry of `table` (3, 256), which normalizes, in fp32 or rounded to bf16.
+// What becomes of a level: itself, or an entry of `norm_lut` (3, 256), which normalizes, in fp32 or rounded to bf16.
 struct Levels {
     enum class Kind { u8, f32, bf16 } kind;
-    const float* table;
+    const float* norm_lut;
 };
 
 // See multicrop.cpp. image (height, width, bytes), the first three of 3 or 4 bytes being the colors; n views, whose boxes lie in

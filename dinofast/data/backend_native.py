@@ -92,8 +92,8 @@ class Batches:
     more. indices: (epoch, indices (B,)), endless. draw(epoch, indices): what is drawn for them.
     decode(index, met): the RGB image at the index or the next that decodes, and its index; no image
     if none does. resolutions: number of crops and side, (V_r, S_r). norm_lut, dtype: see `render`;
-    without a table the crops are uint8. pinned: in memory from which a GPU copies without waiting.
-    threads: 0 works in `next` itself.
+    without a norm_lut the crops are uint8. pinned: in memory from which a GPU copies without
+    waiting. threads: 0 works in `next` itself.
     """
 
     def __init__(

@@ -3,6 +3,7 @@ Pillow and torch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -86,21 +87,25 @@ def sheet(
     """A table of pictures: each row is a caption and its cells, RGB (B, 3, H, W) in [0, 1].
 
     A caption stands left of its row, in a column of `caption_width` pixels. It is broken into lines
-    at spaces until it fits, and set smaller if a word does not.
+    at spaces until it fits, and set smaller if a word does not. All rows are as high as the cells
+    or, if that is more, as the tallest caption.
     """
     n_columns, (h, w) = len(rows[0][1]), rows[0][1].shape[-2:]
+    fitted = [fit_caption(caption, caption_width, font_size) for caption, _ in rows]
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox
+    boxes = [measure((0, 0), *caption, anchor="rm", spacing=2) for caption in fitted]
+    height = max(h, *(2 * math.ceil(max(-above, below)) for _, above, _, below in boxes))
     head = gap + caption_width + gap
-    size = head + n_columns * (w + gap), gap + len(rows) * (h + gap)
+    size = head + n_columns * (w + gap), gap + len(rows) * (height + gap)
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
-    for r, (caption, cells) in enumerate(rows):
-        top = gap + r * (h + gap)
-        text, font = fit_caption(caption, caption_width, font_size)
-        middle = head - gap, top + h / 2
+    for r, ((text, font), (_, cells)) in enumerate(zip(fitted, rows, strict=True)):
+        top = gap + r * (height + gap)
+        middle = head - gap, top + height / 2
         draw.multiline_text(middle, text, "black", font, anchor="rm", align="right", spacing=2)
         pixels = (cells.float().cpu().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
         for c, cell in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
-            picture.paste(Image.fromarray(cell), (head + c * (w + gap), top))
+            picture.paste(Image.fromarray(cell), (head + c * (w + gap), top + (height - h) // 2))
     return picture
 
 

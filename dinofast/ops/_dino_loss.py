@@ -393,11 +393,12 @@ def _stacked(x: Tensor | Sequence[Tensor]) -> Tensor:
         )
     if len(x) == 1:
         return x[0][None]
+    # by what _Join knows nothing of
     transformed = (
         torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
-    )  # of which _Join knows nothing
+    )
     return torch.stack(tuple(x)) if transformed or not _lie_side_by_side(x) else _Join.apply(*x)
 
 

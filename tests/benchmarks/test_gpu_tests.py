@@ -1,5 +1,6 @@
 """The GPU tests as a part of the ladder: each is kept as it ends, the cheap ones first."""
 
+import ast
 import json
 import sys
 
@@ -76,8 +77,18 @@ def test_each_gpu_test_is_kept_as_it_ends(tmp_path, monkeypatch, capsys):
 
 
 def test_gpu_tests_stand_by_what_they_cost():
-    files = sorted((path.stem for path in (ROOT / "tests").rglob("test_*.py")), key=gpu_tests.rank)
-    at = {stem: files.index(stem) for stem in files}
-    assert at["test_dino_loss_triton"] < at["test_attention"] < at["test_step"] < at["test_dali"]
+    files = sorted(filter(has_gpu_tests, (ROOT / "tests").rglob("test_*.py")))
+    stems = sorted((path.stem for path in files), key=gpu_tests.rank)
+    at = {stem: stems.index(stem) for stem in stems}
+    assert at["test_dino_loss_triton"] < at["test_attention"] < at["test_step_on_gpu"]
     assert at["test_adamw_ema_triton"] < at["test_attention"]
-    assert at["test_step"] < at["test_benchmarks"] < at["test_side_stream"]
+    assert at["test_step_on_gpu"] < at["test_benchmarks"] < at["test_side_stream"]
+    assert at["test_step_on_gpu"] < at["test_dali"]
+
+
+def has_gpu_tests(path):
+    """Whether a test or a fixture of the file asks for the fixture `gpu`."""
+    return any(
+        isinstance(node, ast.FunctionDef) and any(a.arg == "gpu" for a in node.args.args)
+        for node in ast.walk(ast.parse(path.read_text()))
+    )

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(
 N_FILES, N_PLANS = int(os.environ.get("DINOFAST_FUZZ", 3000)), 1500
 SLOWEST_S, HUNG_S = 10, 600  # a file, which takes a millisecond; all of them
 KINDS = views(Config(global_crops_size=40, local_crops_size=17, local_crops_number=2))
-TABLE = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float32)
+NORM_LUT = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float32)
 
 
 @contextmanager
@@ -220,8 +220,8 @@ MUTATIONS = (flip_bits, overwrite, truncate, splice, repeat, swap_parts, change_
 
 
 class Made(NamedTuple):
-    """What became of a file: its pixels (H, W, 3), the plan (V,) and the crops, levels by TABLE; or
-    the reason alone."""
+    """What became of a file: its pixels (H, W, 3), the plan (V,) and the crops, levels by NORM_LUT;
+    or the reason alone."""
 
     reason: str = ""
     image: np.ndarray | None = None
@@ -260,7 +260,7 @@ def through(images: ImageDataset, i: int) -> Made:
         return Made(str(reason), seconds=time.perf_counter() - start)
     drawn = augmentation.draw(0, 0, np.array([i]), KINDS).plan(0, image.height, image.width)
     crops = [torch.full((3, side, side), torch.nan) for side in drawn["size"].tolist()]
-    native.render(native.pixels(image), drawn, crops, TABLE)
+    native.render(native.pixels(image), drawn, crops, NORM_LUT)
     return Made("", np.asarray(image), drawn, crops, time.perf_counter() - start)
 
 
@@ -316,7 +316,7 @@ def test_crops_of_mutated_files_are_those_of_pil(outcomes: dict[str, Made]) -> N
     for name, made in list(outcomes.items())[::2]:
         for crop, view in zip(made.crops, made.drawn if made.crops else [], strict=True):
             expected = render_by_pil(Image.fromarray(made.image), view).transpose(2, 0, 1)
-            assert (crop.numpy() == TABLE[np.arange(3)[:, None, None], expected]).all(), name
+            assert (crop.numpy() == NORM_LUT[np.arange(3)[:, None, None], expected]).all(), name
 
 
 @pytest.mark.parametrize("size", HUGE, ids=str)

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 from numpy.random import Generator
 from PIL import Image
-from test_fuzz import KINDS, N_PLANS, TABLE, hang_ends_the_tests
+from test_fuzz import KINDS, N_PLANS, NORM_LUT, hang_ends_the_tests
 from test_native import noise, old_pillow, one
 
 from dinofast.data import augmentation
 from dinofast.data import backend_native as native
 from dinofast.data.backend_pil import render as render_by_pil
+
+pytestmark = pytest.mark.skipif(
+    bool(native.unavailable_reason()), reason=native.unavailable_reason() or "here"
+)
 
 # ---- plans, straight into C++
 GUARD = 64  # bytes before and after a crop, which must stay as they are
@@ -162,15 +166,15 @@ BAD_IMAGES = {
 }
 
 
-BAD_TABLES = {
+BAD_NORM_LUTS = {
     "none": None,
-    "turned": TABLE.T.copy(),
-    "short": TABLE[:, :255].copy(),
-    "flat": TABLE.ravel(),
-    "doubles": TABLE.astype(float),
-    "stride": np.repeat(TABLE, 2, 1)[:, ::2],
-    "two": TABLE[:2],
-    "empty": TABLE[:0],
+    "turned": NORM_LUT.T.copy(),
+    "short": NORM_LUT[:, :255].copy(),
+    "flat": NORM_LUT.ravel(),
+    "doubles": NORM_LUT.astype(float),
+    "stride": np.repeat(NORM_LUT, 2, 1)[:, ::2],
+    "two": NORM_LUT[:2],
+    "empty": NORM_LUT[:0],
     "number": 1.0,
 }
 
@@ -181,7 +185,7 @@ PLACES = np.zeros((2, 3 * 4 * 4), np.float32)
 ADDRESSES = [place.ctypes.data for place in PLACES]
 
 
-GOOD = {"image": noise(9, 9), "views": VIEWS, "crops": ADDRESSES, "kind": 1, "table": TABLE}
+GOOD = {"image": noise(9, 9), "views": VIEWS, "crops": ADDRESSES, "kind": 1, "norm_lut": NORM_LUT}
 
 
 BAD = [
@@ -189,7 +193,7 @@ BAD = [
     for name, values in (
         ("views", BAD_VIEWS),
         ("image", BAD_IMAGES),
-        ("table", BAD_TABLES),
+        ("norm_lut", BAD_NORM_LUTS),
         (
             "crops",
             {
@@ -210,7 +214,7 @@ BAD = [
 
 def test_right_arguments_are_taken() -> None:
     native._C.multicrop(**GOOD)
-    assert np.isin(PLACES, TABLE).all()
+    assert np.isin(PLACES, NORM_LUT).all()
     made = PLACES.copy()
     # a byte to spare
     native._C.multicrop(

@@ -79,12 +79,21 @@ def test_captions_fit(text, width):
     assert right - left <= width and font.size >= 6
 
 
-def test_captions_touch_neither_cells_nor_each_other():
-    cells = torch.zeros(1, 3, 60, 90)
-    drawn = np.asarray(
-        sheet([("PCA of patch features, untrained", cells)] * 3 + [("image", cells)], gap=8)
-    )
+@pytest.mark.parametrize("text", ["PCA of patch features, untrained", "image"])
+@pytest.mark.parametrize("width", [60, 100])
+@pytest.mark.parametrize("side", [60, 21, 20, 3])
+def test_captions_touch_neither_cells_nor_each_other(side, width, text):
+    """Rows of low cells are as high as the caption; the cells stand in their middle."""
+    rows = [(text, torch.zeros(1, 3, side, 90))] * 3 + [("image", torch.zeros(1, 3, side, 90))]
+    drawn = np.asarray(sheet(rows, gap=8, caption_width=width))
+    row, rest = divmod(len(drawn) - 8, 4)
+    assert row >= 8 + side and rest == 0 and (row == 68 or side < 60)
     for r in range(5):
-        assert (drawn[r * 68 : r * 68 + 8] == 255).all()
-    assert (drawn[:, 108:116] == 255).all() and (drawn[:, :8] == 255).all()
-    assert (drawn[:, 8:108] < 128).any()
+        assert (drawn[r * row : r * row + 8] == 255).all()
+    assert (drawn[:, 8 + width : 16 + width] == 255).all() and (drawn[:, :8] == 255).all()
+    for r in range(4):
+        assert (drawn[8 + r * row : (r + 1) * row, 8 : 8 + width] < 128).any()
+        above = 8 + r * row + (row - 8 - side) // 2
+        cell = drawn[r * row : (r + 1) * row + 8, 16 + width : 106 + width]
+        assert (cell == 0).sum() == side * 90 * 3
+        assert (drawn[above : above + side, 16 + width : 106 + width] == 0).all()

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from dinofast import ops, reference
 
+NEEDS = "cpp"
+# NumPy's, from the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
+
 
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,10 @@ from test_adamw_ema import OPTIONS, draw
 
 from dinofast import ops
 
+NEEDS = "cpp"
+# NumPy's, from the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -21,7 +25,8 @@ from dinofast import ops
         ),
         (
             {"steps": []},
-            r"steps has shapes \[\] and coefficients \(2,\): expected 2 tensors \(\) and one",
+            r"steps has shapes \[\] and coefficients \(2,\): "
+            r"expected 2 tensors \(\) and one \(2,\)",
         ),
         ({"steps": [torch.zeros(0), torch.zeros(())]}, r"steps has shapes \[\(0,\), \(\)\]"),
         (

@@ -96,9 +96,7 @@ def test_many_chunks_and_no_numbers(kernels: Any, monkeypatch: pytest.MonkeyPatc
     assert ops.grad_norms(empty["grads"], "triton").tolist() == [0, 0]
 
 
-# --------------------------------------------------------------------------------------------------
-
-
+# ---- on a GPU
 def moved(x: Any, to: str | torch.dtype) -> Any:
     """To a device, or what is neither a counter nor a truth value to a dtype."""
     if isinstance(x, dict):

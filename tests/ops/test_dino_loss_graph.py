@@ -10,6 +10,10 @@ from torch import Tensor
 from dinofast import ops
 from dinofast.bench.inputs import loss_inputs
 
+NEEDS = "cpp"
+# NumPy's, from the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton")
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_grad", (True, False))

@@ -109,9 +109,7 @@ def test_more_numbers_than_are_added_at_a_time(
             torch.testing.assert_close(ours, expected, rtol=2e-5, atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------
-
-
+# ---- on a GPU
 def run(
     inputs: tuple[Tensor, ...],
     impl: str | None,

@@ -162,9 +162,7 @@ def test_compiled_kernels_are_sound(compiled_ahead_of_time: Callable) -> None:
     assert not budgets.over(kernels)
 
 
-# --------------------------------------------------------------------------------------------------
-
-
+# ---- on a GPU
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (64, 224, 224), (3, 223, 225)], ids=str)
 def test_gpu_bits_of_the_arithmetic(

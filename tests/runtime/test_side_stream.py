@@ -118,15 +118,14 @@ def test_copies_run_beside_the_step_and_are_there_before_they_are_used(device):
 @pytest.mark.parametrize(
     "host_s, copy_s, step_s, wait_s",
     [
-        (0.0, 0.5, 2.0, 0.0),  # ahead
-        (1.5, 0.4, 2.0, 0.0),  # the host is held up, and the device is still at the step
-        (0.0, 3.0, 2.0, 1.0),  # the copy is slower than the step: what is left of it counts
-        (
-            3.0,
-            0.5,
-            2.0,
-            1.5,
-        ),  # the crops are made more slowly: the device stands idle, and then copies
+        # ahead
+        (0.0, 0.5, 2.0, 0.0),
+        # the host is held up, and the device is still at the step
+        (1.5, 0.4, 2.0, 0.0),
+        # the copy is slower than the step: what is left of it counts
+        (0.0, 3.0, 2.0, 1.0),
+        # the crops are made more slowly: the device stands idle, and then copies
+        (3.0, 0.5, 2.0, 1.5),
     ],
 )
 def test_the_wait_is_what_the_device_had_nothing_to_do_for(device, host_s, copy_s, step_s, wait_s):
