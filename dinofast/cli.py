@@ -66,6 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     # demo on 2 shared cores (2026-11-23). Torch's import reads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        parser().print_help(sys.stderr)
+        return USAGE
     first = next((word for word in argv if not word.startswith("-")), None)
     options: type = Config
     try:
@@ -121,12 +124,15 @@ def parser(command: str | None = None) -> Parser:
             name, help=summary, description=module.__doc__ if module else None
         )
         if module:
+            group: argparse._ActionsContainer = one
             for field in fields(module.Options):
-                add_argument(one, field, module.Options)
+                if module.Options is Config and "topic" in field.metadata:
+                    group = one.add_argument_group(field.metadata["topic"])
+                add_argument(group, field, module.Options)
     return whole
 
 
-def add_argument(parser: argparse.ArgumentParser, field: Field, options: type) -> None:
+def add_argument(parser: argparse._ActionsContainer, field: Field, options: type) -> None:
     """The flag of an option, with underscores or dashes, or its place if it is positional. What is
     not given is absent from the result. A command that takes the flags of `pretrain` too does not
     list them."""

@@ -25,7 +25,7 @@ def option(default: Any, advice: str = "", **metadata: Any) -> Any:
 
     metadata: `choices`; `aliases`, other words for a choice; `metavar`; `flags`, other names of the
     flag; `positional`, without a flag; `type`, where the default does not tell; `shown`, the
-    default in words; `hidden`, not in the help.
+    default in words; `hidden`, not in the help; `topic`, heading of this one and those after it.
     """
     return field(default=default, metadata={"help": advice, **metadata})
 
@@ -35,17 +35,20 @@ class Config:
     """Options of `dinofast pretrain`. Names and defaults are those of facebookresearch/dino unless
     marked [dinofast]."""
 
-    # ---- model
     arch: str = option(
         "vit_small",
         "Backbone: vit_tiny, vit_small or vit_base (deit_tiny and deit_small are the same); any "
         "torchvision or timm name where that package is installed; vit_nano is a two-layer ViT for "
         "demos. For quick experiments take vit_tiny or vit_small.",
+        topic="model",
     )
     patch_size: int = option(
         16,
         "Side of a square patch in pixels (ViT only). Smaller patches learn better features and "
         "cost more memory and time. Below 16, fp32 (`precision` fp32) is the safe choice.",
+    )
+    drop_path_rate: float = option(
+        0.1, "Stochastic depth rate of the student's last block (ViT only)."
     )
     out_dim: int = option(
         65536,
@@ -57,11 +60,6 @@ class Config:
         "Keep the last layer's weight norms at 1. Not normalizing can give better features "
         "but is less stable; the official runs use false with vit_small and true with vit_base.",
     )
-    momentum_teacher: float = option(
-        0.996,
-        "First value of the teacher's EMA momentum; it rises to 1 by a cosine. "
-        "Take more for small batches: 0.9995 for a batch of 256.",
-    )
     use_bn_in_head: bool = option(False, "Batch normalization in the projection head.")
     head_layers: int = option(3, "[dinofast] Layers of the head's MLP.")
     head_hidden_dim: int = option(2048, "[dinofast] Hidden width of the head's MLP.")
@@ -69,11 +67,37 @@ class Config:
         256, "[dinofast] Width of the L2-normalized bottleneck before the prototypes."
     )
 
-    # ---- temperatures and center
+    global_crops_scale: tuple[float, float] = option(
+        (0.4, 1.0),
+        "Smallest and largest share of the image's area in a global "
+        "crop. Without local crops take a wider range: 0.14 1.",
+        topic="crops",
+    )
+    local_crops_number: int = option(
+        8, "Local crops per image; 0 switches multi-crop off (then `global_crops_scale` 0.14 1)."
+    )
+    local_crops_scale: tuple[float, float] = option(
+        (0.05, 0.4), "Smallest and largest share of the image's area in a local crop."
+    )
+    global_crops_size: int = option(224, "[dinofast] Side of a global crop in pixels.")
+    local_crops_size: int = option(96, "[dinofast] Side of a local crop in pixels.")
+    blur_radius: tuple[float, float] = option(
+        (0.1, 2.0),
+        "[dinofast] Smallest and largest radius of the Gaussian blur in "
+        "pixels. Scale it down together with the crops.",
+    )
+    image_mean: tuple[float, float, float] = option(
+        (0.485, 0.456, 0.406), "[dinofast] Mean of each channel in [0, 1]."
+    )
+    image_std: tuple[float, float, float] = option(
+        (0.229, 0.224, 0.225), "[dinofast] Standard deviation of each channel."
+    )
+
     warmup_teacher_temp: float = option(
         0.04,
         "Teacher temperature at the start. 0.04 works in most cases; lower it if the "
         "loss does not fall.",
+        topic="loss and teacher",
     )
     teacher_temp: float = option(
         0.04,
@@ -85,17 +109,25 @@ class Config:
     )
     student_temp: float = option(0.1, "[dinofast] Student temperature.")
     center_momentum: float = option(0.9, "[dinofast] Momentum of the center.")
+    momentum_teacher: float = option(
+        0.996,
+        "First value of the teacher's EMA momentum; it rises to 1 by a cosine. "
+        "Take more for small batches: 0.9995 for a batch of 256.",
+    )
 
-    # ---- optimization
-    use_fp16: bool = option(
-        True,
-        "Mixed precision. By default training runs in bf16 on a GPU and in fp32 on a CPU; given as "
-        "true it means fp16 with a loss scaler as in the official code, given as false it means "
-        "fp32. Disable it if the loss is unstable.",
+    optimizer: str = option(
+        "adamw",
+        "adamw for ViTs; sgd or lars for convolutional networks.",
+        choices=("adamw", "sgd", "lars"),
+        topic="optimizer",
     )
-    precision: str | None = option(
-        None, "[dinofast] bf16, fp16 or fp32; overrides `use_fp16`.", choices=PRECISIONS
+    lr: float = option(
+        0.0005,
+        "Highest learning rate for a batch of 256; scaled linearly with the batch over all "
+        "processes.",
     )
+    warmup_epochs: int = option(10, "Epochs of linear learning-rate warm-up.")
+    min_lr: float = option(1e-6, "Learning rate at the end of the cosine.")
     weight_decay: float = option(
         0.04, "Weight decay at the start. With ViTs a smaller value at the beginning works well."
     )
@@ -124,23 +156,69 @@ class Config:
     freeze_last_layer: int = option(
         1, "Epochs during which the last layer is held fixed. Raise it if the loss does not fall."
     )
-    lr: float = option(
-        0.0005,
-        "Highest learning rate for a batch of 256; scaled linearly with the batch over all "
-        "processes.",
+
+    data_path: str = option(
+        "/path/to/imagenet/train/",
+        "Folder of images (a tree, with or without class folders, or flat) or of WebDataset .tar "
+        "shards, one shard, a pattern such as shards-{000000..000146}.tar, or a text file with one "
+        "path a line.",
+        topic="data",
     )
-    warmup_epochs: int = option(10, "Epochs of linear learning-rate warm-up.")
-    min_lr: float = option(1e-6, "Learning rate at the end of the cosine.")
-    optimizer: str = option(
-        "adamw",
-        "adamw for ViTs; sgd or lars for convolutional networks.",
-        choices=("adamw", "sgd", "lars"),
+    max_bad_files: float = option(
+        0.5, "[dinofast] Share of unreadable images at which the run stops."
     )
-    drop_path_rate: float = option(
-        0.1, "Stochastic depth rate of the student's last block (ViT only)."
+    num_workers: int = option(
+        10,
+        "Threads (dali, native) or processes (pil) that make crops, per training process; at most "
+        "one per core is started.",
+    )
+    data_backend: str | None = option(
+        None,
+        "[dinofast] What makes the crops: dali, decoding and cuts by NVIDIA DALI on the GPU; "
+        "native, C++ in threads; or pil, processes. native and pil make the same bits, dali the "
+        "same but for rounding. Default: dali on a GPU where it is installed, else native where it "
+        "was built.",
+        choices=("dali", "native", "pil"),
+    )
+    hw_decoder_load: float = option(
+        0.0,
+        "[dinofast] dali: share of the JPEGs for the GPU's decoding engine (A100, H100), the rest "
+        "is decoded by its cores. The two differ slightly: shares between 0 and 1 do not repeat a "
+        "run exactly.",
     )
 
-    # ---- how the step is computed
+    output_dir: str = option(
+        ".",
+        "Folder of the checkpoints and of log.txt. A run found there is resumed.",
+        topic="run and checkpoints",
+    )
+    saveckp_freq: int = option(20, "Keep a numbered checkpoint every so many epochs; 0 keeps none.")
+    saveckp_steps: int = option(
+        0,
+        "[dinofast] Also save checkpoint.pth every so many steps; 0 saves at the end of each epoch "
+        "only.",
+    )
+    log_steps: int = option(
+        10, "[dinofast] Steps between two readings of the loss; the device is waited for only then."
+    )
+    seed: int = option(0, "Random seed of the weights, the order of images and the augmentation.")
+    device: str | None = option(
+        None, "[dinofast] cuda or cpu. Default: a GPU if there is one.", choices=("cuda", "cpu")
+    )
+    dist_url: str = option("env://", "Where processes meet; torchrun sets it up.")
+    local_rank: int = option(0, "Ignored; torchrun sets it through the environment.")
+
+    use_fp16: bool = option(
+        True,
+        "Mixed precision: true means fp16 with a loss scaler as in the official code, false fp32. "
+        "Unless it is given, precision is bf16 on a GPU and fp32 on a CPU. Disable it if the loss "
+        "is unstable.",
+        shown="not given",
+        topic="speed",
+    )
+    precision: str | None = option(
+        None, "[dinofast] bf16, fp16 or fp32; overrides `use_fp16`.", choices=PRECISIONS
+    )
     attention: str | None = option(
         None,
         "[dinofast] Attention of our ViTs: xformers (or mslk, its successor), varlen (torch's own) "
@@ -182,87 +260,12 @@ class Config:
         "average stays in fp32, with the optimizer. Goes with `precision` bf16.",
         choices=("fp32", "bf16"),
     )
-
     residual_precision: str = option(
         "fp32",
         "[dinofast] bf16: the sum that each branch of our ViTs adds to is kept in "
         "bf16, not fp32: fewer bytes to move, less exact. Goes with `precision` bf16.",
         choices=("fp32", "bf16"),
     )
-
-    # ---- crops
-    global_crops_scale: tuple[float, float] = option(
-        (0.4, 1.0),
-        "Smallest and largest share of the image's area in a global "
-        "crop. Without local crops take a wider range: 0.14 1.",
-    )
-    local_crops_number: int = option(
-        8, "Local crops per image; 0 switches multi-crop off (then `global_crops_scale` 0.14 1)."
-    )
-    local_crops_scale: tuple[float, float] = option(
-        (0.05, 0.4), "Smallest and largest share of the image's area in a local crop."
-    )
-    global_crops_size: int = option(224, "[dinofast] Side of a global crop in pixels.")
-    local_crops_size: int = option(96, "[dinofast] Side of a local crop in pixels.")
-    blur_radius: tuple[float, float] = option(
-        (0.1, 2.0),
-        "[dinofast] Smallest and largest radius of the Gaussian blur in "
-        "pixels. Scale it down together with the crops.",
-    )
-    image_mean: tuple[float, float, float] = option(
-        (0.485, 0.456, 0.406), "[dinofast] Mean of each channel in [0, 1]."
-    )
-    image_std: tuple[float, float, float] = option(
-        (0.229, 0.224, 0.225), "[dinofast] Standard deviation of each channel."
-    )
-
-    # ---- data, files, processes
-    data_path: str = option(
-        "/path/to/imagenet/train/",
-        "Folder of images (a tree, with or without class folders, or flat) or of WebDataset .tar "
-        "shards, one shard, a pattern such as shards-{000000..000146}.tar, or a text file with one "
-        "path a line.",
-    )
-    output_dir: str = option(
-        ".", "Folder of the checkpoints and of log.txt. A run found there is resumed."
-    )
-    saveckp_freq: int = option(20, "Keep a numbered checkpoint every so many epochs; 0 keeps none.")
-    saveckp_steps: int = option(
-        0,
-        "[dinofast] Also save checkpoint.pth every so many steps; 0 saves at the end of each epoch "
-        "only.",
-    )
-    log_steps: int = option(
-        10, "[dinofast] Steps between two readings of the loss; the device is waited for only then."
-    )
-    max_bad_files: float = option(
-        0.5, "[dinofast] Share of unreadable images at which the run stops."
-    )
-    seed: int = option(0, "Random seed of the weights, the order of images and the augmentation.")
-    num_workers: int = option(
-        10,
-        "Threads (dali, native) or processes (pil) that make crops, per training process; at most "
-        "one per core is started.",
-    )
-    data_backend: str | None = option(
-        None,
-        "[dinofast] What makes the crops: dali, decoding and cuts by NVIDIA DALI on the GPU; "
-        "native, C++ in threads; or pil, processes. native and pil make the same bits, dali the "
-        "same but for rounding. Default: dali on a GPU where it is installed, else native where it "
-        "was built.",
-        choices=("dali", "native", "pil"),
-    )
-    hw_decoder_load: float = option(
-        0.0,
-        "[dinofast] dali: share of the JPEGs for the GPU's decoding engine (A100, H100), the rest "
-        "is decoded by its cores. The two differ slightly: shares between 0 and 1 do not repeat a "
-        "run exactly.",
-    )
-    device: str | None = option(
-        None, "[dinofast] cuda or cpu. Default: a GPU if there is one.", choices=("cuda", "cpu")
-    )
-    dist_url: str = option("env://", "Where processes meet; torchrun sets it up.")
-    local_rank: int = option(0, "Ignored; torchrun sets it through the environment.")
 
     def __post_init__(self) -> None:
         # a Path would make a checkpoint that nothing reads

@@ -40,6 +40,8 @@ def list_options(app, what, name, obj, options, lines: list[str]) -> None:
         and all("help" in field.metadata for field in fields(obj))
     ):
         for field in fields(obj):
+            if "topic" in field.metadata:
+                lines += [f"**{field.metadata['topic']}**", ""]
             lines += [
                 f"``{field.name}`` = {'auto' if field.default is None else field.default}",
                 f"    {field.metadata['help']}",

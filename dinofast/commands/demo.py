@@ -77,6 +77,7 @@ def demo(
     what = "using" if (out / "data" / "train").is_dir() else "writing"
     print(f"{what} {n_images:,} images of drawn objects in '{out / 'data'}'", flush=True)
     sample_data.write(out / "data", n_images, seed=seed)
+    print("The loss alone says little, as its target moves: k-NN at the end is the measure.")
 
     cfg = settings(out, seed, epochs, device)
     resumed = (out / "checkpoint.pth").exists()

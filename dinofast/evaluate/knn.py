@@ -188,5 +188,5 @@ def knn(
         top1, top5 = results[k] = vote(
             similarity[:, :k], labels[:, :k], truth, temperature, len(train.classes)
         )
-        print(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
+        print(f"{k}-NN classifier result: Top1: {top1:.1f}, Top5: {top5:.1f}")
     return results

@@ -1,5 +1,7 @@
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -281,7 +283,9 @@ def test_knn_options_that_cannot_be_right(line, words, capsys, tmp_path):
 
 def test_unknown_command_and_none(capsys):
     assert cli.main(["pretrian"]) == 2 and "invalid choice: 'pretrian'" in capsys.readouterr().err
-    assert cli.main([]) == 2 and "COMMAND" in capsys.readouterr().err
+    assert cli.main([]) == 2
+    said = capsys.readouterr().err
+    assert "usage: dinofast" in said and all(f"\n    {command}" in said for command in cli.COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +303,25 @@ def test_help_of_every_command(command, capsys):
             and "0.9995" in text
             and "(default: 0.4 1.0)" in text
         )
+
+
+def test_help_of_pretrain_is_by_topic(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "--help"])
+    options = capsys.readouterr().out.partition("\noptions:\n")[2]
+    topics = dict(re.findall(r"^(\w[\w ]*):\n(.*?)(?=^\w|\Z)", options, flags=re.M | re.S))
+    of = {name: re.findall(r"^  --(\w+)", text, flags=re.M) for name, text in topics.items()}
+    assert list(of) == [
+        "model",
+        "crops",
+        "loss and teacher",
+        "optimizer",
+        "data",
+        "run and checkpoints",
+        "speed",
+    ]
+    assert [name for names in of.values() for name in names] == [f.name for f in fields(Config)]
+    assert (of["data"][0], of["speed"][0]) == ("data_path", "use_fp16")
 
 
 def test_module_is_the_same_program():
