@@ -13,7 +13,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PARTS = ("data", "teacher", "student", "loss", "backward", "optimizer")  # of a step
 OFFICIAL, OURS = "official", "dinofast"
 PRECISION = {"cuda": "Official in fp16, as published, the others in bf16", "cpu": "Steps in fp32"}
-STEP = "training step, ViT-S/16, batch of {images}, K = 65,536"
+STEP = "training step, ViT-S/16, batch of {images}"
 LOSS = "loss, forward and backward, batch of {images}, {dtype}"
 # by device: benchmark, what the row is of, theirs, ours
 HEADLINE: dict[str, tuple[tuple[str, str, str | None, str], ...]] = {
@@ -96,13 +96,23 @@ def reasons(result: dict) -> list[str]:
 
 
 def headline() -> str:
-    """The front page's: official and dinofast, from the fullest case of each result, a table for
-    each device. A row that failed, or whose results are not the official ones, is left out."""
-    return "\n\n".join(filter(None, map(headline_of, HEADLINE)))
+    """The front page's: five rows, of the GPU as soon as there is one; then how many times faster a
+    CPU is, in a sentence. From the fullest case of each result. A row that failed, or whose results
+    are not the official ones, is left out."""
+    full = next(filter(headline_rows, HEADLINE))
+    rows, where = headline_rows(full)
+    made = f"{PRECISION[full]}; torch {where['versions']['torch']}, {where['date']}."
+    parts = [table((where["device"], OFFICIAL, OURS, " "), rows), made]
+    if full != "cpu" and headline_rows("cpu"):
+        rows, where = headline_rows("cpu")
+        faster = "; ".join(f"{what}: {times}" for what, _, _, times in rows)
+        parts.append(f"{where['device']}, {where['threads']} threads, {where['date']}: {faster}.")
+    return "\n\n".join(parts)
 
 
-def headline_of(device_type: str) -> str:
-    rows, machines = [], set()
+def headline_rows(device_type: str) -> tuple[list[tuple[str, ...]], dict] | None:
+    """Rows, and the result of the first of them; None without any."""
+    rows, where = [], []
     for benchmark, what, official, ours in HEADLINE[device_type]:
         result = load(benchmark, device_type)
         case = max(result["cases"], key=lambda case: len(case["rows"])) if result else {"rows": []}
@@ -112,14 +122,8 @@ def headline_of(device_type: str) -> str:
         both = [good[name] if name else None for name in (official, ours)]
         times = both[0] and f"**{both[0]['median_ms'] / both[1]['median_ms']:.1f} x**"
         rows.append((what.format(**case), *map(speed_of, both), times or ""))
-        machines.add((result["device"], result["versions"]["torch"], result["date"]))
-    if not rows:
-        return ""
-    devices = ", ".join(sorted({device for device, _, _ in machines}))
-    made = [PRECISION[device_type]] + sorted(
-        {f"torch {torch}, {date}" for _, torch, date in machines}
-    )
-    return f"{table((devices, OFFICIAL, OURS, ' '), rows)}\n\n{'; '.join(made)}."
+        where.append(result)
+    return (rows, where[0]) if rows else None
 
 
 def speed_of(row: dict | None) -> str:

@@ -1,6 +1,7 @@
 """Tables and chart from results."""
 
 import json
+import shutil
 
 import bench_dino_loss
 import cells
@@ -144,3 +145,13 @@ def test_report_without_a_file(monkeypatch, tmp_path):
 )
 def test_digits(ms, shown):
     assert cells.digits(ms) == shown
+
+
+def test_the_front_page_shows_the_gpu_and_a_cpu_until_there_is_one(monkeypatch, tmp_path):
+    shown = tables.headline().splitlines()
+    assert shown[0].startswith("| NVIDIA") and sum(line.startswith("| ") for line in shown) == 7
+    assert shown[-1].startswith("CPU, ") and "; clip, AdamW and EMA: **" in shown[-1]
+    shutil.copy(tables.RESULTS / "step-cpu.json", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    shown = tables.headline().splitlines()
+    assert shown[0].startswith("| CPU, ") and len(shown) == 5
