@@ -42,7 +42,7 @@ def test_a_data_set_of_your_own(folder: Path) -> None:
     )
     assert (
         "epoch 2: loss " in said
-        and "features (64, 64) from 'backbone.pth'" in said
+        and "features (96, 64) from 'backbone.pth'" in said
         and "nan" not in said
     )
 
