@@ -1,7 +1,6 @@
 """DINO on a backbone of your own: any module that maps images (B, 3, h, w) to features (B, D).
 
-python examples/custom_backbone.py DIR/train runs/convnet        # DIR: of `dinofast sample-data
-DIR`
+python examples/custom_backbone.py data/train runs/convnet    # of `dinofast sample-data data`
 """
 
 from __future__ import annotations

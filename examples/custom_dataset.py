@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dinofast import AdamWEMA, DINOHead, DINOLoss, load_backbone, param_groups, vit_nano
 
-N_LOCAL, OUT_DIM = 4, 256
+N_LOCAL, OUT_DIM = 2, 64  # few prototypes for thousands of images
 
 
 class Crops(Dataset):
@@ -59,22 +59,22 @@ def main() -> None:
     )
     parser.add_argument("images", help=".npy, uint8 (N, H, W, 3)")
     parser.add_argument("backbone", help="written: the teacher's backbone")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     options = parser.parse_args()
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loader = DataLoader(
-        Crops(np.load(options.images, mmap_mode="r")), batch_size=32, shuffle=True, drop_last=True
+        Crops(np.load(options.images, mmap_mode="r")), batch_size=48, shuffle=True, drop_last=True
     )
     student = nn.Sequential(
         vit_nano(), DINOHead(64, OUT_DIM, hidden_dim=256, bottleneck_dim=64)
     ).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    dino_loss = DINOLoss(OUT_DIM, 2 + N_LOCAL, 0.03, 0.03, 0, options.epochs).to(device)
+    dino_loss = DINOLoss(OUT_DIM, 2 + N_LOCAL, 0.04, 0.04, 0, options.epochs).to(device)
     optimizer = AdamWEMA(
         param_groups(student),
-        lr=2e-3,
+        lr=5e-4,
         weight_decay=0.04,
         student=student,
         teacher=teacher,
@@ -85,9 +85,10 @@ def main() -> None:
             both = [torch.cat(crops[:2]).to(device), torch.cat(crops[2:]).to(device)]
             loss = dino_loss(student(both), teacher(both[0]), epoch)  # also updates the center
             loss.backward()
-            optimizer.step(momentum=0.99)  # clip, AdamW, teacher average
+            optimizer.step(momentum=0.98)  # clip, AdamW, teacher average
             optimizer.zero_grad()
-        print(f"epoch {epoch + 1}: loss {loss.item():.4f}")
+        # after a collapse to a uniform output it stays at log K
+        print(f"epoch {epoch + 1}: loss {loss.item():.4f}, log K {math.log(OUT_DIM):.4f}")
     torch.save(teacher[0].state_dict(), options.backbone)
     features = load_backbone(options.backbone, arch="vit_nano")(both[0].cpu())
     print(f"features {tuple(features.shape)} from '{options.backbone}'")

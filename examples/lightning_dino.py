@@ -23,7 +23,7 @@ from dinofast import AdamWEMA, DINOHead, DINOLoss, param_groups, vit_nano
 
 
 class DINO(lightning.LightningModule):
-    def __init__(self, epochs: int, lr: float = 2e-3, momentum: float = 0.99) -> None:
+    def __init__(self, epochs: int, lr: float = 5e-4, momentum: float = 0.98) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.student = nn.Sequential(
@@ -31,7 +31,7 @@ class DINO(lightning.LightningModule):
         )
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         # its center is part of the checkpoint
-        self.dino_loss = DINOLoss(OUT_DIM, 2 + N_LOCAL, 0.03, 0.03, 0, epochs)
+        self.dino_loss = DINOLoss(OUT_DIM, 2 + N_LOCAL, 0.04, 0.04, 0, epochs)
 
     def training_step(self, crops: list[Tensor], batch_index: int) -> Tensor:
         both = [torch.cat(crops[:2]), torch.cat(crops[2:])]
@@ -61,13 +61,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", help=".npy, uint8 (N, H, W, 3)")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--output_dir", default="runs/lightning")
     options = parser.parse_args()
 
     lightning.seed_everything(0)
     loader = DataLoader(
-        Crops(np.load(options.images, mmap_mode="r")), batch_size=32, shuffle=True, drop_last=True
+        Crops(np.load(options.images, mmap_mode="r")), batch_size=48, shuffle=True, drop_last=True
     )
     trainer = lightning.Trainer(
         max_epochs=options.epochs, default_root_dir=options.output_dir, log_every_n_steps=1
