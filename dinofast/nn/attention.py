@@ -24,7 +24,7 @@ from .packing import Layout, Runs
 
 ATTENTIONS = ("xformers", "varlen", "fa3", "cudnn", "sdpa", "eager")
 # torch takes cuDNN's kernel on an H200. Forward and backward of a block's attention on the
-# crops of 128 images, H200, 2026-11-27: sdpa 0.91 ms, varlen 1.31, eager 2.99 (probe-cuda.json).
+# crops of 128 images, H200, 2026-11-27: sdpa 0.90 ms, varlen 1.30, eager 2.97 (probe-cuda.json).
 DEFAULT = "sdpa"
 # where each package has it
 _FMHA = {"xformers": "xformers.ops.fmha", "mslk": "mslk.attention.fmha"}
