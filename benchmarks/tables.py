@@ -12,7 +12,10 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PARTS = ("data", "teacher", "student", "loss", "backward", "optimizer")  # of a step
 OFFICIAL, OURS = "official", "dinofast"
-PRECISION = {"cuda": "Official in fp16, as published, the others in bf16", "cpu": "Steps in fp32"}
+PRECISION = {
+    "cuda": "Steps: official in fp16, as published, the others in bf16",
+    "cpu": "Steps in fp32",
+}
 STEP = "training step, ViT-S/16, batch of {images}"
 LOSS = "loss, forward and backward, batch of {images}, {dtype}"
 # by device: benchmark, what the row is of, theirs, ours

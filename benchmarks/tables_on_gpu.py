@@ -61,7 +61,7 @@ def probe(device_type: str) -> str:
     ]
     kernels = [
         f"{case['case']}: {case['n_kernels']:,.0f} kernels, {case['kernels_us'] / 1e3:,.1f} ms "
-        f"({by_kind(case['kernels'])}); none runs for {case['gaps_us'] / 1e3:,.1f} ms."
+        f"({by_kind(case['kernels'])}); the GPU idles for {case['gaps_us'] / 1e3:,.1f} ms."
         for case in result["cases"]
         if "kernels" in case
     ]
@@ -100,7 +100,7 @@ def options(device_type: str) -> str:
                 "yes" if case["kept"] else "",
             )
         )
-    head = ("", "on top of", "images/s before", "images/s with it", "with it / before", "kept")
+    head = ("", "on top of", "images/s before", "images/s with it", "with it / before", "1 % more")
     return "\n\n".join(
         [
             "Options of the step, each on top of what was kept before:",

@@ -237,7 +237,7 @@ def test_report_of_a_gpu(monkeypatch, tmp_path, steps):
         "| products | qkv, forward | 0.123 | 612 |",
         "Flagged: products, fa3: not here.",
         "one step: 1,234 kernels, 60.0 ms (matrix products 21.0, GELU 3.3, loss and optimizer "
-        "0.1); none runs for 2.5 ms.",
+        "0.1); the GPU idles for 2.5 ms.",
         "GPU tests: 1 passed, 1 interrupted, 1 skipped; skipped 1: no DALI. ",
         "Flagged: --teacher_precision bf16, OutOfMemoryError: CUDA out of memory.",
     ):
