@@ -53,7 +53,7 @@ class Config:
     out_dim: int = option(
         65536,
         "Number of prototypes K, the width of the DINO head's output. Large values suit large data "
-        "sets; for fewer than 100,000 images try 1024 to 8192.",
+        "sets; for fewer than 100,000 images try 64 to 8192.",
     )
     norm_last_layer: bool = option(
         True,
