@@ -84,8 +84,9 @@ def _attention(device: str) -> str:
     if device == "cpu" or not torch.cuda.is_available():
         return f"{DEFAULT}, torch's, per crop size"
     how = torch.device(device), torch.bfloat16, 64
-    others = _others({name: unavailable_reason(name, *how) for name in ATTENTIONS})
-    return f"{DEFAULT}, torch's, per crop size{others}{_xformers_operators()}"
+    reasons = {name: unavailable_reason(name, *how) for name in ATTENTIONS}
+    operators = "" if reasons["xformers"] else _xformers_operators()
+    return f"{DEFAULT}, torch's, per crop size{_others(reasons)}{operators}"
 
 
 def _others(reasons: dict[str, str | None]) -> str:
@@ -109,8 +110,8 @@ def _xformers_operators() -> str:
         f"{op.NAME}{' (torch has it)' if op.NAME.endswith('-pt') else ''}" for op in operators
     )
     return (
-        f"; xformers' flash operators: {names or 'none'}; what it warns of at import, a C++ "
-        "library or Triton, is not used here"
+        f"; xformers' flash operators: {names or 'none'}; what it warns of at import: its C++ "
+        "library is needed here, Triton is not"
     )
 
 
