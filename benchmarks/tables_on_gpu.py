@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections import Counter
 
 import tables
@@ -129,4 +128,4 @@ def tests(device_type: str) -> str:
 
 def reason_in_short(reason: str) -> str:
     """The first clause of what pytest keeps: ('FILE', LINE, 'Skipped: REASON')."""
-    return re.split(r"Skipped: ", reason)[-1].strip("'\") ").split(" (")[0]
+    return reason.split("Skipped: ")[-1].strip("'\") ").split(" (")[0]

@@ -156,9 +156,8 @@ class Step:
                 )
             return ""
         device, dtype = self.process.device, _DTYPES[self.precision]
-        self.attention, note = select_attention(
-            cfg.attention, device, dtype, self._vits()[0].head_width
-        )
+        width = self._vits()[0].head_width
+        self.attention = select_attention(cfg.attention, device, dtype, width).name
         library = select_library(cfg.linear, device, dtype)
         for vit in self._vits():
             vit.set_execution(
@@ -173,8 +172,8 @@ class Step:
             "the teacher in bf16": cfg.teacher_precision == "bf16",
             "residual stream in bf16": cfg.residual_precision == "bf16",
         }
-        chosen = f"attention {self.attention}{f' ({note})' if note else ''}"
-        return ", ".join([chosen, *(what for what, holds in also.items() if holds)])
+        chosen = [what for what, holds in also.items() if holds]
+        return ", ".join([f"attention {self.attention}", *chosen])
 
     def _compile(self) -> str:
         """Student and teacher as one graph each."""
