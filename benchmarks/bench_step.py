@@ -33,12 +33,12 @@ import torch
 
 from dinofast.bench import step as bench_step
 from dinofast.bench.baseline import OfficialStep
-from dinofast.bench.flops import peak_flops
 from dinofast.bench.record import main
 from dinofast.bench.step import StepRunner, Synthetic, Timed
 from dinofast.bench.timing import add_ratios, extra_mib, quartiles, reason_of, row_of
 from dinofast.config import Config
 from dinofast.data import Loader
+from dinofast.nn.flops import peak_flops
 from dinofast.runtime.backends import cores
 from dinofast.runtime.memory import retain_freed_memory
 

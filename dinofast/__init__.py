@@ -20,6 +20,8 @@ _MODULES = {
     "nn.dino": ("Model", "MultiCropWrapper"),
     "config": ("Config",),
     "checkpoint": ("load_backbone",),
+    "train": ("train",),
+    "evaluate.knn": ("knn",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_MODULE_OF, "__version__"]
@@ -27,6 +29,7 @@ __all__ = [*_MODULE_OF, "__version__"]
 if TYPE_CHECKING:
     from .checkpoint import load_backbone as load_backbone
     from .config import Config as Config
+    from .evaluate.knn import knn as knn
     from .loss import DINOLoss as DINOLoss
     from .nn.dino import Model as Model
     from .nn.dino import MultiCropWrapper as MultiCropWrapper
@@ -43,13 +46,15 @@ if TYPE_CHECKING:
     from .optim import SGDEMA as SGDEMA
     from .optim import AdamWEMA as AdamWEMA
     from .optim import param_groups as param_groups
+    from .train import train as train
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'dinofast' has no attribute '{name}'")
     value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
+    if name not in _MODULES:  # `dinofast.train` is a module too, which can be called
+        globals()[name] = value
     return value
 
 

@@ -11,13 +11,17 @@ import os
 import re
 import signal
 import sys
+import time
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from functools import partial
 from types import ModuleType
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import Config, in_words, meant, nearest
+from .config import Config, in_words, meant
+from .runtime.suggestions import did_you_mean
+from .runtime.terminal import open_missing_streams, say
 from .runtime.words import spelling
 
 COMMANDS = {
@@ -31,6 +35,13 @@ COMMANDS = {
     "demo": "pretrain a small ViT on the sample data and show what it learned",
     "doctor": "what is installed, and which path each part takes",
 }
+CPU_BUILD = "--index-url https://download.pytorch.org/whl/cpu"
+_NEEDED = {
+    "torch": f"pip install torch, or on a machine without a GPU, where the CPU build is smaller, "
+    f"pip install torch {CPU_BUILD}",
+    "numpy": "pip install numpy",
+    "PIL": "pip install pillow",
+}
 USAGE, INTERRUPTED = 2, 128  # exit codes; a signal's number is added to the second
 
 
@@ -42,20 +53,31 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
         )
+        # with an exponent too, or -1e-3 would be a flag
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. See {self.prog} --help.")
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        flags = [name for action in self._actions for name in action.option_strings]
+        args = [_underscored(word, flags) for word in (sys.argv[1:] if args is None else args)]
         namespace, unknown = super().parse_known_args(args, namespace)
         for word in unknown:
             if word.startswith("-"):
                 flag = word.split("=")[0]
-                flags = [name for action in self._actions for name in action.option_strings]
                 raise ValueError(
-                    f"there is no flag {flag}.{nearest(flag, flags)} See {self.prog} --help."
+                    f"there is no flag {flag}.{did_you_mean(flag, flags)} See {self.prog} --help."
                 )
         return namespace, unknown
+
+
+def _underscored(word: str, flags: list[str]) -> str:
+    """--batch-size 8 is --batch_size 8, where there is such a flag."""
+    flag, equals, value = word.partition("=")
+    other = "--" + flag[2:].replace("-", "_")
+    known = flag.startswith("--") and flag not in flags and other in flags
+    return other + equals + value if known else word
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,21 +87,32 @@ def main(argv: list[str] | None = None) -> int:
     # take the time from each other and from the data workers: 25 instead of 246 images/s in the
     # demo on 2 shared cores (2026-11-23). Torch's import reads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    open_missing_streams()
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
-        parser().print_help(sys.stderr)
+        say(parser().format_help(), error=True)
         return USAGE
     first = next((word for word in argv if not word.startswith("-")), None)
     options: type = Config
     try:
         command = first if first in COMMANDS else None
+        if first and not command:
+            raise ValueError(
+                f"there is no command {first}.{did_you_mean(first, list(COMMANDS))} "
+                f"Commands: {', '.join(COMMANDS)}."
+            )
         options = module_of(command).Options if command else Config
-        given = vars(parser(command).parse_args(argv))
+        wants_help = bool({"-h", "--help"} & set(argv))
+        given = vars(parser(command, _device() if wants_help else "cpu").parse_args(argv))
         run = module_of(given.pop("command")).run
         with spelling(partial(with_flags, options=options)):
             code = run(options_of(options, given))
     except ValueError as error:
         return _say(f"dinofast: {with_flags(str(error), options)}", USAGE)
+    except ImportError as error:
+        if error.name not in _NEEDED:
+            raise
+        return _say(f"dinofast: {error.name} is not installed ({error}): {_NEEDED[error.name]}.", 1)
     except (OSError, RuntimeError) as error:
         from .data.backend_pil import WorkerDied
         from .runtime.progress import Diverged
@@ -96,10 +129,41 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _say(text: str, code: int) -> int:
-    rank = os.environ.get("RANK", "0")
-    if rank == "0" or code in (1, USAGE):  # of an orderly stop one process speaks for all
-        print(text if rank == "0" else f"process {rank}: {text}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK") or "0"
+    if rank != "0" and code not in (1, USAGE):  # of an orderly stop one process speaks for all
+        return code
+    text = text if rank == "0" else f"process {rank}: {text}"
+    if code > INTERRUPTED and "TORCHELASTIC_RUN_ID" in os.environ:
+        _say_after(os.getppid(), text)
+    else:
+        say(text, error=True)
     return code
+
+
+def _say_after(launcher: int, text: str) -> None:
+    """Once torchrun, which prints a traceback of its own when it is interrupted, has ended; half a
+    minute later at most."""
+    if os.fork():
+        return
+    try:
+        for _ in range(600):
+            os.kill(launcher, 0)
+            time.sleep(0.05)
+    except OSError:
+        pass
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+    os._exit(0)
+
+
+def _device() -> str:
+    """cuda or cpu, whichever a run would take by default; torch is imported for it."""
+    try:
+        from .runtime.distributed import pick_device
+
+        return pick_device(None).type
+    except ImportError:
+        return "cpu"
 
 
 def module_of(command: str) -> ModuleType:
@@ -107,9 +171,9 @@ def module_of(command: str) -> ModuleType:
     return importlib.import_module(f".commands.{command.replace('-', '_')}", __package__)
 
 
-def parser(command: str | None = None) -> Parser:
+def parser(command: str | None = None, device: str = "cpu") -> Parser:
     """The parser of the program, with the flags of one command; those of the others are not needed
-    to run it."""
+    to run it. device: cuda or cpu, whose defaults the help shows."""
     whole = Parser(
         prog="dinofast",
         description="DINO pretraining (arXiv 2104.14294), exactly as published and fast.",
@@ -121,22 +185,40 @@ def parser(command: str | None = None) -> Parser:
     for name, summary in COMMANDS.items():
         module = module_of(name) if name == command else None
         one = commands.add_parser(
-            name, help=summary, description=module.__doc__ if module else None
+            name,
+            help=summary,
+            description=module.__doc__ if module else None,
+            usage=_usage(name, module.Options) if module else None,
         )
         if module:
             group: argparse._ActionsContainer = one
             for field in fields(module.Options):
                 if module.Options is Config and "topic" in field.metadata:
                     group = one.add_argument_group(field.metadata["topic"])
-                add_argument(group, field, module.Options)
+                add_argument(group, field, module.Options, device)
     return whole
 
 
-def add_argument(parser: argparse._ActionsContainer, field: Field, options: type) -> None:
-    """The flag of an option, with underscores or dashes, or its place if it is positional. What is
-    not given is absent from the result. A command that takes the flags of `pretrain` too does not
-    list them."""
-    inherited = options is not Config and Config.__dataclass_fields__.get(field.name) is field
+def _usage(name: str, options: type) -> str:
+    places = [field.metadata["metavar"] for field in fields(options) if _has_place(field, options)]
+    return " ".join(("dinofast", name, *places, "[flags]"))
+
+
+def _has_place(field: Field, options: type) -> bool:
+    """Whether an option may be given without its flag."""
+    return bool(field.metadata.get("positional")) and not _is_inherited(field, options)
+
+
+def _is_inherited(field: Field, options: type) -> bool:
+    """Whether it is one of `pretrain`, in a command that takes those too."""
+    return options is not Config and Config.__dataclass_fields__.get(field.name) is field
+
+
+def add_argument(
+    parser: argparse._ActionsContainer, field: Field, options: type, device: str = "cpu"
+) -> None:
+    """The flag of an option, or its place if it is positional. What is not given is absent from the
+    result. A command that takes the flags of `pretrain` too does not list them."""
     about, default, extra = field.metadata, field.default, {}
     example = default[0] if isinstance(default, tuple) else default
     if about.get("choices"):
@@ -155,29 +237,36 @@ def add_argument(parser: argparse._ActionsContainer, field: Field, options: type
         extra["metavar"] = about["metavar"]
     if isinstance(default, tuple):
         extra["nargs"] = about.get("nargs", len(default))
-    shown = (
-        ""
-        if default is MISSING
-        else f" (default: {about.get('shown', 'auto' if default is None else in_words(default))})"
-    )
-    shown = with_flags(f"{about['help']}{shown}".strip(), options).replace("%", "%%")
-    extra["help"] = argparse.SUPPRESS if inherited or about.get("hidden") else shown
-    if about.get("positional"):  # its flag is taken as well; see `options_of`
+    shown = with_flags(f"{about['help']}{_default(field, device)}".strip(), options)
+    extra["help"] = shown.replace("%", "%%")
+    if _is_inherited(field, options) or about.get("hidden"):
+        extra["help"] = argparse.SUPPRESS
+    if _has_place(field, options):  # its flag is taken as well; see `options_of`
         parser.add_argument(field.name, default=argparse.SUPPRESS, nargs="?", **extra)
+        extra["help"] = argparse.SUPPRESS
         parser.add_argument(
-            f"--{field.name}",
-            "--" + field.name.replace("_", "-"),
-            dest=f"--{field.name}",
-            default=argparse.SUPPRESS,
-            **extra | {"help": argparse.SUPPRESS},
+            f"--{field.name}", dest=f"--{field.name}", default=argparse.SUPPRESS, **extra
         )
         return
-    names = dict.fromkeys(
-        (*about.get("flags", ()), f"--{field.name}", "--" + field.name.replace("_", "-"))
-    )
     parser.add_argument(
-        *names, dest=field.name, default=argparse.SUPPRESS, required=default is MISSING, **extra
+        *about.get("flags", ()),
+        f"--{field.name}",
+        dest=field.name,
+        default=argparse.SUPPRESS,
+        **extra,
     )
+
+
+def _default(field: Field, device: str) -> str:
+    """What stands in for an option that is not given, in words, on this device."""
+    about, default = field.metadata, field.default
+    if default is MISSING:
+        return ""
+    if device in about.get("auto", {}):
+        where = "a GPU" if device == "cuda" else "a CPU"
+        return f" (default: {about['auto'][device]}, as on {where} here)"
+    shown = about.get("shown", "auto" if default is None else in_words(default))
+    return f" (default: {shown})"
 
 
 def options_of(make: type, given: dict[str, Any]) -> Any:
@@ -193,10 +282,10 @@ def options_of(make: type, given: dict[str, Any]) -> Any:
                 )
             given[field.name] = given.pop(flag)
         if field.default is MISSING and field.name not in given:
-            raise ValueError(
-                f"{field.metadata.get('metavar', field.name)} is missing: "
-                f"{field.metadata['help'].rstrip('.')}."
-            )
+            name = f"`{field.name}`"
+            if field.metadata.get("positional"):
+                name = field.metadata["metavar"]
+            raise ValueError(f"{name} is missing: {field.metadata['help'].rstrip('.')}.")
     if "use_fp16" in given and "precision" not in given:
         given["precision"] = "fp16" if given["use_fp16"] else "fp32"
     options = make(**given)

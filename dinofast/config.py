@@ -24,8 +24,9 @@ def option(default: Any, advice: str = "", **metadata: Any) -> Any:
     """A field of a command's options, from which `dinofast.cli` makes a flag.
 
     metadata: `choices`; `aliases`, other words for a choice; `metavar`; `flags`, other names of the
-    flag; `positional`, without a flag; `type`, where the default does not tell; `shown`, the
-    default in words; `hidden`, not in the help; `topic`, heading of this one and those after it.
+    flag; `positional`, also without a flag; `type`, where the default does not tell; `shown`, the
+    default in words; `auto`, what None means on cuda and cpu; `hidden`, not in the help; `topic`,
+    heading of this one and those after it.
     """
     return field(default=default, metadata={"help": advice, **metadata})
 
@@ -161,8 +162,10 @@ class Config:
         "/path/to/imagenet/train/",
         "Folder of images (a tree, with or without class folders, or flat) or of WebDataset .tar "
         "shards, one shard, a pattern such as shards-{000000..000146}.tar, or a text file with one "
-        "path a line.",
+        "path a line. Also written `data_path` DIR.",
         topic="data",
+        metavar="DIR",
+        positional=True,
     )
     max_bad_files: float = option(
         0.5, "[dinofast] Share of unreadable images at which the run stops."
@@ -179,6 +182,7 @@ class Config:
         "same but for rounding. Default: dali on a GPU where it is installed, else native where it "
         "was built.",
         choices=("dali", "native", "pil"),
+        auto={"cuda": "dali if installed, else native", "cpu": "native if built, else pil"},
     )
     hw_decoder_load: float = option(
         0.0,
@@ -203,7 +207,10 @@ class Config:
     )
     seed: int = option(0, "Random seed of the weights, the order of images and the augmentation.")
     device: str | None = option(
-        None, "[dinofast] cuda or cpu. Default: a GPU if there is one.", choices=("cuda", "cpu")
+        None,
+        "[dinofast] cuda or cpu. Default: a GPU if there is one.",
+        choices=("cuda", "cpu"),
+        auto={"cuda": "cuda", "cpu": "cpu"},
     )
     dist_url: str = option("env://", "Where processes meet; torchrun sets it up.")
     local_rank: int = option(0, "Ignored; torchrun sets it through the environment.")
@@ -217,7 +224,10 @@ class Config:
         topic="speed",
     )
     precision: str | None = option(
-        None, "[dinofast] bf16, fp16 or fp32; overrides `use_fp16`.", choices=PRECISIONS
+        None,
+        "[dinofast] bf16, fp16 or fp32; overrides `use_fp16`.",
+        choices=PRECISIONS,
+        auto={"cuda": "bf16", "cpu": "fp32"},
     )
     attention: str | None = option(
         None,
@@ -226,6 +236,7 @@ class Config:
         "fp16 on a GPU; cudnn and sdpa, cuDNN's and torch's kernels for each crop size; eager, the "
         "formula. Default: sdpa.",
         choices=("xformers", "varlen", "fa3", "cudnn", "sdpa", "eager"),
+        auto={"cuda": "sdpa", "cpu": "sdpa"},
         aliases={"mslk": "xformers"},
     )
     linear: str | None = option(
@@ -242,6 +253,7 @@ class Config:
         "products chosen by timing, bias and GELU inside them; compiling takes many minutes. "
         "Default: on for our ViTs on a GPU; on a CPU it gains little.",
         choices=("on", "max-autotune", "off"),
+        auto={"cuda": "on", "cpu": "off"},
         aliases={"true": "on", "1": "on", "false": "off", "0": "off"},
     )
     cuda_graph: bool = option(
@@ -285,6 +297,11 @@ class Config:
         return 2 + self.local_crops_number
 
     @property
+    def warmup(self) -> int:
+        """Epochs of learning-rate warm-up: one where the default is longer than the whole run."""
+        return self.warmup_epochs if self.warmup_epochs <= self.epochs else min(1, self.epochs - 1)
+
+    @property
     def vit(self) -> str | None:
         """Which of our ViTs `arch` names, None for a backbone of another package."""
         arch = OLD_NAMES.get(self.arch, self.arch)
@@ -305,7 +322,8 @@ class Config:
         self._check_values()
         self._check_ranges()
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-            if getattr(self, name) > self.epochs:
+            default = Config.__dataclass_fields__[name].default
+            if getattr(self, name) not in (default, *range(self.epochs + 1)):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)} but `epochs` is only {self.epochs}: the "
                     f"warm-up cannot be longer than the training; lower `{name}` or raise `epochs`."

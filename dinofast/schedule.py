@@ -58,7 +58,7 @@ class Schedule:
     """All tables of a run, one entry per optimizer step (temperatures: per epoch).
 
     `lr`, `weight_decay`, `momentum` are float64 arrays on the host; `at(step)` gives the same
-    numbers on the device.
+    numbers on the device. peak_lr: the learning rate after its warm-up, scaled with the batch.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class Schedule:
     ) -> None:
         self.steps_per_epoch = steps_per_epoch
         self.total = cfg.epochs * steps_per_epoch
-        peak = cfg.lr * cfg.batch_size_per_gpu * cfg.accumulate * world / 256
-        self.lr = cosine(peak, cfg.min_lr, cfg.epochs, steps_per_epoch, cfg.warmup_epochs)
+        self.peak_lr = cfg.lr * cfg.batch_size_per_gpu * cfg.accumulate * world / 256
+        self.lr = cosine(self.peak_lr, cfg.min_lr, cfg.epochs, steps_per_epoch, cfg.warmup)
         self.weight_decay = cosine(
             cfg.weight_decay, cfg.weight_decay_end, cfg.epochs, steps_per_epoch
         )

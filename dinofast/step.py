@@ -32,8 +32,8 @@ class Step:
     metrics by name, each () on the device. Nothing in it waits for the device.
 
     model, optimizer, scaler (None without fp16): what a checkpoint holds. how: what does the work,
-    in words. notes: what was asked for or is usual and is not done, and why. Raises ValueError for
-    options that cannot be met here.
+    in words. compiles: whether the first step takes long for it. notes: what was asked for or is
+    usual and is not done, and why. Raises ValueError for options that cannot be met here.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Step:
         if cfg.teacher_precision == "bf16":
             model.teacher.to(torch.bfloat16)  # the optimizer averages in float32 and rounds into it
         compiled = self._compile()
+        self.compiles = compiled != "not compiled"
         self.how = ", ".join(filter(None, (self._choose_kernels(), compiled, self._choose_graph())))
         self.optimizer = OPTIMIZERS[cfg.optimizer](
             param_groups(model.student),

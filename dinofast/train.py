@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -14,9 +18,11 @@ from . import checkpoint, ops
 from .config import Config
 from .data import Loader, make_loader
 from .data.backend_pil import explain_killed_workers
+from .introduce import advice, introduce
 from .nn.dino import Model, backbone_maker
 from .resume import first_step, restore
 from .runtime import distributed
+from .runtime.idle_threads import let_idle_threads_sleep
 from .runtime.memory import peak_memory, retain_freed_memory
 from .runtime.metrics import EpochSums
 from .runtime.progress import Run, counting
@@ -55,6 +61,7 @@ def _train(
     stop: StopSignal,
 ) -> Path:
     ops.check_required()
+    let_idle_threads_sleep()
     if backbone is None:
         backbone_maker(cfg)  # an unknown name is told before a million files are listed
     loader = make_loader(
@@ -64,13 +71,7 @@ def _train(
         device=process.device,
         on_progress=counting("scanning files", process.is_main),
     )
-    same_files = process.all_equal(int(loader.fingerprint, 16) >> 66)
-    loader.all_are_here()
-    if not same_files:
-        raise ValueError(
-            f"process {process.rank} finds {loader.n_images} images in `data_path` "
-            f"{cfg.data_path}, others find different ones: all processes must see the same files."
-        )
+    loader.all_are_here(process.all_equal)
     with (
         closing(loader),
         checkpoint.lock_output_dir(Path(cfg.output_dir)) if process.is_main else nullcontext(),
@@ -116,20 +117,26 @@ class _Training:
             out_dim=cfg.out_dim,
         )
         self.run.drop_after(self.start // per_epoch)
-        _introduce(self.run, cfg.arch, process, self.step, loader)
+        introduce(self.run, cfg, process, self.step, loader)
         self.run.log_left_out(loader.bad_files, self.path.with_name("bad_files.txt"))
         self.run.log_start(self.start, self.path)
-        for note in [*self.step.notes, *changed, *inexact]:
+        for note in [*self.step.notes, *advice(cfg, loader.n_images), *changed, *inexact]:
             self.run.log(f"note: {note}")
 
     def __call__(self, stop: StopSignal) -> Path:
         cfg, process, per_epoch = self.cfg, self.process, self.loader.steps_per_epoch
+        stop.several, stop.waited_s = process.world > 1, self.loader.waited_s
         with self.run.live(self.start, self.sums.read()):
             stop.training = True
             for step in range(self.start, self.schedule.total):
-                self.sums.add(self.step(step, self.loader))
+                try:
+                    self.sums.add(self.step(step, self.loader))
+                except Interrupted as interrupted:  # while it waited for a batch
+                    self.save(step)
+                    raise self.stopped(step, interrupted.signum) from None
 
                 done = step + 1
+                self.run.estimate(done, self.step.compiles, self.sums)
                 ends_epoch = done % per_epoch == 0
                 stopping = process.world == 1 and bool(stop.signum)
                 if done % cfg.log_steps == 0 or ends_epoch:
@@ -140,16 +147,19 @@ class _Training:
                     self.save(done)
                 if stopping:
                     process.barrier()  # nobody leaves before it is saved
-                    raise Interrupted(
-                        stop.signum or signal.SIGTERM,
-                        f"stopped after step {done} of {self.schedule.total}, saved in "
-                        f"'{self.path}'; the same command goes on from there.",
-                    )
+                    raise self.stopped(done, stop.signum or signal.SIGTERM)
         self.run.log(
             f"done: {self.schedule.total} steps, teacher and student in '{self.path}'; peak memory "
             f"{peak_memory(process.device)}"
         )
         return self.path
+
+    def stopped(self, done: int, signum: int) -> Interrupted:
+        return Interrupted(
+            signum,
+            f"stopped after step {done} of {self.schedule.total}, saved in '{self.path}'; the same "
+            "command goes on from there.",
+        )
 
     def read(self, step: int) -> None:
         """What a step and those before it came to, logged; at the end of an epoch also saved."""
@@ -183,15 +193,12 @@ class _Training:
             checkpoint.link(numbered, self.path)
 
 
-def _introduce(
-    run: Run, arch: str, process: distributed.Process, step: Step, loader: Loader
-) -> None:
-    parameters = sum(p.numel() for p in step.model.student.parameters())
-    run.log(
-        f"{loader.n_images} images, {loader.steps_per_epoch} steps an epoch, {run.images_per_step} "
-        f"images a step; {arch}: {parameters / 1e6:.2f} M parameters; {process.device_name}, "
-        f"{step.precision}, {process.world} process(es)"
-    )
-    loss, note = ops.paths()["dino_loss"][process.device.type], loader.backend_note
-    crops = f"{loader.backend} ({note})" if note else loader.backend
-    run.log(f"loss: {loss}; step: {step.how}; crops: {crops}")
+class _Callable(ModuleType):
+    """As `dinofast.train` is this module once it has been imported, it can be called, too."""
+
+    def __call__(self, *args: Any, **options: Any) -> Path:
+        return train(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
+__signature__ = inspect.signature(train)

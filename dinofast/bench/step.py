@@ -19,6 +19,7 @@ from torch import Tensor
 from ..config import Config
 from ..data import Loader, backend_dali, backend_native, make_loader
 from ..nn.dino import Model
+from ..nn.flops import flops_of, peak_flops
 from ..nn.vit import VisionTransformer
 from ..runtime.distributed import Process, pick_device
 from ..runtime.memory import retain_freed_memory
@@ -26,7 +27,6 @@ from ..runtime.progress import counting
 from ..schedule import Schedule
 from ..step import Step
 from .baseline import OfficialStep
-from .flops import image_flops, peak_flops
 from .timing import Turns
 
 PARTS = {  # of a step, in its order, and what is in them
@@ -328,16 +328,6 @@ def schedule_of(cfg: Config, device: torch.device) -> Schedule:
         1,
         device,
     )
-
-
-def head_widths(cfg: Config, vit: VisionTransformer) -> list[int]:
-    hidden = [cfg.head_hidden_dim] * (cfg.head_layers - 1)
-    return [vit.embed_dim, *hidden, cfg.head_bottleneck_dim, cfg.out_dim]
-
-
-def flops_of(cfg: Config, vit: VisionTransformer) -> int:
-    """Of one image of a run with these options."""
-    return image_flops(vit, head_widths(cfg, vit), crops_of(cfg))
 
 
 def report(

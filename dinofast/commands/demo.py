@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -282,17 +281,6 @@ def _show(result: dict) -> None:
                 f"{max(heads):.0%}" if heads else "",
             )
         )
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=title)
-        for c, text in enumerate(head):
-            table.add_column(text, justify="right" if c else "left")
-        for row in rows:
-            table.add_row(*row, style="bold" if row is rows[-1] else None)
-        Console().print(table)
-        return
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     print(f"\n{title}")
     for row in (head, *rows):

@@ -25,7 +25,6 @@ from ..runtime.backends import cores
 _PACKAGES = (
     "numpy",
     "pillow",
-    "rich",
     "triton",
     "xformers",
     "mslk",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import MISSING, asdict, dataclass
 
 from ..config import option
@@ -17,6 +19,7 @@ class Options:
         "Folder with train/ and val/ holding class folders, or class folders alone: then every "
         "fourth image of a class is held out.",
         metavar="DIR",
+        positional=True,
     )
     checkpoint_key: str = option("teacher", "Whose weights.", choices=("teacher", "student"))
     arch: str | None = option(
@@ -39,6 +42,7 @@ class Options:
     batch_size_per_gpu: int = option(128)
     num_workers: int = option(10, shown="10, at most one per core")
     device: str | None = option(None, choices=("cuda", "cpu"), shown="a GPU if there is one")
+    json: str = option("", "Write the accuracies into FILE.", metavar="FILE", shown="none")
     use_cuda: bool = option(True, hidden=True)  # official name; says where features are kept
 
 
@@ -47,4 +51,12 @@ def run(options: Options) -> None:
 
     given = asdict(options)
     given.pop("use_cuda")
-    knn(**given)
+    path = given.pop("json")
+    if path and not os.path.isdir(os.path.dirname(path) or "."):
+        raise ValueError(f"`json` is '{path}': its folder does not exist; name another file.")
+    found = knn(**given)
+    if path:
+        rounded = {k: {"top1": round(a, 2), "top5": round(b, 2)} for k, (a, b) in found.items()}
+        settings = {name: value for name, value in given.items() if value is not None}
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({**settings, "accuracy_percent": rounded}, file, indent=1)

@@ -1,7 +1,7 @@
 """Train a backbone on a folder of images without labels. A run found in --output_dir is resumed.
 
 recipes:
-  vanilla    --data_path DIR
+  vanilla    DIR
   boosted    --epochs 300 --teacher_temp 0.07 --warmup_teacher_temp_epochs 30
              --norm_last_layer false
   ResNet-50  --arch resnet50 --optimizer sgd --lr 0.03 --weight_decay 1e-4 --weight_decay_end 1e-4
@@ -10,7 +10,7 @@ recipes:
              --out_dim 1024 --momentum_teacher 0.99 --teacher_temp 0.03
              --warmup_teacher_temp 0.03
 
-several GPUs: torchrun --nproc_per_node N -m dinofast pretrain ...
+several GPUs: torchrun --nproc_per_node N -m dinofast pretrain DIR ...
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SOURCES = "give a folder of images or .tar shards, or a text file of their path
 def run(options: Config) -> None:
     data, output_dir = Path(options.data_path), Path(options.output_dir)
     if options.data_path == Config.data_path:
-        raise ValueError(f"`data_path` is missing: {_SOURCES}.")
+        raise ValueError(f"DIR is missing: {_SOURCES}.")
     # a pattern; before torch is even imported
     if not data.exists() and "{" not in options.data_path:
         raise ValueError(f"`data_path` '{data}' does not exist: {_SOURCES}.")

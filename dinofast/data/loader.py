@@ -24,6 +24,7 @@ from dinofast.data.bad_files import BadFileList
 from dinofast.data.reader import UNREAD_S, ImageReader, Met
 from dinofast.data.sampler import batch_indices
 from dinofast.runtime.backends import Selection, cores, select
+from dinofast.runtime.distributed import local_world
 from dinofast.runtime.side_stream import SideStream
 
 ENOUGH_DRAWN = 100  # images, before the share of bad ones can end a run
@@ -93,7 +94,7 @@ class Loader:
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
         images, self._unlink = shared.between_ranks(dataset.scan(cfg.data_path, on_progress))
-        self.n_images = len(images)
+        self.n_images, self._source = len(images), cfg.data_path
         self.fingerprint = images.fingerprint
         self.bad_files = list(images.bad_files)
         self._max_bad, self._known = cfg.max_bad_files, {path for path, _ in self.bad_files}
@@ -117,6 +118,7 @@ class Loader:
         self._device, self._step = device, start_step
         self._batches: Batches | None = None
         self._side, self._blocked_s = SideStream(device) if device.type == "cuda" else None, 0.0
+        self._waits_since = 0.0
         self._mean, self._std = (
             torch.tensor(c, device=device).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std)
         )
@@ -126,9 +128,7 @@ class Loader:
         )
         self.batch_size, self._hw_decoder_load = cfg.batch_size_per_gpu, cfg.hw_decoder_load
         self.reader, self.augmentation = ImageReader(images), Augmentation(cfg.seed, views(cfg))
-        self.n_workers = min(
-            cfg.num_workers, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-        )
+        self.n_workers = min(cfg.num_workers, max(1, cores() // local_world()))
         self._indices = partial(
             batch_indices,
             cfg.seed,
@@ -152,10 +152,17 @@ class Loader:
         takes a batch."""
         self._bad_file_list.clear()
 
-    def all_are_here(self) -> None:
+    def all_are_here(self, all_equal: Callable[[int], bool]) -> None:
         """Every process of this machine has its loader: what they share needs no name in the file
-        system any more."""
+        system any more. Raises `ValueError` if they see different images. all_equal: whether every
+        process has the same number."""
+        same = all_equal(int(self.fingerprint, 16) >> 66)
         self._unlink()
+        if not same:
+            raise ValueError(
+                f"process {self._rank} finds {self.n_images} images in `data_path` {self._source}, "
+                "others find different ones: all processes must see the same files."
+            )
 
     def __iter__(self) -> Loader:
         return self
@@ -175,12 +182,19 @@ class Loader:
         """
         return self._side.wait_s() if self._side else self._blocked_s
 
+    def waited_s(self) -> float:
+        """Seconds for which `next` has been waiting for a batch; 0 while it is not."""
+        return time.perf_counter() - self._waits_since if self._waits_since else 0.0
+
     def _next(self) -> list[torch.Tensor]:
-        start = time.perf_counter()
-        if self._batches is None:
-            self._start()
-        assert self._batches is not None
-        crops, met, n_replaced = next(self._batches)
+        start = self._waits_since = time.perf_counter()
+        try:
+            if self._batches is None:
+                self._start()
+            assert self._batches is not None
+            crops, met, n_replaced = next(self._batches)
+        finally:
+            self._waits_since = 0.0
         self._blocked_s += time.perf_counter() - start
         if not crops:
             self._record(met)

@@ -14,6 +14,7 @@ import numpy as np
 
 from dinofast.data.dataset import ImageDataset
 from dinofast.data.packed import PackedStrings
+from dinofast.runtime.distributed import local_world
 
 ALIGN = 64  # bytes
 
@@ -27,7 +28,7 @@ def between_ranks(dataset: ImageDataset) -> tuple[ImageDataset, Callable[[], obj
     drop their own copy. The file is to be removed once all have come so far; at the latest it goes
     with this process. A process alone, or one that cannot share, keeps its own copy.
     """
-    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < 2:
+    if local_world() < 2:
         return dataset, lambda: None
     path = os.path.join(
         tempfile.gettempdir(), f"dinofast-{os.getuid()}-{dataset.fingerprint}.files"

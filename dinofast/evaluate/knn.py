@@ -15,6 +15,7 @@ from ..checkpoint import arguments, load_backbone
 from ..nn.vit import VisionTransformer
 from ..runtime.backends import cores
 from ..runtime.distributed import pick_device
+from ..runtime.idle_threads import let_idle_threads_sleep
 from .images import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, LabeledImages, train_and_val
 
 CHUNK_ELEMENTS = 2**26  # of the similarity matrix held at a time: 256 MiB in fp32
@@ -135,6 +136,7 @@ def knn(
     training set are left out. Raises ValueError if none remains.
     """
     where = pick_device(device)
+    let_idle_threads_sleep()
     if min(nb_knn) < 1:
         raise ValueError(f"`nb_knn` is {min(nb_knn)}: a number of neighbors is at least 1.")
     if not 0 < temperature < math.inf:

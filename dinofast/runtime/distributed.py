@@ -69,15 +69,24 @@ def pick_device(name: str | None) -> torch.device:
 @contextmanager
 def session(device: str | None = None, dist_url: str = "env://") -> Iterator[Process]:
     """Join the processes that torchrun started (one alone otherwise): nccl on GPUs, gloo on CPUs.
+    In a process group of the caller's, those of the group; it stays the caller's.
 
     device: "cuda", "cpu" or None for a GPU where there is one. Raises `ValueError` when cuda is
-    asked for and absent.
+    asked for and absent, or when the caller's group cannot work on it.
     """
-    world, rank, local = (
-        int(os.environ.get(name, default))
-        for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
-    )
     use_cuda = pick_device(device).type == "cuda"
+    joined = dist.is_available() and dist.is_initialized()
+    if joined:
+        world, rank = dist.get_world_size(), dist.get_rank()
+        _check_backend(use_cuda)
+        local = _number("LOCAL_RANK", rank % max(torch.cuda.device_count(), 1))
+    else:
+        world, rank, local = _number("WORLD_SIZE", 1), _number("RANK", 0), _number("LOCAL_RANK", 0)
+        if not 0 <= rank < world:
+            raise ValueError(
+                f"the environment says RANK {rank} of WORLD_SIZE {world}: ranks count from 0; "
+                "start with torchrun, or unset both."
+            )
     if use_cuda and local >= torch.cuda.device_count():
         raise ValueError(
             f"process {local} of this machine finds only {torch.cuda.device_count()} GPU(s): "
@@ -86,7 +95,7 @@ def session(device: str | None = None, dist_url: str = "env://") -> Iterator[Pro
     where = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(where)
-    started = world > 1 and not dist.is_initialized()
+    started = world > 1 and not joined
     if started:
         # A thread of gloo that drops a tensor while Python ends aborts the process (pytorch issue
         # 190489): the group must not live that long. The functions of torch.distributed.nn, which
@@ -101,6 +110,34 @@ def session(device: str | None = None, dist_url: str = "env://") -> Iterator[Pro
     finally:
         if started:
             dist.destroy_process_group()
+
+
+def local_world() -> int:
+    """Processes on this machine; where no launcher says so, all of the group."""
+    joined = dist.is_available() and dist.is_initialized()
+    return max(1, _number("LOCAL_WORLD_SIZE", dist.get_world_size() if joined else 1))
+
+
+def _number(variable: str, default: int) -> int:
+    """A whole number of the environment; the default where it is not set, or empty."""
+    text = os.environ.get(variable, "").strip()
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise ValueError(
+            f"{variable} is {text!r} in the environment: torchrun sets it to a number; unset it."
+        ) from None
+
+
+def _check_backend(use_cuda: bool) -> None:
+    """Raise `ValueError` where the caller's group has no backend for the device."""
+    device = "cuda" if use_cuda else "cpu"
+    backends = dist.get_backend_config()
+    if device not in backends:
+        raise ValueError(
+            f"the process group was made with the backend {backends} and this run computes on "
+            f"{device}: make it with {'nccl' if use_cuda else 'gloo'}, or choose another `device`."
+        )
 
 
 def _let_go() -> None:

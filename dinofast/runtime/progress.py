@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .metrics import COUNTS, collapse_warning
+from .epoch_log import EpochLog
+from .metrics import COUNTS, EpochSums, Trend
+from .terminal import StatusLine, is_terminal, say
 from .words import spelled
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
 PLAIN_LINE_S = 10.0  # without a terminal, one line at most so often
+MIN_BAR, MAX_BAR = 10, 26  # characters, with its brackets
 GIVE_UP_AFTER = 20  # steps in a row without a finite loss or gradient
 
 
@@ -42,63 +37,41 @@ class Run:
         images_per_step: int,
         out_dim: int,
     ) -> None:
-        self.path = output_dir / "log.txt"
+        self._epochs = EpochLog(output_dir / "log.txt")
         self.is_main = is_main
         self.steps_per_epoch = steps_per_epoch
         self.epochs = epochs
         self.images_per_step = images_per_step
-        self.log_k = math.log(out_dim)
+        self._trend = Trend(math.log(out_dim))
         self._last: dict[str, float] = {}
         self._clock = self._wait_s = self._spoken = 0.0
         self._first_step = self._last_step = 0
         self._bad_in_a_row = self._told_bad = self._told_unread = 0
-        self._start = 0.0
-        self._progress: Progress | None = None
+        self._start = self._stepped = 0.0
+        self._status: StatusLine | None = None  # on a terminal
 
     # ---- words
     def log(self, text: str) -> None:
         if not self.is_main:
             return
         text = spelled(text)
-        if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False)
-        else:
-            _print(text)
+        (self._status.log if self._status else say)(text)
 
     @contextmanager
     def live(self, step: int, sums: Mapping[str, float]) -> Iterator[None]:
-        """The progress bar around the loop, which begins at `step` with the given sums of its
-        epoch."""
+        """Progress around the loop, which begins at `step` with the given sums of its epoch."""
         self._first_step = self._last_step = step
         self._last = dict(sums)
-        self._start = self._clock = time.perf_counter()
-        if self.is_main and sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (
-                TextColumn("epoch {task.fields[epoch]}/" + str(self.epochs)),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[numbers]}"),
-                TextColumn("ETA"),
-                TimeRemainingColumn(elapsed_when_finished=True),
-            )
-            with Progress(*columns, refresh_per_second=4) as bar:
-                self._progress = bar
-                self._task = bar.add_task(
-                    "train",
-                    total=self.epochs * self.steps_per_epoch,
-                    completed=step,
-                    epoch=step // self.steps_per_epoch + 1,
-                    numbers="",
-                )
-                try:
-                    yield
-                finally:
-                    self._progress = None
-                    bar.refresh()
-        else:
+        self._start = self._clock = self._stepped = time.perf_counter()
+        if not (self.is_main and is_terminal()):
             yield
+            return
+        self._status = StatusLine()
+        try:
+            yield
+        finally:
+            self._status.end()
+            self._status = None
 
     def log_start(self, step: int, path: Path) -> None:
         """Say where the run goes on; nothing of a new one."""
@@ -108,8 +81,8 @@ class Run:
                 f"training already complete ({step} steps), in '{path}': raise `epochs` to go on"
             )
         elif step:
-            epoch = step // self.steps_per_epoch + 1
-            self.log(f"resumed from '{path}' after step {step} (epoch {epoch} of {self.epochs})")
+            epoch = step // self.steps_per_epoch
+            self.log(f"resumed from '{path}' after step {step}, in epoch {epoch}/{self.epochs}")
 
     def log_left_out(self, bad_files: Sequence[tuple[str, str]], where: Path) -> None:
         """Say what listing the source has found bad, shards and folders, and where it will be
@@ -162,50 +135,56 @@ class Run:
             )
         now = time.perf_counter()
         elapsed = max(now - self._clock, 1e-9)
+        numbers = {"loss": "not finite"}
         if counted > 0:
-            loss = new["loss"] / counted
             rate = new_steps * self.images_per_step / elapsed
             waiting = min(max((wait_s - self._wait_s) / elapsed, 0.0), 1.0)
-            numbers = f"loss {loss:.4f}  lr {lr:.2e}  {rate:,.1f} images/s  data wait {waiting:.0%}"
-        else:
-            numbers = "loss not finite"
-        epoch = (step - 1) // self.steps_per_epoch
+            numbers = {
+                "loss": f"{new['loss'] / counted:.4f}",
+                "lr": f"{lr:.2e}",
+                "": f"{rate:,.1f} images/s",
+                "data wait": f"{waiting:.0%}",
+            }
         if bad and self.is_main:
             self.log(
                 f"step {step}: {bad} step(s) skipped, their loss or gradient was not finite; "
                 "weights, teacher and center kept"
             )
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, epoch=epoch + 1, numbers=numbers)
-        elif self.is_main and (
-            now - self._spoken >= PLAIN_LINE_S or step == self.epochs * self.steps_per_epoch
-        ):
-            left_s = (
-                (now - self._start)
-                / max(step - self._first_step, 1)
-                * (self.epochs * self.steps_per_epoch - step)
-            )
-            _print(
-                f"epoch {epoch + 1}/{self.epochs}  step {step}  {numbers}  ETA {duration(left_s)}"
-            )
-            self._spoken = now
+        self._tell(step, numbers, now)
         self._last, self._clock, self._wait_s, self._last_step = dict(sums), now, wait_s, step
+
+    def estimate(self, step: int, compiles: bool, sums: EpochSums) -> None:
+        """After the first step, or the second where the first has to compile: how long all of it
+        will take. Waits for the device then, and only then."""
+        first = step - self._first_step
+        if first > 1 + compiles or not self.is_main:
+            return
+        sums.read()
+        now = time.perf_counter()
+        took_s, self._stepped = now - self._stepped, now
+        total = self.epochs * self.steps_per_epoch
+        if first == 1 + compiles:
+            left = f"about {in_words(took_s * (total - step))} for the {total - step:,} to come"
+            self.log(f"step {step} took {took_s:.2g} s, its batch and start-up included: {left}")
+
+    def _tell(self, step: int, numbers: Mapping[str, str], now: float) -> None:
+        total, epoch = self.epochs * self.steps_per_epoch, (step - 1) // self.steps_per_epoch
+        left_s = (now - self._start) / max(step - self._first_step, 1) * (total - step)
+        numbers = {**numbers, "ETA": duration(left_s)}
+        if self._status:
+            head = f"epoch {epoch}/{self.epochs}"
+            self._status.show(status_line(head, step, total, numbers, self._status.columns()))
+        elif self.is_main and (now - self._spoken >= PLAIN_LINE_S or step == total):
+            said = "  ".join(f"{name} {value}".strip() for name, value in numbers.items())
+            self.log(f"epoch {epoch}/{self.epochs}  step {step}  {said}")
+            self._spoken = now
 
     # ---- log.txt
     def drop_after(self, epoch: int) -> None:
-        """On a resume at `epoch`: lines of it and of later epochs are written again, so they must
-        go; also a torn last line."""
-        if not self.is_main or not self.path.exists():
-            return
-        kept = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < epoch]
-        if not kept and epoch == 0 and self.path.stat().st_size:
-            names = (self.path.with_name(f"log.old{n or ''}.txt") for n in itertools.count())
-            # without its checkpoint: set aside, kept
-            self.path.replace(next(name for name in names if not name.exists()))
-            return
-        temporary = self.path.with_name("log.txt.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        """The log of a run that goes on at `epoch`: see `EpochLog`."""
+        if self.is_main:
+            self._epochs.drop_after(epoch)
+            self._trend.losses = self._epochs.values("train_loss")
 
     def end_epoch(
         self, epoch: int, sums: Mapping[str, float], lr: float, weight_decay: float
@@ -229,14 +208,12 @@ class Run:
             **{f"train_{name}": value for name, value in means.items()},
             "skipped_steps": round(steps - count),
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        if reason := self._epochs.append(line):
+            self.log(f"'{self._epochs.path}' cannot be written ({reason}): kept for the next epoch")
         if count and (
-            warning := collapse_warning(
-                sums["loss"] / count, sums["teacher_entropy"] / count, self.log_k
-            )
+            warning := self._trend.warning(sums["loss"] / count, sums["teacher_entropy"] / count)
         ):
-            self.log(f"warning, epoch {epoch + 1}: {warning}")
+            self.log(f"warning, epoch {epoch}: {warning}")
 
 
 def counting(what: str, is_main: bool) -> Callable[[int, int], None]:
@@ -247,25 +224,29 @@ def counting(what: str, is_main: bool) -> Callable[[int, int], None]:
     def tell(done: int, total: int) -> None:
         nonlocal spoken
         if is_main and time.perf_counter() - spoken > PLAIN_LINE_S / 2:
-            print(f"{what}: {done:,}{f' of {total:,}' if total else ''}", flush=True)
+            say(f"{what}: {done:,}{f' of {total:,}' if total else ''}")
             spoken = time.perf_counter()
 
     return tell
 
 
-def _epoch_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["epoch"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def status_line(head: str, done: int, total: int, numbers: Mapping[str, str], columns: int) -> str:
+    """Progress in one line of at most `columns` characters: the least important numbers go first,
+    the bar and the ETA last."""
+    count, names = f"{done}/{total}", list(numbers)
 
+    def line(bar: str) -> str:
+        said = [f"{name} {numbers[name]}".strip() for name in names]
+        return " ".join(filter(None, (head, bar, count, *said)))
 
-def _print(text: str) -> None:
-    """A reader that has gone away must not end a run of days."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+    for name in ("lr", "data wait", "", "loss"):
+        if len(line("")) + 1 + MIN_BAR > columns and name in names:
+            names.remove(name)
+    width = min(MAX_BAR, columns - len(line("")) - 1) - 2
+    if width < 1:
+        return line("")[:columns]
+    filled = width * done // max(total, 1)
+    return line("[" + "=" * filled + " " * (width - filled) + "]")
 
 
 def duration(seconds: float) -> str:
@@ -273,3 +254,11 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}"
+
+
+def in_words(seconds: float) -> str:
+    """A length of time as a person would round it: 40 s, 25 min, 3.5 h, 12 days."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
+    return f"{seconds:.0f} s"

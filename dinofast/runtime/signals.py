@@ -1,10 +1,17 @@
-"""SIGINT and SIGTERM: an orderly end of a run instead of a sudden one."""
+"""SIGINT, SIGTERM and SIGHUP: an orderly end of a run instead of a sudden one."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
+
+# with several processes a wait for a batch is given this long to end by itself, so that all of them
+# stop after the same step
+GRACE_S = 10.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -17,17 +24,28 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignal:
-    """SIGINT and SIGTERM ask for an orderly end instead of ending the process; a second SIGINT ends
-    it at once."""
+    """SIGINT, SIGTERM and the loss of the terminal ask for an orderly end instead of ending the
+    process: `signum` says that one has come, and the loop ends after its step. A second SIGINT ends
+    it at once.
+
+    waited_s: for how long the loop has waited for a batch, which may never come; 0 while it does
+    not. In such a wait the signal raises `Interrupted`: at once in a process alone, after GRACE_S
+    where `several` processes should end together.
+    """
 
     def __init__(self) -> None:
         self.signum = 0
         # before the first step nothing is there to finish: a signal ends it at once
         self.training = False
+        self.several = False
+        self.waited_s: Callable[[], float] = lambda: 0.0
         self._before: dict[int, object] = {}
+        self._over = threading.Event()
 
     def __enter__(self) -> StopSignal:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) is signal.SIG_IGN:  # nohup, a job in the background
+                continue
             try:
                 self._before[signum] = signal.signal(signum, self._caught)
             except ValueError:  # not in the main thread: signals are the caller's affair there
@@ -39,11 +57,23 @@ class StopSignal:
             raise Interrupted(signum, "stopped before the first step; nothing has changed.")
         if self.signum and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signum = signum
-        if os.environ.get("RANK", "0") == "0":
-            again = "; Ctrl-C again ends at once" if signum == signal.SIGINT else ""
-            os.write(2, f"\nstopping: this step is finished and saved first{again}\n".encode())
+        if not self.signum:
+            self.signum = signum
+            threading.Thread(target=self._remind, daemon=True).start()
+            if os.environ.get("RANK", "0") in ("0", ""):
+                again = "; Ctrl-C again ends at once" if signum == signal.SIGINT else ""
+                text = f"\nstopping: this step is finished and saved first{again}\n"
+                with suppress(OSError):
+                    os.write(2, text.encode())
+        if self.waited_s() > (GRACE_S if self.several else 0.0):
+            raise Interrupted(self.signum, "stopped while it waited for a batch.")
+
+    def _remind(self) -> None:
+        """A wait that began, or grew long, after the signal is looked at again."""
+        while not self._over.wait(GRACE_S):
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def __exit__(self, *exc: object) -> None:
+        self._over.set()
         for signum, handler in self._before.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]

@@ -1,7 +1,9 @@
+import os
 import re
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -148,7 +150,7 @@ def test_another_word_for_the_same(pretrain, name, word, given, meant):
     [
         ("--epcohs 3", "there is no flag --epcohs. Did you mean --epochs?"),
         ("--epochs three", "argument --epochs: invalid int value: 'three'"),
-        ("--epochs 5", "--warmup_epochs is 10 but --epochs is only 5"),
+        ("--epochs 5 --warmup_epochs 6", "--warmup_epochs is 6 but --epochs is only 5"),
         (
             "--epochs 20 --warmup_teacher_temp_epochs 30",
             "--warmup_teacher_temp_epochs is 30 but --epochs is only 20",
@@ -175,7 +177,12 @@ def test_another_word_for_the_same(pretrain, name, word, given, meant):
             "--epochs is 2000000000: it must be at most 1000000",
         ),
         ("--out_dim 99999999999", "--out_dim is 99999999999"),
-        ("stray", "unrecognized arguments: stray"),
+        ("stray", "stray and --data_path"),
+        ("--batch_size 8", "there is no flag --batch_size. Did you mean --batch_size_per_gpu?"),
+        ("--learning-rate 1", "Did you mean --lr?"),
+        ("--image_size 96", "Did you mean --global_crops_size?"),
+        ("--resume x.pth", "Did you mean --output_dir?"),
+        ("--lr -1e-3", "--lr is -0.001: it must not be negative"),
     ],
 )
 def test_what_cannot_be_right_is_said_in_one_sentence(line, words, tmp_path, capsys):
@@ -282,7 +289,16 @@ def test_knn_options_that_cannot_be_right(line, words, capsys, tmp_path):
 
 
 def test_unknown_command_and_none(capsys):
-    assert cli.main(["pretrian"]) == 2 and "invalid choice: 'pretrian'" in capsys.readouterr().err
+    for given, meant in {
+        "pretrian": "pretrain",
+        "train": "pretrain",
+        "evaluate": "knn",
+        "bench": "bench-step",
+        "show": "show-crops",
+    }.items():
+        assert cli.main([given, "x"]) == 2
+        words = f"there is no command {given}. Did you mean {meant}? Commands: pretrain, knn"
+        assert words in capsys.readouterr().err
     assert cli.main([]) == 2
     said = capsys.readouterr().err
     assert "usage: dinofast" in said and all(f"\n    {command}" in said for command in cli.COMMANDS)
@@ -310,7 +326,7 @@ def test_help_of_pretrain_is_by_topic(capsys):
         cli.main(["pretrain", "--help"])
     options = capsys.readouterr().out.partition("\noptions:\n")[2]
     topics = dict(re.findall(r"^(\w[\w ]*):\n(.*?)(?=^\w|\Z)", options, flags=re.M | re.S))
-    of = {name: re.findall(r"^  --(\w+)", text, flags=re.M) for name, text in topics.items()}
+    of = {name: re.findall(r"^  (?:--)?(\w+)", text, flags=re.M) for name, text in topics.items()}
     assert list(of) == [
         "model",
         "crops",
@@ -320,8 +336,9 @@ def test_help_of_pretrain_is_by_topic(capsys):
         "run and checkpoints",
         "speed",
     ]
-    assert [name for names in of.values() for name in names] == [f.name for f in fields(Config)]
-    assert (of["data"][0], of["speed"][0]) == ("data_path", "use_fp16")
+    shown = [name for names in of.values() for name in names]
+    assert shown == [f.name.replace("data_path", "DIR") for f in fields(Config)]
+    assert (of["data"][0], of["speed"][0]) == ("DIR", "use_fp16")
 
 
 def test_module_is_the_same_program():
@@ -395,15 +412,72 @@ def test_doctor_says_which_of_xformers_kernels_there_are(monkeypatch, there, wor
     assert doctor._xformers_operators() == ""
 
 
-@pytest.mark.parametrize("command", ["bench-data", "show-crops", "check-data"])
+@pytest.mark.parametrize(
+    "command", ["bench-data", "show-crops", "check-data", "pretrain", "knn --pretrained_weights x"]
+)
 @pytest.mark.parametrize(
     "line, words", [("", "DIR is missing"), ("a --data_path b", "a and --data_path b are two")]
 )
 def test_a_folder_is_given_once(command, line, words, capsys):
-    assert cli.main([command, *line.split()]) == 2 and words in capsys.readouterr().err
+    assert cli.main([*command.split(), *line.split()]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["nowhere", "--data_path nowhere", "--data-path=nowhere"])
 def test_a_folder_with_or_without_its_flag(line, capsys):
     assert cli.main(["bench-data", *line.split()]) == 2
     assert "--data_path nowhere cannot be read" in capsys.readouterr().err
+
+
+def test_a_bare_flag_has_one_spelling_and_the_defaults_of_this_device(capsys, monkeypatch):
+    for device, shown in (("cpu", "fp32, as on a CPU here"), ("cuda", "bf16, as on a GPU here")):
+        monkeypatch.setattr(cli, "_device", lambda device=device: device)
+        with pytest.raises(SystemExit):
+            cli.main(["pretrain", "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"(default: {shown})" in text and "--batch-size-per-gpu" not in text
+        assert text.startswith("usage: dinofast pretrain DIR [flags] ")
+
+
+def test_the_folder_may_come_first_or_by_its_flag(pretrain, monkeypatch, tmp_path):
+    import dinofast.train
+
+    seen = []
+    monkeypatch.setattr(dinofast.train, "train", seen.append)
+    for line in ([str(tmp_path)], ["--data_path", str(tmp_path)], ["--data-path", str(tmp_path)]):
+        assert cli.main(["pretrain", *line, "--epochs", "20"]) == 0
+    assert [cfg.data_path for cfg in seen] == [str(tmp_path)] * 3
+
+
+def test_names_of_the_package_are_functions():
+    """Whichever way they are imported, and in whichever order."""
+    code = """
+import inspect, dinofast
+from dinofast import knn, train
+from dinofast.train import train as again
+assert inspect.signature(train) == inspect.signature(again) and dinofast.train.train is again
+for call in (train, again, dinofast.train, knn, dinofast.knn):
+    try:
+        call()
+    except TypeError as error:
+        assert "missing" in str(error), error
+import dinofast.train as module
+assert module.train is again
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("command", ["doctor", "pretrain .", "knn . --pretrained_weights x"])
+def test_torch_that_is_absent_is_said(command, tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "dinofast", *command.split()],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(cli.__file__).parent.parent}"},
+        capture_output=True,
+        text=True,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "torch is not installed" in said and "CPU build" in said
+    assert "Traceback" not in said

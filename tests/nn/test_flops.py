@@ -6,9 +6,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinofast.bench import baseline as official
-from dinofast.bench import flops
-from dinofast.bench import step as bench_step
 from dinofast.config import Config
+from dinofast.nn import flops
 from dinofast.nn.dino import Model, build_backbone
 
 SMALL = dict(
@@ -48,16 +47,14 @@ def test_what_torch_counts(options):
         with torch.no_grad():
             teacher(crops[:2])
         student(crops).sum().backward()
-    assert (
-        counter.get_total_flops() == images * bench_step.flops_of(cfg, model.student.backbone) > 0
-    )
+    assert counter.get_total_flops() == images * flops.flops_of(cfg, model.student.backbone) > 0
 
 
 def test_the_published_setting():
     cfg = Config()  # ViT-S/16, 2 x 224 and 8 x 96, K = 65,536
     with torch.device("meta"):
         vit = build_backbone(cfg, 0.0)
-    assert bench_step.flops_of(cfg, vit) / 1e9 == pytest.approx(113.4, abs=0.05)
+    assert flops.flops_of(cfg, vit) / 1e9 == pytest.approx(113.4, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +74,7 @@ def test_the_published_setting():
 def test_data_sheets(name, tera, monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(flops, "_measured", lambda device, dtype: 1234e12)
+    monkeypatch.setattr(flops, "_measured", lambda *_: 1234e12)
     measured = (1234e12, "1,234 TFLOP/s, measured on large bfloat16 products")
     assert flops.peak_flops(gpu, torch.bfloat16) == (
         measured if tera is None else (tera * 1e12, f"the data sheet's {tera} TFLOP/s")

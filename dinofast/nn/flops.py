@@ -7,8 +7,9 @@ import time
 
 import torch
 
-from ..nn.onednn_linear import LIBRARIES, linear
-from ..nn.vit import VisionTransformer
+from ..config import Config
+from .onednn_linear import LIBRARIES, linear
+from .vit import VisionTransformer
 
 # Dense bf16 and fp16 products with fp32 sums, FLOP/s, from NVIDIA's data sheets, by the first that
 # is part of a device's name
@@ -59,29 +60,41 @@ def image_flops(
     return total
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+def head_widths(cfg: Config, vit: VisionTransformer) -> list[int]:
+    hidden = [cfg.head_hidden_dim] * (cfg.head_layers - 1)
+    return [vit.embed_dim, *hidden, cfg.head_bottleneck_dim, cfg.out_dim]
+
+
+def flops_of(cfg: Config, vit: VisionTransformer) -> int:
+    """Of one image of a run with these options."""
+    crops = [(2, cfg.global_crops_size), (cfg.local_crops_number, cfg.local_crops_size)]
+    return image_flops(vit, head_widths(cfg, vit), crops if cfg.local_crops_number else crops[:1])
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, quick: bool = False) -> tuple[float, str]:
     """FLOP/s of matrix products in `dtype`, and whose word that is: a data sheet's, or a
-    measurement's."""
+    measurement's. quick: measured on smaller and fewer products, in a tenth of a second."""
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for part, peak in _DATA_SHEETS.items():
             if part in name and "MIG" not in name:  # a share of the device
                 return peak, f"the data sheet's {peak / 1e12:,.0f} TFLOP/s"
-    peak = _measured(device, dtype)
+    peak = _measured(device, dtype, *((768, 2) if quick else (2048, 6)))
     tera = f"{peak / 1e12:,.0f}" if peak >= 100e12 else f"{peak / 1e12:.3g}"
     return peak, f"{tera} TFLOP/s, measured on large {str(dtype).removeprefix('torch.')} products"
 
 
-def _measured(device: torch.device, dtype: torch.dtype) -> float:
-    """The best of several products of 2,048 (on a GPU 8,192) squared, by every library that the
-    step may take."""
-    n, best = 8192 if device.type == "cuda" else 2048, 0.0
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+def _measured(device: torch.device, dtype: torch.dtype, n: int, times: int) -> float:
+    """The best of several products of n (on a GPU four times that) squared, by every library that
+    the step may take."""
+    n, best = 4 * n if device.type == "cuda" else n, 0.0
+    # no random numbers: a run draws its weights from the generator that is there
+    a, b = (torch.linspace(-1, 1, n * n, device=device).view(n, n).to(dtype) for _ in range(2))
     on_cpu = (
         device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
     )
     for library in LIBRARIES if on_cpu else LIBRARIES[:1]:
-        for _ in range(6):
+        for _ in range(times):
             _wait(device)
             start = time.perf_counter()
             linear(a, b, None, library)

@@ -1,0 +1,65 @@
+"""What a run says before its first step: of the data, of the model, of what does the work, how long
+it will take at least, and which options do not go with so many images."""
+
+from __future__ import annotations
+
+import torch
+
+from . import ops
+from .config import Config
+from .data import Loader
+from .nn.flops import flops_of, peak_flops
+from .nn.vit import VisionTransformer
+from .runtime.distributed import Process
+from .runtime.metrics import SMALL_DATA
+from .runtime.progress import Run, in_words
+from .step import Step
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def introduce(run: Run, cfg: Config, process: Process, step: Step, loader: Loader) -> None:
+    parameters = sum(p.numel() for p in step.model.student.parameters())
+    run.log(
+        f"{loader.n_images} images, {loader.steps_per_epoch} steps an epoch, {run.images_per_step} "
+        f"images a step; {cfg.arch}: {parameters / 1e6:.2f} M parameters; {process.device_name}, "
+        f"{step.precision}, {process.world} process(es)"
+    )
+    loss, note = ops.paths()["dino_loss"][process.device.type], loader.backend_note
+    crops = f"{loader.backend} ({note})" if note else loader.backend
+    run.log(f"loss: {loss}; step: {step.how}; crops: {crops}")
+    run.log(
+        f"learning rate: `lr` {cfg.lr:g} for 256 images, so {step.schedule.peak_lr:.3g} for "
+        f"{run.images_per_step}, after {cfg.warmup} epoch(s) of warm-up"
+    )
+    if process.is_main:
+        run.log(_duration(cfg, process, step, loader))
+
+
+def _duration(cfg: Config, process: Process, step: Step, loader: Loader) -> str:
+    """By the matrix products of the network and how fast the device does such: never more than the
+    truth."""
+    total = cfg.epochs * loader.steps_per_epoch
+    images, backbone = total * cfg.batch_size_per_gpu * cfg.accumulate, step.model.student.backbone
+    said = f"{cfg.epochs} epochs are {total:,} steps"
+    if not isinstance(backbone, VisionTransformer):
+        return f"{said}; how long they take is told after the first"
+    peak, _ = peak_flops(process.device, _DTYPES[step.precision], quick=True)
+    seconds = images * flops_of(cfg, backbone) / peak
+    return f"{said}, at least {in_words(seconds)} by their matrix products alone"
+
+
+def advice(cfg: Config, n_images: int) -> list[str]:
+    """Sentences about options that do not go with the length of the run or with so many images."""
+    said = []
+    if cfg.warmup != cfg.warmup_epochs:
+        said.append(
+            f"`warmup_epochs` is {cfg.warmup_epochs} unless given, and `epochs` only {cfg.epochs}: "
+            f"shortened to {cfg.warmup}"
+        )
+    if cfg.out_dim > n_images:
+        said.append(
+            f"`out_dim` {cfg.out_dim:,} is more prototypes than there are images ({n_images:,}): "
+            f"most will stand for none, and the loss may stay near log K; try {SMALL_DATA}"
+        )
+    return said
