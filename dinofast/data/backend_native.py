@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +26,9 @@ from dinofast.data.reader import Met
 from dinofast.data.sampler import BatchIndices
 from dinofast.data.threads import Threads
 
-try:
-    from dinofast import _C
-except ImportError:  # no compiler when the package was installed
-    _C = None
+_C: Any = None
+with suppress(ImportError):  # no compiler when the package was installed
+    _C = import_module("dinofast._C")
 
 AHEAD = 3  # micro-batches in the making
 _KINDS = {torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2}
