@@ -18,18 +18,24 @@ class BadFileList:
     def __init__(self, path: str) -> None:
         self.path = path
         self._listed: set[bytes] = set()
+        self._waiting: BadFiles = []  # could not be written yet
         self._read_to = 0  # bytes; what follows was added by others
 
     def clear(self) -> None:
         """Begin with an empty list, that is, none."""
         with suppress(FileNotFoundError):
             os.remove(self.path)
-        self._listed, self._read_to = set(), 0
+        self._listed, self._waiting, self._read_to = set(), [], 0
 
     def append(self, bad_files: BadFiles) -> None:
-        """Add those which the list does not name yet."""
-        if not bad_files:
-            return
+        """Add those which the list does not name yet; with the next ones, if that cannot be now."""
+        self._waiting += bad_files
+        with suppress(OSError):  # a full disk ends no run for the sake of a list
+            if self._waiting:
+                self._append(self._waiting)
+            self._waiting = []
+
+    def _append(self, bad_files: BadFiles) -> None:
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         with open(self.path, "a+b", buffering=0) as file:
             file.seek(self._read_to)

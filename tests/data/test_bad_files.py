@@ -359,3 +359,13 @@ def test_a_share_that_chance_explains_ends_no_run(photographs, tmp_path):
                 loader._check_share()
         else:
             loader._check_share()
+
+
+def test_a_list_that_cannot_be_written_is_written_later(tmp_path):
+    path = tmp_path / "bad_files.txt"
+    path.mkdir()  # as on a full disk: it cannot be opened
+    files = BadFileList(str(path))
+    files.append([("a.jpg", "text")])
+    path.rmdir()
+    files.append([("b.jpg", "empty")])
+    assert path.read_text() == "a.jpg\ttext\nb.jpg\tempty\n"

@@ -73,6 +73,17 @@ def test_epoch_without_a_single_good_step(tmp_path):
     assert line["train_loss"] is None and line["skipped_steps"] == 4
 
 
+def test_a_log_that_cannot_be_written_is_written_later(tmp_path, capsys):
+    """A full disk ends no run for the sake of its log."""
+    r, path = run(tmp_path), tmp_path / "log.txt"
+    path.mkdir()
+    r.end_epoch(0, sums_of(*[1] * 7), 0.1, 0.2)
+    assert "log.txt' cannot be written (Is a directory)" in capsys.readouterr().out
+    path.rmdir()
+    r.end_epoch(1, sums_of(*[1] * 7), 0.1, 0.2)
+    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [0, 1]
+
+
 def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n{"epoch": 2}\n{"epo')
     run(tmp_path).drop_after(2)
