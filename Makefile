@@ -56,8 +56,13 @@ $(VENV)/installed: $(VENV)/bin/python $(CODE)
 	@$(RUN) -c "from dinofast import _C" 2>/dev/null || echo "note: the C++ core was not built (no C++17 compiler?); plain torch is used instead"
 	@touch $@
 
+# The torch that is there stays: of the packages around it, what fits it. PyPI's torchvision needs a CUDA torch's libraries; the
+# last version that is imported without its own C++ library serves the tests as well.
 $(VENV)/test-tools: $(VENV)/installed
-	$(PIP) --config-settings editable_mode=compat --editable ".[test]"
+	$(PIP) --config-settings editable_mode=compat --editable ".[test,clients]" \
+	  "torch==$$($(RUN) -c 'import torch; print(torch.__version__)')"
+	@$(RUN) -W ignore -c "import torchvision" 2>/dev/null || $(PIP) --no-deps torchvision==0.15.2 2>/dev/null \
+	  || echo "note: no torchvision that can be imported here; the tests of its models are skipped"
 	@touch $@
 
 clean:

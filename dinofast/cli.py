@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .config import Config, in_words, meant
 from .runtime.suggestions import did_you_mean
-from .runtime.terminal import open_missing_streams, say
+from .runtime.terminal import prepare_streams, say
 from .runtime.words import spelling
 
 COMMANDS = {
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     # take the time from each other and from the data workers: 25 instead of 246 images/s in the
     # demo on 2 shared cores (2026-11-23). Torch's import reads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    open_missing_streams()
+    prepare_streams()
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         say(parser().format_help(), error=True)

@@ -41,17 +41,22 @@ def _silence(name: str, stream: TextIO) -> None:
     setattr(sys, name, sink)
 
 
-def open_missing_streams() -> None:
-    """Standard streams that were closed when the program began lead nowhere. Otherwise the next
-    file that is opened would take such a stream's number, and get what is printed to it."""
+def prepare_streams() -> None:
+    """For a program: what a stream cannot encode, such as a file name in another encoding, is
+    printed as an escape; standard streams that were closed when it began lead nowhere. Otherwise
+    the next file that is opened would take such a stream's number, and get what is printed to it.
+    """
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number is this one
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def is_terminal() -> bool:
