@@ -1,5 +1,6 @@
 # make demo   install, build and pretrain a small ViT on an embedded data set; prints what it learned
 # make test   install, build and run the tests
+# make clients  run the package inside other people's programs: timm, torchvision, Lightning, accelerate, ONNX Runtime
 # make lint   style and types
 # make docs   build docs/ and the API reference into build/site
 # make bench  measure, write benchmarks/results and docs/benchmarks.md: 20 to 25 minutes on 2 cores, most of it the whole step
@@ -18,13 +19,16 @@ HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.'
 SITE := $(shell $(PYTHON) $(HAS_TORCH) && echo --system-site-packages)
 CODE := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test lint docs bench gpu install clean
+.PHONY: demo test clients lint docs bench gpu install clean
 
 demo: install
 	$(RUN) -m dinofast demo
 
 test: $(VENV)/test-tools
-	$(RUN) -m pytest -n auto --dist worksteal
+	$(RUN) -m pytest -n auto --dist worksteal --ignore tests/clients
+
+clients: $(VENV)/clients
+	$(RUN) -m pytest -n auto --dist worksteal tests/clients
 
 lint: $(VENV)/test-tools
 	$(RUN) -m ruff check .
@@ -56,9 +60,13 @@ $(VENV)/installed: $(VENV)/bin/python $(CODE)
 	@$(RUN) -c "from dinofast import _C" 2>/dev/null || echo "note: the C++ core was not built (no C++17 compiler?); plain torch is used instead"
 	@touch $@
 
-# The torch that is there stays: of the packages around it, what fits it. PyPI's torchvision needs a CUDA torch's libraries; the
-# last version that is imported without its own C++ library serves the tests as well.
 $(VENV)/test-tools: $(VENV)/installed
+	$(PIP) --config-settings editable_mode=compat --editable ".[test]"
+	@touch $@
+
+# The torch that is there stays: of the packages around it, what fits it. PyPI's torchvision needs a CUDA torch's libraries; the
+# last version that is imported without its own C++ library serves these tests as well.
+$(VENV)/clients: $(VENV)/test-tools
 	$(PIP) --config-settings editable_mode=compat --editable ".[test,clients]" \
 	  "torch==$$($(RUN) -c 'import torch; print(torch.__version__)')"
 	@$(RUN) -W ignore -c "import torchvision" 2>/dev/null || $(PIP) --no-deps torchvision==0.15.2 2>/dev/null \
