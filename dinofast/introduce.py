@@ -41,12 +41,14 @@ def _duration(cfg: Config, process: Process, step: Step, loader: Loader) -> str:
     truth."""
     total = cfg.epochs * loader.steps_per_epoch
     images, backbone = total * cfg.batch_size_per_gpu * cfg.accumulate, step.model.student.backbone
+    least_s = 0.0
+    if isinstance(backbone, VisionTransformer):
+        peak, _ = peak_flops(process.device, _DTYPES[step.precision], quick=True)
+        least_s = images * flops_of(cfg, backbone) / peak
     said = f"{cfg.epochs} epochs are {total:,} steps"
-    if not isinstance(backbone, VisionTransformer):
+    if least_s < 1:
         return f"{said}; how long they take is told after the first"
-    peak, _ = peak_flops(process.device, _DTYPES[step.precision], quick=True)
-    seconds = images * flops_of(cfg, backbone) / peak
-    return f"{said}, at least {in_words(seconds)} by their matrix products alone"
+    return f"{said}, at least {in_words(least_s)} by their matrix products alone"
 
 
 def advice(cfg: Config, n_images: int) -> list[str]:

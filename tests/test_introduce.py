@@ -1,0 +1,67 @@
+"""What a run says before its first step."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pretraining import finish
+
+from dinofast import introduce
+from dinofast.config import Config
+from dinofast.nn.vit import vit_small
+from dinofast.schedule import Schedule
+
+
+@pytest.mark.parametrize(
+    "changes, n_images, words",
+    [
+        ({}, 1_281_167, []),
+        ({"epochs": 5}, 10**6, ["`warmup_epochs` is 10 unless given", "shortened to 1"]),
+        ({"epochs": 1}, 10**6, ["shortened to 0"]),
+        ({"epochs": 5, "warmup_epochs": 2}, 10**6, []),
+        ({"out_dim": 4096}, 1000, ["`out_dim` 4,096 is more prototypes than", "(1,000)", "try `"]),
+        ({"out_dim": 1000}, 1000, []),
+    ],
+)
+def test_advice(changes, n_images, words):
+    said = " ".join(introduce.advice(Config(**changes).check(), n_images))
+    assert all(word in said for word in words) and bool(said) == bool(words)
+
+
+def test_a_short_run_gets_a_short_warm_up():
+    lr = Schedule(Config(epochs=5).check(), 10, 1).lr
+    assert len(lr) == 50 and lr[0] == 0 and lr.argmax() in (9, 10)
+    assert (Schedule(Config(epochs=5, warmup_epochs=1).check(), 10, 1).lr == lr).all()
+
+
+def test_a_warm_up_that_was_given_is_not_shortened():
+    with pytest.raises(ValueError, match="`warmup_epochs` is 6 but `epochs` is only 5"):
+        Config(epochs=5, warmup_epochs=6).check()
+
+
+def test_a_run_tells_its_learning_rate_and_how_long_it_takes(photographs, tmp_path):
+    said = finish(photographs, tmp_path).splitlines()
+    first = said.index(next(line for line in said if line.startswith("step 1 took")))
+    (rate,) = [line for line in said[:first] if line.startswith("learning rate: ")]
+    assert rate == (
+        "learning rate: --lr 0.1 for 256 images, so 0.00156 for 4, after 1 epoch(s) of warm-up"
+    )
+    steps = 3 * (len(list(photographs.glob("*"))) // 4)
+    assert f"3 epochs are {steps} steps; how long they take is told after the first" in said
+    assert f"for the {steps - 1} to come" in said[first]
+
+
+def test_a_long_run_is_estimated_beforehand(monkeypatch):
+    """By its matrix products: ViT-S/16 with 10 crops takes 113 GFLOP an image."""
+    cfg = Config(epochs=100).check()
+    step = SimpleNamespace(
+        model=SimpleNamespace(student=SimpleNamespace(backbone=vit_small())), precision="fp32"
+    )
+    loader = SimpleNamespace(steps_per_epoch=1000)
+    monkeypatch.setattr(introduce, "peak_flops", lambda *_, **__: (100e9, "my word"))
+    said = introduce._duration(cfg, SimpleNamespace(device=torch.device("cpu")), step, loader)
+    days = 100 * 1000 * 64 * 113.4 / 100 / 86400
+    assert (
+        said
+        == f"100 epochs are 100,000 steps, at least {days:.0f} days by their matrix products alone"
+    )
