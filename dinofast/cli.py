@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .config import Config, in_words, meant
+from .runtime.backends import CPU_TORCH
 from .runtime.suggestions import did_you_mean
 from .runtime.terminal import prepare_streams, say
 from .runtime.words import spelling
@@ -35,10 +36,9 @@ COMMANDS = {
     "demo": "pretrain a small ViT on the sample data and show what it learned",
     "doctor": "what is installed, and which path each part takes",
 }
-CPU_BUILD = "--index-url https://download.pytorch.org/whl/cpu"
 _NEEDED = {
-    "torch": f"pip install torch, or on a machine without a GPU, where the CPU build is smaller, "
-    f"pip install torch {CPU_BUILD}",
+    "torch": "pip install torch, or on a machine without a GPU, where the CPU build is smaller, "
+    + CPU_TORCH,
     "numpy": "pip install numpy",
     "PIL": "pip install pillow",
 }

@@ -20,7 +20,7 @@ from ..nn.attention import (
     xformers_unavailable_reason,
 )
 from ..nn.onednn_linear import select_library
-from ..runtime.backends import cores
+from ..runtime.backends import CPU_TORCH, cores
 
 _PACKAGES = (
     "numpy",
@@ -32,6 +32,8 @@ _PACKAGES = (
     "nvidia-dali-cuda130",
     "torchvision",
     "timm",
+    "safetensors",
+    "pillow-heif",
 )
 
 
@@ -132,6 +134,9 @@ def _version(name: str) -> str:
 
 def _gpus() -> str:
     if not torch.cuda.is_available():
-        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        built = "without CUDA"
+        if torch.version.cuda:
+            built = f"for CUDA {torch.version.cuda}; if there is none, the CPU build is smaller: "
+            built += CPU_TORCH
         return f"none that torch sees (torch is built {built})"
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))

@@ -8,6 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 
+# for machines without a GPU
+CPU_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
+
+
 class Selection(NamedTuple):
     """What was chosen, and why nothing better: None if there is nothing better, or if it was asked
     for."""
