@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-
 # for machines without a GPU
 CPU_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 

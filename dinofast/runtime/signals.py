@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -12,6 +13,8 @@ from types import FrameType
 # with several processes a wait for a batch is given this long to end by itself, so that all of them
 # stop after the same step
 GRACE_S = 10.0
+# a second SIGINT within this is the same key press: torchrun, which gets it too, sends it on
+ONCE_S = 1.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -40,7 +43,8 @@ class StopSignal:
         self.several = False
         self.waited_s: Callable[[], float] = lambda: 0.0
         self._before: dict[int, object] = {}
-        self._over = threading.Event()
+        self._since = 0.0  # when the first came
+        self._over, self._lock = threading.Event(), threading.Lock()
 
     def __enter__(self) -> StopSignal:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -55,14 +59,15 @@ class StopSignal:
     def _caught(self, signum: int, frame: FrameType | None) -> None:
         if not self.training:
             raise Interrupted(signum, "stopped before the first step; nothing has changed.")
-        if self.signum and signum == signal.SIGINT:
+        again = self.signum and time.monotonic() - self._since > ONCE_S
+        if signum == signal.SIGINT and (again or self.signum == signal.SIGTERM):
             raise KeyboardInterrupt
         if not self.signum:
-            self.signum = signum
+            self.signum, self._since = signum, time.monotonic()
             threading.Thread(target=self._remind, daemon=True).start()
             if os.environ.get("RANK", "0") in ("0", ""):
-                again = "; Ctrl-C again ends at once" if signum == signal.SIGINT else ""
-                text = f"\nstopping: this step is finished and saved first{again}\n"
+                twice = "; Ctrl-C again ends at once" if signum == signal.SIGINT else ""
+                text = f"\nstopping: this step is finished and saved first{twice}\n"
                 with suppress(OSError):
                     os.write(2, text.encode())
         if self.waited_s() > (GRACE_S if self.several else 0.0):
@@ -71,9 +76,12 @@ class StopSignal:
     def _remind(self) -> None:
         """A wait that began, or grew long, after the signal is looked at again."""
         while not self._over.wait(GRACE_S):
-            os.kill(os.getpid(), signal.SIGTERM)
+            with self._lock:
+                if not self._over.is_set():
+                    os.kill(os.getpid(), signal.SIGTERM)
 
     def __exit__(self, *exc: object) -> None:
-        self._over.set()
+        with self._lock:  # no reminder after this, which the process would die of
+            self._over.set()
         for signum, handler in self._before.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import torch
 
 from dinofast import checkpoint
 from dinofast.data import shards
+from dinofast.runtime import signals
 from dinofast.runtime.metrics import EpochSums, Trend
 from dinofast.runtime.progress import Diverged, Run, in_words, status_line
 from dinofast.runtime.signals import Interrupted, StopSignal
@@ -284,6 +285,19 @@ def test_signals_are_noted_and_handed_back():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_one_key_press_is_one_signal(monkeypatch):
+    """However often it is sent on; pressed again, it ends the run at once."""
+    clock = iter((100.0, 100.2, 102.0))
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(clock))
+    with StopSignal() as stop:
+        stop.training = True
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert stop.signum == signal.SIGINT
 
 
 def test_an_interrupt_is_no_damaged_file(monkeypatch, tmp_path):
