@@ -21,7 +21,6 @@ from .runtime.memory import peak_memory, retain_freed_memory
 from .runtime.metrics import EpochSums
 from .runtime.progress import Run, counting
 from .runtime.signals import Interrupted, StopSignal
-from .runtime.words import spelled
 from .schedule import Schedule
 from .step import Step
 
@@ -193,10 +192,8 @@ def _introduce(
         f"images a step; {arch}: {parameters / 1e6:.2f} M parameters; {process.device_name}, "
         f"{step.precision}, {process.world} process(es)"
     )
-    if loader.ignored:
-        run.log(loader.ignored)
-    if process.is_main and (remark := loader.reader.remark()):
-        run.log(f"warning: {spelled(remark)}")
+    for remark in loader.remarks():
+        run.log(remark)
     loss, note = ops.paths()["dino_loss"][process.device.type], loader.backend_note
     crops = f"{loader.backend} ({note})" if note else loader.backend
     run.log(f"loss: {loss}; step: {step.how}; crops: {crops}")

@@ -65,11 +65,11 @@ def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
         (columns * (CELL + GAP) + GAP, len(samples) * (CELL + LINES * LINE + 2 * GAP) + GAP),
         "white",
     )
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    pen, font = ImageDraw.Draw(sheet), _font()
     for row, sample in enumerate(samples.tolist()):
         name = Path(images.path(sample)).name[-26:]
         try:
-            image = decode(images.read(sample))
+            image = decode(images.read(sample), cfg.given_value_range, cfg.exif)
             plans = draw.plan(row, image.height, image.width)
             cells = [
                 (
@@ -92,6 +92,13 @@ def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
                 pen.text((left, top + CELL + 2 + i * LINE), line, "black", font)
     sheet.save(path, "PNG")
     return len(samples)
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    try:
+        return ImageFont.load_default(10)
+    except TypeError:  # Pillow before 10.1: of one size
+        return ImageFont.load_default()
 
 
 def _boxes(image: Image.Image, plans: np.ndarray) -> Image.Image:

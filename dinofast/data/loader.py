@@ -149,6 +149,12 @@ class Loader:
             self.close()
         self._step, self._batches = step, None
 
+    def remarks(self) -> list[str]:
+        """Sentences on the source, to be told before the first step by the first process: what is
+        ignored, and whether nearly all images are black or white."""
+        dark = self.reader.remark() if self._rank == 0 else ""
+        return [line for line in (self.ignored, dark and f"warning: {dark}") if line]
+
     def begin_run(self) -> None:
         """Of a new run: remove the `bad_files.txt` of an earlier one. By one process, before any
         takes a batch."""

@@ -18,9 +18,9 @@ from dinofast.config import Config
 from dinofast.data import dataset, decode, make_loader, shared
 from dinofast.data.dataset import scan
 from dinofast.data.decode import UnreadableImage
+from dinofast.data.names import EXTENSIONS
 from dinofast.data.packed import PackedStrings
 from dinofast.data.reader import ImageReader
-from dinofast.data.names import EXTENSIONS
 
 
 def find(source):
