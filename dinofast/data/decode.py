@@ -43,7 +43,7 @@ TURNS = {  # what makes an image upright, by its orientation
 }
 EXIF_WITHIN = 1 << 17  # bytes: one segment of a JPEG, with others before it
 STRIP = 1 << 20  # gray values scaled at a time
-FEW, MOST = 8, 0.9  # images below which nothing is said, and the share that is nearly all
+FEW, MOST = 4, 0.9  # images below which nothing is said, and the share that is nearly all
 
 BadFiles = list[tuple[str, str]]  # path, reason
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,7 @@ class LabeledImages(Dataset):
             each = self.transform(Image.new("RGB", (8, 8))).nbytes
             num_workers, remark = fewer_workers(num_workers, SHARES_AHEAD * share * each)
             if remark:
-                print(remark)
+                _tell_once(remark)
         n = len(self)
         shares = [
             range(start, min(start + share, begin + batch_size, n))
@@ -132,13 +133,19 @@ class LabeledImages(Dataset):
         )
         images, rows, bad_files = list[Tensor](), list[int](), list[tuple[Path, str]]()
         for done, (own, own_rows, bad) in zip(shares, loader, strict=True):
-            images += [own] if own_rows else []
+            # out of shared memory, which the next ones need
+            images += [own.clone() if num_workers else own] if own_rows else []
             rows += own_rows
             bad_files += [(self.paths[i], reason) for i, reason in bad]
             if done.stop % batch_size == 0 or done.stop == n:
                 batch = torch.cat(images) if images else torch.empty(0)
                 yield batch, torch.tensor(rows, dtype=torch.long), bad_files
                 images, rows, bad_files = [], [], []
+
+
+@cache
+def _tell_once(remark: str) -> None:
+    print(remark)
 
 
 def _stacked(
