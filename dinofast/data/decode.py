@@ -118,10 +118,10 @@ def identify(data: bytes) -> Image.Image:
             reason = "wrong header: no image format that PIL knows"
             if not data:
                 reason = "empty file"
-            elif is_text(data[:256]):
-                reason = "text, not an image"
             elif not there:
                 reason = f"a {extension} file: pip install {names.package(extension)}"
+            elif is_text(data[:256]):
+                reason = "text, not an image"
             elif data[:4] in (b"II*\0", b"MM\0*"):
                 reason = _kind_of_tiff(data)
             raise UnreadableImage(reason) from error
@@ -144,7 +144,7 @@ def _kind_of_tiff(data: bytes) -> str:
         file = io.BytesIO(data)
         file.seek(tags.next)
         tags.load(file)
-        bits, kinds = tags.get(BITS, (1,)), tags.get(SAMPLE_FORMAT, (1,))
+        bits, kinds = tags[BITS], tags.get(SAMPLE_FORMAT, (1,))
         what = "floats" if FLOAT in kinds else "integers"
         return (
             f"a TIFF with {tags.get(SAMPLES, 1)} band(s) of {bits[0]}-bit {what}, which PIL does "

@@ -32,7 +32,7 @@ def paths(text: bytes, root: bytes, source: str) -> tuple[list[bytes], str]:
         raise ValueError(f"`data_path` {source} lists no images: write one path a line into it.")
     for line in lines[:LOOKED_AT]:
         if os.path.lexists(os.path.join(root, line)):
-            return lines[_is_heading(lines[0], line) :], ""
+            return [*map(_unquoted, lines[_is_heading(lines[0], line) :])], ""
         for what, read in READINGS:
             if (path := read(line)) and os.path.isfile(os.path.join(root, path)):
                 note = f"of each line of {source} {what} is read, as in {os.fsdecode(path)}"
@@ -49,9 +49,13 @@ def _is_heading(first: bytes, path: bytes) -> bool:
     return first != path and b"/" not in first and b"." not in first
 
 
+def _unquoted(path: bytes) -> bytes:
+    return path[1:-1] if path[:1] == path[-1:] and path[:1] in (b'"', b"'") else path
+
+
 def _plain(path: bytes) -> bytes:
     """Without quotes and file://, with slashes."""
-    path = path.strip().strip(b"\"'")
+    path = _unquoted(path.strip())
     if path.lower().startswith(b"file://"):
         path = urllib.parse.unquote_to_bytes(path[len(b"file://") :])
         path = path.removeprefix(b"localhost")
@@ -61,7 +65,10 @@ def _plain(path: bytes) -> bytes:
 def _column(separator: str | None, i: int) -> Callable[[bytes], bytes]:
     def read(line: bytes) -> bytes:
         text = os.fsdecode(line)
-        fields = next(csv.reader([text], delimiter=separator)) if separator else text.split()
+        try:
+            fields = next(csv.reader([text], delimiter=separator)) if separator else text.split()
+        except csv.Error:  # no text of fields
+            return b""
         return _plain(os.fsencode(fields[i])) if -len(fields) <= i < len(fields) else b""
 
     return read

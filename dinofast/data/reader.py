@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -111,11 +113,10 @@ class ImageReader:
         for index in range(0, len(self.dataset), -(-len(self.dataset) // SAMPLE)):
             if time.monotonic() - start > SAMPLE_S:
                 break
-            try:
+            with suppress(UnreadableImage), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
                 shades[shade(self._to_rgb(self.dataset.read(index)))] += 1
                 n += 1
-            except UnreadableImage:
-                pass
         return remark(shades, n)
 
     def _some_decode(self) -> bool:
