@@ -81,6 +81,6 @@ READINGS: list[tuple[str, Callable[[bytes], bytes]]] = [
     *((f"column {i + 1}", _column(",", i)) for i in range(4)),
     *((f"column {i + 1}", _column(";", i)) for i in range(4)),
     ("all but the last word", lambda line: _plain(b"".join(line.rsplit(None, 1)[:1]))),
-    *((f"word {i + 1}", _column(None, i)) for i in range(4)),
     ("all but the first word", lambda line: _plain(b"".join(line.split(None, 1)[1:]))),
+    *((f"word {i + 1}", _column(None, i)) for i in range(4)),
 ]

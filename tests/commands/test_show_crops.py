@@ -92,3 +92,42 @@ def test_an_image_that_does_not_decode_is_named(tmp_path):
 def test_what_cannot_be_is_said(photographs, more, message, capsys):
     assert cli.main(["show-crops", str(photographs), *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_extreme_shapes_are_shown(tmp_path):
+    for size in ((60000, 1), (1, 60000), (1, 1)):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.new("RGB", size, "red").save(tmp_path / "data" / f"{size[0]}x{size[1]}.png")
+    cfg = Config(data_path=str(tmp_path / "data"), local_crops_number=1)
+    assert write(cfg, tmp_path / "crops.png", 3) == 3
+
+
+def test_images_are_shown_as_a_run_sees_them(tmp_path):
+    """Scaled by value_range and turned by EXIF."""
+    (tmp_path / "data").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    values = np.full((30, 40), 4095, "<u2")
+    deep = Image.frombytes("I;16", (40, 30), values.tobytes())
+    deep.save(tmp_path / "data" / "a.png", exif=exif)
+    for options, size, level in (
+        ({}, (40, 30), 15),
+        ({"value_range": (0.0, 4095.0), "exif": True}, (30, 40), 255),
+    ):
+        cfg = Config(data_path=str(tmp_path / "data"), local_crops_number=0, **options)
+        write(cfg, tmp_path / "crops.png", 1)
+        sheet = np.asarray(Image.open(tmp_path / "crops.png").convert("L"))
+        cell = sheet[GAP : GAP + CELL, GAP : GAP + CELL]
+        middle = np.median(cell[CELL // 4 : CELL // 2, CELL // 4 : CELL // 2])
+        assert abs(middle - level) < 80  # boxes are drawn on it
+        first = sheet[GAP + CELL // 2, GAP : GAP + CELL] == 255
+        assert level == 255 or not first.all(), size
+
+
+def test_the_oldest_font_will_do(photographs, tmp_path, monkeypatch):
+    """Pillow 10.0 has one size."""
+    from PIL import ImageFont
+
+    only = ImageFont.load_default()
+    monkeypatch.setattr(ImageFont, "load_default", lambda: only)
+    assert write(Config(data_path=str(photographs)), tmp_path / "crops.png", 1) == 1
