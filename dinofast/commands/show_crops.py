@@ -65,7 +65,7 @@ def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
         (columns * (CELL + GAP) + GAP, len(samples) * (CELL + LINES * LINE + 2 * GAP) + GAP),
         "white",
     )
-    pen, font = ImageDraw.Draw(sheet), _font()
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for row, sample in enumerate(samples.tolist()):
         name = Path(images.path(sample)).name[-26:]
         try:
@@ -92,13 +92,6 @@ def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
                 pen.text((left, top + CELL + 2 + i * LINE), line, "black", font)
     sheet.save(path, "PNG")
     return len(samples)
-
-
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    try:
-        return ImageFont.load_default(10)
-    except TypeError:  # Pillow before 10.1: of one size
-        return ImageFont.load_default()
 
 
 def _boxes(image: Image.Image, plans: np.ndarray) -> Image.Image:

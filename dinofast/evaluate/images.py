@@ -132,7 +132,7 @@ class LabeledImages(Dataset):
             prefetch_factor=SHARES_AHEAD if num_workers else None,
         )
         images, rows, bad_files = list[Tensor](), list[int](), list[tuple[Path, str]]()
-        for done, (own, own_rows, bad) in zip(shares, loader, strict=True):
+        for done, (own, own_rows, bad) in zip(shares, _all_of(loader), strict=True):
             # out of shared memory, which the next ones need
             images += [own.clone() if num_workers else own] if own_rows else []
             rows += own_rows
@@ -141,6 +141,18 @@ class LabeledImages(Dataset):
                 batch = torch.cat(images) if images else torch.empty(0)
                 yield batch, torch.tensor(rows, dtype=torch.long), bad_files
                 images, rows, bad_files = [], [], []
+
+
+def _all_of(loader: DataLoader) -> Iterator[tuple[Tensor, list[int], list[tuple[int, str]]]]:
+    """What a loader gives. Raises OSError, with a way out, for a worker that was killed."""
+    try:
+        yield from loader
+    except RuntimeError as error:  # torch has no other name for it
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            "a data worker was killed, often for lack of memory: lower `num_workers`."
+        ) from error
 
 
 @cache

@@ -120,12 +120,3 @@ def test_images_are_shown_as_a_run_sees_them(tmp_path):
         values, counts = np.unique(cell[:100, :100], return_counts=True)
         assert values[counts.argmax()] == level  # boxes are drawn on it
         assert (cell[130:] == 255).all() != upright and (cell[:, 130:] == 255).all() == upright
-
-
-def test_the_oldest_font_will_do(photographs, tmp_path, monkeypatch):
-    """Pillow 10.0 has one size."""
-    from PIL import ImageFont
-
-    only = ImageFont.load_default()
-    monkeypatch.setattr(ImageFont, "load_default", lambda: only)
-    assert write(Config(data_path=str(photographs)), tmp_path / "crops.png", 1) == 1
