@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -150,6 +152,18 @@ def test_a_worker_passes_on_one_tensor_a_share_and_none_is_kept(tmp_path, monkey
         assert pixels.shape == (64, 3, 20, 20)
     assert [len(part) for part in parts] == [8] * 8  # 64 files were open when it was a list
     assert not any(part.is_shared() for part in parts)
+
+
+def dies(image: Image.Image) -> torch.Tensor:
+    if torch.utils.data.get_worker_info():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return to_tensor(image)
+
+
+def test_a_worker_that_was_killed_ends_it_with_a_sentence(tmp_path):
+    pictures(tmp_path, "a", n=3)
+    with pytest.raises(OSError, match="a data worker was killed.*lower `num_workers`"):
+        list(labeled_folder(tmp_path, dies).batches(2, 1))
 
 
 def test_small_shared_memory_is_told_once_and_enough(tmp_path, monkeypatch, capsys):
