@@ -167,6 +167,16 @@ class Config:
         metavar="DIR",
         positional=True,
     )
+    value_range: tuple[float, float] = option(
+        (0.0, 0.0),
+        "[dinofast] Values that become black and white in gray images of more than 8 bits, such as "
+        "0 4095 for 12 bits in 16-bit files. Default: by the file, see docs/training.md.",
+        shown="auto",
+    )
+    exif: bool = option(
+        False,
+        "[dinofast] Turn images as their EXIF orientation says; the official code ignores it.",
+    )
     max_bad_files: float = option(
         0.5, "[dinofast] Share of unreadable images at which the run stops."
     )
@@ -307,6 +317,11 @@ class Config:
         arch = OLD_NAMES.get(self.arch, self.arch)
         return arch if arch in VITS else None
 
+    @property
+    def given_value_range(self) -> tuple[float, float] | None:
+        """`value_range`, None if the files decide."""
+        return None if self.value_range == (0, 0) else self.value_range
+
     def precision_on(self, device_type: str) -> str:
         """bf16, fp16 or fp32: what the forward pass runs in on a device of this type."""
         if self.precision is not None:
@@ -352,33 +367,15 @@ class Config:
 
     def _check_ranges(self) -> None:
         for name in (
-            "patch_size",
-            "out_dim",
-            "batch_size_per_gpu",
-            "accumulate",
-            "epochs",
-            "head_layers",
-            "head_hidden_dim",
-            "head_bottleneck_dim",
-            "global_crops_size",
-            "local_crops_size",
-            "log_steps",
+            *("patch_size", "out_dim", "batch_size_per_gpu", "accumulate", "epochs", "log_steps"),
+            *("head_layers", "head_hidden_dim", "head_bottleneck_dim"),
+            *("global_crops_size", "local_crops_size"),
         ):
             self._need(name, getattr(self, name) >= 1, "must be at least 1")
         for name in (
-            "warmup_teacher_temp_epochs",
-            "freeze_last_layer",
-            "warmup_epochs",
-            "local_crops_number",
-            "saveckp_freq",
-            "saveckp_steps",
-            "num_workers",
-            "weight_decay",
-            "weight_decay_end",
-            "clip_grad",
-            "lr",
-            "min_lr",
-            "seed",
+            *("warmup_teacher_temp_epochs", "freeze_last_layer", "warmup_epochs"),
+            *("local_crops_number", "saveckp_freq", "saveckp_steps", "num_workers", "seed"),
+            *("weight_decay", "weight_decay_end", "clip_grad", "lr", "min_lr"),
         ):
             self._need(name, getattr(self, name) >= 0, "must not be negative")
         self._need("seed", self.seed < 2**63, "must be below 2^63")
@@ -404,6 +401,8 @@ class Config:
                 0 < low <= high <= 1,
                 "must be two shares of the area, 0 < smallest <= largest <= 1",
             )
+        low, high = self.value_range
+        self._need("value_range", low < high or low == high == 0, "must be two values, low < high")
         low, high = self.blur_radius
         self._need(
             "blur_radius",

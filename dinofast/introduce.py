@@ -25,6 +25,8 @@ def introduce(run: Run, cfg: Config, process: Process, step: Step, loader: Loade
         f"images a step; {cfg.arch}: {parameters / 1e6:.2f} M parameters; {process.device_name}, "
         f"{step.precision}, {process.world} process(es)"
     )
+    for remark in loader.remarks():
+        run.log(remark)
     loss, note = ops.paths()["dino_loss"][process.device.type], loader.backend_note
     crops = f"{loader.backend} ({note})" if note else loader.backend
     run.log(f"loss: {loss}; step: {step.how}; crops: {crops}")

@@ -25,7 +25,6 @@ from ..config import option
 if TYPE_CHECKING:
     import ctypes
 
-    from ..data.dataset import ImageDataset
     from ..data.reader import ImageReader
 
 # By processes: 285 images/s and 1.5 ms of CPU an image; by threads, which share the GIL, 235 and
@@ -46,11 +45,19 @@ class Options:
         metavar="FILE",
         shown="none",
     )
+    value_range: tuple[float, float] = option(
+        (0.0, 0.0),
+        "as for pretrain: what is black and white in gray of more than 8 bits",
+        shown="auto",
+    )
     num_workers: int = option(0, "processes", shown="one per core")
 
     def check(self) -> Options:
         if self.num_workers < 0:
             raise ValueError(f"`num_workers` is {self.num_workers}: give 0 or more.")
+        low, high = self.value_range
+        if not (low < high or low == high == 0):
+            raise ValueError(f"`value_range` is {low:g} {high:g}: give two values, low < high.")
         if self.delete_list:  # so that hours of work do not end with a path that cannot be written
             folder = os.path.dirname(self.delete_list) or "."
             there = os.path.exists(self.delete_list)
@@ -76,16 +83,25 @@ class Options:
 
 def run(options: Options) -> int:
     from ..data import dataset
+    from ..data.decode import remark
+    from ..data.reader import ImageReader
     from ..runtime.backends import cores
     from ..runtime.progress import counting
+    from ..runtime.words import spelled
 
     images = dataset.scan(options.data_path, counting("scanning files", True))
-    workers = options.num_workers or cores()
-    progress, bad = Progress(len(images)), []
-    for done, found in decode_all(images, workers):
+    if images.ignored:
+        print(images.ignored)
+    low, high = options.value_range
+    reader = ImageReader(images, (low, high) if low < high else None)
+    progress, bad, shades = Progress(len(images)), [], Counter[str]()
+    for done, found, own_shades in decode_all(reader, options.num_workers or cores()):
         bad += found
+        shades.update(own_shades)
         progress.show(done, len(bad))
     progress.end()
+    if dark := remark(shades, len(images) - len(bad)):
+        print(spelled(f"warning: {dark}"))
     for path, reason in images.bad_files:
         print(f"{path}: {reason}")
     print(report([(images.path(i), reason) for i, reason, _ in bad], len(images)))
@@ -99,24 +115,24 @@ def run(options: Options) -> int:
 
 
 def decode_all(
-    images: ImageDataset, workers: int
-) -> Iterator[tuple[int, list[tuple[int, str, bool]]]]:
-    """Decode every image; how many are done, and of each bad one its index, the reason, and whether
-    its bytes were read."""
+    reader: ImageReader, workers: int
+) -> Iterator[tuple[int, list[tuple[int, str, bool]], Counter[str]]]:
+    """Decode every image; how many are done, of each bad one its index, the reason, and whether its
+    bytes were read, and how many of the others are black or white."""
     global _reader, _stopped
-    from ..data.reader import ImageReader
 
     context = multiprocessing.get_context("fork")
     # shared with the workers
-    _reader, _stopped, done = ImageReader(images), context.Value("b", lock=False), 0
+    _reader, _stopped, done = reader, context.Value("b", lock=False), 0
+    images = reader.dataset
     chunks = [
         range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)
     ]
     with ProcessPoolExecutor(workers, context, _ignore_interrupts) as pool:
         try:
-            for chunk, bad in zip(chunks, pool.map(_decode, chunks), strict=True):
+            for chunk, (bad, shades) in zip(chunks, pool.map(_decode, chunks), strict=True):
                 done += len(chunk)
-                yield done, bad
+                yield done, bad, shades
         except BrokenProcessPool as error:
             raise OSError(
                 "a worker was killed, often for lack of memory: lower `num_workers`."
@@ -137,20 +153,20 @@ def _ignore_interrupts() -> None:
     warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
 
 
-def _decode(indices: range) -> list[tuple[int, str, bool]]:
-    from ..data.decode import TransientReadError, UnreadableImage
+def _decode(indices: range) -> tuple[list[tuple[int, str, bool]], Counter[str]]:
+    from ..data.decode import TransientReadError, UnreadableImage, shade
 
-    bad = []
+    bad, shades = [], Counter[str]()
     for i in indices:
         if _stopped.value:
             break
         try:
-            _reader.decode(i)
+            shades[shade(_reader.decode(i))] += 1
         except UnreadableImage as reason:
             bad.append(
                 (i, str(reason), not isinstance(reason, TransientReadError) and _can_be_read(i))
             )
-    return bad
+    return bad, shades
 
 
 def _can_be_read(i: int) -> bool:

@@ -69,7 +69,7 @@ def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
     for row, sample in enumerate(samples.tolist()):
         name = Path(images.path(sample)).name[-26:]
         try:
-            image = decode(images.read(sample))
+            image = decode(images.read(sample), cfg.given_value_range, cfg.exif)
             plans = draw.plan(row, image.height, image.width)
             cells = [
                 (

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from dinofast import ops
 from dinofast.data.augmentation import Draw
-from dinofast.data.decode import UnreadableImage, prepare_threads
+from dinofast.data.decode import UnreadableImage, is_turned, prepare_threads
 from dinofast.data.reader import Met
 from dinofast.data.sampler import BatchIndices
 from dinofast.data.threads import Threads
@@ -103,7 +103,7 @@ class Batches:
     next that decodes, and its index; no image if none does. resolutions: number of crops and side,
     (V_r, S_r). norm_lut (3, 256) float32 on the device: what each level of each channel becomes.
     device: "cpu" takes DALI's CPU operators. hw_decoder_load: share of the JPEGs for the GPU's
-    decoding engine, where it has one.
+    decoding engine, where it has one. exif: JPEGs that EXIF turns are left to PIL.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class Batches:
         batch_size: int,
         threads: int,
         hw_decoder_load: float,
+        exif: bool = False,
     ) -> None:
         self._indices, self._draw, self._read, self._decode = indices, draw, read, decode
         self._resolutions = resolutions
@@ -128,6 +129,7 @@ class Batches:
         self._threads = threads
         self._batch_size = batch_size
         self._hw_decoder_load = hw_decoder_load
+        self._exif = exif
         self._by_pil: set[int] = set()  # indices of images that DALI has failed on
         prepare_threads()
         _collect_before_forks()
@@ -300,7 +302,8 @@ class Batches:
             with suppress(UnreadableImage):  # PIL meets the same
                 data = self._read(index)
                 size = plain_jpeg_size(data)
-                if size and 0 < size[0] * size[1] <= MOST_PIXELS:
+                fits = size and 0 < size[0] * size[1] <= MOST_PIXELS
+                if size and fits and not (self._exif and is_turned(data)):
                     return Encoded(np.frombuffer(data, np.uint8), size, index), met
         image, used = self._decode(index, met)
         if image is None:

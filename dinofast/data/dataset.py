@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from dinofast.data import shards
+from dinofast.data import listing, names, shards
 from dinofast.data.decode import BadFiles, UnreadableImage, check_length, opened, read_file
 from dinofast.data.packed import PackedStrings
 
@@ -39,7 +39,8 @@ class ImageDataset:
     root: names are relative to this folder. files: (F,) images and shards. members: of a source
     with shards, else None. fingerprint: equal for the same names, below the source, in the same
     order. bad_files: shards and members that cannot be used, and folders that cannot be listed;
-    they are not among the images.
+    they are not among the images. ignored: what else was left out, and how a list was read, in a
+    sentence; "" if there is nothing to tell.
     """
 
     root: bytes
@@ -47,6 +48,7 @@ class ImageDataset:
     members: Members | None
     fingerprint: str
     bad_files: BadFiles
+    ignored: str = ""
 
     def __len__(self) -> int:
         return len(self.files if self.members is None else self.members.file)
@@ -103,27 +105,33 @@ def scan(source: str, on_progress: Progress | None = None) -> ImageDataset:
     Raises `ValueError` if there is no such source, nothing in it, or nothing but bad files.
     """
     bad_files: BadFiles = []
+    ignored, note = names.Ignored(), ""
     if os.path.isdir(source):
         root = os.fsencode(os.path.join(source, ""))
-        names = PackedStrings.of(_counted(_walk(root, bad_files), on_progress))
-        if not len(names) and not bad_files:
+        files = PackedStrings.of(_counted(walk(root, bad_files, ignored), on_progress))
+        if not len(files) and not bad_files:
+            told = f" ({ignored})" if str(ignored) else ""
             raise ValueError(
                 f"`data_path` {source} has no images: none of its files or those below it ends in "
-                f"{' '.join((*shards.EXTENSIONS, '.tar'))}. Give a folder that has some."
+                f"{' '.join((*names.EXTENSIONS, '.tar'))}{told}. Give a folder that has some."
             )
     else:
         root = os.fsencode(
             os.path.dirname(source.partition("{")[0] if _is_pattern(source) else source)
         )
         root = os.path.join(root, b"") if root else b""
-        names = PackedStrings.of(path.removeprefix(root) for path in _named(source, root))
+        paths, note = _named(source, root)
+        files = PackedStrings.of(path.removeprefix(root) for path in paths)
     members = (
-        _members(root, names, bad_files, on_progress) if any(map(shards.is_shard, names)) else None
+        _members(root, files, bad_files, ignored, on_progress)
+        if any(map(shards.is_shard, files))
+        else None
     )
-    digest = hashlib.blake2b(names.text.data, digest_size=16)
+    digest = hashlib.blake2b(files.text.data, digest_size=16)
     for part in (members.file.data, members.names.text.data, members.spans.data) if members else ():
         digest.update(part)
-    dataset = ImageDataset(root, names, members, digest.hexdigest(), bad_files)
+    told = "; ".join(filter(None, (note, str(ignored))))
+    dataset = ImageDataset(root, files, members, digest.hexdigest(), bad_files, told)
     if not len(dataset):
         raise ValueError(f"`data_path` {source} has no readable images: {examples(bad_files)}.")
     return dataset
@@ -140,8 +148,9 @@ def _is_pattern(source: str) -> bool:
     return "{" in source and not os.path.lexists(source)
 
 
-def _named(source: str, root: bytes) -> Iterable[bytes]:
-    """Paths of the files that a shard, a pattern or a text file stands for. Raises `ValueError`."""
+def _named(source: str, root: bytes) -> tuple[Iterable[bytes], str]:
+    """Paths of the files that a shard, a pattern or a text file stands for, and what is to be told
+    of it. Raises `ValueError`."""
     if _is_pattern(source):
         paths = shards.expand(source)
         if missing := [path for path in paths if not os.path.exists(path)]:
@@ -151,15 +160,17 @@ def _named(source: str, root: bytes) -> Iterable[bytes]:
                 f"are missing: {', '.join(missing[:3])}{more}; put them there, or name those that "
                 "are."
             )
-        return map(os.fsencode, paths)
+        return map(os.fsencode, paths), ""
     if os.path.exists(source) and not os.path.isfile(source):
         raise ValueError(f"`data_path` {source} is neither a folder nor a file: {WAYS}")
     try:
         with open(source, "rb") as file:
             if shards.is_shard(os.fsencode(source)):
-                return [os.fsencode(source)]
+                return [os.fsencode(source)], ""
             text = file.read(4096)
-            if b"\0" in text:  # before an archive of any size is read
+            if b"\0" in text and not text.startswith(
+                listing.UTF_16
+            ):  # before an archive of any size is read
                 raise ValueError(
                     f"`data_path` {source} is neither a folder nor a text file nor a .tar: {WAYS}"
                 )
@@ -168,36 +179,37 @@ def _named(source: str, root: bytes) -> Iterable[bytes]:
         raise ValueError(
             f"`data_path` {source} cannot be read ({error.strerror}): {WAYS}"
         ) from error
-    lines = [
-        line for line in map(bytes.strip, text.removeprefix(b"\xef\xbb\xbf").split(b"\n")) if line
-    ]
-    if not lines:
-        raise ValueError(f"`data_path` {source} lists no images: write one path a line into it.")
-    return (os.path.join(root, line) for line in lines)
+    lines, note = listing.paths(text, root, source)
+    return (os.path.join(root, line) for line in lines), note
 
 
 def _members(
-    root: bytes, files: PackedStrings, bad_files: BadFiles, on_progress: Progress | None
+    root: bytes,
+    files: PackedStrings,
+    bad_files: BadFiles,
+    ignored: names.Ignored,
+    on_progress: Progress | None,
 ) -> Members:
     """Where the images lie, of files some of which are shards; reads the headers of those."""
     at, stopped = [i for i, name in enumerate(files) if shards.is_shard(name)], threading.Event()
-    file, names, spans, done = [], bytearray(), [], 0
+    file, own, spans, done = [], bytearray(), [], 0
 
     def add_files(stop: int) -> None:
         """Those from `done` on, none of which is a shard."""
         file.append(np.arange(done, stop, dtype=np.int32))
-        names.extend(b"\0" * (stop - done))
+        own.extend(b"\0" * (stop - done))
         spans.append(np.full((stop - done, 2), -1))
 
     with ThreadPoolExecutor(THREADS) as pool:
         tables = pool.map(partial(_table, root, stopped), map(files.__getitem__, at))
         try:
-            for i, (own_names, own_spans, bad) in zip(at, tables, strict=True):
+            for i, (own_names, own_spans, bad, left_out) in zip(at, tables, strict=True):
                 add_files(i)
                 file.append(np.full(len(own_spans), i, np.int32))
-                names += own_names
+                own += own_names
                 spans.append(own_spans)
                 bad_files += bad
+                ignored.add(left_out)
                 done = i + 1
                 if on_progress:
                     on_progress(done, len(files))
@@ -206,42 +218,41 @@ def _members(
             pool.shutdown(cancel_futures=True)
             raise
     add_files(len(files))
-    return Members(np.concatenate(file), PackedStrings(bytes(names)), np.concatenate(spans))
+    return Members(np.concatenate(file), PackedStrings(bytes(own)), np.concatenate(spans))
 
 
 def _table(
     root: bytes, stopped: threading.Event, name: bytes
-) -> tuple[bytes, np.ndarray, BadFiles]:
-    """Names and spans of the images in a shard, and what of it is bad; incomplete once `stopped` is
-    set."""
-    path, names, spans, bad = os.path.join(root, name), [], [], []
+) -> tuple[bytes, np.ndarray, BadFiles, names.Ignored]:
+    """Names and spans of the images in a shard, what of it is bad, and what is ignored; incomplete
+    once `stopped` is set."""
+    path, own, spans, bad = os.path.join(root, name), [], [], []
+    ignored = names.Ignored()
     shown = os.fsdecode(path)
     try:
         with opened(path) as (fd, _), open(fd, "rb", buffering=0, closefd=False) as file:
-            for member, start, length, reason in shards.images(file):
+            for member, start, length, reason in shards.images(file, ignored):
                 if stopped.is_set():
                     break
                 if reason:
                     bad.append((f"{shown}/{os.fsdecode(member)}", reason))
                 else:
-                    names.append(member)
+                    own.append(member)
                     spans.append((start, length))
     except UnreadableImage as reason:
         bad.append((shown, str(reason)))
-    return b"".join(name + b"\0" for name in names), np.array(spans, np.int64).reshape(-1, 2), bad
+    table = b"".join(name + b"\0" for name in own), np.array(spans, np.int64).reshape(-1, 2)
+    return *table, bad, ignored
 
 
 # ---- folders
-_ENDINGS = tuple(ending.encode() for ending in (*shards.EXTENSIONS, *shards.ENDINGS))
-
-
-def _walk(root: bytes, bad_files: BadFiles) -> Iterator[bytes]:
+def walk(root: bytes, bad_files: BadFiles, ignored: names.Ignored) -> Iterator[bytes]:
     """Names, below `root`, of images and shards in it and in all folders below, sorted. Links are
-    followed, but not back to a folder on the way down. A folder that cannot be listed is a bad
-    file."""
+    followed, but not back to a folder on the way down. What is hidden, or no image by its name, is
+    counted in `ignored`. A folder that cannot be listed is a bad file."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:
-            yield from _below(pool, pool.submit(_list, root), root, b"", (), bad_files)
+            yield from _below(pool, pool.submit(_list, root), root, b"", (), bad_files, ignored)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -249,49 +260,59 @@ def _walk(root: bytes, bad_files: BadFiles) -> Iterator[bytes]:
 
 def _below(
     pool: ThreadPoolExecutor,
-    listing: Future,
+    listed: Future,
     root: bytes,
     folder: bytes,
     above: tuple[tuple[int, int], ...],
     bad_files: BadFiles,
+    ignored: names.Ignored,
 ) -> Iterator[bytes]:
     """The names below a folder of this name, which is being listed. above: the folders on the way
     down to it."""
     try:
-        names, here = listing.result()
+        found, here, left_out = listed.result()
     except OSError as error:
         bad_files.append((os.fsdecode(root + folder), f"cannot be read: {error.strerror}"))
         return
     if here in above:
         return
-    upcoming = (pool.submit(_list, root + folder + name) for name in names if name.endswith(b"/"))
+    ignored.add(left_out)
+    upcoming = (pool.submit(_list, root + folder + name) for name in found if name.endswith(b"/"))
     listings = deque(itertools.islice(upcoming, 2 * THREADS))
-    for name in names:
+    for name in found:
         if name.endswith(b"/"):
             listings.extend(itertools.islice(upcoming, 1))
-            yield from _below(
-                pool, listings.popleft(), root, folder + name, (*above, here), bad_files
-            )
+            way = root, folder + name, (*above, here)
+            yield from _below(pool, listings.popleft(), *way, bad_files, ignored)
         else:
             yield folder + name
 
 
-def _list(folder: bytes) -> tuple[list[bytes], tuple[int, int]]:
-    """Images, shards and folders in a folder, and which it is. A folder's name is sorted with the
-    slash that follows it in the names of its files, so that all names together come out sorted."""
-    status = os.stat(folder)
+def _list(folder: bytes) -> tuple[list[bytes], tuple[int, int], names.Ignored]:
+    """Images, shards and folders in a folder, which it is, and what of it is ignored. A folder's
+    name is sorted with the slash that follows it in the names of its files, so that all names
+    together come out sorted."""
+    status, found, ignored = os.stat(folder), [], names.Ignored()
     with os.scandir(folder) as entries:
-        names = [entry.name + b"/" if _is_folder(entry) else entry.name for entry in entries]
-    return sorted(name for name in names if name.lower().endswith((b"/", *_ENDINGS))), (
-        status.st_dev,
-        status.st_ino,
-    )
+        for entry in entries:
+            name = entry.name
+            # a link to an image costs no look at it
+            image = names.has_ending(name) or shards.is_shard(name)
+            if _is_folder(entry, not image):
+                if names.is_hidden(name):
+                    ignored.folders[os.fsdecode(name)] += 1
+                else:
+                    found.append(name + b"/")
+            elif image and not names.is_hidden(name):
+                found.append(name)
+            else:
+                ignored.files[names.kind_of(name)] += 1
+    return sorted(found), (status.st_dev, status.st_ino), ignored
 
 
-def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+def _is_folder(entry: os.DirEntry[bytes], follow: bool) -> bool:
     try:
-        # a link to an image costs no look at it
-        return entry.is_dir(follow_symlinks=not entry.name.lower().endswith(_ENDINGS))
+        return entry.is_dir(follow_symlinks=follow)
     except OSError:  # a link to itself
         return False
 

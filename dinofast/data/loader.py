@@ -81,7 +81,8 @@ class Loader:
     micro-batch. bad_files: (path, reason) of each met so far in this process. n_unread,
     unread_reason: images replaced because they could not be read at their turn, and why the last.
     backend, backend_note: what makes the crops, and why not something faster. reader, augmentation:
-    what reads the images and what is drawn for them. n_workers: threads or processes.
+    what reads the images and what is drawn for them. n_workers: threads or processes. ignored: what
+    else lies in the source, counted by kind, in a sentence or "".
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Loader:
         images, self._unlink = shared.between_ranks(dataset.scan(cfg.data_path, on_progress))
         self.n_images, self._source = len(images), cfg.data_path
         self.fingerprint = images.fingerprint
-        self.bad_files = list(images.bad_files)
+        self.bad_files, self.ignored = list(images.bad_files), images.ignored
         self._max_bad, self._known = cfg.max_bad_files, {path for path, _ in self.bad_files}
         n_listed = self.n_images + len(self.bad_files)
         if len(self.bad_files) > cfg.max_bad_files * n_listed:  # shards, and folders
@@ -127,7 +128,8 @@ class Loader:
             torch.bfloat16 if cfg.vit and cfg.precision_on(device.type) == "bf16" else torch.float32
         )
         self.batch_size, self._hw_decoder_load = cfg.batch_size_per_gpu, cfg.hw_decoder_load
-        self.reader, self.augmentation = ImageReader(images), Augmentation(cfg.seed, views(cfg))
+        self.reader = ImageReader(images, cfg.given_value_range, cfg.exif)
+        self.augmentation, self._exif = Augmentation(cfg.seed, views(cfg)), cfg.exif
         self.n_workers = min(cfg.num_workers, max(1, cores() // local_world()))
         self._indices = partial(
             batch_indices,
@@ -146,6 +148,12 @@ class Loader:
         if self._batches is not None:
             self.close()
         self._step, self._batches = step, None
+
+    def remarks(self) -> list[str]:
+        """Sentences on the source, to be told before the first step by the first process: what is
+        ignored, and whether nearly all images are black or white."""
+        dark = self.reader.remark() if self._rank == 0 else ""
+        return [line for line in (self.ignored, dark and f"warning: {dark}") if line]
 
     def begin_run(self) -> None:
         """Of a new run: remove the `bad_files.txt` of an earlier one. By one process, before any
@@ -235,6 +243,7 @@ class Loader:
                 self.batch_size,
                 self.n_workers,
                 self._hw_decoder_load,
+                self._exif,
             )
         elif self.backend == "native":  # a GPU normalizes in no time: it gets the levels
             self._batches = backend_native.Batches(

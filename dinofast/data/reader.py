@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
+from collections import Counter
+from contextlib import suppress
+from functools import partial
 from typing import Literal, NamedTuple
 
 from PIL import Image
 
 from dinofast.data.dataset import ImageDataset
-from dinofast.data.decode import TransientReadError, UnreadableImage, decode
+from dinofast.data.decode import TransientReadError, UnreadableImage, decode, remark, shade
 
 RETRY_PAUSES_S = (0.1, 1.0)  # before a file that could not be read is tried again
 # of trying file after file, none of which can be read: then it is the storage that fails
 UNREAD_S = 30.0
 PROBES = 100  # images tried before it is said that none decodes
+SAMPLE, SAMPLE_S = 20, 2.0  # images looked at before a run, and seconds after which no more are
 
 
 class Met(NamedTuple):
@@ -36,10 +41,18 @@ class ImageReader:
     the moment (`TransientReadError`) is another matter: it is tried again at once, replaced if that
     fails too, and tried again when its turn comes next; a run that meets it at another time may see
     it where this one saw the next image. Threads may share one.
+
+    value_range, exif: see `decode`.
     """
 
-    def __init__(self, dataset: ImageDataset) -> None:
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        value_range: tuple[float, float] | None = None,
+        exif: bool = False,
+    ) -> None:
         self.dataset = dataset
+        self._to_rgb = partial(decode, value_range=value_range, exif=exif)
         self._bad: set[int] = set()  # so that each is decoded once
         self._any_decodes = False
         self._lost = False  # a thread has given up, and nothing could be read since
@@ -54,7 +67,7 @@ class ImageReader:
         return self._decode_once(index)
 
     def _decode_once(self, index: int) -> Image.Image:
-        image = decode(self.dataset.read(index))
+        image = self._to_rgb(self.dataset.read(index))
         self._any_decodes, self._lost = True, False
         return image
 
@@ -92,6 +105,19 @@ class ImageReader:
             self._lost = True
             met.append(unread)
         return None, index
+
+    def remark(self) -> str:
+        """A sentence if of SAMPLE images from all over the dataset nearly all are black or white,
+        else "". Says nothing of files that cannot be read."""
+        shades, n, start = Counter[str](), 0, time.monotonic()
+        for index in range(0, len(self.dataset), -(-len(self.dataset) // SAMPLE)):
+            if time.monotonic() - start > SAMPLE_S:
+                break
+            with suppress(UnreadableImage), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
+                shades[shade(self._to_rgb(self.dataset.read(index)))] += 1
+                n += 1
+        return remark(shades, n)
 
     def _some_decode(self) -> bool:
         """Whether anything has decoded in this process, or does among PROBES images from all over

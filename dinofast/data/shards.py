@@ -17,16 +17,15 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dinofast.data.decode import UnreadableImage, is_text
+from dinofast.data.names import Ignored, kind_of_member
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
-# the others to be refused
+# all but the first to be refused
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 BLOCK = 512
 PAST_END = "truncated: reaches past the end of its shard"
 MOST = 10**6  # files that a pattern may name
 _ENDINGS = tuple(ending.encode() for ending in ENDINGS)
-_EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)
 
 
 class Header(NamedTuple):
@@ -46,15 +45,17 @@ class _Tar(tarfile.TarFile):
     members: list[tarfile.TarInfo]
 
 
-def images(file: io.RawIOBase) -> Iterator[Header]:
-    """Each image in an open tar archive, in its order.
+def images(file: io.RawIOBase, ignored: Ignored | None = None) -> Iterator[Header]:
+    """Each image in an open tar archive, in its order. What else looks like an image, or is of an
+    unknown kind, is counted in `ignored`.
 
-    An image is a member whose base name goes on, after its first dot, with one of EXTENSIONS:
-    `000.jpg`, not `000.seg.png`. Links are refused, as nothing says that what they point to is in
-    the archive, and it would be seen twice if it is; sparse members, whose bytes do not lie in one
-    piece, are refused too. Raises `UnreadableImage` where the archive is damaged, after what comes
-    before.
+    An image is a member with the ending of one: `000.jpg`, `photo.v1.jpg`, `000.left.jpg` and
+    `000.right.jpg`, whatever stands before the last dot, but not a mask such as `000.seg.png`
+    (names.MASKS). Links are refused, as nothing says that what they point to is in the archive, and
+    it would be seen twice if it is; sparse members, whose bytes do not lie in one piece, are
+    refused too. Raises `UnreadableImage` where the archive is damaged, after what comes before.
     """
+    ignored = Ignored() if ignored is None else ignored
     fd, at, any_image = file.fileno(), 0, False
     size, head = os.fstat(fd).st_size, os.pread(fd, 256, 0)
     if not head:
@@ -69,13 +70,16 @@ def images(file: io.RawIOBase) -> Iterator[Header]:
             if not after:
                 break
             at = after
-            if header:
+            kind = kind_of_member(header.name) if header else ""
+            if header and kind == "image":
                 any_image = True
                 yield (
                     header._replace(reason=PAST_END)
                     if not header.reason and header.start + header.length > size
                     else header
                 )
+            elif kind:
+                ignored.files[kind] += 1
     except OSError:
         raise
     except Exception as error:  # whatever tarfile meets in damaged headers
@@ -90,7 +94,7 @@ def images(file: io.RawIOBase) -> Iterator[Header]:
 
 
 def _plain_header(fd: int, at: int) -> tuple[Header | None, int] | None:
-    """The image, if it is one, that begins at this byte, and where what follows begins; None if
+    """The file, if it is one, that begins at this byte, and where what follows begins; None if
     tarfile has to say.
 
     Regular files with short names, and extended headers without a name or a size before them, as
@@ -117,7 +121,7 @@ def _plain_header(fd: int, at: int) -> tuple[Header | None, int] | None:
         return None if named or len(records) < length else (None, after)
     name, prefix = (block[a:b].partition(b"\0")[0] for a, b in ((0, 100), (345, 500)))
     name = prefix + b"/" + name if prefix else name
-    return Header(name, start, length, "") if is_image(name) else None, after
+    return Header(name, start, length, ""), after
 
 
 def _any_header(tar: _Tar, at: int) -> tuple[Header | None, int]:
@@ -140,8 +144,8 @@ def _any_header(tar: _Tar, at: int) -> tuple[Header | None, int]:
         if not member.isreg()
         else ""
     )
-    is_one = is_image(name) and not member.isdir()
-    return Header(name, member.offset_data, member.size, reason) if is_one else None, tar.offset
+    header = Header(name, member.offset_data, member.size, reason)
+    return None if member.isdir() else header, tar.offset
 
 
 def _check_end(fd: int, at: int, size: int) -> None:
@@ -162,13 +166,6 @@ def _check_end(fd: int, at: int, size: int) -> None:
 
 def is_shard(path: bytes) -> bool:
     return path.lower().endswith(_ENDINGS)
-
-
-def is_image(name: bytes) -> bool:
-    """Whether a member of an archive is an image by its WebDataset extension, all that follows the
-    first dot."""
-    key, _, extension = name.rpartition(b"/")[2].partition(b".")
-    return bool(key) and b"." + extension.lower() in _EXTENSIONS
 
 
 def expand(pattern: str) -> list[str]:

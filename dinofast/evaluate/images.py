@@ -3,8 +3,10 @@ rounding rules."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +15,27 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.decode import UnreadableImage, decode, read_file
+from ..data.dataset import walk
+from ..data.decode import BadFiles, UnreadableImage, decode, read_file
+from ..data.names import Ignored, is_hidden
+from ..data.shards import is_shard
+from ..runtime.memory import fewer_workers
 
-# those of torchvision's ImageFolder
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HOLD_OUT_EVERY = 4
+# images that a worker passes on at a time: a batch of 128 is 73 MiB, more than all of /dev/shm in a
+# container, and as a list it is 128 open files
+SHARE, SHARES_AHEAD = 8, 2
+LONGEST = 64  # sides that are longer than so many short ones are not resized as a whole
+SPLITS = {"train", "val", "test", "valid", "validation"}
 
 
 @dataclass(frozen=True)
 class EvalTransform:
     """PIL image -> (3, crop, crop) fp32: shorter side to `resize` (bicubic), center crop, [0, 1],
-    minus mean, over std.
+    minus mean, over std. Memory does not grow with the shape: of an image LONGEST times as long as
+    wide and more only the part is resized that the crop shows.
 
     The defaults are the official evaluation. Raises ValueError when the crop is larger than the
     resized image can be.
@@ -48,11 +58,16 @@ class EvalTransform:
         short, long = min(w, h), max(w, h)
         other = int(self.resize * long / short)
         w, h = (self.resize, other) if w <= h else (other, self.resize)
-        image = image.resize((w, h), Image.Resampling.BICUBIC)
         left, top = int(round((w - self.crop) / 2)), int(round((h - self.crop) / 2))
-        return to_tensor(
-            image.crop((left, top, left + self.crop, top + self.crop)), self.mean, self.std
-        )
+        box = (left, top, left + self.crop, top + self.crop)
+        if long <= LONGEST * short:
+            image = image.resize((w, h), Image.Resampling.BICUBIC).crop(box)
+        else:  # the same but for rounding
+            x, y = image.width / w, image.height / h
+            right, bottom = (min(box[2] * x, image.width), min(box[3] * y, image.height))
+            part = (left * x, top * y, right, bottom)
+            image = image.resize((self.crop, self.crop), Image.Resampling.BICUBIC, part)
+        return to_tensor(image, self.mean, self.std)
 
 
 def to_tensor(
@@ -66,19 +81,21 @@ def to_tensor(
 @dataclass(frozen=True)
 class LabeledImages(Dataset):
     """Images with labels: item i is (i, tensor, None), or (i, None, reason) when the file cannot be
-    read."""
+    read. ignored: what else lies in the folder, in a sentence or "". decode: bytes -> RGB image."""
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
     classes: tuple[str, ...]
     transform: Callable[[Image.Image], Tensor]
+    ignored: str = ""
+    decode: Callable[[bytes], Image.Image] = decode
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[int, Tensor | None, str | None]:
         try:
-            return i, self.transform(decode(read_file(self.paths[i]))), None
+            return i, self.transform(self.decode(read_file(self.paths[i]))), None
         except (UnreadableImage, ValueError) as error:
             return i, None, str(error)
 
@@ -93,36 +110,107 @@ class LabeledImages(Dataset):
         self, batch_size: int, num_workers: int
     ) -> Iterator[tuple[Tensor, Tensor, list[tuple[Path, str]]]]:
         """In order: images (B, 3, h, w), their rows (B,), and what could not be read in this batch
-        as (path, reason)."""
-        for rows in DataLoader(self, batch_size, num_workers=num_workers, collate_fn=list):
-            good = [(i, image) for i, image, _ in rows if image is not None]
-            bad_files = [(self.paths[i], reason) for i, _, reason in rows if reason is not None]
-            images = torch.stack([image for _, image in good]) if good else torch.empty(0)
-            yield images, torch.tensor([i for i, _ in good], dtype=torch.long), bad_files
+        as (path, reason). Workers pass on SHARE images at a time, stacked. Where shared memory is
+        too small for all workers fewer start, and a line says so."""
+        share = min(batch_size, SHARE)
+        if num_workers:
+            each = self.transform(Image.new("RGB", (8, 8))).nbytes
+            num_workers, remark = fewer_workers(num_workers, SHARES_AHEAD * share * each)
+            if remark:
+                _tell_once(remark)
+        n = len(self)
+        shares = [
+            range(start, min(start + share, begin + batch_size, n))
+            for begin in range(0, n, batch_size)
+            for start in range(begin, min(begin + batch_size, n), share)
+        ]
+        loader = DataLoader(
+            self,
+            batch_sampler=shares,  # type: ignore[arg-type]  # ranges for lists
+            num_workers=num_workers,
+            collate_fn=_stacked,
+            prefetch_factor=SHARES_AHEAD if num_workers else None,
+        )
+        images, rows, bad_files = list[Tensor](), list[int](), list[tuple[Path, str]]()
+        for done, (own, own_rows, bad) in zip(shares, _all_of(loader), strict=True):
+            # out of shared memory, which the next ones need
+            images += [own.clone() if num_workers else own] if own_rows else []
+            rows += own_rows
+            bad_files += [(self.paths[i], reason) for i, reason in bad]
+            if done.stop % batch_size == 0 or done.stop == n:
+                batch = torch.cat(images) if images else torch.empty(0)
+                yield batch, torch.tensor(rows, dtype=torch.long), bad_files
+                images, rows, bad_files = [], [], []
+
+
+def _all_of(loader: DataLoader) -> Iterator[tuple[Tensor, list[int], list[tuple[int, str]]]]:
+    """What a loader gives. Raises OSError, with a way out, for a worker that was killed."""
+    try:
+        yield from loader
+    except RuntimeError as error:  # torch has no other name for it
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            "a data worker was killed, often for lack of memory: lower `num_workers`."
+        ) from error
+
+
+@cache
+def _tell_once(remark: str) -> None:
+    print(remark)
+
+
+def _stacked(
+    items: list[tuple[int, Tensor | None, str | None]],
+) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
+    """In the worker: images (n, 3, h, w), their rows, and of what could not be read row and
+    reason."""
+    good = [(i, image) for i, image, _ in items if image is not None]
+    images = torch.stack([image for _, image in good]) if good else torch.empty(0)
+    return images, [i for i, _ in good], [(i, reason) for i, _, reason in items if reason]
 
 
 def labeled_folder(folder: str | Path, transform: Callable[[Image.Image], Tensor]) -> LabeledImages:
-    """Every image below `folder/<class>/`, classes and files in sorted order, as torchvision's
-    ImageFolder numbers them."""
+    """Every image below `folder/<class>/`, at any depth, with the files that training takes from a
+    folder; classes and files in sorted order, as torchvision's ImageFolder numbers them."""
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(
             f"'{root}' is not a folder: name one that holds a folder of images for each class."
         )
-    classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir()))
-    found = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in SUFFIXES and path.is_file()
-    ]
+    classes = _folders(root)
+    number = {name: label for label, name in enumerate(classes)}
+    ignored, unlisted, found = Ignored(), BadFiles(), list[tuple[int, str]]()
+    for name in map(os.fsdecode, walk(os.fsencode(os.path.join(root, "")), unlisted, ignored)):
+        own, slash, _ = name.partition("/")
+        if is_shard(os.fsencode(name)):
+            ignored.files["shards"] += 1
+        elif not slash:
+            ignored.files["images outside of class folders"] += 1
+        else:
+            found.append((number[own], name))
+    found.sort(key=lambda item: item[0])  # `walk` sorts a-b/ before a/
+    told = [str(ignored)] if str(ignored) else []
+    told += [f"{path}: {reason}" for path, reason in unlisted]
     if not found:
+        more = f" ({'; '.join(told)})" if told else ""
         raise ValueError(
-            f"'{root}' holds no labeled images: give a folder with one folder of images for each "
-            "class."
+            f"'{root}' holds no labeled images{more}: give a folder with one folder of images for "
+            "each class."
         )
-    paths, labels = zip(*found, strict=True)
-    return LabeledImages(paths, labels, classes, transform)
+    labels = tuple(label for label, _ in found)
+    if empty := [classes[i] for i in sorted(set(range(len(classes))) - set(labels))]:
+        names = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+        told.append(f"{len(empty)} class folder(s) without images: {names}")
+    paths = tuple(root / name for _, name in found)
+    return LabeledImages(paths, labels, classes, transform, "; ".join(told))
+
+
+def _folders(root: Path) -> tuple[str, ...]:
+    """Names of the folders in a folder, sorted, without hidden ones."""
+    return tuple(
+        sorted(p.name for p in root.iterdir() if p.is_dir() and not is_hidden(os.fsencode(p.name)))
+    )
 
 
 def train_and_val(
@@ -131,17 +219,24 @@ def train_and_val(
     """The two halves of an evaluation and one sentence that says what they are.
 
     `data_path` holds `train/` and `val/` with the same class folders, as for the official scripts,
-    or class folders only: then every fourth image of each class, in sorted order, is held out.
+    or class folders only: then every fourth image of each class, in sorted order, is held out. A
+    folder of images called train or val among others is a class.
     """
     root = Path(data_path)
-    if (root / "train").is_dir() and (root / "val").is_dir():
+    inside = _folders(root) if root.is_dir() else ()
+    halves = {name: _folders(root / name) for name in inside if name in ("train", "val")}
+    if len(halves) == 2 and all(halves.values()):
         return _given_halves(root, transform)
-    halves = [name for name in ("train", "val") if (root / name).is_dir()]
-    if halves:
-        other = "val" if halves == ["train"] else "train"
+    if halves and SPLITS.issuperset(inside):
+        missing = next((name for name in ("train", "val") if name not in halves), None)
+        if missing:
+            raise ValueError(
+                f"'{root}' has {'/, '.join(halves)}/ but not {missing}/: give both, or a folder of "
+                "class folders alone."
+            )
+        flat = next(name for name, classes in halves.items() if not classes)
         raise ValueError(
-            f"'{root}' has {halves[0]}/ but not {other}/: give both, or a folder of class folders "
-            "alone."
+            f"'{root / flat}' holds no class folders: sort its images into a folder for each class."
         )
     every = labeled_folder(root, transform)
     if len(every.classes) < 2:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint import arguments, load_backbone
+from ..data.decode import decode
 from ..nn.vit import VisionTransformer
 from ..runtime.backends import cores
 from ..runtime.distributed import pick_device
@@ -131,7 +134,8 @@ def knn(
     The backbone comes from `checkpoint.load_backbone(pretrained_weights, checkpoint_key, arch,
     patch_size)`. Without train/ and val/ every fourth image of each class folder is held out. crop:
     default the size of the global crops that the checkpoint was trained with, 224 for official
-    ones; resize: default 8/7 of it (256 for 224). Channels are normalized as in training. device:
+    ones; resize: default 8/7 of it (256 for 224). Channels are normalized, gray values scaled and
+    images turned (`value_range`, `exif`) as in training. device:
     default a GPU if there is one. Returns {k: (top-1, top-5)} in percent; k larger than the
     training set are left out. Raises ValueError if none remains.
     """
@@ -160,6 +164,15 @@ def knn(
     )
     train, val, sentence = train_and_val(data_path, transform)
     print(f"{sentence} Shorter side {transform.resize}, center crop {transform.crop}.")
+    for ignored in dict.fromkeys(filter(None, (train.ignored, val.ignored))):
+        print(ignored)
+    low, high = trained_with.get("value_range", (0, 0))
+    as_trained = partial(
+        decode,
+        value_range=(low, high) if low < high else None,
+        exif=bool(trained_with.get("exif", False)),
+    )
+    train, val = (replace(images, decode=as_trained) for images in (train, val))
     backbone = load_backbone(pretrained_weights, checkpoint_key, arch, patch_size)
     # timm's is a pair
     patch = backbone.patch_embed.patch_size if isinstance(backbone, VisionTransformer) else 1

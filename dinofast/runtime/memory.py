@@ -1,16 +1,19 @@
-"""Memory of the process: kept from step to step on a CPU, and how much of it was taken at most."""
+"""Memory of the process: kept from step to step on a CPU, how much of it was taken at most, and
+what worker processes may share."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import resource
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+SHARED_MEMORY = "/dev/shm"  # through which worker processes pass tensors, on Linux
 # Numbers of malloc.h, and what glibc comes to by itself for blocks of this size: 32 MiB, and twice
 # that.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -65,3 +68,27 @@ def peak_memory(device: torch.device) -> str:
         1024 if sys.platform == "darwin" else 1
     )
     return f"{kib / 2**20:.2f} GiB of this process"
+
+
+def fewer_workers(wanted: int, bytes_ahead_per_worker: int) -> tuple[int, str | None]:
+    """How many worker processes fit into the shared memory that is free now, and a sentence if they
+    are fewer than wanted.
+
+    bytes_ahead_per_worker: of the tensors that one makes before they are taken (prefetch_factor
+    batches). As much again is left for those that have been taken and are still in use. A worker
+    that writes more than there is dies of SIGBUS or waits without end; a container has 64 MiB
+    unless it is started with --shm-size.
+    """
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:  # not Linux: another mechanism
+        return wanted, None
+    fitting = max(0, min(wanted, free // max(1, bytes_ahead_per_worker) - 1))
+    if fitting == wanted:
+        return wanted, None
+    how_many = f"only {fitting} start" if fitting else "none starts, this process does their work"
+    return fitting, (
+        f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, too little for {wanted} worker "
+        f"processes that need {bytes_ahead_per_worker / 2**20:,.1f} MiB each: {how_many}; in a "
+        "container --shm-size 8g gives more."
+    )

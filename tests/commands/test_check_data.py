@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_dataset import bad_images, odd_images, photograph
 from test_shards import offset_of, pack
 
@@ -162,3 +164,38 @@ def test_ctrl_c_ends_it(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said, said
+
+
+@pytest.fixture
+def deep(tmp_path):
+    """Values of 12 bits in files of 16, and what a Mac and a person leave beside them."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(6):
+        values = np.random.default_rng(i).integers(0, 4096, (20, 30)).astype("<u2")
+        Image.frombytes("I;16", (30, 20), values.tobytes()).save(data / f"{i}.png")
+        (data / f"._{i}.png").write_bytes(b"\0\5")
+    (data / "notes.txt").touch()
+    return data
+
+
+def test_what_is_ignored_and_dark_is_told(deep, capsys):
+    assert cli.main(["check-data", str(deep)]) == 0
+    said = capsys.readouterr().out
+    assert "7 files ignored: 6 hidden, 1 .txt\n" in said
+    assert "warning: 6 of 6 images looked at come out nearly black: " in said
+    assert "--value_range 0 4095" in said and said.endswith("all 6 images decode\n")
+    assert cli.main(["check-data", str(deep), "--value_range", "0", "4095"]) == 0
+    assert "nearly" not in capsys.readouterr().out
+    assert cli.main(["check-data", str(deep), "--value_range", "5", "5"]) == 2
+    assert "--value_range is 5 5: give two values" in capsys.readouterr().err
+
+
+def test_a_run_tells_the_same(deep, tmp_path, capsys):
+    from pretraining import SMALL
+
+    command = ["pretrain", "--data_path", str(deep), "--output_dir", str(tmp_path / "run"), *SMALL]
+    assert cli.main([*command, "--epochs", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "7 files ignored: 6 hidden, 1 .txt\n" in said
+    assert "warning: 6 of 6 images looked at" in said and "--value_range 0 4095" in said

@@ -92,3 +92,31 @@ def test_an_image_that_does_not_decode_is_named(tmp_path):
 def test_what_cannot_be_is_said(photographs, more, message, capsys):
     assert cli.main(["show-crops", str(photographs), *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_extreme_shapes_are_shown(tmp_path):
+    for size in ((60000, 1), (1, 60000), (1, 1)):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.new("RGB", size, "red").save(tmp_path / "data" / f"{size[0]}x{size[1]}.png")
+    cfg = Config(data_path=str(tmp_path / "data"), local_crops_number=1)
+    assert write(cfg, tmp_path / "crops.png", 3) == 3
+
+
+def test_images_are_shown_as_a_run_sees_them(tmp_path):
+    """Scaled by value_range and turned by EXIF."""
+    (tmp_path / "data").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.frombytes("I;16", (40, 30), np.full((30, 40), 2048, "<u2").tobytes())
+    deep.save(tmp_path / "data" / "a.png", exif=exif)
+    for options, level, upright in (
+        ({}, 8, False),
+        ({"value_range": (0.0, 4095.0), "exif": True}, 128, True),
+    ):
+        cfg = Config(data_path=str(tmp_path / "data"), local_crops_number=0, **options)
+        write(cfg, tmp_path / "crops.png", 1)
+        cell = np.asarray(Image.open(tmp_path / "crops.png").convert("L"))[GAP:, GAP:]
+        cell = cell[:CELL, :CELL]
+        values, counts = np.unique(cell[:100, :100], return_counts=True)
+        assert values[counts.argmax()] == level  # boxes are drawn on it
+        assert (cell[130:] == 255).all() != upright and (cell[:, 130:] == 255).all() == upright

@@ -176,6 +176,20 @@ def test_crops_are_near_those_of_pil(jpegs) -> None:
         assert a.shape == b.shape and a.dtype == b.dtype and (a - b).abs().mean() * 255 < 2
 
 
+def test_jpegs_that_exif_turns_are_left_to_pil(jpegs, tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    smooth(60, 80).save(tmp_path / "data" / "3.jpg", exif=exif)
+    for asked in (False, True):
+        loader = make_loader(jpegs(exif=asked))
+        next(loader)
+        encoded, _ = loader._batches._encoded(3)
+        assert encoded.size == ((80, 60) if asked else (60, 80))
+        assert (encoded.data[:2].tobytes() == b"P6") == asked  # PNM from PIL, or the JPEG itself
+        assert loader._batches._encoded(4)[0].data[:2].tobytes() == b"\xff\xd8"
+        loader.close()
+
+
 def test_a_decompression_bomb_does_not_reach_dali(jpegs, tmp_path) -> None:
     """Its decoder would take 12 GB for what the header claims."""
     path = tmp_path / "data" / "3.jpg"

@@ -11,6 +11,7 @@ import numpy as np
 import PIL
 import pytest
 import torch
+from PIL import Image
 from test_dataset import bad_images, odd_images, photograph
 from test_shards import pack
 
@@ -20,6 +21,7 @@ from dinofast.data import backend_dali, backend_native, decode, make_loader, sel
 from dinofast.data.augmentation import View, draw
 from dinofast.data.backend_pil import render
 from dinofast.data.loader import views
+from dinofast.data.reader import ImageReader
 from dinofast.data.sampler import batch_indices, epoch_order
 
 SMALL = dict(
@@ -178,6 +180,64 @@ def test_backends_make_the_same_crops(config):
         )
     else:
         assert same(whole, by_pil)
+
+
+def test_exif_and_value_range_hold_in_each_backend(config, tmp_path):
+    """The crops are near those of the same images, written upright and in 8 bits."""
+    for name in ("raw", "made"):
+        (tmp_path / name).mkdir()
+    for i in range(4):
+        upright = photograph(tmp_path / "x.png", (40 + i, 30), seed=i)
+        image, exif = Image.open(upright).convert("RGB"), Image.Exif()
+        exif[0x0112] = 8  # made upright by a quarter turn to the left
+        turned = image.transpose(Image.Transpose.ROTATE_270)
+        turned.save(tmp_path / "raw" / f"{i}.jpg", exif=exif, quality=98, subsampling=0)
+        image.save(tmp_path / "made" / f"{i}.jpg", quality=98, subsampling=0)
+        gray = np.asarray(image.convert("L"))
+        deep = Image.frombytes("I;16", image.size, (gray.astype("<u2") * 16).tobytes())
+        deep.save(tmp_path / "raw" / f"deep{i}.png")
+        Image.fromarray(gray).save(tmp_path / "made" / f"deep{i}.png")
+    kept = config(data_path=str(tmp_path / "made"), image_std=(1.0, 1.0, 1.0))
+    raw = replace(kept, data_path=str(tmp_path / "raw"))
+    expected = take(kept, 4)
+    for options, is_near in (
+        ({"exif": True, "value_range": (0.0, 4080.0)}, True),
+        ({"value_range": (0.0, 4080.0)}, False),
+        ({"exif": True}, False),
+    ):
+        got = take(replace(raw, **options), 4)
+        off = [
+            (a - b).abs().mean().item() * 255
+            for x, y in zip(got, expected, strict=True)
+            for a, b in zip(x, y, strict=True)
+        ]
+        assert (max(off) < 3) == is_near, (options, off)
+
+
+def test_what_lies_beside_the_images_and_darkness_are_told(config, tmp_path):
+    for i in range(4):
+        deep = np.random.default_rng(i).integers(0, 4096, (30, 40)).astype("<u2")
+        (tmp_path / "data").mkdir(exist_ok=True)
+        image = Image.frombytes("I;16", (40, 30), deep.tobytes())
+        image.save(tmp_path / "data" / f"{i}.png")
+    (tmp_path / "data" / "notes.txt").touch()
+    cfg = config(data_path=str(tmp_path / "data"))
+    ignored, dark = make_loader(cfg).remarks()
+    assert ignored == "1 file ignored: 1 .txt"
+    assert dark.startswith("warning: 4 of 4 images looked at come out nearly black: ")
+    assert make_loader(cfg, rank=1).remarks() == [ignored]  # one process looks
+    assert make_loader(replace(cfg, value_range=(0.0, 4095.0))).remarks() == [ignored]
+    assert make_loader(config()).remarks() == []
+
+
+def test_looking_at_images_is_bounded_and_ends_nothing(spoilt, monkeypatch):
+    reader = make_loader(spoilt()).reader
+    assert reader.remark() == ""  # three of them do not decode
+    monkeypatch.setattr(ImageReader, "_decode_once", None)  # no retries either
+    reads = []
+    monkeypatch.setattr(type(reader.dataset), "read", lambda self, i: reads.append(i) or b"")
+    monkeypatch.setattr("dinofast.data.reader.SAMPLE_S", -1.0)
+    assert reader.remark() == "" and not reads
 
 
 def test_batches_in_bf16_are_those_in_fp32_rounded(config):

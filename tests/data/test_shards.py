@@ -81,10 +81,16 @@ def test_members_are_read_from_their_places(images, tmp_path, format):
 def test_what_is_an_image_in_a_shard(images, tmp_path):
     data = images["0000.png"]
     kept = ["0.png", "1.JPG", "deep/er/2.jpeg", "./3.gif", "4.cls/5.png"]
+    kept += ["photo.v1.jpg", "2020.01.02.jpg", "IMG.0001.jpg", "6.left.png", "6.right.png"]
     left = ["0.seg.png", "1.json", "2.cls", "a.png.txt", "deep/.png", "._0.png", "png"]
-    shard = pack(tmp_path / "a.tar", {name: data for name in left + kept})
-    found, refused = build(str(shard))
-    assert paths(found) == [f"{shard}/{name}" for name in kept] and not refused
+    left += ["__MACOSX/0.png", "7.svg"]
+    for format in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        shard = pack(tmp_path / "a.tar", {name: data for name in left + kept}, format)
+        found, refused = build(str(shard))
+        assert paths(found) == [f"{shard}/{name}" for name in kept] and not refused
+        assert [found.read(i) for i in range(len(found))] == [data] * len(kept)
+        assert found.ignored.startswith("6 files ignored: 3 hidden, ")
+        assert "1 .seg.png" in found.ignored and "json" not in found.ignored
 
 
 def test_names_of_any_length_and_bytes(images, tmp_path):

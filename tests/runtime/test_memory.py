@@ -66,3 +66,30 @@ def test_a_gpu_and_another_malloc_are_left_alone(monkeypatch):
 
 def test_peak_memory_is_told():
     assert memory.peak_memory(torch.device("cpu")).endswith(" GiB of this process")
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "each", "fitting"),
+    [
+        (64, 10, 4, 10),
+        (64, 16, 4, 15),
+        (64, 10, 30, 1),
+        (64, 10, 70, 0),
+        (0, 3, 1, 0),
+        (64, 0, 9, 0),
+    ],
+)
+def test_no_more_workers_than_shared_memory_holds(monkeypatch, free, wanted, each, fitting):
+    """In MiB. One worker's share is left for what has been taken."""
+    usage = type("usage", (), {"free": free * 2**20})
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: usage)
+    n, why = memory.fewer_workers(wanted, each * 2**20)
+    assert n == fitting and (why is None) == (n == wanted)
+    if why:
+        assert f"{free} MiB free" in why and "--shm-size" in why and why.endswith(".")
+        assert ("none starts" if not n else f"only {n} start") in why
+
+
+def test_without_such_a_folder_all_workers_start(monkeypatch):
+    monkeypatch.setattr(memory, "SHARED_MEMORY", "/no/such/folder")
+    assert memory.fewer_workers(8, 2**40) == (8, None)
