@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from dinofast.data.augmentation import Augmentation
 from dinofast.data.reader import Met
 from dinofast.data.sampler import BatchIndices
+from dinofast.runtime.memory import share, why_workers_ended
 
 
 class WorkerDied(RuntimeError):
@@ -34,11 +35,11 @@ def explain_killed_workers(output_dir: str | Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not (reason := why_workers_ended(error)):
             raise
         raise WorkerDied(
-            "a data worker was killed, often for lack of memory: lower `num_workers` or the batch; "
-            f"the same command goes on from what was last saved in '{output_dir}'."
+            f"{reason}: lower `num_workers` or the batch; the same command goes on from what was "
+            f"last saved in '{output_dir}'."
         ) from error
 
 
@@ -83,11 +84,9 @@ class CropDataset(Dataset):
                     out, own[0].plan(own[1], image.height, image.width), strict=True
                 ):
                     to[b] = render(image, view)
-        return (
-            [torch.from_numpy(c).flatten(0, 1).permute(0, 3, 1, 2) for c in crops],
-            met,
-            n_replaced,
-        )
+        made = [torch.from_numpy(c).flatten(0, 1).permute(0, 3, 1, 2) for c in crops]
+        share(made)
+        return made, met, n_replaced
 
 
 def render(image: Image.Image, view: np.void) -> np.ndarray:

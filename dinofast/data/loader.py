@@ -25,8 +25,10 @@ from dinofast.data.reader import UNREAD_S, ImageReader, Met
 from dinofast.data.sampler import batch_indices
 from dinofast.runtime.backends import Selection, cores, select
 from dinofast.runtime.distributed import local_world
+from dinofast.runtime.memory import fewer_workers
 from dinofast.runtime.side_stream import SideStream
 
+PREFETCH = 2  # micro-batches that a worker process has ready
 ENOUGH_DRAWN = 100  # images, before the share of bad ones can end a run
 # standard deviations above the allowed share that are put down to which images happened to be drawn
 CHANCE = 3.0
@@ -131,6 +133,11 @@ class Loader:
         self.reader = ImageReader(images, cfg.given_value_range, cfg.exif)
         self.augmentation, self._exif = Augmentation(cfg.seed, views(cfg)), cfg.exif
         self.n_workers = min(cfg.num_workers, max(1, cores() // local_world()))
+        self.workers_note = None
+        if self.backend == "pil":
+            sides = [view.size for view in self.augmentation.views]
+            batch = self.batch_size * sum(3 * side * side for side in sides)
+            self.n_workers, self.workers_note = fewer_workers(self.n_workers, PREFETCH * batch)
         self._indices = partial(
             batch_indices,
             cfg.seed,
@@ -150,10 +157,11 @@ class Loader:
         self._step, self._batches = step, None
 
     def remarks(self) -> list[str]:
-        """Sentences on the source, to be told before the first step by the first process: what is
-        ignored, and whether nearly all images are black or white."""
+        """Sentences to be told before the first step by the first process: what of the source is
+        ignored, whether nearly all images are black or white, and why fewer workers start."""
         dark = self.reader.remark() if self._rank == 0 else ""
-        return [line for line in (self.ignored, dark and f"warning: {dark}") if line]
+        lines = self.ignored, dark and f"warning: {dark}", self.workers_note
+        return [line for line in lines if line]
 
     def begin_run(self) -> None:
         """Of a new run: remove the `bad_files.txt` of an earlier one. By one process, before any
@@ -266,6 +274,7 @@ class Loader:
                     batch_size=None,
                     sampler=indices,
                     num_workers=self.n_workers,
+                    prefetch_factor=PREFETCH if self.n_workers else None,
                     collate_fn=_as_it_is,
                     worker_init_fn=_ignore_signals,
                     pin_memory=pinned,

@@ -19,7 +19,7 @@ from ..data.dataset import walk
 from ..data.decode import BadFiles, UnreadableImage, decode, read_file
 from ..data.names import Ignored, is_hidden
 from ..data.shards import is_shard
-from ..runtime.memory import fewer_workers
+from ..runtime.memory import fewer_workers, share, why_workers_ended
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -147,12 +147,10 @@ def _all_of(loader: DataLoader) -> Iterator[tuple[Tensor, list[int], list[tuple[
     """What a loader gives. Raises OSError, with a way out, for a worker that was killed."""
     try:
         yield from loader
-    except RuntimeError as error:  # torch has no other name for it
-        if "DataLoader worker" not in str(error):
+    except RuntimeError as error:
+        if not (reason := why_workers_ended(error)):
             raise
-        raise OSError(
-            "a data worker was killed, often for lack of memory: lower `num_workers`."
-        ) from error
+        raise OSError(f"{reason}: lower `num_workers`.") from error
 
 
 @cache
@@ -167,6 +165,7 @@ def _stacked(
     reason."""
     good = [(i, image) for i, image, _ in items if image is not None]
     images = torch.stack([image for _, image in good]) if good else torch.empty(0)
+    share([images])
     return images, [i for i, _ in good], [(i, reason) for i, _, reason in items if reason]
 
 

@@ -8,10 +8,12 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
 SHARED_MEMORY = "/dev/shm"  # through which worker processes pass tensors, on Linux
 # Numbers of malloc.h, and what glibc comes to by itself for blocks of this size: 32 MiB, and twice
@@ -92,3 +94,21 @@ def fewer_workers(wanted: int, bytes_ahead_per_worker: int) -> tuple[int, str | 
         f"processes that need {bytes_ahead_per_worker / 2**20:,.1f} MiB each: {how_many}; in a "
         "container --shm-size 8g gives more."
     )
+
+
+def share(tensors: Iterable[Tensor]) -> None:
+    """In a worker process: put them into shared memory now. Where that is full an error says so;
+    torch does it later, in a thread whose errors nobody hears, and the reader waits without end."""
+    if get_worker_info() is None:
+        return
+    for tensor in tensors:
+        tensor.share_memory_()
+
+
+def why_workers_ended(error: RuntimeError) -> str | None:
+    """In words, where that is what torch's error says, which has no type of its own."""
+    if "shared memory" in str(error):
+        return f"{SHARED_MEMORY} is full, through which worker processes pass images"
+    if "DataLoader worker" in str(error):
+        return "a data worker was killed, often for lack of memory"
+    return None

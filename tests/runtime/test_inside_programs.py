@@ -1,6 +1,7 @@
 """`train` inside other people's programs, and waits that a signal must end."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,14 @@ from pretraining import SMALL, assert_same_run, command, finish
 from test_resume import wait_for
 
 from dinofast.runtime import distributed, idle_threads
+
+
+def can_mount():
+    test = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
+    return (
+        shutil.which("unshare") is not None
+        and not subprocess.run(test, capture_output=True).returncode
+    )
 
 
 def script(tmp_path, text):
@@ -192,3 +201,55 @@ def test_ctrl_c_under_torchrun_ends_with_our_sentence(photographs, tmp_path):
     said, _ = process.communicate(timeout=60)
     last = said.strip().splitlines()[-1]
     assert last.startswith("stopped after step") and "the same command goes on" in last, said
+
+
+@pytest.mark.skipif(not can_mount(), reason="may not mount a file system here")
+@pytest.mark.parametrize("small, words", [("16m", "none starts"), ("1g", None)])
+def test_a_small_shared_memory(small, words, photographs, tmp_path):
+    """As in a container: 64 MiB there unless --shm-size is given."""
+    line = command(photographs, tmp_path, "--data_backend", "pil", "--batch_size_per_gpu", "4")
+    line += ["--global_crops_size", "512", "--local_crops_size", "256", "--patch_size", "64"]
+    code = f'mount -t tmpfs -o size={small} tmpfs /dev/shm && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", code, "bash", *line],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert ("/dev/shm has" in said) == bool(words) and (words or "") in said
+
+
+@pytest.mark.skipif(not can_mount(), reason="may not mount a file system here")
+def test_a_shared_memory_that_gets_full_ends_the_wait(photographs, tmp_path):
+    """What a worker cannot put there is an error of its batch, not a batch that never comes."""
+    path = script(
+        tmp_path,
+        """
+        from dinofast.data import loader
+        loader.fewer_workers = lambda wanted, each: (wanted, None)
+        if __name__ == "__main__":
+            sys.exit(cli.main(["pretrain", sys.argv[1], "--output_dir", sys.argv[2], *sys.argv[3:]]))
+        """,
+    )
+    more = [
+        "--data_backend",
+        "pil",
+        "--global_crops_size",
+        "512",
+        "--local_crops_size",
+        "256",
+        "--patch_size",
+        "64",
+    ]
+    code = 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$@"'
+    line = [sys.executable, path, photographs, tmp_path, *SMALL, *more]
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", code, "bash", *map(str, line)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "/dev/shm is full" in done.stderr and "lower --num_workers" in done.stderr
