@@ -22,6 +22,7 @@ from ..config import Config
 from ..nn.dino import Model
 from .reading import load, read, with_attributes
 from .storage import FULL, SaveFailed, link, reason, write
+from .weights import mapping_of
 
 RETRY_S = 60.0  # after a save that failed
 _SMALL = 1024  # elements of a tensor that a trial saves as it is
@@ -60,7 +61,7 @@ def contents(
     """The official keys (`student` named `module.*`, `teacher`, `optimizer`, `epoch` = the next
     one, `args`, `dino_loss`, `fp16_scaler` where used) and one more, `dinofast`."""
     state = {
-        "student": {f"module.{name}": value for name, value in model.student.state_dict().items()},
+        "student": _with_prefix(model.student.state_dict(), "module"),
         "teacher": model.teacher.state_dict(),
         "optimizer": optimizer.state_dict(),
         "epoch": position.epoch,
@@ -71,6 +72,16 @@ def contents(
     if scaler is not None:
         state["fp16_scaler"] = scaler.state_dict()
     return state
+
+
+def _with_prefix(state: dict[str, Any], name: str) -> OrderedDict[str, Any]:
+    """As the state_dict of a module that holds this one under a name."""
+    inside = OrderedDict((f"{name}.{key}", value) for key, value in state.items())
+    versions = getattr(state, "_metadata", {})
+    inside._metadata = {  # type: ignore[attr-defined]
+        f"{name}.{key}".rstrip("."): value for key, value in versions.items()
+    }
+    return inside
 
 
 def save(
@@ -100,20 +111,38 @@ def try_saving(
     scaler: torch.amp.GradScaler | None,
     cfg: Config,
 ) -> None:
-    """Save and read what a run will save, in memory and with large tensors left empty. Raises
+    """Save, read and load what a run will save, in memory and with large tensors left empty. Raises
     `ValueError` that names what would not come back, and its type."""
     state = contents(model, optimizer, scaler, cfg, TrainState())
     small = _map_tensors(state, _emptied)
-    if _comes_back(small):
-        return
-    where, value = _culprit(small, "")
-    what = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    if not _comes_back(small):
+        where, value = _culprit(small, "")
+        raise ValueError(
+            f"'{where}' is {_kind(value)}, which a checkpoint cannot hold: let the backbone's "
+            "state_dict have tensors, numbers, texts, and lists and dicts of them."
+        )
+    back = _read_back(small)
+    for module, name in ((model.student, "student"), (model.teacher, "teacher")):
+        weights = mapping_of(back[name], "module." if name == "student" else "")
+        for key, own in module.state_dict().items():
+            if isinstance(own, Tensor) and _emptied(own).shape != own.shape:
+                weights[key] = own  # with its own values: nothing changes
+        try:
+            module.load_state_dict(weights)
+        except Exception as error:  # hooks of others raise what they like
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"the backbone's state_dict, saved and read, cannot be loaded again ({said})."
+            ) from error
+
+
+def _kind(value: Any) -> str:
+    """A value's type as a message names it."""
+    name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     if isinstance(value, Tensor):
-        what = "tensor on the meta device" if value.is_meta else f"tensor of class {what}"
-    raise ValueError(
-        f"a checkpoint cannot hold what '{where}' is, a {what}: let the backbone's state_dict have "
-        "tensors, numbers, texts, and lists and dicts of them."
-    )
+        return "a tensor on the meta device" if value.is_meta else f"a tensor of class {name}"
+    of = f" of {value.dtype}" if name == "numpy.ndarray" else ""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}{of}"
 
 
 class Saver:
@@ -222,13 +251,17 @@ def _compare(state: Mapping[str, Any], file: Path) -> None:
 
 
 def _comes_back(value: Any) -> bool:
-    file = io.BytesIO()
     try:
-        torch.save(value, file)
-        file.seek(0)
-        return _difference(value, load(file), "") is None
+        return _difference(value, _read_back(value), "") is None
     except Exception:  # classes of others raise what they like
         return False
+
+
+def _read_back(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return load(file)
 
 
 def _culprit(value: Any, where: str) -> tuple[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,16 @@ from .reading import arguments_in, read
 
 _VIT_OF_WIDTH = {64: "vit_nano", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 # where others keep the weights, and what they set before the names
-_CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "module", "model_ema", "ema")
+_CONTAINERS = (
+    *("state_dict", "state_dict_ema", "model_state_dict"),
+    *("model", "model_ema", "net", "module", "ema"),
+)
 _WRAPPERS = ("module.", "_orig_mod.")
 # beside a backbone: what makes class scores, and MAE's decoder
 _NOT_BACKBONE = re.compile(
     r"(head|heads|head_dist|fc|classifier|last_linear|decoder\w*)\.|decoder_"
 )
+Weights = OrderedDict[str, Any]  # by name; with `_metadata` where it is known
 _PATCHES = "patch_embed.proj.weight"
 # names that tell whose weights do not fit our ViTs
 _FOREIGN = {
@@ -64,7 +69,7 @@ def load_backbone(
     told = OLD_NAMES.get(told, told)
     if backbone is None:
         if not is_backbone:
-            weights = _below(path, weights, (_PATCHES, "pos_embed", "cls_token"), key)
+            weights = _below(path, weights, (_PATCHES,), key)
         if _is_vit(weights) and told in (*VITS, ""):
             backbone = _vit_for(path, weights, told)
         elif told or isinstance(state.get("arch"), str):
@@ -158,14 +163,21 @@ def finite(value: Any) -> bool:
         return True
 
 
-def mapping_of(state: Any, prefix: str = "") -> dict[str, Any]:
-    """Weights by name, without a prefix."""
+def mapping_of(state: Any, prefix: str = "") -> Weights:
+    """Weights by name, without a prefix, and with them the versions that modules of torch save as
+    `_metadata`."""
     if not isinstance(state, Mapping):
         raise ValueError(
             f"there is a {type(state).__name__} where the weights should be: this is no DINO "
             "checkpoint."
         )
-    return {str(name).removeprefix(prefix): value for name, value in state.items()}
+    named = OrderedDict((str(n).removeprefix(prefix), value) for n, value in state.items())
+    versions = getattr(state, "_metadata", None)
+    if isinstance(versions, Mapping):
+        named._metadata = {  # type: ignore[attr-defined]
+            f"{n}.".removeprefix(prefix).removesuffix("."): v for n, v in versions.items()
+        }
+    return named
 
 
 def _shape(weights: Mapping[str, Any], name: str) -> Any:
@@ -187,13 +199,13 @@ def _not_finite(path: Path, name: str, what: str) -> str:
     )
 
 
-def _weights_in(path: Path, state: Mapping[str, Any], key: str) -> tuple[dict[str, Any], bool]:
+def _weights_in(path: Path, state: Mapping[str, Any], key: str) -> tuple[Weights, bool]:
     """The weights of a file: under `key`, under the one name that others use, or all there is; and
     whether they are of a backbone alone, as in DINO's own files."""
     if key in state:
         weights = _unwrapped(mapping_of(state[key]))
-        inside = {name: value for name, value in weights.items() if name.startswith("backbone.")}
-        return mapping_of(inside or weights, "backbone."), bool(inside)
+        is_backbone = any(name.startswith("backbone.") for name in weights)
+        return _inside(weights, "backbone.") if is_backbone else weights, is_backbone
     if "teacher" in state or "student" in state:
         raise ValueError(
             f"'{path}' has no '{key}': choose from "
@@ -210,8 +222,8 @@ def _weights_in(path: Path, state: Mapping[str, Any], key: str) -> tuple[dict[st
             f"load_backbone(path, key={first!r})."
         )
     if not _is_weights(state):
-        names = ", ".join(map(str, list(state)[:5])) or "nothing"
-        raise ValueError(f"'{path}' holds no weights, only {names}: name another file.")
+        names = f", only {', '.join(map(str, list(state)[:5]))}" if state else ""
+        raise ValueError(f"'{path}' holds no weights{names}: name another file.")
     return _unwrapped(mapping_of(state)), False
 
 
@@ -220,15 +232,15 @@ def _is_weights(state: Mapping[str, Any]) -> bool:
     return any(isinstance(value, Tensor) for value in state.values())
 
 
-def _unwrapped(weights: dict[str, Any]) -> dict[str, Any]:
+def _unwrapped(weights: Weights) -> Weights:
     """Without what data parallelism and `torch.compile` set before every name."""
     for wrapper in _WRAPPERS * 2:
         if weights and all(name.startswith(wrapper) for name in weights):
             weights = mapping_of(weights, wrapper)
-    return {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
+    return weights
 
 
-def _below(path: Path, weights: dict[str, Any], wanted: Sequence[str], key: str) -> dict[str, Any]:
+def _below(path: Path, weights: Weights, wanted: Sequence[str], key: str) -> Weights:
     """The weights below the prefix (`backbone.`, `model.`, `teacher.backbone.`) under which most of
     the wanted names stand; all where there is none. Of several as good the one that `key` tells."""
     prefixes = {
@@ -247,11 +259,19 @@ def _below(path: Path, weights: dict[str, Any], wanted: Sequence[str], key: str)
                 f"load_backbone(path, key={best[0].rstrip('.')!r})."
             )
         best = chosen
-    prefix = best[0] if best else ""
-    return {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+    return _inside(weights, best[0] if best else "")
 
 
-def _without_head(path: Path, weights: dict[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+def _inside(weights: Weights, prefix: str) -> Weights:
+    """Those with a prefix, without it."""
+    kept = mapping_of(weights)
+    for name in weights:
+        if not name.startswith(prefix):
+            del kept[name]
+    return mapping_of(kept, prefix)
+
+
+def _without_head(path: Path, weights: Weights, wanted: Mapping[str, Any]) -> Weights:
     """Without the layers for class scores, or the decoder, that the backbone does not have."""
     beside = [
         name
@@ -266,9 +286,12 @@ def _without_head(path: Path, weights: dict[str, Any], wanted: Mapping[str, Any]
         f"'{path}' holds more than a backbone ({', '.join(beside[:2])}): that is left out.",
         stacklevel=3,
     )
-    if any(name.startswith("decoder_") for name in beside):
+    if any(name.startswith("decoder_") for name in beside) and "mask_token" in weights:
         beside.append("mask_token")
-    return {name: value for name, value in weights.items() if name not in beside}
+    kept = mapping_of(weights)
+    for name in beside:
+        del kept[name]
+    return kept
 
 
 def _is_vit(weights: Mapping[str, Any]) -> bool:

@@ -43,4 +43,5 @@ class BadFileList:
             )
             self._read_to += len(others)
             if lines:
-                file.write(lines)  # at the end, wherever that is by now
+                with suppress(OSError):  # a full disk must not end a run; the log counts them
+                    file.write(lines)  # at the end, wherever that is by now

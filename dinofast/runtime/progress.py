@@ -229,8 +229,11 @@ class Run:
             **{f"train_{name}": value for name, value in means.items()},
             "skipped_steps": round(steps - count),
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk must not end a run of days
+            self.log(f"warning: epoch {epoch + 1} is not in '{self.path}' ({error.strerror})")
         if count and (
             warning := collapse_warning(
                 sums["loss"] / count, sums["teacher_entropy"] / count, self.log_k
