@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,14 +157,20 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return read(path)
     except ValueError as error:
-        for other in numbered(path.parent):
-            with suppress(ValueError):
-                if other != path and read(other, mmap=True):
-                    raise ValueError(
-                        f"{error} '{other.name}' beside it can be read: with '{path.name}' moved "
-                        "away the run goes on from there."
-                    ) from error
-        raise
+        good = next((other for other in numbered(path.parent) if _can_be_read(other)), None)
+        if good is None:
+            raise
+        raise ValueError(
+            f"{error} '{good.name}' beside it can be read: with '{path.name}' moved away the run "
+            "goes on from there."
+        ) from error
+
+
+def _can_be_read(path: Path) -> bool:
+    try:
+        return bool(read(path, mmap=True))
+    except ValueError:
+        return False
 
 
 def _position(path: Path, state: Mapping[str, Any]) -> TrainState:
