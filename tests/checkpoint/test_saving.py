@@ -233,7 +233,7 @@ REFUSED = {
         with_buffer(
             lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
         ),
-        "saved and read, cannot be loaded again .*backbone.b",
+        "backbone.b",  # in words that differ between versions of torch
     ),
 }
 
