@@ -24,7 +24,7 @@ from .reading import load, read, with_attributes
 from .storage import FULL, SaveFailed, link, reason, write
 from .weights import mapping_of
 
-RETRY_S = 60.0  # after a save that failed
+RETRY_S, MOST_RETRY_S = 60.0, 3600.0  # after a save that failed; doubled each time
 _SMALL = 1024  # elements of a tensor that a trial saves as it is
 
 
@@ -165,7 +165,7 @@ class Saver:
         self.parts = model, optimizer, scaler, cfg
         try_saving(*self.parts)
         self.failed: SaveFailed | None = None
-        self._verified, self._tried = False, 0.0
+        self._verified, self._tried, self._wait_s = False, 0.0, RETRY_S
 
     @property
     def must_end(self) -> bool:
@@ -174,7 +174,7 @@ class Saver:
 
     @property
     def retry_due(self) -> bool:
-        return self.failed is not None and time.monotonic() - self._tried > RETRY_S
+        return self.failed is not None and time.monotonic() - self._tried > self._wait_s
 
     def raise_failed(self) -> None:
         """At the end: a run whose last save failed has failed."""
@@ -192,9 +192,9 @@ class Saver:
             self._verified = True
             if keep:
                 self._link(numbered)
-            self.failed = None
+            self.failed, self._wait_s = None, RETRY_S
         except SaveFailed as error:  # not raised here: the other processes wait at the next step
-            self.failed = error
+            self.failed, self._wait_s = error, min(2 * self._wait_s, MOST_RETRY_S)
             if error.may_pass:
                 self.log(f"warning: {error} Training goes on, and saving is tried again.")
 
@@ -222,7 +222,8 @@ class Saver:
 def _explained(path: Path, state: Mapping[str, Any], error: Exception) -> SaveFailed:
     system = reason(error)
     if system is None:
-        return SaveFailed(f"'{path}' could not be saved: {error}", may_pass=False)
+        may_pass = isinstance(error, MemoryError)
+        return SaveFailed(f"'{path}' could not be saved: {error or 'no memory'}", may_pass)
     bytes_ = 0
 
     def add(tensor: Tensor) -> Tensor:
@@ -234,9 +235,10 @@ def _explained(path: Path, state: Mapping[str, Any], error: Exception) -> SaveFa
     room = ""
     if system.errno in FULL and bytes_:
         room = f", it takes about {max(bytes_ / 1e6, 1):,.0f} MB beside the one before"
-    stays = f"; '{path.name}' is still that of an earlier save" if path.exists() else ""
+    before = path.with_name("checkpoint.pth").exists()
+    stays = "'checkpoint.pth' is still that of an earlier save" if before else "none is saved yet"
     return SaveFailed(
-        f"'{path}' could not be saved ({system.strerror or system}{room}){stays}.", may_pass=True
+        f"'{path}' could not be saved ({system.strerror or system}{room}); {stays}.", may_pass=True
     )
 
 
