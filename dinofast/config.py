@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
+
+from .runtime.words import plain
 
 VITS = ("vit_tiny", "vit_small", "vit_base", "vit_nano")
 # as the official code maps them
@@ -290,15 +291,11 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        # a Path would make a checkpoint that nothing reads
-        for name in ("data_path", "output_dir"):
-            object.__setattr__(self, name, os.fspath(getattr(self, name)))
         for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, list):
-                object.__setattr__(self, f.name, tuple(value))
-            elif "aliases" in f.metadata and isinstance(value, str | bool):
-                object.__setattr__(self, f.name, meant(f.metadata["aliases"], value))
+            value = plain(getattr(self, f.name))
+            if "aliases" in f.metadata and isinstance(value, str | bool):
+                value = meant(f.metadata["aliases"], value)
+            object.__setattr__(self, f.name, value)
 
     # ----------------------------------------------------------------------------------------------
     @property

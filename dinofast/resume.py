@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import TrainState, arguments_in, check_fit, read, strip_prefix
+from .checkpoint import (
+    TrainState,
+    arguments_in,
+    check_fit,
+    finite,
+    mapping_of,
+    numbered,
+    read,
+)
 from .config import Config
 from .data import Loader
 from .nn.dino import Model
@@ -41,6 +49,31 @@ RESUME_MUTABLE_OPTIONS = {
 }
 
 
+def go_on(
+    path: Path,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    cfg: Config,
+) -> tuple[Path | None, TrainState, list[str]]:
+    """`restore` what a run that saves to `path` has left: that file, or where it is gone the newest
+    numbered one beside it. Returns which, None for a new run."""
+    found, notes = path, list[str]()
+    if path.is_symlink():
+        notes = [
+            f"'{path}' is a link to '{path.readlink()}': the next save takes the place of the "
+            "link, and what it points to stays as it is"
+        ]
+    elif not path.exists():
+        others = numbered(path.parent)
+        if not others:
+            return None, TrainState(), []
+        found = others[0]
+        notes = [f"there is no '{path}': '{found.name}' beside it is taken instead"]
+    position, changed = restore(found, model, optimizer, scaler, cfg)
+    return found, position, notes + changed
+
+
 def restore(
     path: Path,
     model: Model,
@@ -51,10 +84,10 @@ def restore(
     """Load a training checkpoint, ours or an official one, into freshly built parts.
 
     Returns where the run stands (`n_images` 0 when the file does not tell: an official one, to go
-    on at the start of its epoch) and sentences about options that have changed. Raises `ValueError`
+    on at the start of its epoch) and sentences about what has changed. Raises `ValueError`
     when the file does not fit; nothing is half loaded then.
     """
-    state = read(path)
+    state = _read(path)
     missing = [
         key for key in ("student", "teacher", "optimizer", "epoch", "dino_loss") if key not in state
     ]
@@ -65,12 +98,14 @@ def restore(
         )
     saved_args = arguments_in(state)
     parts = (
-        (model.student, strip_prefix(state["student"], "module."), "student"),
-        (model.teacher, strip_prefix(state["teacher"], "module."), "teacher"),
-        (model.dino_loss, state["dino_loss"], "dino_loss"),
+        (model.student, mapping_of(state["student"], "module."), "student"),
+        (model.teacher, mapping_of(state["teacher"], "module."), "teacher"),
+        (model.dino_loss, mapping_of(state["dino_loss"]), "dino_loss"),
     )
+    notes = []
     for module, weights, what in parts:
-        check_fit(path, module, weights, what, saved_args)
+        for name in check_fit(path, module, weights, what, saved_args):
+            notes.append(f"'{name}' of the {what} holds numbers that are not finite")
     position = _position(path, state)
     _check_optimizer(path, optimizer, state["optimizer"], saved_args)
     for module, weights, _ in parts:
@@ -79,14 +114,19 @@ def restore(
     if scaler is not None and "fp16_scaler" in state:
         scaler.load_state_dict(state["fp16_scaler"])
     now = cfg.to_dict()
-    changed = [
+    notes += [
         f"`{name}` was {_told(saved_args[name])} and is now {_told(now[name])}"
         for name in now
         if name in saved_args
         and name not in RESUME_MUTABLE_OPTIONS
         and _plain(saved_args[name]) != _plain(now[name])
     ]
-    return position, changed
+    notes += [
+        f"'{other.name}' is of a later epoch than '{path}': it is replaced when this run gets there"
+        for other in numbered(path.parent)
+        if int(other.stem.removeprefix("checkpoint")) >= position.epoch
+    ]
+    return position, notes
 
 
 def first_step(position: TrainState, loader: Loader, batch: int) -> tuple[int, list[str]]:
@@ -110,6 +150,27 @@ def first_step(position: TrainState, loader: Loader, batch: int) -> tuple[int, l
         if rest:
             notes.append(f"the last {rest} images before the save are seen again")
     return start + min(inside, loader.steps_per_epoch), notes
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint; where it cannot be read the error names one beside it that can."""
+    try:
+        return read(path)
+    except ValueError as error:
+        good = next((other for other in numbered(path.parent) if _can_be_read(other)), None)
+        if good is None:
+            raise
+        raise ValueError(
+            f"{error} '{good.name}' beside it can be read: with '{path.name}' moved away the run "
+            "goes on from there."
+        ) from error
+
+
+def _can_be_read(path: Path) -> bool:
+    try:
+        return bool(read(path, mmap=True))
+    except ValueError:
+        return False
 
 
 def _position(path: Path, state: Mapping[str, Any]) -> TrainState:
@@ -144,8 +205,7 @@ def _check_optimizer(
             i: tuple(p.shape) for i, p in enumerate(p for group in ours for p in group["params"])
         }
         fits = all(
-            value.ndim == 0
-            or (tuple(value.shape) == shapes[i] and bool(torch.isfinite(value).all()))
+            value.ndim == 0 or (tuple(value.shape) == shapes[i] and finite(value))
             for i, state in saved["state"].items()
             for value in state.values()
             if isinstance(value, Tensor)

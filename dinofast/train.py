@@ -20,7 +20,7 @@ from .data import Loader, make_loader
 from .data.backend_pil import explain_killed_workers
 from .introduce import advice, introduce
 from .nn.dino import Model, backbone_maker
-from .resume import first_step, restore
+from .resume import first_step, go_on
 from .runtime import distributed
 from .runtime.idle_threads import let_idle_threads_sleep
 from .runtime.memory import peak_memory, retain_freed_memory
@@ -98,12 +98,13 @@ class _Training:
         self.schedule = Schedule(cfg, per_epoch, process.world, process.device)
         self.step = Step(cfg, Model.from_config(cfg, backbone), process, self.schedule)
         self.state = self.step.model, self.step.optimizer, self.step.scaler
-        position, changed = checkpoint.TrainState(), list[str]()
-        if self.path.exists():
-            position, changed = restore(self.path, *self.state, cfg)
-        elif process.is_main:
+        self.saver = checkpoint.Saver(self.path, *self.state, cfg, lambda text: self.run.log(text))
+        found, position, notes = go_on(self.path, *self.state, cfg)
+        if found is None and process.is_main:
             loader.begin_run()
         process.barrier()  # nobody writes here before everybody has read
+        if process.is_main:
+            self.saver.adopt(found)
         self.start, inexact = first_step(position, loader, self.batch)
         loader.seek(self.start)
         goes_on = self.start % per_epoch and not inexact
@@ -119,8 +120,8 @@ class _Training:
         self.run.drop_after(self.start // per_epoch)
         introduce(self.run, cfg, process, self.step, loader)
         self.run.log_left_out(loader.bad_files, self.path.with_name("bad_files.txt"))
-        self.run.log_start(self.start, self.path)
-        for note in [*self.step.notes, *advice(cfg, loader.n_images), *changed, *inexact]:
+        self.run.log_start(self.start, found or self.path)
+        for note in [*self.step.notes, *advice(cfg, loader.n_images), *notes, *inexact]:
             self.run.log(f"note: {note}")
 
     def __call__(self, stop: StopSignal) -> Path:
@@ -133,6 +134,7 @@ class _Training:
                     self.sums.add(self.step(step, self.loader))
                 except Interrupted as interrupted:  # while it waited for a batch
                     self.save(step)
+                    self.saver.raise_failed()
                     raise self.stopped(step, interrupted.signum) from None
 
                 done = step + 1
@@ -141,13 +143,15 @@ class _Training:
                 stopping = process.world == 1 and bool(stop.signum)
                 if done % cfg.log_steps == 0 or ends_epoch:
                     self.read(step)
-                    stopping = process.any(bool(stop.signum))
-                due = cfg.saveckp_steps and done % cfg.saveckp_steps == 0
+                    stopping = process.any(bool(stop.signum) or self.saver.must_end)
+                due = cfg.saveckp_steps and done % cfg.saveckp_steps == 0 or self.saver.retry_due
                 if not ends_epoch and (stopping or due):
                     self.save(done)
                 if stopping:
                     process.barrier()  # nobody leaves before it is saved
+                    self.saver.raise_failed()
                     raise self.stopped(done, stop.signum or signal.SIGTERM)
+        self.saver.raise_failed()
         self.run.log(
             f"done: {self.schedule.total} steps, teacher and student in '{self.path}'; peak memory "
             f"{peak_memory(process.device)}"
@@ -186,11 +190,7 @@ class _Training:
         of_epoch = self.sums.read() if inside else {}
         data = self.loader.n_images, of_epoch, self.loader.fingerprint, self.batch
         where = checkpoint.TrainState(step, epoch, inside * self.batch, *data)
-        numbered = self.path.with_name(f"checkpoint{epoch - 1:04}.pth")
-        checkpoint.save(numbered if keep else self.path, *self.state, self.cfg, where)
-        if keep:
-            # in this order: a run killed in between makes both again
-            checkpoint.link(numbered, self.path)
+        self.saver(where, keep)
 
 
 class _Callable(ModuleType):

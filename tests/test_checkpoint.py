@@ -72,7 +72,7 @@ def test_layout_is_the_official_one(tmp_path):
         ours["optimizer"]["param_groups"][0].keys() == theirs["optimizer"]["param_groups"][0].keys()
     )
     assert ours["optimizer"]["state"][0].keys() == theirs["optimizer"]["state"][0].keys()
-    assert type(ours["args"]) is dict and ours["args"]["global_crops_scale"] == (0.4, 1.0)
+    assert ours["args"]["global_crops_scale"] == (0.4, 1.0)
     torch.optim.AdamW(param_groups(model.student)).load_state_dict(ours["optimizer"])
     # as the official evaluation does
     state = {
@@ -327,3 +327,51 @@ def test_sums_from_before_metrics_had_names_are_dropped(sums):
     assert resume._position(pathlib.Path("checkpoint.pth"), state) == checkpoint.TrainState(
         step=3, epoch=1
     )
+
+
+def gone_on(folder):
+    return resume.go_on(folder / "checkpoint.pth", *parts(), None, CFG)
+
+
+def test_a_numbered_checkpoint_that_does_not_fit_is_no_new_run(tmp_path):
+    assert gone_on(tmp_path) == (None, checkpoint.TrainState(), [])
+    (tmp_path / "checkpoint0000.pth").write_bytes(b"of something else")
+    with pytest.raises(ValueError, match="checkpoint0000.pth' cannot be read as a checkpoint"):
+        gone_on(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda path: path.symlink_to("gone.pth"), "is a link to 'gone.pth', which is not there"),
+        (lambda path: path.mkdir(), "is a folder, not a checkpoint: move it away"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_checkpoint_is_named(make, words, tmp_path):
+    make(tmp_path / "checkpoint.pth")
+    with pytest.raises(ValueError, match=words):
+        gone_on(tmp_path)
+
+
+def test_a_good_numbered_checkpoint_beside_a_damaged_one_is_named(tmp_path):
+    path, _, _ = saved(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1000])
+    with pytest.raises(ValueError, match="truncated.*choose another file or `output_dir`.$"):
+        gone_on(tmp_path)
+    (tmp_path / "checkpoint0001.pth").write_bytes(b"damaged, too")
+    (tmp_path / "checkpoint0000.pth").write_bytes(content)
+    with pytest.raises(
+        ValueError,
+        match="truncated.* 'checkpoint0000.pth' beside it can be read: with 'checkpoint.pth' moved",
+    ):
+        gone_on(tmp_path)
+
+
+def test_a_later_checkpoint_is_told_before_it_is_replaced(tmp_path):
+    path, _, _ = saved(tmp_path)
+    for name in ("checkpoint0000.pth", "checkpoint0001.pth"):
+        checkpoint.link(path, tmp_path / name)
+    found, position, notes = gone_on(tmp_path)
+    assert found == path and position == POSITION
+    assert len(notes) == 1 and "'checkpoint0001.pth' is of a later epoch than" in notes[0]

@@ -111,6 +111,29 @@ def test_a_file_that_is_no_checkpoint_stays_as_it_is(make, words, unbroken, phot
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "checkpoint.pth"]
 
 
+def test_a_numbered_checkpoint_alone_is_gone_on_from(unbroken, photographs, tmp_path):
+    """Without a word it would be written over by a run from the start."""
+    content = (unbroken / "checkpoint.pth").read_bytes()
+    for name in ("checkpoint0002.pth", "checkpoint0001.pth", "checkpoint0000.pth.bak"):
+        (tmp_path / name).write_bytes(content if "0002" in name else b"older")
+    said = finish(photographs, tmp_path, "--drop_path_rate", "0.3")
+    assert "'checkpoint0002.pth' beside it is taken instead" in said
+    assert "training already complete" in said
+    assert (tmp_path / "checkpoint.pth").read_bytes() == content
+    assert (tmp_path / "checkpoint0001.pth").read_bytes() == b"older"
+
+
+def test_a_link_is_read_and_what_it_points_to_is_kept(unbroken, photographs, tmp_path):
+    content = (unbroken / "checkpoint.pth").read_bytes()
+    (tmp_path / "best.pth").write_bytes(content)
+    path = tmp_path / "checkpoint.pth"
+    path.symlink_to("best.pth")
+    said = finish(photographs, tmp_path, "--drop_path_rate", "0.3", "--epochs", "4")
+    assert "is a link to 'best.pth': the next save takes the place of the link" in said
+    assert "resumed from" in said and not path.is_symlink()
+    assert (tmp_path / "best.pth").read_bytes() == content != path.read_bytes()
+
+
 def test_another_architecture_is_refused(unbroken, photographs, tmp_path):
     content = (unbroken / "checkpoint.pth").read_bytes()
     (tmp_path / "checkpoint.pth").write_bytes(content)

@@ -244,7 +244,7 @@ def reads_of_a_run(tmp_path, steps, **changes):
         for module in (ops._dino_loss, ops._adamw_ema):
             patch.setattr(module, "choose", lambda *_: "reference")
             patch.setattr(module, "is_known", lambda _: False)
-        patch.setattr(checkpoint, "save", lambda *_: None)
+        patch.setattr(checkpoint.saving, "save", lambda *_: None)
         loader = GoldenLoader()
         loader.steps_per_epoch, loader.n_images = steps, 4 * steps
         patch.setattr(train_module, "make_loader", lambda cfg, **_: loader)

@@ -80,7 +80,7 @@ class Model(nn.Module):
         self.teacher = teacher
         self.dino_loss = dino_loss
         self.mark = _unmarked
-        self.teacher.load_state_dict(self.student.state_dict())
+        _copy_weights(self.student, self.teacher)
         self.teacher.requires_grad_(False)
 
     def forward(self, crops: Sequence[Tensor], teacher_temp: float | Tensor) -> Losses:
@@ -151,6 +151,24 @@ class Model(nn.Module):
 
 def _unmarked(part: str) -> None:
     """Nobody times the parts."""
+
+
+def _copy_weights(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises `ValueError` for a backbone whose state_dict has no data or cannot be loaded again."""
+    state = student.state_dict()
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(
+                f"'{name}' is on the meta device, without data: make the backbone on a real device."
+            )
+    try:
+        teacher.load_state_dict(state)
+    except Exception as error:  # hooks of others raise what they like
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"the backbone's state_dict cannot be loaded into a copy of it ({said}): whatever "
+            "state_dict() gives, load_state_dict() must take."
+        ) from error
 
 
 def build_backbone(cfg: Config, drop_path_rate: float) -> nn.Module:

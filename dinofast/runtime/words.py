@@ -1,10 +1,14 @@
-"""How options are spelled to whoever reads a message: `name` in Python, --name on the command
-line."""
+"""Options: how they are spelled to whoever reads a message (`name` in Python, --name on the command
+line), and what is made of the values given."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
+from numbers import Integral, Real
+from typing import Any
 
 _spell: Callable[[str], str] = str
 
@@ -23,3 +27,23 @@ def spelling(spell: Callable[[str], str]) -> Iterator[None]:
         yield
     finally:
         _spell = before
+
+
+def plain(value: Any) -> Any:
+    """An option as Python's own str, bool, int, float or tuple. Paths, enums and NumPy values would
+    make a checkpoint that not everybody can read. Other things as they are."""
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    if hasattr(value, "tolist"):  # NumPy or torch
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return tuple(plain(v) for v in value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value

@@ -1,0 +1,333 @@
+"""The backbone in a file of weights: our checkpoints, official ones, and what other projects
+save."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..config import OLD_NAMES, VITS, Config
+from ..nn import vit
+from ..nn.dino import build_backbone
+from .reading import arguments_in, read
+
+_VIT_OF_WIDTH = {64: "vit_nano", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
+# where others keep the weights, and what they set before the names
+_CONTAINERS = (
+    *("state_dict", "state_dict_ema", "model_state_dict"),
+    *("model", "model_ema", "net", "module", "ema"),
+)
+_WRAPPERS = ("module.", "_orig_mod.")
+# beside a backbone: what makes class scores, and MAE's decoder
+_NOT_BACKBONE = re.compile(
+    r"(head|heads|head_dist|fc|classifier|last_linear|decoder\w*)\.|decoder_"
+)
+Weights = OrderedDict[str, Any]  # by name; with `_metadata` where it is known
+_PATCHES = "patch_embed.proj.weight"
+# names that tell whose weights do not fit our ViTs
+_FOREIGN = {
+    r"(^|\.)linear\.(weight|bias)$": "",
+    r"rope_embed\.|storage_tokens": "DINOv3",
+    r"ls1\.gamma|register_tokens|mlp\.w12\.": "DINOv2",
+    r"embeddings\.patch_embeddings\.|encoder\.layers?\.0\.attention\.": "a Hugging Face model",
+    r"^visual\.|vision_model\.": "CLIP",
+    r"relative_position_bias": "a transformer with relative positions (Swin, BEiT)",
+}
+
+
+def load_backbone(
+    path: str | Path,
+    key: str = "teacher",
+    arch: str | None = None,
+    patch_size: int | None = None,
+    backbone: nn.Module | None = None,
+) -> nn.Module:
+    """The backbone of a checkpoint, in eval mode on the CPU: images (B, 3, h, w) -> features (B,
+    D).
+
+    path: a training checkpoint of ours or of the official code, the folder of a run, a bare state
+    dict of a backbone, also one under `state_dict` or `model` or in a .safetensors file; a
+    classifier beside it is left out with a warning. key: "teacher" or "student", or another name
+    under which the file holds weights. arch, patch_size: only needed when the file does not tell.
+    backbone: a module of your own that takes the weights. Raises `ValueError` when the weights do
+    not fit.
+    """
+    path = in_folder(Path(path))
+    state = read(path)
+    saved = arguments_in(state)
+    weights, is_backbone = _weights_in(path, state, key)
+    told = arch or saved.get("arch") or ""
+    told = OLD_NAMES.get(told, told)
+    if backbone is None:
+        if not is_backbone:
+            weights = _below(path, weights, (_PATCHES,), key)
+        if _is_vit(weights) and told in (*VITS, ""):
+            backbone = _vit_for(path, weights, told)
+        elif told or isinstance(state.get("arch"), str):
+            cfg = Config(
+                arch=told or state["arch"], patch_size=patch_size or saved.get("patch_size", 16)
+            )
+            backbone = build_backbone(cfg, 0.0)
+        else:
+            _name_foreign(path, weights)
+            raise ValueError(f"'{path}' does not tell its architecture: name it with `arch`.")
+    wanted = backbone.state_dict()
+    if not is_backbone:
+        weights = _below(path, weights, tuple(wanted), key)
+    weights = _without_head(path, weights, wanted)
+    if weights.keys() != wanted.keys():
+        _name_foreign(path, weights, wanted)
+    for name in check_fit(path, backbone, weights, "backbone", saved):
+        if name.endswith(("running_mean", "running_var")):  # the features would be, too
+            raise ValueError(_not_finite(path, name, "backbone"))
+    backbone.load_state_dict(weights)
+    return backbone.eval()
+
+
+def arguments(path: str | Path) -> dict[str, Any]:
+    """The options that a checkpoint was trained with, which answer `["arch"]` and `.arch`; empty
+    when it does not tell."""
+    return arguments_in(read(in_folder(Path(path)), mmap=True))
+
+
+def numbered(folder: Path) -> list[Path]:
+    """checkpointNNNN.pth in a folder, the newest first."""
+    found = [p for p in folder.glob("checkpoint*.pth") if re.fullmatch(r"checkpoint\d+", p.stem)]
+    return sorted(found, key=lambda p: int(p.stem.removeprefix("checkpoint")), reverse=True)
+
+
+def in_folder(path: Path) -> Path:
+    """The checkpoint of a run's folder; a file as it is."""
+    if not path.is_dir():
+        return path
+    for file in (path / "checkpoint.pth", *numbered(path)):
+        if file.is_file():
+            return file
+    others = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".pt", ".safetensors"))
+    hint = f"name one of its files ({', '.join(others[:5])})" if others else "name a file"
+    raise ValueError(f"'{path}' is a folder without checkpoint.pth: {hint}.")
+
+
+def check_fit(
+    path: Path, module: nn.Module, weights: Mapping[str, Any], what: str, saved: Mapping[str, Any]
+) -> list[str]:
+    """Raise `ValueError` where names or shapes are not the module's, or a parameter is not finite.
+
+    Returns the names of buffers that are no longer finite: a backbone may mean that, as a mask or a
+    running maximum. One that is not finite in the fresh module either is nothing to tell.
+    """
+    fresh, given = module.state_dict(), mapping_of(weights)
+    for name in [*fresh, *given]:
+        here, there = _shape(fresh, name), _shape(given, name)
+        if here != there and here != "not made yet":
+            origin = "".join(
+                f", saved with `{k}` {saved[k]}"
+                for k in ("arch", "patch_size", "out_dim")
+                if k in saved
+            )
+            raise ValueError(
+                f"'{path}' does not fit this {what}: '{name}' is {there} in the file and {here} "
+                f"here{origin}. Use the options it was saved with, or another `output_dir`."
+            )
+    spoiled = [n for n, v in given.items() if not finite(v) and finite(fresh[n])]
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for name in spoiled:
+        if name in parameters or what == "dino_loss":
+            raise ValueError(_not_finite(path, name, what))
+    return spoiled
+
+
+def finite(value: Any) -> bool:
+    """Whether all numbers of a tensor of any kind are; True of what holds none."""
+    if not isinstance(value, Tensor) or is_lazy(value) or value.is_quantized or value.is_meta:
+        return True
+    if not (value.is_floating_point() or value.is_complex()):
+        return True
+    if value.is_nested or value.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr):
+        value = value.values()
+    elif value.layout == torch.sparse_coo:
+        value = value._values()
+    try:
+        # float8 knows no isfinite
+        return bool(torch.isfinite(value.float() if value.itemsize == 1 else value).all())
+    except RuntimeError:  # kinds without arithmetic
+        return True
+
+
+def mapping_of(state: Any, prefix: str = "") -> Weights:
+    """Weights by name, without a prefix, and with them the versions that modules of torch save as
+    `_metadata`."""
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"there is a {type(state).__name__} where the weights should be: this is no DINO "
+            "checkpoint."
+        )
+    named = OrderedDict((str(n).removeprefix(prefix), value) for n, value in state.items())
+    versions = getattr(state, "_metadata", None)
+    if isinstance(versions, Mapping):
+        named._metadata = {  # type: ignore[attr-defined]
+            f"{n}.".removeprefix(prefix).removesuffix("."): v for n, v in versions.items()
+        }
+    return named
+
+
+def _shape(weights: Mapping[str, Any], name: str) -> Any:
+    """As it is told to a person: a shape, or what stands there instead."""
+    if name not in weights:
+        return "absent"
+    value = weights[name]
+    if not isinstance(value, Tensor):
+        return "no tensor"
+    if is_lazy(value):
+        return "not made yet"
+    return "nested" if value.is_nested else tuple(value.shape)
+
+
+def _not_finite(path: Path, name: str, what: str) -> str:
+    return (
+        f"'{path}' holds numbers that are not finite, in '{name}' of the {what}: it was left as it "
+        "is; go back to an earlier checkpoint."
+    )
+
+
+def _weights_in(path: Path, state: Mapping[str, Any], key: str) -> tuple[Weights, bool]:
+    """The weights of a file: under `key`, under the one name that others use, or all there is; and
+    whether they are of a backbone alone, as in DINO's own files."""
+    if key in state:
+        weights = _unwrapped(mapping_of(state[key]))
+        is_backbone = any(name.startswith("backbone.") for name in weights)
+        return _inside(weights, "backbone.") if is_backbone else weights, is_backbone
+    if "teacher" in state or "student" in state:
+        raise ValueError(
+            f"'{path}' has no '{key}': choose from "
+            f"{', '.join(k for k in ('teacher', 'student') if k in state)}."
+        )
+    holders = {k: v for k, v in state.items() if isinstance(v, Mapping) and _is_weights(v)}
+    usual = [name for name in holders if name in _CONTAINERS]
+    if len(usual) == 1 or len(holders) == 1:
+        return _unwrapped(mapping_of(holders[[*usual, *holders][0]])), False
+    if holders:
+        first = next(iter(holders))
+        raise ValueError(
+            f"'{path}' holds weights under {', '.join(map(repr, holders))}: choose with `key`, "
+            f"load_backbone(path, key={first!r})."
+        )
+    if not _is_weights(state):
+        names = f", only {', '.join(map(str, list(state)[:5]))}" if state else ""
+        raise ValueError(f"'{path}' holds no weights{names}: name another file.")
+    return _unwrapped(mapping_of(state)), False
+
+
+def _is_weights(state: Mapping[str, Any]) -> bool:
+    """An optimizer's state has no tensors at its first level."""
+    return any(isinstance(value, Tensor) for value in state.values())
+
+
+def _unwrapped(weights: Weights) -> Weights:
+    """Without what data parallelism and `torch.compile` set before every name."""
+    for wrapper in _WRAPPERS * 2:
+        if weights and all(name.startswith(wrapper) for name in weights):
+            weights = mapping_of(weights, wrapper)
+    return weights
+
+
+def _below(path: Path, weights: Weights, wanted: Sequence[str], key: str) -> Weights:
+    """The weights below the prefix (`backbone.`, `model.`, `teacher.backbone.`) under which most of
+    the wanted names stand; all where there is none. Of several as good the one that `key` tells."""
+    prefixes = {
+        name.removesuffix(known)
+        for known in wanted[:8]
+        for name in weights
+        if f".{name}".endswith(f".{known}")
+    }
+    found = {prefix: sum(prefix + name in weights for name in wanted) for prefix in prefixes}
+    best = sorted(p for p in found if found[p] == max(found.values()))
+    if len(best) > 1:
+        chosen = [p for p in best if key in re.split(r"[._]", p) or p == f"{key}."]
+        if len(chosen) != 1:
+            raise ValueError(
+                f"'{path}' holds several backbones, under {', '.join(best)}: choose with `key`, "
+                f"load_backbone(path, key={best[0].rstrip('.')!r})."
+            )
+        best = chosen
+    return _inside(weights, best[0] if best else "")
+
+
+def _inside(weights: Weights, prefix: str) -> Weights:
+    """Those with a prefix, without it."""
+    kept = mapping_of(weights)
+    for name in weights:
+        if not name.startswith(prefix):
+            del kept[name]
+    return mapping_of(kept, prefix)
+
+
+def _without_head(path: Path, weights: Weights, wanted: Mapping[str, Any]) -> Weights:
+    """Without the layers for class scores, or the decoder, that the backbone does not have."""
+    beside = [
+        name
+        for name in weights
+        if _NOT_BACKBONE.match(name)
+        and not any(other.startswith(name.rpartition(".")[0] + ".") for other in wanted)
+        and name not in wanted
+    ]
+    if not beside:
+        return weights
+    warnings.warn(
+        f"'{path}' holds more than a backbone ({', '.join(beside[:2])}): that is left out.",
+        stacklevel=3,
+    )
+    if any(name.startswith("decoder_") for name in beside) and "mask_token" in weights:
+        beside.append("mask_token")
+    kept = mapping_of(weights)
+    for name in beside:
+        del kept[name]
+    return kept
+
+
+def _is_vit(weights: Mapping[str, Any]) -> bool:
+    dims = [getattr(weights.get(name), "ndim", 0) for name in (_PATCHES, "pos_embed")]
+    return dims == [4, 3]
+
+
+def _vit_for(path: Path, weights: Mapping[str, Any], arch: str) -> nn.Module:
+    """Our ViT of this width, patch and number of positions."""
+    _name_foreign(path, weights)
+    width, _, patch, _ = weights[_PATCHES].shape
+    arch = arch or _VIT_OF_WIDTH.get(width, "")
+    if arch not in VITS:
+        raise ValueError(
+            f"'{path}' does not tell its architecture (width {width}): name it with `arch`."
+        )
+    side = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    return getattr(vit, arch)(patch_size=patch, img_size=(side * patch,))
+
+
+def _name_foreign(
+    path: Path, weights: Mapping[str, Any], wanted: Mapping[str, Any] | None = None
+) -> None:
+    """Raise `ValueError` for weights that are known to be of something else."""
+    names = [name for name in weights if not wanted or name not in wanted]
+    for pattern, whose in _FOREIGN.items():
+        name = next((n for n in names if re.search(pattern, n)), None)
+        if name is None or (not whose and len(weights) > 2):
+            continue
+        if not whose:
+            raise ValueError(
+                f"'{path}' holds a linear classifier alone ('{name}'), as eval_linear.py saves it: "
+                "give the checkpoint of the backbone it was trained on."
+            )
+        raise ValueError(
+            f"'{path}' holds weights of {whose} ('{name}'), which dinofast's ViTs have no place "
+            "for: build that model with its own library and pass it as load_backbone(..., "
+            "backbone=model)."
+        )

@@ -1,0 +1,133 @@
+"""Weights of other projects: loaded where it is clear which, else named."""
+
+import argparse
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from dinofast import load_backbone, vit_tiny
+from dinofast.checkpoint import arguments, read
+
+VIT = vit_tiny(patch_size=16, img_size=[32]).state_dict()
+HEAD = {"head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}
+DECODER = {name: torch.zeros(1) for name in ("mask_token", "decoder_embed.weight")}
+DINOV2 = {**VIT, "mask_token": torch.zeros(1, 192), "blocks.0.ls1.gamma": torch.zeros(192)}
+PROBE = {"module.linear.weight": torch.zeros(10, 192), "module.linear.bias": torch.zeros(10)}
+HF = ("embeddings.cls_token", "embeddings.patch_embeddings.projection.weight")
+OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []}
+
+
+def below(prefix, state=VIT):
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"state_dict": VIT, "optimizer": OPTIMIZER, "epoch": 3},
+        {"model": VIT, "optimizer": OPTIMIZER, "args": argparse.Namespace(model="deit_tiny")},
+        {"state_dict": below("model."), "hyper_parameters": {"lr": 1}},
+        {"state_dict": below("teacher.backbone.") | below("student.backbone.")},
+        {"state_dict": below("teacher_backbone.") | below("student_backbone.")},
+        {"teacher": below("backbone.") | {"dino_head.mlp.0.weight": torch.zeros(1)}},
+        below("_orig_mod.module."),
+    ],
+)
+def test_the_one_backbone_in_a_file_is_found(state, tmp_path, recwarn):
+    torch.save(state, tmp_path / "other.pth.tar")
+    loaded = load_backbone(tmp_path / "other.pth.tar")
+    assert not recwarn.list
+    torch.testing.assert_close(loaded.state_dict(), VIT, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("beside", [HEAD, DECODER])
+def test_what_is_no_backbone_is_left_out_and_told(beside, tmp_path):
+    torch.save({"model": {**VIT, **beside}}, tmp_path / "other.pth")
+    with pytest.warns(UserWarning, match="more than a backbone .*: that is left out"):
+        loaded = load_backbone(tmp_path / "other.pth")
+    torch.testing.assert_close(loaded.state_dict(), VIT, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "state, words",
+    [
+        ({"epoch": 1, "state_dict": PROBE, "best_acc": 3.0}, "linear classifier alone"),
+        (DINOV2, "weights of DINOv2 ('blocks.0.ls1.gamma')"),
+        ({"teacher": below("backbone.", DINOV2)}, "weights of DINOv2"),
+        ({f"vit.{name}": torch.zeros(1) for name in HF}, "weights of a Hugging Face model"),
+        ({"visual.conv1.weight": torch.zeros(1)}, "weights of CLIP"),
+        ({"state_dict": VIT, "state_dict_ema": VIT}, "under 'state_dict', 'state_dict_ema'"),
+        (below("encoder_q.") | below("encoder_k."), "several backbones, under encoder_k., enc"),
+        ({"optimizer": OPTIMIZER}, "holds no weights, only optimizer"),
+        ({}, "holds no weights:"),
+        ({"a.weight": torch.zeros(2)}, "does not tell its architecture"),
+    ],
+)
+def test_what_does_not_fit_is_named(state, words, tmp_path):
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_backbone(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize(
+    "state, key",
+    [
+        ({"state_dict": VIT, "state_dict_ema": VIT}, "state_dict_ema"),
+        (below("encoder_q.") | below("encoder_k."), "encoder_k"),
+    ],
+)
+def test_of_several_the_key_chooses(state, key, tmp_path):
+    torch.save(state, tmp_path / "other.pth")
+    load_backbone(tmp_path / "other.pth", key=key)
+
+
+def test_a_backbone_of_your_own_may_hold_names_that_repeat(tmp_path):
+    def make():
+        return torch.nn.Sequential(
+            torch.nn.Linear(2, 3), torch.nn.Sequential(torch.nn.Linear(3, 3))
+        )
+
+    own = make()
+    torch.save(own.state_dict(), tmp_path / "own.pth")
+    loaded = load_backbone(tmp_path / "own.pth", backbone=make())
+    torch.testing.assert_close(loaded.state_dict(), own.state_dict(), rtol=0, atol=0)
+
+
+def test_a_folder_stands_for_its_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="is a folder without checkpoint.pth: name a file"):
+        load_backbone(tmp_path)
+    torch.save(VIT, tmp_path / "best.pth")
+    with pytest.raises(ValueError, match=r"name one of its files \(best.pth\)"):
+        load_backbone(tmp_path)
+    torch.save({"teacher": below("backbone."), "args": {"n": 3}}, tmp_path / "checkpoint0003.pth")
+    torch.save({"teacher": below("backbone."), "args": {"n": 20}}, tmp_path / "checkpoint0020.pth")
+    assert arguments(tmp_path) == {"n": 20} and load_backbone(tmp_path)
+    torch.save({"teacher": below("backbone."), "args": {"n": 1}}, tmp_path / "checkpoint.pth")
+    assert arguments(tmp_path) == {"n": 1}
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("kind", ["PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"])
+def test_paths_of_slurm_are_read(kind, module, tmp_path, monkeypatch):
+    """By the name of their class, which Python 3.13 moved; Windows paths on Linux too."""
+
+    class Fake:
+        def __reduce__(self):
+            return Fake, ("run", "1")
+
+    Fake.__module__, Fake.__qualname__ = module, kind
+    args = argparse.Namespace(arch="vit_tiny", output_dir=Fake(), lr=np.float64(0.5))
+    with monkeypatch.context() as patch:
+        home = sys.modules.get(module) or types.ModuleType(module)
+        patch.setitem(sys.modules, module, home)
+        patch.setattr(home, kind, Fake, raising=False)
+        torch.save({"teacher": below("backbone."), "args": args}, str(tmp_path / "c.pth"))
+    load_backbone(tmp_path / "c.pth")
+    told = arguments(tmp_path / "c.pth")
+    assert told.output_dir.replace("\\", "/") == "run/1" and type(told["lr"]) is float
+    saved = read(tmp_path / "c.pth")["args"]
+    assert saved.arch == saved["arch"] == "vit_tiny"
