@@ -19,11 +19,12 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import Config, in_words, meant
+from .config import Config, meant
 from .runtime.backends import CPU_TORCH
 from .runtime.suggestions import did_you_mean
 from .runtime.terminal import prepare_streams, say
 from .runtime.words import spelling
+from .validation import in_words
 
 COMMANDS = {
     "pretrain": "train a backbone on a folder of images without labels",

@@ -8,10 +8,10 @@ in one place.
 from __future__ import annotations
 
 import difflib
-import math
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from . import validation
 from .runtime.words import plain
 
 VITS = ("vit_tiny", "vit_small", "vit_base", "vit_nano")
@@ -331,8 +331,8 @@ class Config:
     def check(self) -> Config:
         """Raise `ValueError` (one sentence: the value and the way out) for the first option that
         cannot be right."""
-        self._check_values()
-        self._check_ranges()
+        validation.check_values(self)
+        validation.check_ranges(self)
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
             default = Config.__dataclass_fields__[name].default
             if getattr(self, name) not in (default, *range(self.epochs + 1)):
@@ -341,121 +341,15 @@ class Config:
                     f"warm-up cannot be longer than the training; lower `{name}` or raise `epochs`."
                 )
         if self.vit is not None:
-            self._check_patches("global_crops_size", needed=True)
-            self._check_patches("local_crops_size", needed=self.local_crops_number > 0)
+            validation.check_patches(self, "global_crops_size", needed=True)
+            validation.check_patches(self, "local_crops_size", needed=self.local_crops_number > 0)
         return self
-
-    def _check_values(self) -> None:
-        """Each is of its type, finite, and one of its choices."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            self._check_type(f.name, value, f.default, f.metadata.get("type", str))
-            numbers = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
-                raise ValueError(f"`{f.name}` is {value}: give a finite number.")
-            if (
-                f.metadata.get("choices")
-                and value is not None
-                and value not in f.metadata["choices"]
-            ):
-                raise ValueError(
-                    f"`{f.name}` is '{value}': choose from {', '.join(f.metadata['choices'])}."
-                )
-
-    def _check_ranges(self) -> None:
-        for name in (
-            *("patch_size", "out_dim", "batch_size_per_gpu", "accumulate", "epochs", "log_steps"),
-            *("head_layers", "head_hidden_dim", "head_bottleneck_dim"),
-            *("global_crops_size", "local_crops_size"),
-        ):
-            self._need(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in (
-            *("warmup_teacher_temp_epochs", "freeze_last_layer", "warmup_epochs"),
-            *("local_crops_number", "saveckp_freq", "saveckp_steps", "num_workers", "seed"),
-            *("weight_decay", "weight_decay_end", "clip_grad", "lr", "min_lr"),
-        ):
-            self._need(name, getattr(self, name) >= 0, "must not be negative")
-        self._need("seed", self.seed < 2**63, "must be below 2^63")
-        for name, most in (
-            ("epochs", 10**6),
-            ("out_dim", 2**24),
-            ("batch_size_per_gpu", 2**20),
-            ("head_hidden_dim", 2**20),
-            ("global_crops_size", 2**14),
-            ("local_crops_size", 2**14),
-            ("local_crops_number", 1000),
-        ):
-            self._need(name, getattr(self, name) <= most, f"must be at most {most}")
-        for name in ("warmup_teacher_temp", "teacher_temp", "student_temp"):
-            self._need(name, getattr(self, name) > 0, "must be above 0")
-        for name in ("momentum_teacher", "center_momentum", "max_bad_files", "hw_decoder_load"):
-            self._need(name, 0 <= getattr(self, name) <= 1, "must lie between 0 and 1")
-        self._need("drop_path_rate", 0 <= self.drop_path_rate < 1, "must be at least 0 and below 1")
-        for name in ("global_crops_scale", "local_crops_scale"):
-            low, high = getattr(self, name)
-            self._need(
-                name,
-                0 < low <= high <= 1,
-                "must be two shares of the area, 0 < smallest <= largest <= 1",
-            )
-        low, high = self.value_range
-        self._need("value_range", low < high or low == high == 0, "must be two values, low < high")
-        low, high = self.blur_radius
-        self._need(
-            "blur_radius",
-            0 <= low <= high < 1000,
-            "must be two radii, 0 <= smallest <= largest < 1000",
-        )
-        self._need("image_std", all(s > 0 for s in self.image_std), "must be three numbers above 0")
-
-    def _check_type(self, name: str, value: Any, default: Any, no_default: type = str) -> None:
-        if isinstance(default, tuple):
-            if not isinstance(value, tuple) or len(value) != len(default):
-                raise ValueError(f"`{name}` is {value!r}: give {len(default)} numbers.")
-            for v in value:
-                self._check_type(name, v, 0.0)
-        elif default is None or default is MISSING:
-            wanted = (int, float) if no_default is float else no_default
-            if value is not default and not isinstance(value, wanted):
-                raise ValueError(
-                    f"`{name}` is {value!r}: give a {'word' if no_default is str else 'number'}."
-                )
-        else:
-            wanted = (int, float) if isinstance(default, float) else type(default)
-            if not isinstance(value, wanted) or (
-                isinstance(value, bool) and not isinstance(default, bool)
-            ):
-                kind = {
-                    bool: "True or False",
-                    int: "a whole number",
-                    float: "a number",
-                    str: "a word",
-                }[type(default)]
-                raise ValueError(f"`{name}` is {value!r}: give {kind}.")
-
-    def _need(self, name: str, good: bool, rule: str) -> None:
-        if not good:
-            raise ValueError(f"`{name}` is {in_words(getattr(self, name))}: it {rule}.")
-
-    def _check_patches(self, name: str, needed: bool) -> None:
-        size, patch = getattr(self, name), self.patch_size
-        if needed and size % patch:
-            below, above = size // patch * patch, (size // patch + 1) * patch
-            near = f"{below} or {above}" if below else f"{above}"
-            raise ValueError(
-                f"`{name}` {size} is not a multiple of `patch_size` {patch}: take {near}, or "
-                "another patch size."
-            )
 
 
 def meant(aliases: dict[str, str], value: str | bool) -> str | bool:
     """The choice that `value` is another word for; itself where it is none."""
     lower = str(value).lower()
     return aliases.get(lower, lower if lower in aliases.values() else value)
-
-
-def in_words(value: Any) -> str:
-    return " ".join(str(v) for v in value) if isinstance(value, tuple) else str(value)
 
 
 def nearest(word: str, words: list[str]) -> str:

@@ -92,7 +92,7 @@ class _Training:
         loader: Loader,
     ) -> None:
         self.cfg, self.process, self.loader = cfg, process, loader
-        self.path, self.told_peak = Path(cfg.output_dir) / "checkpoint.pth", False
+        self.path = Path(cfg.output_dir) / "checkpoint.pth"
         self.batch = cfg.batch_size_per_gpu * cfg.accumulate * process.world
         per_epoch = loader.steps_per_epoch
         self.schedule = Schedule(cfg, per_epoch, process.world, process.device)
@@ -170,9 +170,6 @@ class _Training:
         cfg, loader, per_epoch = self.cfg, self.loader, self.loader.steps_per_epoch
         done, epoch = step + 1, step // per_epoch
         now = self.sums.read()  # the only wait for the device
-        if not self.told_peak:
-            self.told_peak = True
-            self.run.log(f"peak memory so far: {peak_memory(self.process.device)}")
         self.run.show(done, now, self.schedule.lr[step], loader.wait_s)
         met = loader.bad_files, loader.n_unread, loader.unread_reason
         self.run.log_replaced(*met, self.path.with_name("bad_files.txt"), self.process.world)

@@ -65,6 +65,9 @@ class GoldenLoader:
     def waited_s(self):
         return 0.0
 
+    def remarks(self):
+        return []
+
     def seek(self, step):
         self.step = step
 

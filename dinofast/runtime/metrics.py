@@ -18,11 +18,11 @@ PATIENCE = 3  # epochs
 
 
 class EpochSums:
-    """Running sums of the metrics over an epoch, on the device: adding to them never waits. saved:
+    """Running sums of the metrics over an epoch, on `device`: adding to them never waits. saved:
     what `read` gave."""
 
     def __init__(self, device: torch.device, saved: Mapping[str, float] | None = None) -> None:
-        self._device, self._values = device, dict(saved or {})
+        self.device, self._values = device, dict(saved or {})
         self._names: tuple[str, ...] = ()
         self._sums: Tensor | None = None
 
@@ -34,7 +34,7 @@ class EpochSums:
             if set(self._values) != set(self._names):  # of a run that measured other things
                 self._values = {}
             values = [self._values.get(name, 0.0) for name in self._names]
-            self._sums = torch.tensor(values, dtype=torch.float64, device=self._device)
+            self._sums = torch.tensor(values, dtype=torch.float64, device=self.device)
         now = torch.stack([value.double() for value in metrics.values()])
         good = torch.isfinite(now).all()
         self._sums[:-1] += torch.where(good, torch.cat((now, good.double()[None])), 0.0)
@@ -52,7 +52,7 @@ class EpochSums:
             self._sums.zero_()
 
 
-# For thousands of images, in the order in which it helped on three small data sets: docs/training.md
+# For thousands of images, by runs on three small data sets (docs/training.md).
 SMALL_DATA = "`lr` 0.0001"
 WHAT_HELPS = SMALL_DATA
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .epoch_log import EpochLog
+from .memory import peak_memory
 from .metrics import COUNTS, EpochSums, Trend
 from .terminal import StatusLine, is_terminal, say
 from .words import spelled
@@ -166,6 +167,7 @@ class Run:
         if first == 1 + compiles:
             left = f"about {in_words(took_s * (total - step))} for the {total - step:,} to come"
             self.log(f"step {step} took {took_s:.2g} s, its batch and start-up included: {left}")
+            self.log(f"peak memory so far: {peak_memory(sums.device)}")
 
     def _tell(self, step: int, numbers: Mapping[str, str], now: float) -> None:
         total, epoch = self.epochs * self.steps_per_epoch, (step - 1) // self.steps_per_epoch

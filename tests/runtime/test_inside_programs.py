@@ -230,7 +230,8 @@ def test_a_shared_memory_that_gets_full_ends_the_wait(photographs, tmp_path):
         from dinofast.data import loader
         loader.fewer_workers = lambda wanted, each: (wanted, None)
         if __name__ == "__main__":
-            sys.exit(cli.main(["pretrain", sys.argv[1], "--output_dir", sys.argv[2], *sys.argv[3:]]))
+            data, out, *more = sys.argv[1:]
+            sys.exit(cli.main(["pretrain", data, "--output_dir", out, *more]))
         """,
     )
     more = [

@@ -1,0 +1,123 @@
+"""What options cannot be right: `ValueError` with the value and the way out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, fields
+from typing import Any
+
+
+def check_values(options: Any) -> None:
+    """Each field of a dataclass is of its type, finite, and one of its choices."""
+    for f in fields(options):
+        value = getattr(options, f.name)
+        check_type(f.name, value, f.default, f.metadata.get("type", str))
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
+            raise ValueError(f"`{f.name}` is {value}: give a finite number.")
+        if f.metadata.get("choices") and value is not None and value not in f.metadata["choices"]:
+            raise ValueError(
+                f"`{f.name}` is '{value}': choose from {', '.join(f.metadata['choices'])}."
+            )
+
+
+def check_ranges(options: Any) -> None:
+    """Each option of a pretraining run lies where it may."""
+    for name in (
+        *("patch_size", "out_dim", "batch_size_per_gpu", "accumulate", "epochs", "log_steps"),
+        *("head_layers", "head_hidden_dim", "head_bottleneck_dim"),
+        *("global_crops_size", "local_crops_size"),
+    ):
+        _need(options, name, getattr(options, name) >= 1, "must be at least 1")
+    for name in (
+        *("warmup_teacher_temp_epochs", "freeze_last_layer", "warmup_epochs"),
+        *("local_crops_number", "saveckp_freq", "saveckp_steps", "num_workers", "seed"),
+        *("weight_decay", "weight_decay_end", "clip_grad", "lr", "min_lr"),
+    ):
+        _need(options, name, getattr(options, name) >= 0, "must not be negative")
+    _need(options, "seed", options.seed < 2**63, "must be below 2^63")
+    for name, most in (
+        ("epochs", 10**6),
+        ("out_dim", 2**24),
+        ("batch_size_per_gpu", 2**20),
+        ("head_hidden_dim", 2**20),
+        ("global_crops_size", 2**14),
+        ("local_crops_size", 2**14),
+        ("local_crops_number", 1000),
+    ):
+        _need(options, name, getattr(options, name) <= most, f"must be at most {most}")
+    for name in ("warmup_teacher_temp", "teacher_temp", "student_temp"):
+        _need(options, name, getattr(options, name) > 0, "must be above 0")
+    for name in ("momentum_teacher", "center_momentum", "max_bad_files", "hw_decoder_load"):
+        _need(options, name, 0 <= getattr(options, name) <= 1, "must lie between 0 and 1")
+    _need(
+        options, "drop_path_rate", 0 <= options.drop_path_rate < 1, "must be at least 0 and below 1"
+    )
+    for name in ("global_crops_scale", "local_crops_scale"):
+        low, high = getattr(options, name)
+        _need(
+            options,
+            name,
+            0 < low <= high <= 1,
+            "must be two shares of the area, 0 < smallest <= largest <= 1",
+        )
+    low, high = options.value_range
+    _need(options, "value_range", low < high or low == high == 0, "must be two values, low < high")
+    low, high = options.blur_radius
+    _need(
+        options,
+        "blur_radius",
+        0 <= low <= high < 1000,
+        "must be two radii, 0 <= smallest <= largest < 1000",
+    )
+    _need(
+        options, "image_std", all(s > 0 for s in options.image_std), "must be three numbers above 0"
+    )
+
+
+def check_type(name: str, value: Any, default: Any, no_default: type = str) -> None:
+    """The value is of the default's type; of `no_default`, or None, where there is no default."""
+    if isinstance(default, tuple):
+        if not isinstance(value, tuple) or len(value) != len(default):
+            raise ValueError(f"`{name}` is {value!r}: give {len(default)} numbers.")
+        for v in value:
+            check_type(name, v, 0.0)
+    elif default is None or default is MISSING:
+        wanted = (int, float) if no_default is float else no_default
+        if value is not default and not isinstance(value, wanted):
+            raise ValueError(
+                f"`{name}` is {value!r}: give a {'word' if no_default is str else 'number'}."
+            )
+    else:
+        wanted = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, wanted) or (
+            isinstance(value, bool) and not isinstance(default, bool)
+        ):
+            kind = {
+                bool: "True or False",
+                int: "a whole number",
+                float: "a number",
+                str: "a word",
+            }[type(default)]
+            raise ValueError(f"`{name}` is {value!r}: give {kind}.")
+
+
+def _need(options: Any, name: str, good: bool, rule: str) -> None:
+    if not good:
+        raise ValueError(f"`{name}` is {in_words(getattr(options, name))}: it {rule}.")
+
+
+def check_patches(options: Any, name: str, needed: bool) -> None:
+    """Crops of this side are whole patches."""
+    size, patch = getattr(options, name), options.patch_size
+    if needed and size % patch:
+        below, above = size // patch * patch, (size // patch + 1) * patch
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"`{name}` {size} is not a multiple of `patch_size` {patch}: take {near}, or "
+            "another patch size."
+        )
+
+
+def in_words(value: Any) -> str:
+    return " ".join(str(v) for v in value) if isinstance(value, tuple) else str(value)
