@@ -40,7 +40,8 @@ def check_for_reference(op: str, tensors: Sequence[Tensor]) -> None:
             "and optimizer state to one device."
         )
     for dtype in {x.dtype for x in tensors}:
-        if not dtype.is_floating_point and not (op == "ema_" and dtype.is_complex):
+        wide = dtype.is_floating_point and dtype.itemsize > 1
+        if not wide and not (op == "ema_" and dtype.is_complex):
             way_out = (
                 "give torch.view_as_real of it"
                 if dtype.is_complex

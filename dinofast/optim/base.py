@@ -111,7 +111,7 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group, i = self.param_groups[-1], len(self.param_groups) - 1
         try:
-            check_group(group, type(self).__name__, f" of param group {i}")
+            self._check_group(group, i)
             self._check_params(group["params"])
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError(f"param group {i} holds a parameter twice: give it once.")
@@ -163,7 +163,7 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
     def _check_step(self, active: list[Tensor], momentum: float | Tensor | None) -> None:
         """What may have changed since the optimizer was made."""
         for i, group in enumerate(self.param_groups):
-            check_group(group, type(self).__name__, f" of param group {i}")
+            self._check_group(group, i)
         ops.check_momentum(momentum)
         if not self.state:
             self._check_params(active)
@@ -189,6 +189,16 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}.step cannot be captured in a CUDA graph: capture forward "
                 "and backward, and step outside."
             )
+
+    def _check_group(self, group: dict[str, Any], i: int) -> None:
+        check_group(group, type(self).__name__, f" of param group {i}")
+        for name in ("clip_grad", "clip_mode"):
+            # ZeroRedundancyOptimizer writes all arguments into the groups
+            if name in group and group[name] != getattr(self, name, group[name]):
+                raise ValueError(
+                    f"{name} of param group {i} is {group[name]}: there is one for all groups, "
+                    f"optimizer.{name}."
+                )
 
     def _check_params(self, params: Iterable[Tensor]) -> None:
         """Raise ValueError for parameters whose norms cannot be had."""
@@ -385,7 +395,7 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
         before = self.__dict__.get("param_groups", state["param_groups"])
         for i, (group, old) in enumerate(zip(state["param_groups"], before, strict=True)):
             complete(group, defaults, kind, old.get("teacher_momentum"))
-            check_group(group, kind, f" of param group {i}")
+            self._check_group(group, i)
         for kept in filter(lambda kept: isinstance(kept, dict), state["state"].values()):
             names = {name for name, value in kept.items() if value is not None}
             names -= {"master", "teacher_master"}

@@ -49,11 +49,6 @@ def check_group(group: Mapping[str, Any], kind: str, where: str = "") -> None:
                 f"{name}{where} is {value}: {kind} does not have it; leave it out, or train with "
                 "torch's optimizer and average the teacher with dinofast.ema_."
             )
-    for name in ("clip_grad", "clip_mode"):
-        if name in group:
-            raise ValueError(
-                f"{name}{where} is {group[name]}: there is one for all groups; give it to {kind}."
-            )
 
 
 def complete(

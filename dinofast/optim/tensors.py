@@ -123,8 +123,8 @@ def _equal(s: Tensor, t: Tensor) -> bool:
         return True
     if s.layout is not torch.strided:
         s, t = s.to_dense(), t.to_dense()
-    if s.is_floating_point() and s.element_size() == 1:
-        s, t = s.view(torch.uint8), t.view(torch.uint8)
+    if not s.is_quantized:  # by their bits: torch compares no 8-bit floats
+        s, t = (x.detach().reshape(-1).contiguous().view(torch.uint8) for x in (s, t))
     return torch.equal(s, t.to(s.device))
 
 
