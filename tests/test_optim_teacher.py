@@ -18,7 +18,7 @@ KINDS = [AdamWEMA, SGDEMA, LARSEMA]
 
 
 def make(kind=AdamWEMA, dtype=torch.float32, teacher_momentum=0.9, **options):
-    """A student of two layers, the second one frozen and in no group, and a teacher that differs."""
+    """A student of two layers, the second frozen and in no group; a teacher that differs."""
     torch.manual_seed(0)
     student = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to(dtype)
     teacher = copy.deepcopy(student).requires_grad_(False)
