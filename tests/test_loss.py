@@ -217,7 +217,7 @@ def test_an_update_center_of_ones_own_is_called(how, monkeypatch):
         monkeypatch.undo()
         official = Official.update_center
         monkeypatch.setattr(Official, "update_center", lambda self, x: official(self, 2 * x))
-    for seed in range(3):
+    for _ in range(3):
         student, teacher = torch.randn(8, 11), torch.randn(4, 11, requires_grad=True)
         losses = [loss_fn(student, teacher, 0) for loss_fn in (theirs, ours)]
         torch.testing.assert_close(losses[1], losses[0].detach())
