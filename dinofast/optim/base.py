@@ -428,6 +428,8 @@ def _to_numbers(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None
         group.update(
             {k: v.item() for k, v in group.items() if isinstance(v, Tensor) and v.numel() == 1}
         )
+        if group["teacher_momentum"] is None:  # then the keys are the official ones
+            del group["teacher_momentum"]
     state["state"] = {
         i: {**s, "step": s["step"].cpu()} if "step" in s else s for i, s in state["state"].items()
     }
