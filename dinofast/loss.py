@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -28,8 +29,9 @@ class LossStats:
 
 
 class DINOLoss(nn.Module):
-    """Drop-in for the official `DINOLoss`: same constructor, same `forward`, same state (one buffer
-    `center` (1, K), fp32).
+    """Drop-in for the official `DINOLoss`: same constructor, methods, attributes and state (one
+    buffer `center` (1, K), fp32). An `update_center` of a subclass is called as there: after the
+    loss, without gradient, with the teacher's output.
 
     out_dim: prototypes K. ncrops: student crops V, the two global ones first. Temperatures of the
     teacher: linear from `warmup_teacher_temp` to `teacher_temp` over `warmup_teacher_temp_epochs`,
@@ -67,11 +69,14 @@ class DINOLoss(nn.Module):
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
-        rise = torch.linspace(
-            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, dtype=torch.float64
-        ).tolist()
-        self.teacher_temp_schedule = rise + [teacher_temp] * (nepochs - warmup_teacher_temp_epochs)
+        self.teacher_temp_schedule = np.concatenate(
+            (
+                np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs),
+                np.full(nepochs - warmup_teacher_temp_epochs, teacher_temp, dtype=np.float64),
+            )
+        )
         self._pending: list[tuple[Tensor, Tensor, Tensor, int]] = []
+        self._teacher_outputs: list[Tensor] = []  # for an `update_center` that is not ours
 
     def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
         """student_output (ncrops B, K) and teacher_output (2 B, K), rows crop-major; the loss ().
@@ -85,15 +90,46 @@ class DINOLoss(nn.Module):
                 f"nepochs={len(self.teacher_temp_schedule)}: epochs count from 0."
             )
         self._pending.clear()
-        loss = self.accumulate(student_output, teacher_output, self.teacher_temp_schedule[epoch])
-        self.step()
+        self._teacher_outputs.clear()
+        temp = self.teacher_temp_schedule[epoch]
+        temp = temp if isinstance(temp, Tensor) else float(temp)
+        loss = self.accumulate(student_output, teacher_output, temp)
+        self.center = self.center.clone()  # who holds the old one keeps it, as in the official code
+        if self._overridden():
+            self._pending.clear()
+            self._call_update_center()
+        else:
+            self.step()
         return loss
+
+    @torch.no_grad()
+    def update_center(self, teacher_output: Tensor) -> None:
+        """Move the center by the mean of teacher_output (n, K) over rows and ranks, unless a number
+        is not finite."""
+        total = teacher_output.detach().sum(0, dtype=torch.float32) / len(teacher_output)
+        self.center = self._moved(_mean_over_ranks(total))
+
+    def _moved(self, batch_center: Tensor, finite: Tensor | None = None) -> Tensor:
+        """The center after a step; batch_center (K,), finite (): whether to take it."""
+        finite = torch.isfinite(batch_center).all() if finite is None else finite
+        moved = center_update(self.center, batch_center, self.center_momentum)
+        return torch.where(finite, moved.to(self.center.dtype), self.center)
+
+    def _overridden(self) -> bool:
+        """Whether somebody has put another `update_center` in, by a subclass or by hand."""
+        return getattr(self.update_center, "__func__", None) is not _OURS
+
+    @torch.no_grad()
+    def _call_update_center(self) -> None:
+        outputs = list(self._teacher_outputs)
+        self._teacher_outputs.clear()
+        self.update_center(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
     def accumulate(
         self, student_output: Tensor, teacher_output: Tensor, teacher_temp: float | Tensor
     ) -> Tensor:
         """The loss () of one micro-batch; what the center needs of it is kept until `step`."""
-        k = self.center.shape[1]
+        k = self.center.shape[-1]
         images, rest = divmod(teacher_output.shape[0], 2) if teacher_output.ndim == 2 else (0, 1)
         if (
             rest
@@ -109,11 +145,13 @@ class DINOLoss(nn.Module):
         loss, entropy, teacher_sum = ops.dino_loss(
             student_output.unflatten(0, (self.ncrops, images)),
             teacher_output.detach().unflatten(0, (2, images)),
-            self.center[0],
+            self.center.flatten(),
             self.student_temp,
             teacher_temp,
         )
         self._pending.append((teacher_sum, loss.detach(), entropy, 2 * images))
+        if self._overridden():
+            self._teacher_outputs.append(teacher_output)
         return loss
 
     @torch.no_grad()
@@ -132,10 +170,20 @@ class DINOLoss(nn.Module):
         self._pending.clear()
         means = torch.stack((*losses, *entropies)).view(2, -1).mean(1)
         total = torch.cat((torch.stack(sums).sum(0) / sum(rows), means)).float()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(total)
-            total /= dist.get_world_size()
-        batch_center, stats = total[:-2], LossStats(loss=total[-2], teacher_entropy=total[-1])
-        moved = center_update(self.center, batch_center, self.center_momentum)
-        self.center.copy_(torch.where(torch.isfinite(total).all(), moved, self.center))
+        total = _mean_over_ranks(total)
+        stats = LossStats(loss=total[-2], teacher_entropy=total[-1])
+        if self._teacher_outputs:
+            self._call_update_center()
+        else:
+            self.center.copy_(self._moved(total[:-2], torch.isfinite(total).all()))
         return stats
+
+
+_OURS = DINOLoss.update_center
+
+
+def _mean_over_ranks(total: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+        total /= dist.get_world_size()
+    return total

@@ -1,6 +1,10 @@
+import copy
 import math
+import pickle
+import types
 
 import golden
+import numpy as np
 import pytest
 import torch
 
@@ -139,3 +143,127 @@ def test_runs_under_autocast_with_fp32_statistics():
     with torch.autocast("cpu", torch.bfloat16):
         half = loss_fn(student.bfloat16(), teacher.bfloat16(), 0)
     assert half.dtype == torch.float32 and half.item() == pytest.approx(exact.item(), rel=1e-2)
+
+
+# ---- as the official class, for subclasses and scripts
+class Official(torch.nn.Module):
+    """What of the official class (main_dino.py, commit 7c446df) a subclass may touch, one
+    process."""
+
+    def __init__(self, out_dim, ncrops, temp):
+        super().__init__()
+        self.student_temp, self.center_momentum, self.ncrops = 0.1, 0.9, ncrops
+        self.register_buffer("center", torch.zeros(1, out_dim))
+        self.teacher_temp_schedule = np.array([temp])
+
+    def forward(self, student_output, teacher_output, epoch):
+        student_out = (student_output / self.student_temp).chunk(self.ncrops)
+        temp = self.teacher_temp_schedule[epoch]
+        q = ((teacher_output - self.center) / temp).softmax(-1).detach().chunk(2)
+        each = [
+            (-q[t] * student_out[v].log_softmax(-1)).sum(-1).mean()
+            for t in range(2)
+            for v in range(self.ncrops)
+            if v != t
+        ]
+        self.update_center(teacher_output)
+        return sum(each) / len(each)
+
+    @torch.no_grad()
+    def update_center(self, teacher_output):
+        batch_center = torch.sum(teacher_output, dim=0, keepdim=True) / len(teacher_output)
+        self.center = self.center * self.center_momentum + batch_center * (1 - self.center_momentum)
+
+
+def sides():
+    return Official(11, 4, 0.05), make(warmup_teacher_temp=0.05, warmup_teacher_temp_epochs=1)
+
+
+def test_update_center_by_hand_is_the_official_one():
+    theirs, ours = sides()
+    for seed in range(3):
+        teacher = torch.randn(6, 11, generator=torch.Generator().manual_seed(seed))
+        theirs.update_center(teacher)
+        ours.update_center(teacher)
+        torch.testing.assert_close(ours.center, theirs.center)
+    before = ours.center
+    ours.update_center(torch.full((2, 11), math.nan))
+    assert torch.equal(ours.center, before) and before.any()
+
+
+def frozen_center(self, teacher_output):
+    """Another rule, which sees the center before, records gradients unless told not to."""
+    self.seen = (teacher_output, self.center.clone(), torch.is_grad_enabled())
+    self.center = 0.5 * self.center + teacher_output.amax(0, keepdim=True)
+
+
+@pytest.mark.parametrize("how", ["subclass", "super", "instance", "class"])
+def test_an_update_center_of_ones_own_is_called(how, monkeypatch):
+    theirs, ours = sides()
+    monkeypatch.setattr(Official, "update_center", torch.no_grad()(frozen_center))
+    if how == "class":
+        monkeypatch.setattr(DINOLoss, "update_center", frozen_center)
+    elif how == "instance":
+        ours.update_center = types.MethodType(frozen_center, ours)
+    elif how == "subclass":
+        ours.__class__ = type("Mine", (DINOLoss,), {"update_center": frozen_center})
+    else:
+
+        class Mine(DINOLoss):
+            def update_center(self, teacher_output):
+                super().update_center(2 * teacher_output)
+
+        ours.__class__ = Mine
+        monkeypatch.undo()
+        official = Official.update_center
+        monkeypatch.setattr(Official, "update_center", lambda self, x: official(self, 2 * x))
+    for _ in range(3):
+        student, teacher = torch.randn(8, 11), torch.randn(4, 11, requires_grad=True)
+        losses = [loss_fn(student, teacher, 0) for loss_fn in (theirs, ours)]
+        torch.testing.assert_close(losses[1], losses[0].detach())
+        torch.testing.assert_close(ours.center, theirs.center)
+        assert ours.center.any() and not ours.center.requires_grad and ours.center.grad_fn is None
+        if how != "super":
+            assert ours.seen[0] is teacher and not ours.seen[2]
+            assert torch.equal(ours.seen[1], theirs.seen[1])
+
+
+def test_an_update_center_of_ones_own_is_called_by_step_too():
+    class Mine(DINOLoss):
+        def update_center(self, teacher_output):
+            self.rows = teacher_output
+
+    loss_fn = Mine(11, 4, 0.04, 0.04, 0, 1)
+    halves = torch.randn(2, 4, 11)
+    for half in halves:
+        loss_fn.accumulate(torch.randn(8, 11), half, 0.04)
+    assert torch.isfinite(loss_fn.step().loss)
+    assert torch.equal(loss_fn.rows, halves.flatten(0, 1)) and not loss_fn.center.any()
+
+
+def test_attributes_may_be_changed_as_in_the_official_class():
+    theirs, ours = sides()
+    assert isinstance(ours.teacher_temp_schedule, np.ndarray)
+    for loss_fn in (theirs, ours):
+        loss_fn.teacher_temp_schedule[0] = 0.2
+        loss_fn.student_temp, loss_fn.center_momentum, loss_fn.ncrops = 0.3, 0.5, 3
+        loss_fn.center = torch.linspace(-1, 1, 11)  # broadcasts there
+    student, teacher = torch.randn(6, 11), torch.randn(4, 11)
+    before = ours.center
+    torch.testing.assert_close(ours(student, teacher, 0), theirs(student, teacher, 0))
+    torch.testing.assert_close(ours.center.flatten(), theirs.center.flatten())
+    assert torch.equal(before, torch.linspace(-1, 1, 11))  # who holds the old center keeps it
+    for schedule in ([0.05], np.float32([0.05]), torch.tensor([0.05])):
+        ours.teacher_temp_schedule = schedule
+        assert torch.isfinite(ours(student, teacher, 0))
+
+
+def test_copies_pickles_and_other_dtypes_go_on():
+    ours = make()
+    student, teacher = torch.randn(8, 11), torch.randn(4, 11)
+    ours(student, teacher, 0)
+    expected = copy.deepcopy(ours)(student, teacher, 1)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(ours))(student, teacher, 1), expected)
+    double = copy.deepcopy(ours).double()
+    torch.testing.assert_close(double(student, teacher, 1), expected)
+    assert double.center.dtype == torch.float64

@@ -3,8 +3,9 @@
 that no kernel can take goes to `dinofast.reference`.
 """
 
-from ._adamw_ema import adamw_ema_, check_momentum, ema_, grad_norms
-from ._choice import OPERATIONS, check_required, paths, unavailable_reason
+from ._adamw_ema import adamw_ema_, ema_, grad_norms
+from ._checks import check_momentum, check_one_number
+from ._choice import OPERATIONS, check_required, is_known, paths, unavailable_reason
 from ._color import color
 from ._dino_loss import dino_loss, soft_cross_entropy
 from ._normalize import normalize
@@ -13,11 +14,13 @@ __all__ = [
     "OPERATIONS",
     "adamw_ema_",
     "check_momentum",
+    "check_one_number",
     "check_required",
     "color",
     "dino_loss",
     "ema_",
     "grad_norms",
+    "is_known",
     "normalize",
     "paths",
     "soft_cross_entropy",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._choice import _C, KERNEL_DTYPES, choose, is_known, library, on_device
+from ._checks import check_for_reference, check_lists, check_momentum, check_steps
+from ._choice import _C, KERNEL_DTYPES, choose, library, on_device
 
 # Lists of tensors go to a kernel as addresses: an array for each would cost 1 us a tensor. Autograd
 # has nothing to do here. Where a list may have holes, those present are passed with a list of which
@@ -208,15 +209,6 @@ torch.library.register_fake("dinofast::adamw_ema_", lambda *_: None, lib=library
 torch.library.register_fake("dinofast::ema_", lambda *_: None, lib=library)
 
 
-def _check_steps(n: int, steps: Sequence[Tensor], coefficients: Tensor) -> None:
-    if len(steps) != n or any(step.ndim for step in steps) or coefficients.shape != (n,):
-        raise ValueError(
-            f"steps has shapes {[tuple(s.shape) for s in steps]} and coefficients "
-            f"{tuple(coefficients.shape)}: expected {n} tensors () and one ({n},), to go with "
-            "params."
-        )
-
-
 def _choose_for_lists(
     op: str,
     impl: str | None,
@@ -228,10 +220,11 @@ def _choose_for_lists(
     alike in memory."""
     any_dtype, fp32 = ([x for xs in lists for x in xs if x is not None] for lists in (narrow, wide))
     chosen = choose(op, impl, *any_dtype) if any_dtype else "reference"
-    if chosen == "reference":
-        return chosen
     fp32 += scalars
     everything = [*any_dtype, *fp32]
+    if chosen == "reference":
+        check_for_reference(op, everything)
+        return chosen
     if (
         {x.dtype for x in fp32} <= {torch.float32}
         and len({x.device for x in everything}) == 1
@@ -239,6 +232,7 @@ def _choose_for_lists(
     ):
         return chosen
     if impl is None:
+        check_for_reference(op, everything)
         return "reference"
     raise ValueError(
         f"impl={impl!r} takes tensors on one device, contiguous, and float32 where they are not "
@@ -257,31 +251,6 @@ def _lie_alike(*lists: Sequence[Tensor | None]) -> bool:
         )
         for row in rows
     )
-
-
-def _check_lists(
-    first_name: str, first: Sequence[Tensor], **others: Sequence[Tensor | None]
-) -> None:
-    """Equal lengths, and equal shapes in every row."""
-    shapes = [x.shape for x in first]
-    for name, tensors in others.items():
-        if len(tensors) != len(first):
-            raise ValueError(
-                f"{name} has {len(tensors)} tensors and {first_name} has {len(first)}: give as "
-                "many."
-            )
-        for i, (x, shape) in enumerate(zip(tensors, shapes, strict=True)):
-            if x is not None and x.shape != shape:
-                raise ValueError(
-                    f"{name}[{i}] has shape {tuple(x.shape)}: expected {tuple(shape)}, that of "
-                    f"{first_name}[{i}]."
-                )
-
-
-def check_momentum(momentum: float | Tensor) -> None:
-    """Raise ValueError for a teacher's momentum that is known and no share."""
-    if is_known(momentum) and not 0 <= momentum <= 1:
-        raise ValueError(f"momentum is {float(momentum)}: it must lie between 0 and 1.")
 
 
 def _scalar(number: float | Tensor) -> Tensor:
@@ -346,7 +315,7 @@ def adamw_ema_(
     param_copies, teacher_copies = (
         nothing if x is None else x for x in (param_copies, teacher_copies)
     )
-    _check_lists(
+    check_lists(
         "params",
         params,
         grads=grads,
@@ -356,7 +325,7 @@ def adamw_ema_(
         param_copies=param_copies,
         teacher_copies=teacher_copies,
     )
-    _check_steps(len(params), steps, coefficients)
+    check_steps(len(params), steps, coefficients)
     for i, (copy, teacher) in enumerate(zip(teacher_copies, teachers, strict=True)):
         if copy is not None and teacher is None:
             raise ValueError(
@@ -429,7 +398,7 @@ def ema_(
     teachers, students = list(teachers), list(students)
     copies = [None] * len(teachers) if copies is None else copies
     check_momentum(momentum)
-    _check_lists("teachers", teachers, students=students, copies=copies)
+    check_lists("teachers", teachers, students=students, copies=copies)
     impl = _choose_for_lists("ema_", impl, [students, copies], [teachers])
     if impl == "reference":
         return reference.ema_(teachers, students, momentum, skip, copies)

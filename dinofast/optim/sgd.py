@@ -10,18 +10,31 @@ from torch import Tensor, nn
 
 from .. import reference
 from .base import StudentTeacherOptimizer
+from .options import number
+from .tensors import is_flat, is_sharded, local
 
 
 class SGDEMA(StudentTeacherOptimizer):
-    """SGD with momentum, clipping and the teacher's average; state as `torch.optim.SGD`'s."""
+    """SGD with momentum, clipping and the teacher's average; arguments in the order of
+    `torch.optim.SGD`'s, with the official DINO's defaults, and state as its."""
+
+    _buffer = "momentum_buffer"
+    _moments: tuple[str, ...] = (_buffer,)
 
     def __init__(
         self,
         params: Iterable[Any],
         lr: float | Tensor = 0.0,
         momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0.0,
+        nesterov: bool = False,
         *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        teacher_momentum: float | Tensor | None = None,
         student: nn.Module | None = None,
         teacher: nn.Module | None = None,
         clip_grad: float = 0.0,
@@ -30,17 +43,16 @@ class SGDEMA(StudentTeacherOptimizer):
         defaults = dict(
             lr=lr,
             momentum=momentum,
-            dampening=0,
+            dampening=dampening,
             weight_decay=weight_decay,
-            nesterov=False,
-            maximize=False,
-            foreach=None,
-            differentiable=False,
-            fused=None,
+            nesterov=nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            teacher_momentum=teacher_momentum,
         )
         super().__init__(params, defaults, student, teacher, clip_grad, clip_mode)
-
-    _buffer = "momentum_buffer"
 
     def _update(
         self,
@@ -53,9 +65,11 @@ class SGDEMA(StudentTeacherOptimizer):
     ) -> None:
         for p, grad, coefficient in zip(params, grads, coefficients.unbind(0), strict=True):
             state = self.state[p]
-            if self._buffer not in state:
+            if state.get(self._buffer) is None:  # torch's own says None where momentum is 0
                 state[self._buffer] = torch.zeros_like(p)
-            self._apply(group, p, grad * coefficient, state[self._buffer], skip)
+            self._apply(
+                group, local(p), local(grad) * coefficient, local(state[self._buffer]), skip
+            )
             if p in self.copies:
                 self.copies[p].copy_(p)
         self._average(params, momentum, skip)
@@ -68,23 +82,28 @@ class SGDEMA(StudentTeacherOptimizer):
             grad,
             buffer,
             skip,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
+            lr=number(group["lr"]),
+            weight_decay=number(group["weight_decay"]),
+            momentum=number(group["momentum"]),
         )
 
 
 class LARSEMA(SGDEMA):
     """LARS as the official code has it, with clipping and the teacher's average."""
 
+    _buffer = "mu"
+    _moments = (_buffer,)
+
     def __init__(
         self,
         params: Iterable[Any],
         lr: float | Tensor = 0.0,
+        *,  # the order differs from code to code
         momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         eta: float = 0.001,
-        *,
+        maximize: bool = False,
+        teacher_momentum: float | Tensor | None = None,
         student: nn.Module | None = None,
         teacher: nn.Module | None = None,
         clip_grad: float = 0.0,
@@ -95,14 +114,23 @@ class LARSEMA(SGDEMA):
             weight_decay=weight_decay,
             momentum=momentum,
             eta=eta,
+            maximize=maximize,
             weight_decay_filter=None,
             lars_adaptation_filter=None,
+            teacher_momentum=teacher_momentum,
         )
         StudentTeacherOptimizer.__init__(
             self, params, defaults, student, teacher, clip_grad, clip_mode
         )
 
-    _buffer = "mu"
+    def _check_params(self, params: Iterable[Tensor]) -> None:
+        params = list(params)
+        super()._check_params(params)
+        if any(is_sharded(p) or is_flat(p) for p in params):
+            raise ValueError(
+                "LARSEMA needs the norms of whole parameters, and these are sharded: use AdamWEMA "
+                "or SGDEMA with FSDP, or DistributedDataParallel."
+            )
 
     def _apply(
         self, group: dict[str, Any], p: Tensor, grad: Tensor, buffer: Tensor, skip: Tensor
@@ -112,8 +140,8 @@ class LARSEMA(SGDEMA):
             grad,
             buffer,
             skip,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            eta=group["eta"],
+            lr=number(group["lr"]),
+            weight_decay=number(group["weight_decay"]),
+            momentum=number(group["momentum"]),
+            eta=number(group["eta"]),
         )
