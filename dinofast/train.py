@@ -14,7 +14,7 @@ from . import checkpoint, ops
 from .config import Config
 from .data import Loader, make_loader
 from .data.backend_pil import explain_killed_workers
-from .nn.dino import Model, backbone_maker
+from .nn.dino import Model
 from .resume import first_step, restore
 from .runtime import distributed
 from .runtime.memory import peak_memory, retain_freed_memory
@@ -55,8 +55,8 @@ def _train(
     stop: StopSignal,
 ) -> Path:
     ops.check_required()
-    if backbone is None:
-        backbone_maker(cfg)  # an unknown name is told before a million files are listed
+    # what cannot train is told before a million files are listed
+    model = Model.from_config(cfg, backbone)
     loader = make_loader(
         cfg,
         rank=process.rank,
@@ -77,7 +77,7 @@ def _train(
         retain_freed_memory(process.device),
         explain_killed_workers(cfg.output_dir),
     ):
-        return _Training(cfg, backbone, process, loader)(stop)
+        return _Training(cfg, model, process, loader)(stop)
 
 
 class _Training:
@@ -86,7 +86,7 @@ class _Training:
     def __init__(
         self,
         cfg: Config,
-        backbone: Callable[[], nn.Module] | None,
+        model: Model,
         process: distributed.Process,
         loader: Loader,
     ) -> None:
@@ -95,7 +95,7 @@ class _Training:
         self.batch = cfg.batch_size_per_gpu * cfg.accumulate * process.world
         per_epoch = loader.steps_per_epoch
         self.schedule = Schedule(cfg, per_epoch, process.world, process.device)
-        self.step = Step(cfg, Model.from_config(cfg, backbone), process, self.schedule)
+        self.step = Step(cfg, model, process, self.schedule)
         self.state = self.step.model, self.step.optimizer, self.step.scaler
         position, changed = checkpoint.TrainState(), list[str]()
         if self.path.exists():

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint import arguments, load_backbone
+from ..nn.features import features as pooled_features
 from ..nn.vit import VisionTransformer
 from ..runtime.backends import cores
 from ..runtime.distributed import pick_device
@@ -100,7 +101,8 @@ def extract_features(
         for path, reason in bad_files:
             print(f"Left out, cannot be read: {path} ({reason})")
         if len(index):
-            features.append(backbone(batch.to(device, non_blocking=True)).float().cpu())
+            rows_of = pooled_features(backbone, batch.to(device, non_blocking=True))
+            features.append(rows_of.float().cpu())
             rows.append(index)
     if not features:
         raise ValueError(

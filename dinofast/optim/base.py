@@ -13,6 +13,8 @@ from .. import ops, reference
 
 CLIP_MODES = ("tensor", "global")
 _HALVES = (torch.bfloat16, torch.float16)
+# what a teacher follows; parameters of other dtypes can only be frozen ones, equal in both
+_AVERAGED = (torch.float32, torch.float64, *_HALVES)
 # whatever the parameter's dtype
 _FLOAT32_STATE = ("exp_avg", "exp_avg_sq", "master", "teacher_master")
 _T = TypeVar("_T", Tensor, Tensor | None)
@@ -278,4 +280,4 @@ def _pairs(student: nn.Module, teacher: nn.Module) -> dict[Tensor, Tensor]:
                 "student and teacher share a parameter: the teacher must be a copy "
                 "(copy.deepcopy(student))."
             )
-    return dict(zip(students, teachers, strict=True))
+    return {s: t for s, t in zip(students, teachers, strict=True) if s.dtype in _AVERAGED}
