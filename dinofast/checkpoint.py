@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from . import __version__
 from .config import OLD_NAMES, VITS, Config
 from .nn import vit
-from .nn.dino import Model, build_backbone
+from .nn.backbones import UnknownArch, build_backbone
+from .nn.dino import Model
 
 # What official files hold besides tensors and plain containers: the parsed arguments and float64
 # learning rates.
@@ -195,8 +196,8 @@ def load_backbone(
 
     path: a training checkpoint of ours or of the official code, or a bare state dict of a backbone.
     key: "teacher" or "student". arch, patch_size: only needed when the file does not tell.
-    backbone: a module of your own that takes the weights. Raises `ValueError` when the weights do
-    not fit.
+    backbone: a module of your own that takes the weights, and returns what it returns:
+    `nn.features.features` pools that to (B, D). Raises `ValueError` when the weights do not fit.
     """
     path = Path(path)
     state = read(path)
@@ -231,9 +232,16 @@ def load_backbone(
     else:
         if not arch:
             raise ValueError(f"'{path}' does not tell its architecture: name it with `arch`.")
-        backbone = build_backbone(
-            Config(arch=arch, patch_size=patch_size or saved.get("patch_size", 16)), 0.0
-        )
+        options = Config(arch=arch, patch_size=patch_size or saved.get("patch_size", 16))
+        try:
+            backbone = build_backbone(options, 0.0, weights)
+        except UnknownArch as error:
+            raise ValueError(
+                f"'{path}' holds a backbone `arch` {arch}, which is no name that can be built "
+                f"here.{error.hint} One of your own is loaded in Python, "
+                "load_backbone(path, backbone=...), and evaluated there, "
+                "dinofast.evaluate.knn.knn(path, data_path, backbone=...)."
+            ) from error
     check_fit(path, backbone, weights, "backbone", saved)
     backbone.load_state_dict(weights)
     return backbone.eval()

@@ -19,6 +19,15 @@ from .packages import Candidate, candidates
 from .trial import Trial, crops_of, try_out
 
 
+class UnknownArch(ValueError):
+    """A name that is neither ours nor torchvision's nor timm's. hint: which of the two packages
+    cannot be imported, with the reason."""
+
+    def __init__(self, sentence: str, hint: str) -> None:
+        super().__init__(sentence)
+        self.hint = hint
+
+
 class Backbones(NamedTuple):
     """Student's and teacher's, alike; width: D of their features. notes: what there is to say of
     them. all_trained: whether a gradient surely reaches every trainable parameter in every step."""
@@ -48,9 +57,11 @@ def make_backbones(cfg: Config, make: Callable[[], nn.Module] | None) -> Backbon
         what = f"`arch` {cfg.arch} of {candidate.package}"
         try:
             student, teacher = candidate.build(), candidate.build()
-            trial = try_out(teacher, what, crops_of(cfg))
-        except TypeError as error:  # an option that others of the package have
+        except Exception as error:  # an option that others of the package have, or anything else
             unbuilt.append(ValueError(f"{what} cannot be built ({error})."))
+            continue
+        try:
+            trial = try_out(teacher, what, crops_of(cfg))
         except ValueError as error:
             refusals.append(error)
         else:
@@ -75,16 +86,18 @@ def build_backbone(
             img_size=(cfg.global_crops_size,),
         )
     first: nn.Module | None = None
+    reason: Exception | None = None
     for candidate in _candidates(cfg.arch):
         try:
             module = candidate.build()
-        except TypeError:  # an option that others of the package have
+        except Exception as error:  # an option that others of the package have, or anything else
+            reason = error
             continue
         if weights is None or _shapes(module.state_dict()) == _shapes(weights):
             return module
         first = first or module
     if first is None:
-        raise ValueError(f"`arch` {cfg.arch} cannot be built without arguments.")
+        raise ValueError(f"`arch` {cfg.arch} cannot be built ({reason}).") from reason
     return first
 
 
@@ -101,10 +114,11 @@ def _candidates(arch: str) -> Iterator[Candidate]:
         if missing
         else ""
     )
-    raise ValueError(
+    raise UnknownArch(
         f"`arch` '{arch}' is not known: choose from "
         f"{', '.join(VITS)}.{nearest(arch, list(VITS))}{hint} A model of your own goes through "
-        "Python, dinofast.train.train(cfg, backbone=...)."
+        "Python, dinofast.train.train(cfg, backbone=...).",
+        hint,
     )
 
 
