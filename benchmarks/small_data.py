@@ -1,7 +1,7 @@
 """What helps on small data: a small ViT pretrained on three data sets of about 1,500 images each,
 one option changed at a time.
 
-    python benchmarks/small_data.py --runs DIR --save-results    40 minutes on 2 cores; goes on in DIR
+    python benchmarks/small_data.py --runs DIR --save-results    40 minutes; goes on in DIR
 
 The data sets: drawn objects of `dinofast sample-data`; handwritten digits of scikit-learn; squares
 cut from thirteen pictures that scikit-learn and scikit-image ship, of which class is which picture,
@@ -142,7 +142,9 @@ def untrained(folder: Path, data: str) -> dict[str, object]:
     del given["command"]
     cfg = options_of(Config, given | {"out_dim": 64})
     path = folder / "untrained.pth"
-    torch.save({"teacher": Model.from_config(cfg).teacher.state_dict(), "args": cfg.to_dict()}, path)
+    torch.save(
+        {"teacher": Model.from_config(cfg).teacher.state_dict(), "args": cfg.to_dict()}, path
+    )
     return {"data": data, "knn": knn(path, folder / data)}
 
 

@@ -7,7 +7,6 @@ in one place.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -350,9 +349,3 @@ def meant(aliases: dict[str, str], value: str | bool) -> str | bool:
     """The choice that `value` is another word for; itself where it is none."""
     lower = str(value).lower()
     return aliases.get(lower, lower if lower in aliases.values() else value)
-
-
-def nearest(word: str, words: list[str]) -> str:
-    """' Did you mean X?' or nothing."""
-    close = difflib.get_close_matches(word, words, n=1)
-    return f" Did you mean {close[0]}?" if close else ""

@@ -42,7 +42,7 @@ class Step:
         self.model, self.process, device = model.to(process.device), process, process.device
         self.cfg, self.schedule = cfg, schedule
         self.precision = cfg.precision_on(device.type)
-        self.notes: list[str] = []
+        self.notes = list(model.notes)
         for name in ("teacher_precision", "residual_precision"):
             # autocast to fp16 refuses to join bf16 tensors with others
             if getattr(cfg, name) == "bf16" != self.precision:
@@ -252,5 +252,7 @@ def _distribute(model: Model, process: distributed.Process) -> Model | Distribut
         model,
         device_ids=[process.device] if on_gpu else None,
         gradient_as_bucket_view=True,
+        # a look at the graph in each step, which ours does without
+        find_unused_parameters=not model.all_trained,
         **unsynced,
     )

@@ -19,7 +19,7 @@ from .config import Config
 from .data import Loader, make_loader
 from .data.backend_pil import explain_killed_workers
 from .introduce import advice, introduce
-from .nn.dino import Model, backbone_maker
+from .nn.dino import Model
 from .resume import first_step, go_on
 from .runtime import distributed
 from .runtime.idle_threads import let_idle_threads_sleep
@@ -35,10 +35,10 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
     """Pretrain as `cfg` says, resuming what `cfg.output_dir` holds; returns the path of the last
     checkpoint.
 
-    backbone: makes any module that maps images (B, 3, h, w) to features (B, D); `cfg.arch` is then
-    only a word in the log. Raises `ValueError` for options, data or a checkpoint that cannot be
-    right (before anything is written), `Interrupted` after SIGINT or SIGTERM with everything saved,
-    `Diverged` when the loss stays non-finite.
+    backbone: makes any module that maps images (B, 3, h, w) to features (B, D), or to what
+    `nn.features` pools to them; `cfg.arch` is then a word in the log. Raises `ValueError` for
+    options, data or a checkpoint that cannot be right (before anything is written), `Interrupted`
+    after SIGINT or SIGTERM with everything saved, `Diverged` when the loss stays non-finite.
     """
     if isinstance(backbone, nn.Module):
         raise ValueError(
@@ -62,8 +62,8 @@ def _train(
 ) -> Path:
     ops.check_required()
     let_idle_threads_sleep()
-    if backbone is None:
-        backbone_maker(cfg)  # an unknown name is told before a million files are listed
+    # what cannot train is told before a million files are listed
+    model = Model.from_config(cfg, backbone)
     loader = make_loader(
         cfg,
         rank=process.rank,
@@ -78,7 +78,7 @@ def _train(
         retain_freed_memory(process.device),
         explain_killed_workers(cfg.output_dir),
     ):
-        return _Training(cfg, backbone, process, loader)(stop)
+        return _Training(cfg, model, process, loader)(stop)
 
 
 class _Training:
@@ -87,7 +87,7 @@ class _Training:
     def __init__(
         self,
         cfg: Config,
-        backbone: Callable[[], nn.Module] | None,
+        model: Model,
         process: distributed.Process,
         loader: Loader,
     ) -> None:
@@ -96,7 +96,7 @@ class _Training:
         self.batch = cfg.batch_size_per_gpu * cfg.accumulate * process.world
         per_epoch = loader.steps_per_epoch
         self.schedule = Schedule(cfg, per_epoch, process.world, process.device)
-        self.step = Step(cfg, Model.from_config(cfg, backbone), process, self.schedule)
+        self.step = Step(cfg, model, process, self.schedule)
         self.state = self.step.model, self.step.optimizer, self.step.scaler
         self.saver = checkpoint.Saver(self.path, *self.state, cfg, lambda text: self.run.log(text))
         found, position, notes = go_on(self.path, *self.state, cfg)
@@ -152,10 +152,9 @@ class _Training:
                     self.saver.raise_failed()
                     raise self.stopped(done, stop.signum or signal.SIGTERM)
         self.saver.raise_failed()
-        self.run.log(
-            f"done: {self.schedule.total} steps, teacher and student in '{self.path}'; peak memory "
-            f"{peak_memory(process.device)}"
-        )
+        peak = peak_memory(process.device)
+        text = f"{self.schedule.total} steps, teacher and student in '{self.path}'"
+        self.run.log(f"done: {text}; peak memory {peak}")
         return self.path
 
     def stopped(self, done: int, signum: int) -> Interrupted:
@@ -191,7 +190,7 @@ class _Training:
 
 
 class _Callable(ModuleType):
-    """As `dinofast.train` is this module once it has been imported, it can be called, too."""
+    """`dinofast.train`, which is this module once it has been imported, can be called, too."""
 
     def __call__(self, *args: Any, **options: Any) -> Path:
         return train(*args, **options)

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from ..config import OLD_NAMES, VITS, Config
 from ..nn import vit
-from ..nn.dino import build_backbone
+from ..nn.backbones import UnknownArch, build_backbone
 from .reading import arguments_in, read
 
 _VIT_OF_WIDTH = {64: "vit_nano", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
@@ -58,8 +58,8 @@ def load_backbone(
     dict of a backbone, also one under `state_dict` or `model` or in a .safetensors file; a
     classifier beside it is left out with a warning. key: "teacher" or "student", or another name
     under which the file holds weights. arch, patch_size: only needed when the file does not tell.
-    backbone: a module of your own that takes the weights. Raises `ValueError` when the weights do
-    not fit.
+    backbone: a module of your own that takes the weights, and returns what it returns:
+    `nn.features.features` pools that to (B, D). Raises `ValueError` when the weights do not fit.
     """
     path = in_folder(Path(path))
     state = read(path)
@@ -76,7 +76,7 @@ def load_backbone(
             cfg = Config(
                 arch=told or state["arch"], patch_size=patch_size or saved.get("patch_size", 16)
             )
-            backbone = build_backbone(cfg, 0.0)
+            backbone = _by_name(path, cfg, weights)
         else:
             _name_foreign(path, weights)
             raise ValueError(f"'{path}' does not tell its architecture: name it with `arch`.")
@@ -91,6 +91,17 @@ def load_backbone(
             raise ValueError(_not_finite(path, name, "backbone"))
     backbone.load_state_dict(weights)
     return backbone.eval()
+
+
+def _by_name(path: Path, cfg: Config, weights: Mapping[str, Any]) -> nn.Module:
+    try:
+        return build_backbone(cfg, 0.0, weights)
+    except UnknownArch as error:
+        raise ValueError(
+            f"'{path}' holds a backbone `arch` {cfg.arch}, which is no name that can be built "
+            f"here.{error.hint} One of your own is loaded in Python, load_backbone(path, "
+            "backbone=...), and evaluated there, dinofast.knn(path, data_path, backbone=...)."
+        ) from error
 
 
 def arguments(path: str | Path) -> dict[str, Any]:

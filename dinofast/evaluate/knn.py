@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import arguments, load_backbone
 from ..data.decode import decode
+from ..nn.features import features as features_of
 from ..nn.vit import VisionTransformer
 from ..runtime.backends import cores
 from ..runtime.distributed import pick_device
@@ -104,7 +105,8 @@ def extract_features(
         for path, reason in bad_files:
             print(f"Left out, cannot be read: {path} ({reason})")
         if len(index):
-            features.append(backbone(batch.to(device, non_blocking=True)).float().cpu())
+            found = features_of(backbone, batch.to(device, non_blocking=True))
+            features.append(found.float().cpu())
             rows.append(index)
     if not features:
         raise ValueError(
@@ -127,16 +129,17 @@ def knn(
     batch_size_per_gpu: int = 128,
     num_workers: int = 10,
     device: str | None = None,
+    backbone: nn.Module | None = None,
 ) -> dict[int, tuple[float, float]]:
     """Classify `data_path/val` by its neighbors in `data_path/train` and print one line for each k
     in `nb_knn`.
 
     The backbone comes from `checkpoint.load_backbone(pretrained_weights, checkpoint_key, arch,
-    patch_size)`. Without train/ and val/ every fourth image of each class folder is held out. crop:
-    default the size of the global crops that the checkpoint was trained with, 224 for official
-    ones; resize: default 8/7 of it (256 for 224). Channels are normalized, gray values scaled and
-    images turned (`value_range`, `exif`) as in training. device:
-    default a GPU if there is one. Returns {k: (top-1, top-5)} in percent; k larger than the
+    patch_size, backbone)`. Without train/ and val/ every fourth image of each class folder is held
+    out. crop: default the size of the global crops that the checkpoint was trained with, 224 for
+    official ones; resize: default 8/7 of it (256 for 224). Channels are normalized, gray values
+    scaled and images turned (`value_range`, `exif`) as in training. device: default a GPU if there
+    is one. Returns {k: (top-1, top-5)} in percent; k larger than the
     training set are left out. Raises ValueError if none remains.
     """
     where = pick_device(device)
@@ -173,7 +176,7 @@ def knn(
         exif=bool(trained_with.get("exif", False)),
     )
     train, val = (replace(images, decode=as_trained) for images in (train, val))
-    backbone = load_backbone(pretrained_weights, checkpoint_key, arch, patch_size)
+    backbone = load_backbone(pretrained_weights, checkpoint_key, arch, patch_size, backbone)
     # timm's is a pair
     patch = backbone.patch_embed.patch_size if isinstance(backbone, VisionTransformer) else 1
     if crop % patch:

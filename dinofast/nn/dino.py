@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import importlib
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..config import VITS, Config, nearest
+from ..config import Config
 from ..loss import DINOLoss
-from . import vit
+from .backbones import build_backbone as build_backbone
+from .backbones import feature_width as feature_width
+from .backbones import make_backbones
 from .head import DINOHead
 from .packing import GroupedCrops, PackedCrops, group_by_size
-
-# where torchvision keeps the layer that makes class scores
-_CLASSIFIERS = ("fc", "head", "heads", "classifier")
+from .vit import is_exporting
 
 
 class MultiCropWrapper(nn.Module):
@@ -26,8 +23,8 @@ class MultiCropWrapper(nn.Module):
     packed pass of our ViTs, of others a pass per run of equal sizes.
 
     forward: a tensor (n, 3, h, w), a list of them, or what `pack` has made of them -> logits (sum
-    of n, K), rows in the order of the list. A backbone that returns a tuple is taken by its first
-    element.
+    of n, K), rows in the order of the list. What a backbone returns is pooled by the rule of
+    `features`.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
@@ -44,6 +41,8 @@ class MultiCropWrapper(nn.Module):
         return pack(crops) if pack else GroupedCrops(tuple(crops))
 
     def forward(self, crops: Tensor | Sequence[Tensor] | PackedCrops | GroupedCrops) -> Tensor:
+        if is_exporting() and not isinstance(crops, PackedCrops | GroupedCrops):
+            return self.head(GroupedCrops(group_by_size(crops)).through(self.backbone))
         packed = (
             crops
             if isinstance(crops, PackedCrops | GroupedCrops)
@@ -81,6 +80,8 @@ class Model(nn.Module):
         self.dino_loss = dino_loss
         self.mark = _unmarked
         _copy_weights(self.student, self.teacher)
+        self.notes: list[str] = []  # what there is to say of the backbones
+        self.all_trained = True  # a gradient reaches every trainable parameter in every step
         self.teacher.requires_grad_(False)
 
     def forward(self, crops: Sequence[Tensor], teacher_temp: float | Tensor) -> Losses:
@@ -118,15 +119,13 @@ class Model(nn.Module):
     @classmethod
     def from_config(cls, cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Model:
         """Build from options; `backbone` makes any other module that maps images (B, 3, h, w) to
-        features (B, D)."""
+        what `features` can pool to (B, D). Raises `ValueError` for one that cannot train."""
         torch.manual_seed(cfg.seed)
-        student_backbone = backbone() if backbone else build_backbone(cfg, cfg.drop_path_rate)
-        teacher_backbone = copy.deepcopy(student_backbone) if backbone else build_backbone(cfg, 0.0)
-        width = feature_width(student_backbone, cfg.global_crops_size)
+        made = make_backbones(cfg, backbone)
 
         def head(norm_last_layer: bool) -> DINOHead:
             return DINOHead(
-                width,
+                made.width,
                 cfg.out_dim,
                 cfg.use_bn_in_head,
                 norm_last_layer,
@@ -145,8 +144,13 @@ class Model(nn.Module):
             cfg.student_temp,
             cfg.center_momentum,
         )
-        student = MultiCropWrapper(student_backbone, head(cfg.norm_last_layer))
-        return cls(student, MultiCropWrapper(teacher_backbone, head(True)), loss)
+        model = cls(
+            MultiCropWrapper(made.student, head(cfg.norm_last_layer)),
+            MultiCropWrapper(made.teacher, head(True)),
+            loss,
+        )
+        model.notes, model.all_trained = list(made.notes), made.all_trained
+        return model
 
 
 def _unmarked(part: str) -> None:
@@ -169,92 +173,3 @@ def _copy_weights(student: nn.Module, teacher: nn.Module) -> None:
             f"the backbone's state_dict cannot be loaded into a copy of it ({said}): whatever "
             "state_dict() gives, load_state_dict() must take."
         ) from error
-
-
-def build_backbone(cfg: Config, drop_path_rate: float) -> nn.Module:
-    """A ViT, or a torchvision or timm model without its classifier. Raises `ValueError` for an
-    unknown name."""
-    return backbone_maker(cfg)(drop_path_rate)
-
-
-def backbone_maker(cfg: Config) -> Callable[[float], nn.Module]:
-    """What builds `cfg.arch` for a stochastic depth rate (only our ViTs have one). Raises
-    `ValueError` for an unknown name."""
-    if cfg.vit is not None:
-        make = getattr(vit, cfg.vit)
-        return lambda rate: make(
-            patch_size=cfg.patch_size, drop_path_rate=rate, img_size=(cfg.global_crops_size,)
-        )
-    missing = []
-    for package, find in {"torchvision.models": _from_torchvision, "timm": _from_timm}.items():
-        try:
-            library = importlib.import_module(package)
-        except Exception as error:  # one that was built for another torch raises all kinds
-            missing.append(f"{package} ({error})")
-            continue
-        build = find(library, cfg.arch)
-        if build is not None:
-            return lambda rate: build()
-    hint = (
-        f" Other names need torchvision or timm installed; not importable: {'; '.join(missing)}."
-        if missing
-        else ""
-    )
-    raise ValueError(
-        f"`arch` '{cfg.arch}' is not known: choose from "
-        f"{', '.join(VITS)}.{nearest(cfg.arch, list(VITS))}{hint} A model of your own goes through "
-        "Python, dinofast.train.train(cfg, backbone=...)."
-    )
-
-
-def _from_torchvision(library, arch: str) -> Callable[[], nn.Module] | None:
-    make = getattr(library, arch, None)
-    if not (arch.islower() and inspect.isfunction(make)):
-        return None
-
-    def build() -> nn.Module:
-        model = make(weights=None)
-        for name in _CLASSIFIERS:
-            if isinstance(getattr(model, name, None), nn.Module):
-                setattr(model, name, nn.Identity())
-                return model
-        raise ValueError(
-            f"`arch` {arch}: this torchvision model has no classifier that could be taken off; "
-            "pass it through the Python API, dinofast.train.train(cfg, backbone=...)."
-        )
-
-    return build
-
-
-def _from_timm(library, arch: str) -> Callable[[], nn.Module] | None:
-    if not library.is_model(arch):
-        return None
-
-    def build() -> nn.Module:
-        try:  # transformers: crops of two sizes
-            return library.create_model(
-                arch, pretrained=False, num_classes=0, dynamic_img_size=True
-            )
-        except TypeError:
-            return library.create_model(arch, pretrained=False, num_classes=0)
-
-    return build
-
-
-@torch.no_grad()
-def feature_width(backbone: nn.Module, image_size: int) -> int:
-    """D, the length of a backbone's features, found by a trial image unless it is one of our
-    ViTs."""
-    if isinstance(backbone, vit.VisionTransformer):
-        return backbone.embed_dim
-    training = backbone.training
-    backbone.eval()  # batch statistics must not see the trial
-    features = backbone(torch.zeros(1, 3, image_size, image_size))
-    backbone.train(training)
-    features = features[0] if isinstance(features, tuple) else features
-    if features.ndim != 2:
-        raise ValueError(
-            f"the backbone returns features of shape {tuple(features.shape)}: expected (B, D), one "
-            "row per image."
-        )
-    return features.shape[1]

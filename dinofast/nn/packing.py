@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..runtime.tensor_cache import cached_tensors
+from .features import features
 
 Runs = tuple[tuple[int, int], ...]
 
@@ -100,11 +101,9 @@ class GroupedCrops(NamedTuple):
         return GroupedCrops(self.images[:k])
 
     def through(self, backbone: nn.Module) -> Tensor:
-        """Features (all crops, D); of a backbone that returns a tuple its first element."""
-        features = [
-            f[0] if isinstance(f, tuple) else f for f in map(backbone, group_by_size(self.images))
-        ]
-        return features[0] if len(features) == 1 else torch.cat(features)
+        """Features (all crops, D)."""
+        parts = [features(backbone, images) for images in group_by_size(self.images)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def patchify(crops: Tensor | Sequence[Tensor], patch_size: int, grid: int) -> PackedCrops:

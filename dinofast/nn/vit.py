@@ -204,6 +204,12 @@ class VisionTransformer(nn.Module):
     def forward(self, x: Tensor | Sequence[Tensor] | PackedCrops) -> Tensor:
         """Images (n, 3, h, w), one such tensor per size, or what `pack` made of them -> (sum of n,
         D)."""
+        if not isinstance(x, PackedCrops) and self._is_exported():
+            sizes = [x] if isinstance(x, Tensor) else x
+            parts = [
+                self.norm(self._layers(images, len(self.blocks))[-1][:, 0]) for images in sizes
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
         packed = x if isinstance(x, PackedCrops) else self.pack(x)
         where = packed.layout
         drawn = self.draw(where) if packed.drop_path is None else packed.drop_path
@@ -254,6 +260,12 @@ class VisionTransformer(nn.Module):
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block to images (B, 3, h, w): (B, H, N, N); row 0 is what CLS looks
         at."""
+        if self._is_exported():
+            block = self.blocks[-1]
+            assert isinstance(block, Block)
+            tokens = self._layers(x, len(self.blocks) - 1)[-1]
+            q, k, _ = self._heads(block.attn, block.norm1(tokens))
+            return attention_weights(q, k)
         packed = self.patchify(x)
         tokens, where = self.embed(packed), packed.layout
         for block in self.blocks[:-1]:
@@ -268,6 +280,8 @@ class VisionTransformer(nn.Module):
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """Normalized outputs (B, N, D) of the last n blocks."""
+        if self._is_exported():
+            return [self.norm(tokens) for tokens in self._layers(x, len(self.blocks))[1:][-n:]]
         packed = self.patchify(x)
         tokens, where = self.embed(packed), packed.layout
         layers = []
@@ -276,6 +290,55 @@ class VisionTransformer(nn.Module):
             if len(self.blocks) - i <= n:
                 layers.append(self.norm(tokens).unflatten(0, where.runs[0]))
         return layers
+
+    # ---- as exporters and tracers follow it: (B, N, D), nothing computed from the number of images
+    def _is_exported(self) -> bool:
+        drops = self.training and self.drop_path_rates[-1] > 0
+        return is_exporting() and not drops
+
+    def _layers(self, x: Tensor, depth: int) -> list[Tensor]:
+        """Images (B, 3, h, w) -> tokens (B, N, D) before the first block and after each of the
+        first `depth`."""
+        patches = self.patch_embed.proj(x)  # (B, D, rows, cols)
+        h, w = int(x.shape[2]), int(x.shape[3])  # a trace holds for one size
+        rows, cols = h // self.patch_embed.patch_size, w // self.patch_embed.patch_size
+        table: Tensor = self.pos_embed
+        if h != w or rows != self.grid:  # as `resampling`, which see
+            square = table[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid)).float()
+            scale = (rows + 0.1) / self.grid, (cols + 0.1) / self.grid
+            resampled = F.interpolate(square, scale_factor=scale, mode="bicubic")
+            table = torch.cat(
+                (table[:, :1], resampled.flatten(2).transpose(1, 2).to(table.dtype)), dim=1
+            )
+        cls = (self.cls_token + table[:, :1]).expand(x.shape[0], -1, -1)
+        layers = [torch.cat((cls, patches.flatten(2).transpose(1, 2) + table[:, 1:]), dim=1)]
+        for block in self.blocks[:depth]:
+            assert isinstance(block, Block)
+            q, k, v = self._heads(block.attn, block.norm1(layers[-1]))
+            attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            tokens = layers[-1] + block.attn.proj(attended)
+            layers.append(tokens + block.mlp(block.norm2(tokens)))
+        return layers
+
+    def _heads(self, attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) -> q, k, v, each (B, H, N, d)."""
+        qkv = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return qkv[0], qkv[1], qkv[2]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ValueError(
+            "torch.jit.script does not take this ViT, whose forward has inputs of several types: "
+            "use torch.jit.trace(model, images), whose result takes any number of images, or "
+            "torch.export.export."
+        )
+
+
+def is_exporting() -> bool:
+    """Whether torch.export, an ONNX exporter or torch.jit.trace looks on."""
+    if torch.compiler.is_compiling():
+        # its function is true for any compiling in torch 2.11
+        return torch.compiler._is_exporting_flag
+    return torch._C._get_tracing_state() is not None
 
 
 def init_linear_(layer: nn.Linear, std: float = 0.02) -> None:

@@ -15,6 +15,8 @@ from .tensors import TRAINABLE, as_real, grad_norms, inside_zero, is_flat, pairs
 
 CLIP_MODES = ("tensor", "global")
 _HALVES = (torch.bfloat16, torch.float16)
+# what a teacher follows; parameters of other dtypes can only be frozen ones, equal in both
+_AVERAGED = (torch.float32, torch.float64, *_HALVES)
 # whatever the parameter's dtype
 _FLOAT32_STATE = ("exp_avg", "exp_avg_sq", "master", "teacher_master")
 _T = TypeVar("_T", Tensor, Tensor | None)

@@ -131,11 +131,6 @@ def test_any_module_is_a_backbone():
     assert torch.isfinite(model(crops(), 0.04).total)
 
 
-def test_features_must_be_rows():
-    with pytest.raises(ValueError, match=r"\(1, 3, 16, 16\): expected \(B, D\)"):
-        feature_width(nn.Identity(), 16)
-
-
 def test_torchvision_names_work_where_the_package_imports(monkeypatch):
     def resnet50(weights=None):
         net = Convolutional()

@@ -1,0 +1,176 @@
+"""A backbone of somebody else's, tried on two images of each size of crops before anything long
+begins."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from .features import features
+
+_TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Crops(NamedTuple):
+    """One size of crops: the option that sets it, pixels of a side, and how many a trial takes."""
+
+    option: str
+    side: int
+    number: int
+
+
+def crops_of(cfg: Config) -> list[Crops]:
+    """What a run gives to a backbone, two images of each size where a batch has as many."""
+    sizes = [Crops("global_crops_size", cfg.global_crops_size, 2)]
+    if cfg.local_crops_number:
+        n_local = cfg.batch_size_per_gpu * cfg.local_crops_number
+        sizes.append(Crops("local_crops_size", cfg.local_crops_size, min(2, n_local)))
+    return sizes
+
+
+@dataclass(frozen=True)
+class Trial:
+    """width: D of the features. unused: names of trainable parameters that no gradient reached.
+    draws: whether its forward draws random numbers, so that the next may use others."""
+
+    width: int
+    unused: tuple[str, ...]
+    draws: bool
+
+
+def try_out(backbone: nn.Module, what: str, sizes: Sequence[Crops]) -> Trial:
+    """Forward and backward in training mode, once for each size. Buffers, gradients and the state
+    of random numbers are afterwards as they were.
+
+    what: how messages call it. Raises `ValueError` for a size that does not fit, features that are
+    not finite or differ in width between sizes, parameters that cannot be trained.
+    """
+    parameters = dict(backbone.named_parameters())
+    _check_dtypes(parameters, what)
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    device = next((p.device for p in parameters.values()), torch.device("cpu"))
+    widths: list[int] = []
+    with _traceless(backbone, device), torch.enable_grad():
+        backbone.train()
+        before = _random_state()
+        for crops in sizes:
+            x = _forward(backbone, what, crops, sizes, device, widths)
+            if trained and not x.requires_grad:
+                raise ValueError(
+                    f"{what}: no gradient reaches its parameters; its forward must neither run "
+                    "under torch.no_grad nor detach. Freeze parameters with requires_grad_(False)."
+                )
+            if trained:
+                x.float().square().sum().backward()
+            widths.append(x.shape[1])
+        made = [name for name, _ in backbone.named_parameters() if name not in parameters]
+        if made:
+            raise ValueError(
+                f"{what}: its forward makes parameters ({_some(made)}), which nothing would train: "
+                "make them in __init__, or use torch's lazy modules."
+            )
+        draws = before != _random_state()
+        unused = tuple(name for name, p in trained.items() if p.grad is None)
+    return Trial(widths[0], unused, draws)
+
+
+def _forward(
+    backbone: nn.Module,
+    what: str,
+    crops: Crops,
+    sizes: Sequence[Crops],
+    device: torch.device,
+    widths: Sequence[int],
+) -> Tensor:
+    """Features (n, D) of crops that are noise, the same each time. widths: of sizes before."""
+    _, side, n = crops
+    generator = torch.Generator().manual_seed(0)
+    try:
+        x = features(backbone, torch.rand(n, 3, side, side, generator=generator).to(device))
+    except Exception as error:  # whatever a module of somebody else's may raise
+        way_out = (
+            f"set `local_crops_size` to {sizes[0].side} or another that fits, or "
+            "`local_crops_number` 0"
+            if crops is not sizes[0]
+            else f"set `{crops.option}` to one that fits"
+        )
+        raise ValueError(
+            f"{what} does not take crops of {side} x {side} ({_told(error)}): {way_out}; "
+            "or take another backbone."
+        ) from error
+    if x.shape[0] != n:
+        raise ValueError(
+            f"{what} returns {x.shape[0]} rows for {n} images of {side} x {side}: expected one row "
+            "an image."
+        )
+    if widths and x.shape[1] != widths[0]:
+        raise ValueError(
+            f"{what} returns {widths[0]} features for global crops and {x.shape[1]} for crops of "
+            f"{side} x {side}: expected (B, D) with one D for all sizes, or maps (B, C, h, w) with "
+            "channels second."
+        )
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{what} returns features that are not finite for {side} x {side} pixels.")
+    return x
+
+
+def _check_dtypes(parameters: dict[str, nn.Parameter], what: str) -> None:
+    for name, p in parameters.items():
+        if p.is_meta:
+            raise ValueError(f"{what}: parameter {name} is on the meta device, without values.")
+        if p.requires_grad and p.dtype not in _TRAINABLE:
+            raise ValueError(
+                f"{what}: parameter {name} is {str(p.dtype).removeprefix('torch.')}, which the "
+                "optimizers do not train: freeze it with requires_grad_(False), or hold a complex "
+                "one as two real ones (torch.view_as_real)."
+            )
+
+
+@contextmanager
+def _traceless(backbone: nn.Module, device: torch.device) -> Iterator[None]:
+    """Afterwards buffers, modes, gradients and the state of random numbers are as before."""
+    modes = {module: module.training for module in backbone.modules()}
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in backbone.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    python = random.getstate()
+    gpu = [device.index or 0] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(gpu):
+            yield
+    finally:
+        random.setstate(python)
+        for module in backbone.modules():
+            module.training = modes.get(module, module.training)
+            module._buffers = type(module._buffers)()
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                if buffer is not None and value is not None:
+                    buffer.copy_(value)
+                module._buffers[name] = buffer
+        for p in backbone.parameters():
+            p.grad = None
+
+
+def _random_state() -> tuple[bytes, object]:
+    return torch.get_rng_state().numpy().tobytes(), random.getstate()
+
+
+def _told(error: Exception) -> str:
+    """The first line of an error, with its kind where that says more."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+    return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

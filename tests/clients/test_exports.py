@@ -1,0 +1,158 @@
+"""Our ViTs through torch's exporters: what they make gives what eager gives, for other numbers of
+images and at sizes that interpolate the positions."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from dinofast import DINOHead, MultiCropWrapper, load_backbone
+from dinofast.nn.vit import vit_nano
+
+BATCHES = (1, 3, 5)
+SIZES = [(32, 32), (48, 40)]  # that of the learned positions, and another
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # exporters deprecate parts of themselves
+        yield
+
+
+def backbone(**options):
+    torch.manual_seed(0)
+    return vit_nano(**options).eval()
+
+
+class Method(nn.Module):
+    """A method as a module, as people export it."""
+
+    def __init__(self, vit, name, *args):
+        super().__init__()
+        self.vit, self.name, self.args = vit, name, args
+
+    def forward(self, x):
+        return getattr(self.vit, self.name)(x, *self.args)
+
+
+def wrapper():
+    vit = backbone()
+    head = DINOHead(64, 32, hidden_dim=16, bottleneck_dim=8)
+    return MultiCropWrapper(vit, head).eval()
+
+
+MODULES = {
+    "features": backbone,
+    "get_intermediate_layers": lambda: Method(backbone(), "get_intermediate_layers", 2),
+    "get_last_selfattention": lambda: Method(backbone(), "get_last_selfattention"),
+    "backbone and head": wrapper,
+}
+
+
+def batch_of(exported, module, size, run, atol=1e-5):
+    """What `run` gives is what eager gives, for each number of images."""
+    for n in BATCHES:
+        x = torch.randn(n, 3, *size)
+        with torch.no_grad():
+            wanted = module(x)
+        wanted = wanted if isinstance(wanted, list) else [wanted]
+        given = run(exported, x)
+        assert len(given) == len(wanted)
+        for a, b in zip(given, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
+
+
+def as_list(out):
+    return list(out) if isinstance(out, list | tuple) else [out]
+
+
+def by_onnxruntime(path, x):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    given = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return [torch.from_numpy(y) for y in given]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", MODULES)
+def test_trace_at_another_batch(name, size):
+    module = MODULES[name]()
+    traced = torch.jit.trace(module, torch.randn(2, 3, *size))
+    batch_of(traced, module, size, lambda t, x: as_list(t(x)))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize(
+    "name, size", [("features", SIZES[0]), *((name, SIZES[1]) for name in MODULES)]
+)
+def test_torch_export_with_a_dynamic_batch(name, size, strict):
+    module, batch = MODULES[name](), torch.export.Dim("batch", min=1, max=64)
+    shapes = ({0: batch},)
+    if name == "backbone and head":
+        shapes = {"crops": {0: batch}}
+    program = torch.export.export(
+        module, (torch.randn(2, 3, *size),), dynamic_shapes=shapes, strict=strict
+    )
+    batch_of(program.module(), module, size, lambda m, x: as_list(m(x)))
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [("features", SIZES[0]), *((n, SIZES[1]) for n in MODULES if n != "get_intermediate_layers")],
+)
+def test_onnx_with_a_dynamic_batch(name, size, tmp_path):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    module, batch = MODULES[name](), torch.export.Dim("batch", min=1, max=64)
+    path = str(tmp_path / "model.onnx")
+    torch.onnx.export(
+        module,
+        (torch.randn(2, 3, *size),),
+        path,
+        dynamo=True,
+        dynamic_shapes=({0: batch},),
+        verbose=False,
+    )
+    batch_of(path, module, size, by_onnxruntime)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_onnx_by_the_older_exporter(size, tmp_path):
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    module, path = backbone(), str(tmp_path / "model.onnx")
+    torch.onnx.export(
+        module,
+        (torch.randn(2, 3, *size),),
+        path,
+        dynamo=False,
+        input_names=["images"],
+        dynamic_axes={"images": {0: "batch"}},
+    )
+    batch_of(path, module, size, by_onnxruntime)
+
+
+def test_a_loaded_backbone_with_drop_path_is_exported(tmp_path):
+    """As saved of a run with stochastic depth; in eval mode nothing is dropped."""
+    trained = backbone(drop_path_rate=0.3)
+    torch.save({"teacher": trained.state_dict(), "args": {"arch": "vit_nano"}}, tmp_path / "c.pth")
+    loaded = load_backbone(tmp_path / "c.pth")
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    program = torch.export.export(loaded, (torch.randn(2, 3, 32, 32),), dynamic_shapes=shapes)
+    batch_of(program.module(), trained, (32, 32), lambda m, x: as_list(m(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_are_exported(dtype):
+    module, x = backbone().to(dtype), torch.randn(2, 3, 48, 48, dtype=dtype)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    program = torch.export.export(module, (x,), dynamic_shapes=shapes).module()
+    x = torch.randn(5, 3, 48, 48, dtype=dtype)
+    torch.testing.assert_close(program(x), module(x), rtol=0.05, atol=0.05)
+
+
+def test_scripting_is_refused_in_words():
+    with pytest.raises(ValueError, match=r"use torch\.jit\.trace.*or torch\.export"):
+        torch.jit.script(backbone())

@@ -1,0 +1,396 @@
+"""Backbones that others make: tried at both sizes, copied for the teacher, refused in words."""
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from dinofast import vit_nano
+from dinofast.checkpoint import load_backbone
+from dinofast.config import Config
+from dinofast.nn.dino import Model
+from dinofast.optim import AdamWEMA, param_groups
+
+SMALL = dict(
+    out_dim=32,
+    head_hidden_dim=16,
+    head_bottleneck_dim=8,
+    local_crops_number=2,
+    global_crops_size=16,
+    local_crops_size=8,
+    batch_size_per_gpu=2,
+)
+CFG = Config(**SMALL)
+
+
+class Net(nn.Module):
+    """Any size; `extra` is what a test adds to it."""
+
+    def __init__(self, **extra):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU())
+        for name, value in extra.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def trained(make, steps=2, cfg=CFG):
+    """A model after some whole steps, teacher included."""
+    model = Model.from_config(cfg, make)
+    optimizer = AdamWEMA(
+        param_groups(model.student), lr=0.1, student=model.student, teacher=model.teacher
+    )
+    for _ in range(steps):
+        model([torch.randn(4, 3, 16, 16), torch.randn(4, 3, 8, 8)], 0.04).total.backward()
+        optimizer.step(momentum=0.5)
+        optimizer.zero_grad()
+    assert all(
+        torch.isfinite(p.float()).all() for p in model.student.parameters() if p.is_floating_point()
+    )
+    return model
+
+
+def integers():
+    return Net(codes=nn.Parameter(torch.arange(7), requires_grad=False))
+
+
+def complexes():
+    return Net(waves=nn.Parameter(torch.ones(3, dtype=torch.complex64), requires_grad=False))
+
+
+def frozen():
+    net = Net()
+    net.layers[0].requires_grad_(False)
+    return net
+
+
+def old_weight_norm():
+    net = Net()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(net.layers[0])
+    return net
+
+
+def lazy():
+    return nn.Sequential(
+        nn.LazyConv2d(4, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LazyLinear(6)
+    )
+
+
+MAKERS = {
+    "parameters that take no part": lambda: Net(classifier=nn.Linear(8, 10)),
+    "integers": integers,
+    "complex": complexes,
+    "float8": lambda: Net(
+        scale=nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn), requires_grad=False)
+    ),
+    "frozen": frozen,
+    "all frozen": lambda: Net().requires_grad_(False),
+    "a lock": lambda: Net(lock=threading.Lock()),
+    "a generator": lambda: Net(generator=(i for i in range(3))),
+    "weight_norm, which deepcopy refuses": old_weight_norm,
+    "parametrized": lambda: nn.Sequential(
+        parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)),
+        parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
+    ),
+    "lazy": lazy,
+    "our ViT": vit_nano,
+    "no parameters": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_trains(name):
+    model = trained(MAKERS[name])
+    student, teacher = model.student.state_dict(), model.teacher.state_dict()
+    assert student.keys() == teacher.keys()
+    assert {id(x) for x in student.values()}.isdisjoint(id(x) for x in teacher.values())
+    for key, value in model.student.named_parameters():
+        if not value.requires_grad:  # the teacher's never leaves it
+            assert torch.equal(value.view(torch.uint8), teacher[key].view(torch.uint8)), key
+
+
+def test_parameters_that_take_no_part_are_named_and_stay():
+    def make():
+        return Net(classifier=nn.Linear(8, 10))
+
+    model = trained(make)
+    assert not model.all_trained and len(model.notes) == 1
+    assert "2 parameter(s) of Net in a trial: classifier.weight, classifier.bias;" in model.notes[0]
+    torch.manual_seed(CFG.seed)
+    start = make().classifier.weight
+    for network in (model.student, model.teacher):
+        assert torch.equal(network.backbone.classifier.weight, start)
+    assert Model.from_config(CFG, Net).all_trained and not Model.from_config(CFG, Net).notes
+
+
+def test_weights_that_are_tied_stay_tied_in_both():
+    def make():
+        a, b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        b.weight = a.weight
+        return nn.Sequential(a, nn.GELU(), b)
+
+    model = trained(make)
+    for network in (model.student, model.teacher):
+        first, last = network.backbone[0].weight, network.backbone[2].weight
+        assert first is last
+    assert not torch.equal(model.student.backbone[0].weight, model.teacher.backbone[0].weight)
+
+
+def test_the_trial_leaves_no_trace():
+    class Random(Net):
+        def __init__(self):
+            super().__init__(dropout=nn.Dropout())
+            self.register_buffer("seen", torch.zeros(()), persistent=False)
+            self.register_buffer("kept", torch.rand(3), persistent=False)
+
+        def forward(self, x):
+            random.random()
+            self.seen = self.seen + 1
+            return self.dropout(super().forward(x))
+
+    random.seed(1)
+    torch.manual_seed(CFG.seed)
+    made = Random()
+    after = torch.rand(3)
+    python = random.getstate()
+    states = []
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patch:
+        build = Model.__init__
+
+        def init(self, *args):
+            torch.manual_seed(0)
+            build(self, *args)
+
+        patch.setattr(Model, "__init__", init)
+        patch.setattr(
+            "dinofast.nn.dino.DINOHead", lambda *_: states.append(torch.rand(3)) or nn.Identity()
+        )
+        model = Model.from_config(CFG, Random)
+    # the head is drawn from where the backbone's own weights left the generator
+    assert torch.equal(states[0], after) and random.getstate() == python
+    for backbone in (model.student.backbone, model.teacher.backbone):
+        assert backbone.seen == 0 and backbone.layers[1].num_batches_tracked == 0
+        assert torch.equal(backbone.kept, made.kept) and backbone.training
+        assert torch.equal(backbone.layers[0].weight, made.layers[0].weight)
+        assert all(p.grad is None for p in backbone.parameters())
+    assert not model.all_trained  # what draws may leave a layer out
+
+
+def test_a_second_call_gives_what_the_first_had():
+    """Also buffers that are not saved, where deepcopy cannot."""
+
+    def make():
+        net = Net(lock=threading.Lock())
+        net.register_buffer("projection", torch.randn(4), persistent=False)
+        return net
+
+    model = Model.from_config(CFG, make)
+    student, teacher = model.student.backbone, model.teacher.backbone
+    assert student.projection is not teacher.projection
+    assert torch.equal(student.projection, teacher.projection)
+
+
+class FixedSize(nn.Module):
+    def __init__(self, side=16):
+        super().__init__()
+        self.layer, self.side = nn.Linear(3 * side * side, 4), side
+
+    def forward(self, x):
+        assert x.shape[-1] == self.side, f"Wrong image height! Expected {self.side}"
+        return self.layer(x.flatten(1))
+
+
+class OfOneSize(nn.Module):
+    """Channels last: D is h."""
+
+    def forward(self, x):
+        return x
+
+
+class Growing(Net):
+    def forward(self, x):
+        self.fc = nn.Linear(8, 4)
+        return self.fc(super().forward(x).mean((2, 3)))
+
+
+class NoGradient(Net):
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class NotFinite(Net):
+    def forward(self, x):
+        return super().forward(x) / 0
+
+
+class NeedsWidth(Net):
+    def __init__(self, width):
+        super().__init__()
+
+
+SAME = Net(lock=threading.Lock())
+REFUSED = {
+    "local size": (
+        FixedSize,
+        r"backbone FixedSize does not take crops of 8 x 8 \(AssertionError: Wrong image height! "
+        r"Expected 16\): set `local_crops_size` to 16 .*`local_crops_number` 0",
+    ),
+    "global size": (
+        lambda: FixedSize(8),
+        "does not take crops of 16 x 16 .*: set `global_crops_size` to one that fits",
+    ),
+    "width": (nn.Flatten, "returns 768 features for global crops and 192 for crops of 8 x 8"),
+    "rows": (lambda: nn.Flatten(0, 2), r"returns 96 rows for 2 images of 16 x 16"),
+    "not finite": (NotFinite, "not finite for 16 x 16"),
+    "two outputs": (
+        lambda: Net(forward=lambda x: {"a": x, "b": x}),
+        r"a dict with a \(2, 3, 16, 16\), b",
+    ),
+    "no gradient": (NoGradient, "no gradient reaches its parameters"),
+    "parameters made late": (Growing, r"its forward makes parameters \(fc.weight, fc.bias\)"),
+    "complex": (
+        lambda: Net(w=nn.Parameter(torch.ones(2, dtype=torch.complex64))),
+        "parameter w is complex64.*requires_grad_",
+    ),
+    "meta": (lambda: Net().to("meta"), "parameter layers.0.weight is on the meta device"),
+    "lazy at fault": (
+        lambda: nn.Sequential(nn.LazyLinear(4), nn.Linear(3, 4)),
+        "has lazy layers, and does not take an image of 16 x 16",
+    ),
+    "arguments": (NeedsWidth, r"called without arguments \(missing a required argument: 'width'"),
+    "no module": (lambda: torch.relu, "returns a builtin.*: expected a torch.nn.Module"),
+    "no function": ("resnet18", "backbone is a str: give a function or class"),
+    "the same each time": (
+        lambda: SAME,
+        r"cannot be copied \(cannot pickle .*lock.*returns the same one",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_in_one_sentence(name):
+    make, words = REFUSED[name]
+    with pytest.raises(ValueError, match=words) as refusal:
+        Model.from_config(CFG, make)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_size_that_no_crop_has_is_not_tried():
+    Model.from_config(Config(**{**SMALL, "local_crops_number": 0}), FixedSize)
+
+
+def test_batch_statistics_of_a_lone_crop_are_told_before():
+    cfg = Config(**{**SMALL, "local_crops_number": 1, "batch_size_per_gpu": 1})
+    with pytest.raises(ValueError, match="crops of 8 x 8 .*Expected more than 1 value per channel"):
+        Model.from_config(
+            cfg, lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3))
+        )
+
+
+def test_it_is_told_before_files_are_listed(tmp_path, monkeypatch):
+    from dinofast import train
+
+    monkeypatch.setattr(train, "make_loader", lambda *_, **__: pytest.fail("files were listed"))
+    cfg = Config(**SMALL, data_path=str(tmp_path), output_dir=str(tmp_path / "o"), device="cpu")
+    with pytest.raises(ValueError, match="does not take crops of 8 x 8"):
+        train.train(cfg, backbone=FixedSize)
+
+
+SCRIPT = """
+import sys, torch
+from torch import nn
+from dinofast import Config
+from dinofast.train import train
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 1)
+        self.classifier = nn.Linear(8, 10)  # takes no part
+    def forward(self, x):
+        x = self.first(x)
+        return x if self.training and torch.rand(()) < 0.5 else self.second(x)  # at times
+train(Config(**{options}), backbone=Net)
+"""
+
+
+def test_unused_parameters_train_in_two_processes(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        Image.new("RGB", (20, 20), (20 * i, 9, 99)).save(tmp_path / "images" / f"{i}.png")
+    options = SMALL | {"data_path": "images", "output_dir": "o", "epochs": 3, "warmup_epochs": 0}
+    options |= {"device": "cpu", "num_workers": 0}
+    (tmp_path / "s.py").write_text(SCRIPT.replace("{options}", repr(options)))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "s.py"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "classifier.weight, classifier.bias" in done.stdout
+    assert "9 steps" in done.stdout
+
+
+# ---- of packages, by stand-ins; the real ones are in tests/clients
+def package(monkeypatch, name, **contents):
+    module = types.ModuleType(name)
+    vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, name.partition(".")[0], types.ModuleType("package"))
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_timms_is_taken_where_torchvisions_does_not_fit(monkeypatch, tmp_path):
+    def net(weights=None):
+        model = FixedSize()
+        model.fc = nn.Linear(1, 1)
+        return model
+
+    package(monkeypatch, "torchvision.models", net=net)
+    package(monkeypatch, "timm", is_model=lambda n: n == "net", create_model=lambda n, **_: Net())
+    cfg = Config(**SMALL, arch="net")
+    model = Model.from_config(cfg)
+    assert type(model.student.backbone) is Net and model.notes[0] == "net is timm's"
+    # and again when its weights are read
+    weights = model.teacher.backbone.state_dict()
+    torch.save({"teacher": weights, "args": cfg.to_dict()}, tmp_path / "c.pth")
+    assert type(load_backbone(tmp_path / "c.pth")) is Net
+    package(monkeypatch, "timm", is_model=lambda name: False)
+    with pytest.raises(ValueError, match="`arch` net of torchvision does not take crops of 8 x 8"):
+        Model.from_config(cfg)
+
+
+def test_what_torchvision_has_besides_models_is_no_arch(monkeypatch):
+    package(
+        monkeypatch, "torchvision.models", get_model=lambda name, **config: Net(), list_models=list
+    )
+    package(monkeypatch, "timm", is_model=lambda name: False)
+    for name in ("get_model", "list_models", "__name__"):
+        with pytest.raises(ValueError, match=f"'{name}' is not known"):
+            Model.from_config(Config(**SMALL, arch=name))
+
+
+def test_an_own_backbone_is_loaded_with_a_module_or_told(tmp_path, monkeypatch):
+    package(monkeypatch, "torchvision.models")
+    package(monkeypatch, "timm", is_model=lambda name: False)
+    net = Net()
+    torch.save({"teacher": net.state_dict(), "args": {"arch": "Net"}}, tmp_path / "c.pth")
+    assert type(load_backbone(tmp_path / "c.pth", backbone=Net())) is Net
+    with pytest.raises(ValueError, match=r"`arch` Net, .*load_backbone\(path, backbone=.*knn\("):
+        load_backbone(tmp_path / "c.pth")
