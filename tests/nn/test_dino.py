@@ -158,7 +158,8 @@ def test_timm_names_work_where_the_package_imports(monkeypatch):
         return Convolutional()
 
     timm.create_model = create_model
-    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for name in ("torchvision", "torchvision.models"):  # the second, where another test imported it
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "timm", timm)
     assert isinstance(build_backbone(Config(arch="convnet"), 0.0), Convolutional)
     with pytest.raises(
