@@ -124,10 +124,10 @@ def test_official_trajectory(changes):
 
 @pytest.mark.parametrize("changes", [{}, {"compile": "on"}], ids=str)
 def test_official_trajectory_with_all_linear_layers_by_onednn(monkeypatch, changes):
+    step = golden_step(linear="onednn", **changes)
     monkeypatch.setattr(linear, "WORTHWHILE", 0)
     # nothing goes to BLAS
     monkeypatch.setattr(linear, "F", types.SimpleNamespace(conv2d=torch.nn.functional.conv2d))
-    step = golden_step(linear="onednn", **changes)
     # whose choice is BLAS
     for layer in (*step.model.student.head.mlp, *step.model.teacher.head.mlp):
         layer.library = "onednn"
