@@ -14,11 +14,12 @@ import chart
 import tables
 import tables_on_gpu
 
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/training.md")
 TABLES = {
     "headline": tables.headline,
     "demo": tables.demo,
     "first_batch": tables.first_batch,
+    "small_data": tables.small_data,
     "gpu": tables_on_gpu.gpu,
     "step-cpu": functools.partial(tables.step, "cpu"),
     "data-cpu": functools.partial(tables.data, "cpu"),

@@ -105,8 +105,8 @@ def dinofast(*words: str) -> None:
 
 
 def measure(folder: Path, name: str, data: str) -> dict[str, object]:
-    """A run, or what is there of it: loss and teacher entropy of the last epoch as shares of log K,
-    the lowest loss, and the k-NN accuracy."""
+    """A run, or what is there of it: 10-NN accuracy in percent, and of each epoch the loss and the
+    teacher's entropy as shares of log K."""
     options = RECIPE | SETTINGS[name]
     out = folder / "out" / f"{data}_{re.sub('[^a-z0-9]', '_', name)}"
     words = [w for flag, value in options.items() for w in (f"--{flag}", *str(value).split())]
@@ -116,14 +116,12 @@ def measure(folder: Path, name: str, data: str) -> dict[str, object]:
         found = knn(out / "checkpoint.pth", folder / data)
         (out / "knn.json").write_text(json.dumps(found))
     lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
-    log_k, last = math.log(float(str(options["out_dim"]))), lines[-1]
-    return {
-        "data": data,
-        "loss": round(last["train_loss"] / log_k, 3),
-        "lowest_loss": round(min(line["train_loss"] for line in lines) / log_k, 3),
-        "entropy": round(last["train_teacher_entropy"] / log_k, 3),
-        "knn": json.loads((out / "knn.json").read_text()),
+    log_k = math.log(float(str(options["out_dim"])))
+    shares = {
+        name: [round(line[f"train_{key}"] / log_k, 3) for line in lines]
+        for name, key in (("losses", "loss"), ("entropies", "teacher_entropy"))
     }
+    return {"data": data, "knn": json.loads((out / "knn.json").read_text()), **shares}
 
 
 def knn(weights: Path, data: Path) -> float:

@@ -210,6 +210,23 @@ def first_batch() -> str:
     return "\n\n".join([title, table(head, rows), f"{kept} {provenance(result)}"])
 
 
+def small_data() -> str:
+    """What one changed option does on three small data sets, from results/small_data-cpu.json; a
+    sentence if there is no file."""
+    path = RESULTS / "small_data-cpu.json"
+    if not path.is_file():
+        return "Small data: no measurement has been committed yet."
+    result = json.loads(path.read_text())
+    before, *cases = result["cases"]
+    names = [row["data"] for row in before["rows"]]
+    head = ("", *(f"{name}: entropy" for name in names), *(f"{name}: 10-NN, %" for name in names))
+    rows = [(before["name"], *[""] * len(names), *(f"{row['knn']:.1f}" for row in before["rows"]))]
+    for case in sorted(cases, key=lambda case: sum(row["entropies"][-1] for row in case["rows"])):
+        ends = [f"{row['entropies'][-1]:.2f}" for row in case["rows"]]
+        rows.append((case["name"], *ends, *(f"{row['knn']:.1f}" for row in case["rows"])))
+    return "\n\n".join([table(head, rows), provenance(result)])
+
+
 def speed(benchmark: str, device_type: str) -> str:
     """The first case of results/BENCHMARK-DEVICE.json in full, a line for each other; a sentence if
     there is no file."""

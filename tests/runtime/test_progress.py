@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import signal
 import tarfile
 from pathlib import Path
@@ -8,13 +9,15 @@ import pytest
 import torch
 
 from dinofast import checkpoint
+from dinofast.commands import pretrain
 from dinofast.data import shards
 from dinofast.runtime import signals
-from dinofast.runtime.metrics import EpochSums, Trend
+from dinofast.runtime.metrics import SMALL_DATA, EpochSums, Trend
 from dinofast.runtime.progress import Diverged, Run, in_words, status_line
 from dinofast.runtime.signals import Interrupted, StopSignal
 from dinofast.runtime.words import spelling
 
+ROOT = Path(__file__).parent.parent.parent
 METRICS = ("loss", "teacher_entropy", "kl", "center_norm", "grad_norm")
 
 
@@ -183,6 +186,31 @@ def test_a_collapse_is_told_from_a_slow_start(name):
     ]
     told = [epoch for epoch, words in enumerate(said) if words]
     assert told[:1] == ([] if first is None else [first]), told
+
+
+def test_collapses_of_the_committed_runs_are_told_and_others_are_not():
+    """Loss and entropy of 36 runs on small data; the longest that a good one may be warned."""
+    result = json.loads((ROOT / "benchmarks/results/small_data-cpu.json").read_text())
+    uniform = good = 0
+    for case in result["cases"][1:]:
+        for row in case["rows"]:
+            trend, told = Trend(1.0), 0
+            for loss, entropy in zip(row["losses"], row["entropies"], strict=True):
+                told += trend.warning(loss, entropy) is not None
+            uniform += row["entropies"][-1] > 0.99
+            good += row["entropies"][-1] < 0.8
+            assert row["entropies"][-1] <= 0.99 or told >= 3, (case["name"], row["data"])
+            assert row["entropies"][-1] >= 0.8 or told <= 3, (case["name"], row["data"])
+    assert uniform >= 10 and good >= 10
+
+
+def test_one_advice_for_small_data_everywhere():
+    flags = [f"--{name}" for name in re.findall(r"`(\w+)`", SMALL_DATA)]
+    values = re.findall(r"` ([\d.]+)", SMALL_DATA)
+    given = list(zip(flags, values, strict=True))
+    for text in ((ROOT / "docs/training.md").read_text(), pretrain.__doc__):
+        assert all(f"{flag} {value}" in text for flag, value in given), given
+    assert len(given) == 4
 
 
 def test_a_run_that_goes_on_remembers_its_best_loss(tmp_path):
