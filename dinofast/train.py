@@ -36,9 +36,9 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
     checkpoint.
 
     backbone: makes any module that maps images (B, 3, h, w) to features (B, D), or to what
-    `nn.features` pools to them; `cfg.arch` is then a word in the log. Raises `ValueError` for
-    options, data or a checkpoint that cannot be right (before anything is written), `Interrupted`
-    after SIGINT or SIGTERM with everything saved, `Diverged` when the loss stays non-finite.
+    `nn.features` pools to them. Raises `ValueError` for options, data, a backbone or a checkpoint
+    that cannot be right (before anything is written), `Interrupted` after SIGINT or SIGTERM with
+    everything saved, `Diverged` when the loss stays non-finite.
     """
     if isinstance(backbone, nn.Module):
         raise ValueError(

@@ -134,6 +134,10 @@ def _of_ones_own(cfg: Config, make: Callable[[], nn.Module]) -> Backbones:
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in student.parameters()):
         _initialize(student, what, cfg.global_crops_size)
     teacher = _copy(student, make)
+    if isinstance(student, vit.VisionTransformer) and _is_as_built(student):
+        for crops in crops_of(cfg):
+            student.patchify(torch.zeros(1, 3, crops.side, crops.side))  # refuses what is too small
+        return Backbones(student, teacher, student.embed_dim)
     # a compiled module is tried as it was written
     tried = getattr(teacher, "_orig_mod", teacher)
     trial = try_out(tried, what, crops_of(cfg))
@@ -143,8 +147,20 @@ def _of_ones_own(cfg: Config, make: Callable[[], nn.Module]) -> Backbones:
         trial.width,
         _notes(type(student).__name__, student, trial),
         # what is drawn may leave a layer out
-        not (trial.unused or trial.draws) or type(student) is vit.VisionTransformer,
+        not (trial.unused or trial.draws),
     )
+
+
+def _is_as_built(student: vit.VisionTransformer) -> bool:
+    """Whether it is our ViT with nothing added, of which all is known without a trial."""
+    parts = {name for name, _ in student.named_children()} | set(student._parameters)
+    return type(student) is vit.VisionTransformer and parts == {
+        "patch_embed",
+        "blocks",
+        "norm",
+        "cls_token",
+        "pos_embed",
+    }
 
 
 def _call(make: Callable[[], nn.Module]) -> nn.Module:

@@ -88,6 +88,12 @@ def lazy():
     )
 
 
+def with_classifier():
+    vit = vit_nano()
+    vit.classifier = nn.Linear(64, 10)
+    return vit
+
+
 MAKERS = {
     "parameters that take no part": lambda: Net(classifier=nn.Linear(8, 10)),
     "integers": integers,
@@ -106,6 +112,7 @@ MAKERS = {
     ),
     "lazy": lazy,
     "our ViT": vit_nano,
+    "our ViT with a classifier": with_classifier,
     "no parameters": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()),
 }
 
@@ -132,6 +139,7 @@ def test_parameters_that_take_no_part_are_named_and_stay():
     start = make().classifier.weight
     for network in (model.student, model.teacher):
         assert torch.equal(network.backbone.classifier.weight, start)
+    assert "classifier.weight" in Model.from_config(CFG, with_classifier).notes[0]
     assert Model.from_config(CFG, Net).all_trained and not Model.from_config(CFG, Net).notes
 
 
@@ -252,6 +260,10 @@ REFUSED = {
     "global size": (
         lambda: FixedSize(8),
         "does not take crops of 16 x 16 .*: set `global_crops_size` to one that fits",
+    ),
+    "our ViT, its patch": (
+        lambda: vit_nano(patch_size=16),
+        "images of 8 x 8 pixels hold no patch of 16 x 16",
     ),
     "width": (nn.Flatten, "returns 768 features for global crops and 192 for crops of 8 x 8"),
     "rows": (lambda: nn.Flatten(0, 2), r"returns 96 rows for 2 images of 16 x 16"),
