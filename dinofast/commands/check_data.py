@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 import time
 import warnings
 from collections import Counter
@@ -21,6 +20,7 @@ from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING
 
 from ..config import option
+from ..runtime.terminal import StatusLine, is_terminal, say
 
 if TYPE_CHECKING:
     import ctypes
@@ -91,7 +91,7 @@ def run(options: Options) -> int:
 
     images = dataset.scan(options.data_path, counting("scanning files", True))
     if images.ignored:
-        print(images.ignored)
+        say(images.ignored)
     low, high = options.value_range
     reader = ImageReader(images, (low, high) if low < high else None)
     progress, bad, shades = Progress(len(images)), [], Counter[str]()
@@ -101,16 +101,16 @@ def run(options: Options) -> int:
         progress.show(done, len(bad))
     progress.end()
     if dark := remark(shades, len(images) - len(bad)):
-        print(spelled(f"warning: {dark}"))
+        say(spelled(f"warning: {dark}"))
     for path, reason in images.bad_files:
-        print(f"{path}: {reason}")
-    print(report([(images.path(i), reason) for i, reason, _ in bad], len(images)))
+        say(f"{path}: {reason}")
+    say(report([(images.path(i), reason) for i, reason, _ in bad], len(images)))
     if options.delete_list:
         n = write_list(
             options.delete_list,
             [images.path(i) for i, _, deletable in bad if deletable and images.is_file(i)],
         )
-        print(f"{n:,} path(s) in '{options.delete_list}'")
+        say(f"{n:,} path(s) in '{options.delete_list}'")
     return 1 if bad or images.bad_files else 0
 
 
@@ -185,27 +185,25 @@ class Progress:
 
     def __init__(self, total: int) -> None:
         self.total, self.start = total, time.monotonic()
-        self.terminal = sys.stdout.isatty()
+        self.status = StatusLine() if is_terminal() else None
         self.spoken = self.start
 
     def show(self, done: int, n_bad: int) -> None:
         from ..runtime.progress import duration
 
         now = time.monotonic()
-        if now - self.spoken < SPEAK_S[self.terminal] and done < self.total:
+        if now - self.spoken < SPEAK_S[self.status is not None] and done < self.total:
             return
         self.spoken = now
         rate = done / max(now - self.start, 1e-9)
         eta = duration((self.total - done) / rate)
-        print(
-            f"{done:,} of {self.total:,} images, {rate:,.0f} images/s, ETA {eta}, {n_bad:,} bad",
-            end="\033[K\r" if self.terminal else "\n",
-            flush=True,
+        (self.status.show if self.status else say)(
+            f"{done:,} of {self.total:,} images, {rate:,.0f} images/s, ETA {eta}, {n_bad:,} bad"
         )
 
     def end(self) -> None:
-        if self.terminal:
-            print()
+        if self.status:
+            self.status.end()
 
 
 def report(bad: list[tuple[str, str]], total: int) -> str:

@@ -20,6 +20,7 @@ from ..data.decode import BadFiles, UnreadableImage, decode, read_file
 from ..data.names import Ignored, is_hidden
 from ..data.shards import is_shard
 from ..runtime.memory import fewer_workers, share, why_workers_ended
+from ..runtime.terminal import say
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -155,7 +156,7 @@ def _all_of(loader: DataLoader) -> Iterator[tuple[Tensor, list[int], list[tuple[
 
 @cache
 def _tell_once(remark: str) -> None:
-    print(remark)
+    say(remark)
 
 
 def _stacked(

@@ -20,6 +20,7 @@ from ..nn.vit import VisionTransformer
 from ..runtime.backends import cores
 from ..runtime.distributed import pick_device
 from ..runtime.idle_threads import let_idle_threads_sleep
+from ..runtime.terminal import say
 from .images import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, LabeledImages, train_and_val
 
 CHUNK_ELEMENTS = 2**26  # of the similarity matrix held at a time: 256 MiB in fp32
@@ -103,7 +104,7 @@ def extract_features(
     features, rows = [], []
     for batch, index, bad_files in images.batches(batch_size, num_workers):
         for path, reason in bad_files:
-            print(f"Left out, cannot be read: {path} ({reason})")
+            say(f"Left out, cannot be read: {path} ({reason})")
         if len(index):
             found = features_of(backbone, batch.to(device, non_blocking=True))
             features.append(found.float().cpu())
@@ -166,9 +167,9 @@ def knn(
         tuple(trained_with.get("image_std", IMAGENET_STD)),
     )
     train, val, sentence = train_and_val(data_path, transform)
-    print(f"{sentence} Shorter side {transform.resize}, center crop {transform.crop}.")
+    say(f"{sentence} Shorter side {transform.resize}, center crop {transform.crop}.")
     for ignored in dict.fromkeys(filter(None, (train.ignored, val.ignored))):
-        print(ignored)
+        say(ignored)
     low, high = trained_with.get("value_range", (0, 0))
     as_trained = partial(
         decode,
@@ -195,7 +196,7 @@ def knn(
             "training images: give a smaller number."
         )
     if left_out := [k for k in nb_knn if k not in fitting]:
-        print(
+        say(
             f"Left out: k = {', '.join(map(str, left_out))}, more than the {len(train_labels)} "
             "training images."
         )
@@ -206,5 +207,5 @@ def knn(
         top1, top5 = results[k] = vote(
             similarity[:, :k], labels[:, :k], truth, temperature, len(train.classes)
         )
-        print(f"{k}-NN classifier result: Top1: {top1:.1f}, Top5: {top5:.1f}")
+        say(f"{k}-NN classifier result: Top1: {top1:.1f}, Top5: {top5:.1f}")
     return results

@@ -3,6 +3,8 @@ images."""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dinofast import cli, vit_nano
+from dinofast.config import Config
 from dinofast.evaluate import knn as knn_module
 from dinofast.evaluate.images import EvalTransform, labeled_folder, to_tensor, train_and_val
 from dinofast.evaluate.knn import extract_features, knn, knn_classify
@@ -230,3 +234,33 @@ def test_nothing_readable(tmp_path):
     (tmp_path / "cat" / "000.png").write_bytes(b"")
     with pytest.raises(ValueError, match="None of the 1 images can be read"):
         extract_features(MeanPixel(), labeled_folder(tmp_path, to_tensor))
+
+
+def test_the_command_writes_rounded_accuracies(tmp_path, capsys):
+    folder(tmp_path / "data", {"cat": 8, "dog": 8})
+    cfg = Config(arch="vit_nano", patch_size=8, out_dim=8, global_crops_size=16)
+    state = vit_nano(patch_size=8, img_size=(16,)).state_dict()
+    weights = {f"backbone.{name}": value for name, value in state.items()}
+    torch.save({"teacher": weights, "args": cfg.to_dict()}, tmp_path / "checkpoint.pth")
+    line = ["knn", str(tmp_path / "data"), "--pretrained_weights", str(tmp_path)]
+    line += ["--nb_knn", "1", "3", "--num_workers", "0", "--device", "cpu"]
+    out = tmp_path / "found.json"
+    assert cli.main([*line, "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["nb_knn"] == [1, 3] and found["accuracy_percent"].keys() == {"1", "3"}
+    printed = re.findall(r"(\d+)-NN classifier result: Top1: ([\d.]+)", capsys.readouterr().out)
+    for k, top1 in printed:
+        assert found["accuracy_percent"][k]["top1"] == pytest.approx(float(top1), abs=0.05)
+    assert len(printed) == 2
+    assert cli.main([*line, "--json", str(tmp_path / "none" / "x.json")]) == 2
+    assert "its folder does not exist" in capsys.readouterr().err
+
+
+def test_a_backbone_of_one_s_own(tmp_path):
+    """Its maps are pooled as in training."""
+    folder(tmp_path / "data", {"cat": 8, "dog": 8})
+    backbone = torch.nn.Conv2d(3, 5, 4, 4)
+    torch.save({f"backbone.{k}": v for k, v in backbone.state_dict().items()}, tmp_path / "w.pth")
+    given = {"backbone": torch.nn.Conv2d(3, 5, 4, 4), "crop": 16, "nb_knn": (1,)}
+    found = knn(tmp_path / "w.pth", tmp_path / "data", num_workers=0, device="cpu", **given)
+    assert 0 <= found[1][0] <= 100
