@@ -103,8 +103,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"Commands: {', '.join(COMMANDS)}."
             )
         options = module_of(command).Options if command else Config
-        wants_help = bool({"-h", "--help"} & set(argv))
-        given = vars(parser(command, _device() if wants_help else "cpu").parse_args(argv))
+        shows_defaults = command and {"-h", "--help"} & set(argv)
+        given = vars(parser(command, _device() if shows_defaults else "cpu").parse_args(argv))
         run = module_of(given.pop("command")).run
         with spelling(partial(with_flags, options=options)):
             code = run(options_of(options, given))
