@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from ..config import Config
 from .features import features
 
-_TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TRAINABLE = (
+    *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    *(torch.complex64, torch.complex128),
+)
 
 
 class Crops(NamedTuple):
@@ -128,8 +131,7 @@ def _check_dtypes(parameters: dict[str, nn.Parameter], what: str) -> None:
         if p.requires_grad and p.dtype not in _TRAINABLE:
             raise ValueError(
                 f"{what}: parameter {name} is {str(p.dtype).removeprefix('torch.')}, which the "
-                "optimizers do not train: freeze it with requires_grad_(False), or hold a complex "
-                "one as two real ones (torch.view_as_real)."
+                "optimizers do not train: freeze it with requires_grad_(False)."
             )
 
 
@@ -138,7 +140,7 @@ def _traceless(backbone: nn.Module, device: torch.device) -> Iterator[None]:
     """Afterwards buffers, modes, gradients and the state of random numbers are as before."""
     modes = {module: module.training for module in backbone.modules()}
     buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        (module, name, buffer, None if buffer is None else _clone(buffer))
         for module in backbone.modules()
         for name, buffer in module._buffers.items()
     ]
@@ -159,6 +161,15 @@ def _traceless(backbone: nn.Module, device: torch.device) -> Iterator[None]:
                 module._buffers[name] = buffer
         for p in backbone.parameters():
             p.grad = None
+
+
+def _clone(buffer: Tensor) -> Tensor | None:
+    """None of a kind that torch cannot clone, such as some quantized ones: no forward pass writes
+    into those."""
+    try:
+        return buffer.detach().clone()
+    except RuntimeError:
+        return None
 
 
 def _random_state() -> tuple[bytes, object]:

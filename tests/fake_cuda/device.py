@@ -133,6 +133,7 @@ def pretend() -> None:
     torch.cuda._lazy_init = lambda: None
     torch.cuda.device_count = lambda: 1
     torch.cuda.current_device = lambda: 0
+    torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.set_device = lambda device: None
     torch.cuda._exchange_device = lambda index: 0
     # of its own: the compiler knows each by itself

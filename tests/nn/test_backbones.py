@@ -275,8 +275,8 @@ REFUSED = {
     "no gradient": (NoGradient, "no gradient reaches its parameters"),
     "parameters made late": (Growing, r"its forward makes parameters \(fc.weight, fc.bias\)"),
     "complex": (
-        lambda: Net(w=nn.Parameter(torch.ones(2, dtype=torch.complex64))),
-        "parameter w is complex64.*requires_grad_",
+        lambda: Net(w=nn.Parameter(torch.ones(2, dtype=torch.complex32))),
+        "parameter w is complex32.*requires_grad_",
     ),
     "meta": (lambda: Net().to("meta"), "parameter layers.0.weight is on the meta device"),
     "lazy at fault": (
