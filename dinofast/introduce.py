@@ -61,7 +61,7 @@ def advice(cfg: Config, n_images: int) -> list[str]:
             f"`warmup_epochs` is {cfg.warmup_epochs} unless given, and `epochs` only {cfg.epochs}: "
             f"shortened to {cfg.warmup}"
         )
-    if cfg.out_dim > n_images:
+    if cfg.out_dim > max(n_images, 1024):  # less is no worse than the advice
         said.append(
             f"`out_dim` {cfg.out_dim:,} is more prototypes than there are images ({n_images:,}): "
             f"most will stand for none, and the loss may stay near log K; try {SMALL_DATA}"

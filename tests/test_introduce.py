@@ -21,6 +21,7 @@ from dinofast.schedule import Schedule
         ({"epochs": 5, "warmup_epochs": 2}, 10**6, []),
         ({"out_dim": 4096}, 1000, ["`out_dim` 4,096 is more prototypes than", "(1,000)", "try `"]),
         ({"out_dim": 1000}, 1000, []),
+        ({"out_dim": 64}, 12, []),
     ],
 )
 def test_advice(changes, n_images, words):
