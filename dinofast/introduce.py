@@ -3,6 +3,8 @@ it will take at least, and which options do not go with so many images."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from . import ops
@@ -18,7 +20,10 @@ from .step import Step
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def introduce(run: Run, cfg: Config, process: Process, step: Step, loader: Loader) -> None:
+def introduce(
+    run: Run, cfg: Config, process: Process, step: Step, loader: Loader, start: int
+) -> None:
+    """start: the step at which the run goes on."""
     parameters = sum(p.numel() for p in step.model.student.parameters())
     run.log(
         f"{loader.n_images} images, {loader.steps_per_epoch} steps an epoch, {run.images_per_step} "
@@ -34,20 +39,20 @@ def introduce(run: Run, cfg: Config, process: Process, step: Step, loader: Loade
         f"learning rate: `lr` {cfg.lr:g} for 256 images, so {step.schedule.peak_lr:.3g} for "
         f"{run.images_per_step}, after {cfg.warmup} epoch(s) of warm-up"
     )
-    if process.is_main:
-        run.log(_duration(cfg, process, step, loader))
+    steps = cfg.epochs * loader.steps_per_epoch - start
+    if process.is_main and steps > 0:
+        run.log(_duration(cfg, process, step, steps))
 
 
-def _duration(cfg: Config, process: Process, step: Step, loader: Loader) -> str:
+def _duration(cfg: Config, process: Process, step: Step, steps: int) -> str:
     """By the matrix products of the network and how fast the device does such: never more than the
     truth."""
-    total = cfg.epochs * loader.steps_per_epoch
-    images, backbone = total * cfg.batch_size_per_gpu * cfg.accumulate, step.model.student.backbone
+    images, backbone = steps * cfg.batch_size_per_gpu * cfg.accumulate, step.model.student.backbone
     least_s = 0.0
     if isinstance(backbone, VisionTransformer):
         peak, _ = peak_flops(process.device, _DTYPES[step.precision], quick=True)
         least_s = images * flops_of(cfg, backbone) / peak
-    said = f"{cfg.epochs} epochs are {total:,} steps"
+    said = f"{steps:,} steps to go"
     if least_s < 1:
         return f"{said}; how long they take is told after the first"
     return f"{said}, at least {in_words(least_s)} by their matrix products alone"
@@ -58,8 +63,14 @@ def advice(cfg: Config, n_images: int) -> list[str]:
     said = []
     if cfg.warmup != cfg.warmup_epochs:
         said.append(
-            f"`warmup_epochs` is {cfg.warmup_epochs} unless given, and `epochs` only {cfg.epochs}: "
-            f"shortened to {cfg.warmup}"
+            f"`warmup_epochs` {cfg.warmup_epochs}, the default, is longer than `epochs` "
+            f"{cfg.epochs}: shortened to {cfg.warmup}; give another value to choose"
+        )
+    halves = [name for name in ("train", "val", "test") if Path(cfg.data_path, name).is_dir()]
+    if halves[:1] == ["train"] and len(halves) > 1:
+        said.append(
+            f"`data_path` has {' and '.join(f'{name}/' for name in halves)}, and all images below "
+            f"it are used: give '{Path(cfg.data_path, 'train')}' to leave the others out"
         )
     if cfg.out_dim > max(n_images, 1024):  # less is no worse than the advice
         said.append(

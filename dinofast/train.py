@@ -118,7 +118,7 @@ class _Training:
             out_dim=cfg.out_dim,
         )
         self.run.drop_after(self.start // per_epoch)
-        introduce(self.run, cfg, process, self.step, loader)
+        introduce(self.run, cfg, process, self.step, loader, self.start)
         self.run.log_left_out(loader.bad_files, self.path.with_name("bad_files.txt"))
         self.run.log_start(self.start, found or self.path)
         for note in [*self.step.notes, *advice(cfg, loader.n_images), *notes, *inexact]:
@@ -126,9 +126,8 @@ class _Training:
 
     def __call__(self, stop: StopSignal) -> Path:
         cfg, process, per_epoch = self.cfg, self.process, self.loader.steps_per_epoch
-        stop.several, stop.waited_s = process.world > 1, self.loader.waited_s
         with self.run.live(self.start, self.sums.read()):
-            stop.training = True
+            stop.begin(self.loader.waited_s, process.world > 1)
             for step in range(self.start, self.schedule.total):
                 try:
                     self.sums.add(self.step(step, self.loader))
@@ -154,7 +153,8 @@ class _Training:
         self.saver.raise_failed()
         peak = peak_memory(process.device)
         text = f"{self.schedule.total} steps, teacher and student in '{self.path}'"
-        self.run.log(f"done: {text}; peak memory {peak}")
+        if self.start < self.schedule.total:
+            self.run.log(f"done: {text}; peak memory {peak}")
         return self.path
 
     def stopped(self, done: int, signum: int) -> Interrupted:

@@ -16,7 +16,7 @@ from dinofast.schedule import Schedule
     "changes, n_images, words",
     [
         ({}, 1_281_167, []),
-        ({"epochs": 5}, 10**6, ["`warmup_epochs` is 10 unless given", "shortened to 1"]),
+        ({"epochs": 5}, 10**6, ["`warmup_epochs` 10, the default", "shortened to 1"]),
         ({"epochs": 1}, 10**6, ["shortened to 0"]),
         ({"epochs": 5, "warmup_epochs": 2}, 10**6, []),
         ({"out_dim": 4096}, 1000, ["`out_dim` 4,096 is more prototypes than", "(1,000)", "try `"]),
@@ -48,7 +48,7 @@ def test_a_run_tells_its_learning_rate_and_how_long_it_takes(photographs, tmp_pa
         "learning rate: --lr 0.1 for 256 images, so 0.00156 for 4, after 1 epoch(s) of warm-up"
     )
     steps = 3 * (len(list(photographs.glob("*"))) // 4)
-    assert f"3 epochs are {steps} steps; how long they take is told after the first" in said
+    assert f"{steps} steps to go; how long they take is told after the first" in said
     assert f"for the {steps - 1} to come" in said[first]
 
 
@@ -58,11 +58,16 @@ def test_a_long_run_is_estimated_beforehand(monkeypatch):
     step = SimpleNamespace(
         model=SimpleNamespace(student=SimpleNamespace(backbone=vit_small())), precision="fp32"
     )
-    loader = SimpleNamespace(steps_per_epoch=1000)
     monkeypatch.setattr(introduce, "peak_flops", lambda *_, **__: (100e9, "my word"))
-    said = introduce._duration(cfg, SimpleNamespace(device=torch.device("cpu")), step, loader)
+    process = SimpleNamespace(device=torch.device("cpu"))
+    said = introduce._duration(cfg, process, step, 100_000)
     days = 100 * 1000 * 64 * 113.4 / 100 / 86400
-    assert (
-        said
-        == f"100 epochs are 100,000 steps, at least {days:.0f} days by their matrix products alone"
-    )
+    assert said == f"100,000 steps to go, at least {days:.0f} days by their matrix products alone"
+
+
+def test_a_folder_of_halves_is_told(tmp_path):
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+    (said,) = introduce.advice(Config(data_path=str(tmp_path)).check(), 10**6)
+    assert "has train/ and val/, and all images below it are used" in said
+    assert introduce.advice(Config(data_path=str(tmp_path / "train")).check(), 10**6) == []

@@ -93,7 +93,7 @@ def test_changed_options_are_told(unbroken, photographs, tmp_path):
     [
         (lambda b: b[: len(b) // 2], "it is truncated, damaged"),
         (lambda b: b"", "it is empty"),
-        (lambda b: b"my precious notes", "it holds something other than tensors"),
+        (lambda b: b"my precious notes", "it is a text"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_stays_as_it_is(make, words, unbroken, photographs, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import errno
 import importlib
 import json
 import pathlib
@@ -59,6 +60,7 @@ _SAFETENSORS = {
     "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     **{f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)},
     **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},
@@ -74,6 +76,10 @@ _KNOWN_BY_HEAD = {
     b"(\xb5/\xfd": "it is compressed with zstd: unpack it first",
     b"\x89hdf": "it is an HDF5 file, as Keras writes them",
     b"\x93numpy": "it is a NumPy array",
+    b"\x89png": "it is an image",
+    b"\xff\xd8\xff": "it is an image",
+    b"%pdf": "it is a PDF",
+    b"\x7felf": "it is a program",
 }
 _KNOWN_BY_MEMBER = {  # of a zip archive
     "/constants.pkl": "it is a TorchScript archive: save the `state_dict()` of "
@@ -90,7 +96,11 @@ def read(path: Path, mmap: bool = False) -> dict[str, Any]:
     mmap: tensors stay on the disk until they are used. Raises `ValueError` for a file that is
     missing, truncated, or no checkpoint; the file is left as it is.
     """
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"'{path}' cannot be looked at: {error.strerror}.") from error
+    if not found:
         raise ValueError(_absent(path))
     try:
         if path.suffix == ".safetensors" or _has_safetensors_header(path):
@@ -196,7 +206,8 @@ def _reason(path: Path, error: Exception) -> str:
     """Why a file could not be read, in words."""
     if not path.stat().st_size:
         return "it is empty"
-    if isinstance(error, OSError) and error.strerror:
+    # EINVAL: what is written in the file leads outside of it
+    if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:
         return error.strerror
     with open(path, "rb") as file:
         head = file.read(512)
@@ -216,6 +227,10 @@ def _reason(path: Path, error: Exception) -> str:
                 return words
         if not any(member.endswith("data.pkl") for member in members):
             return "it is a zip archive without weights"
+    if path.suffix != ".safetensors" and all(
+        32 <= byte < 127 or byte in b"\t\n\f\r" for byte in head
+    ):
+        return "it is a text"
     if isinstance(error, pickle.UnpicklingError):
         return _refused(path, error)
     return "it is truncated, damaged, or something else"

@@ -66,7 +66,7 @@ def load_backbone(
     saved = arguments_in(state)
     weights, is_backbone = _weights_in(path, state, key)
     told = arch or saved.get("arch") or ""
-    told = OLD_NAMES.get(told, told)
+    told = OLD_NAMES.get(told, told) if isinstance(told, str) else ""
     if backbone is None:
         if not is_backbone:
             weights = _below(path, weights, (_PATCHES,), key)
@@ -124,6 +124,8 @@ def in_folder(path: Path) -> Path:
         if file.is_file():
             return file
     others = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".pt", ".safetensors"))
+    if len(others) == 1:
+        return path / others[0]
     hint = f"name one of its files ({', '.join(others[:5])})" if others else "name a file"
     raise ValueError(f"'{path}' is a folder without checkpoint.pth: {hint}.")
 
@@ -319,7 +321,7 @@ def _vit_for(path: Path, weights: Mapping[str, Any], arch: str) -> nn.Module:
         raise ValueError(
             f"'{path}' does not tell its architecture (width {width}): name it with `arch`."
         )
-    side = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    side = math.isqrt(max(weights["pos_embed"].shape[1] - 1, 0))
     return getattr(vit, arch)(patch_size=patch, img_size=(side * patch,))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 
 from ..config import Config, option
+from ..runtime.terminal import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,4 +32,4 @@ class Options(Config):
 def run(options: Options) -> None:
     from ..bench.data import measure, report
 
-    print(report(measure(options, options.seconds), options.images_per_second))
+    say(report(measure(options, options.seconds), options.images_per_second))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import Config, option
+from ..runtime.terminal import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +29,11 @@ def run(options: Options) -> None:
     from ..bench.step import measure
     from ..runtime.words import spelled
 
-    print(
+    say(
         measure(
             options,
             options.data_path,
             options.seconds,
-            lambda text: print(spelled(text), flush=True),
+            lambda text: say(spelled(text)),
         )
     )

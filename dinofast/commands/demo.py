@@ -31,6 +31,7 @@ from ..evaluate.images import EvalTransform, LabeledImages, labeled_folder, to_t
 from ..evaluate.knn import extract_features, knn_classify
 from ..evaluate.pictures import enlarge, overlay, sheet, stretch
 from ..nn.dino import Model
+from ..runtime.terminal import say
 from ..train import train
 from . import sample_data
 
@@ -74,9 +75,9 @@ def demo(
     start = time.perf_counter()
     out = Path(output_dir or ("runs/demo" if seed == 0 else f"runs/demo-seed{seed}"))
     what = "using" if (out / "data" / "train").is_dir() else "writing"
-    print(f"{what} {n_images:,} images of drawn objects in '{out / 'data'}'", flush=True)
+    say(f"{what} {n_images:,} images of drawn objects in '{out / 'data'}'")
     sample_data.write(out / "data", n_images, seed=seed)
-    print("The loss alone says little, as its target moves: k-NN at the end is the measure.")
+    say("The loss alone says little, as its target moves: k-NN at the end is the measure.")
 
     cfg = settings(out, seed, epochs, device)
     resumed = (out / "checkpoint.pth").exists()
@@ -111,7 +112,7 @@ def demo(
     }
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     _show(result)
-    print(
+    say(
         "\n"
         f"{_meaning(result)}\n"
         f"Picture: {out / 'attention_maps.png'}   All numbers: {out / 'result.json'}"
@@ -282,9 +283,9 @@ def _show(result: dict) -> None:
             )
         )
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    print(f"\n{title}")
+    say(f"\n{title}")
     for row in (head, *rows):
-        print(
+        say(
             "  ".join(
                 [
                     row[0].ljust(widths[0]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -21,6 +20,7 @@ from ..nn.attention import (
 )
 from ..nn.onednn_linear import select_library
 from ..runtime.backends import CPU_TORCH, cores
+from ..runtime.terminal import say
 
 _PACKAGES = (
     "numpy",
@@ -43,8 +43,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        print(report())
+    say(report())
 
 
 def report() -> str:

@@ -18,6 +18,7 @@ from numpy import abs, cos, hypot, maximum, minimum, pi, sin
 from PIL import Image
 
 from ..config import option
+from ..runtime.terminal import say
 
 TEXTURES = (
     "stripes",
@@ -43,6 +44,7 @@ SILHOUETTES = (
     "cross",
     "half_disc",
 )
+
 CLASSES = tuple(f"{t}_{s}" for t, s in zip(TEXTURES, SILHOUETTES, strict=True))
 PALETTES = ("red", "green", "yellow", "blue", "violet")
 # the two tones, in turns of the circle
@@ -68,7 +70,7 @@ class Options:
 
 def run(options: Options) -> None:
     write(**asdict(options))
-    print(
+    say(
         f"{options.n_images} images in '{options.folder}': train/ and val/ with class folders, "
         f"masks/ of the objects; pretrain --data_path {Path(options.folder) / 'train'}, then knn "
         f"--data_path {options.folder}"

@@ -16,6 +16,7 @@ from ..data.backend_pil import render
 from ..data.decode import UnreadableImage, decode
 from ..data.loader import views
 from ..data.sampler import epoch_order
+from ..runtime.terminal import say
 
 # pixels of a picture's place, between places, and lines of text below it
 CELL, GAP, LINES = 160, 8, 6
@@ -40,7 +41,7 @@ class Options(Config):
 
 def run(options: Options) -> None:
     shown = write(options, Path(options.sheet), options.n_images, options.epoch)
-    print(f"{shown} image(s) and their {options.n_crops} crops each in '{options.sheet}'")
+    say(f"{shown} image(s) and their {options.n_crops} crops each in '{options.sheet}'")
 
 
 def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:

@@ -22,7 +22,9 @@ def paths(text: bytes, root: bytes, source: str) -> tuple[list[bytes], str]:
     """
     if text.startswith(UTF_16):
         text = text.decode("utf-16", "replace").encode()
-    lines = [line for line in map(bytes.strip, text.removeprefix(b"\xef\xbb\xbf").split(b"\n"))]
+    text = text.removeprefix(b"\xef\xbb\xbf")
+    # the first of Windows and all others, the second of old Macs
+    lines = list(map(bytes.strip, text.split(b"\n" if b"\n" in text else b"\r")))
     lines = [
         line
         for line in lines

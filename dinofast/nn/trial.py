@@ -62,6 +62,7 @@ def try_out(backbone: nn.Module, what: str, sizes: Sequence[Crops]) -> Trial:
     widths: list[int] = []
     with _traceless(backbone, device), torch.enable_grad():
         backbone.train()
+        saved = _shapes(backbone)
         before = _random_state()
         for crops in sizes:
             x = _forward(backbone, what, crops, sizes, device, widths)
@@ -79,6 +80,7 @@ def try_out(backbone: nn.Module, what: str, sizes: Sequence[Crops]) -> Trial:
                 f"{what}: its forward makes parameters ({_some(made)}), which nothing would train: "
                 "make them in __init__, or use torch's lazy modules."
             )
+        _check_kept(saved, backbone, what)
         draws = before != _random_state()
         unused = tuple(name for name, p in trained.items() if p.grad is None)
     return Trial(widths[0], unused, draws)
@@ -122,6 +124,24 @@ def _forward(
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{what} returns features that are not finite for {side} x {side} pixels.")
     return x
+
+
+def _shapes(backbone: nn.Module) -> dict[str, object]:
+    """Of what a checkpoint holds: shapes of tensors, types of other things."""
+    state = backbone.state_dict().items()
+    return {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in state}
+
+
+def _check_kept(before: dict[str, object], backbone: nn.Module, what: str) -> None:
+    """Names and shapes are those of a fresh one, or nothing that is saved could be loaded."""
+    now = _shapes(backbone)
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"{what}: its forward changes what it would save: '{name}' is "
+                f"{before.get(name, 'absent')} before and {now.get(name, 'absent')} after. Give it "
+                "one shape from the start, or register it with persistent=False."
+            )
 
 
 def _check_dtypes(parameters: dict[str, nn.Parameter], what: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+OVERHEAD = 2**16  # bytes of a worker there: whole pages, and its queues' semaphores
 SHARED_MEMORY = "/dev/shm"  # through which worker processes pass tensors, on Linux
 # Numbers of malloc.h, and what glibc comes to by itself for blocks of this size: 32 MiB, and twice
 # that.
@@ -85,13 +86,14 @@ def fewer_workers(wanted: int, bytes_ahead_per_worker: int) -> tuple[int, str | 
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError:  # not Linux: another mechanism
         return wanted, None
-    fitting = max(0, min(wanted, free // max(1, bytes_ahead_per_worker) - 1))
+    each = bytes_ahead_per_worker + OVERHEAD
+    fitting = max(0, min(wanted, free // each - 1))
     if fitting == wanted:
         return wanted, None
     how_many = f"only {fitting} start" if fitting else "none starts, this process does their work"
     return fitting, (
         f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, too little for {wanted} worker "
-        f"processes that need {bytes_ahead_per_worker / 2**20:,.1f} MiB each: {how_many}; in a "
+        f"processes that need {each / 2**20:,.1f} MiB each: {how_many}; in a "
         "container --shm-size 8g gives more."
     )
 

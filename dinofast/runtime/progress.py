@@ -43,6 +43,7 @@ class Run:
         self.steps_per_epoch = steps_per_epoch
         self.epochs = epochs
         self.images_per_step = images_per_step
+        self._advised = False
         self._trend = Trend(math.log(out_dim))
         self._last: dict[str, float] = {}
         self._clock = self._wait_s = self._spoken = 0.0
@@ -166,7 +167,9 @@ class Run:
         total = self.epochs * self.steps_per_epoch
         if first == 1 + compiles:
             left = f"about {in_words(took_s * (total - step))} for the {total - step:,} to come"
-            self.log(f"step {step} took {took_s:.2g} s, its batch and start-up included: {left}")
+            self.log(
+                f"step {step} took {in_words(took_s)}, its batch and start-up included: {left}"
+            )
             self.log(f"peak memory so far: {peak_memory(sums.device)}")
 
     def _tell(self, step: int, numbers: Mapping[str, str], now: float) -> None:
@@ -215,6 +218,9 @@ class Run:
         if count and (
             warning := self._trend.warning(sums["loss"] / count, sums["teacher_entropy"] / count)
         ):
+            if self._advised:  # once is enough
+                warning = warning.partition(". If it stays")[0] + "; for what helps see above"
+            self._advised = True
             self.log(f"warning, epoch {epoch}: {warning}")
 
 
@@ -263,4 +269,4 @@ def in_words(seconds: float) -> str:
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{seconds:.{0 if seconds >= 10 else 1}f} s"

@@ -16,6 +16,8 @@ GRACE_S = 10.0
 # a second SIGINT within this is the same key press: torchrun, which gets it too, sends it on
 ONCE_S = 1.0
 
+EARLY = "stopped before the first step; nothing has changed."
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop; everything is saved. No `Exception`, which some on the way
@@ -58,7 +60,8 @@ class StopSignal:
 
     def _caught(self, signum: int, frame: FrameType | None) -> None:
         if not self.training:
-            raise Interrupted(signum, "stopped before the first step; nothing has changed.")
+            self.signum = signum  # if what it interrupts makes nothing of it, `begin` does
+            raise Interrupted(signum, EARLY)
         again = self.signum and time.monotonic() - self._since > ONCE_S
         if signum == signal.SIGINT and (again or self.signum == signal.SIGTERM):
             raise KeyboardInterrupt
@@ -72,6 +75,13 @@ class StopSignal:
                     os.write(2, text.encode())
         if self.waited_s() > (GRACE_S if self.several else 0.0):
             raise Interrupted(self.signum, "stopped while it waited for a batch.")
+
+    def begin(self, waited_s: Callable[[], float], several: bool) -> None:
+        """From now on a signal waits for the end of a step. Raises `Interrupted` if one has come
+        already."""
+        if self.signum:
+            raise Interrupted(self.signum, EARLY)
+        self.waited_s, self.several, self.training = waited_s, several, True
 
     def _remind(self) -> None:
         """A wait that began, or grew long, after the signal is looked at again."""

@@ -51,6 +51,8 @@ def npy(save):
         (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs"),
         (lambda: b"\n<!DOCTYPE html><html>Not found</html>", "a web page"),
         (lambda: b"<HTML>Not found", "a web page"),
+        (lambda: b'{"message": "Not Found"}', "it is a text"),
+        (lambda: b"\x89PNG\r\n\x1a\n\0\0", "it is an image"),
         (lambda: gzip.compress(b"x" * 99), "compressed with gzip"),
         (lambda: b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
         (lambda: b"PK\x05\x06" + b"\0" * 18, "a zip archive without weights"),

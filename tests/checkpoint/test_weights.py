@@ -101,7 +101,9 @@ def test_a_folder_stands_for_its_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="is a folder without checkpoint.pth: name a file"):
         load_backbone(tmp_path)
     torch.save(VIT, tmp_path / "best.pth")
-    with pytest.raises(ValueError, match=r"name one of its files \(best.pth\)"):
+    assert load_backbone(tmp_path)  # the only one
+    torch.save(VIT, tmp_path / "last.pth")
+    with pytest.raises(ValueError, match=r"name one of its files \(best.pth, last.pth\)"):
         load_backbone(tmp_path)
     torch.save({"teacher": below("backbone."), "args": {"n": 3}}, tmp_path / "checkpoint0003.pth")
     torch.save({"teacher": below("backbone."), "args": {"n": 20}}, tmp_path / "checkpoint0020.pth")

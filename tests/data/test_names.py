@@ -102,6 +102,7 @@ LISTS = {
     "an index": ",filename,label\n0,1.jpg,a\n1,2.jpg,b\n",
     "semicolons": "1.jpg;0\n2.jpg;1\n",
     "lines of Windows": "1.jpg 0\r\n2.jpg 1\r\n",
+    "lines of old Macs": "1.jpg 0\r2.jpg 1\r",
     "a mark at the start": "\ufeff1.jpg,0\n2.jpg,1\n",
     "quotes": '"1.jpg"\n"a b/3 4.jpg"\n',
     "some quotes": '1.jpg\n"a b/3 4.jpg"\n',

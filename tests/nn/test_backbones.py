@@ -228,6 +228,22 @@ class OfOneSize(nn.Module):
         return x
 
 
+class Collecting(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0))
+
+    def forward(self, x):
+        self.seen = torch.cat((self.seen, torch.ones(len(x))))
+        return super().forward(x)
+
+
+class Remembering(Net):
+    def forward(self, x):
+        self.register_buffer("late", torch.ones(1))
+        return super().forward(x)
+
+
 class Growing(Net):
     def forward(self, x):
         self.fc = nn.Linear(8, 4)
@@ -273,6 +289,8 @@ REFUSED = {
         r"a dict with a \(2, 3, 16, 16\), b",
     ),
     "no gradient": (NoGradient, "no gradient reaches its parameters"),
+    "a buffer that grows": (Collecting, r"'seen' is \(0,\) before and \(4,\) after"),
+    "a buffer made late": (Remembering, r"'late' is absent before and \(1,\) after"),
     "parameters made late": (Growing, r"its forward makes parameters \(fc.weight, fc.bias\)"),
     "complex": (
         lambda: Net(w=nn.Parameter(torch.ones(2, dtype=torch.complex32))),

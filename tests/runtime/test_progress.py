@@ -315,6 +315,18 @@ def test_signals_are_noted_and_handed_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_that_is_lost_at_the_start_is_found_again():
+    """Some of what is imported or called back swallows whatever is raised."""
+    with StopSignal() as stop:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:  # noqa: B036
+            pass
+        with pytest.raises(Interrupted, match="before the first step") as raised:
+            stop.begin(lambda: 0.0, False)
+    assert raised.value.signum == signal.SIGTERM
+
+
 def test_one_key_press_is_one_signal(monkeypatch):
     """However often it is sent on; pressed again, it ends the run at once."""
     clock = iter((100.0, 100.2, 102.0))
