@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from torch import nn
 
@@ -22,11 +18,13 @@ from .introduce import advice, introduce
 from .nn.dino import Model
 from .resume import first_step, go_on
 from .runtime import distributed
+from .runtime.callable_module import make_callable
 from .runtime.idle_threads import let_idle_threads_sleep
 from .runtime.memory import peak_memory, retain_freed_memory
 from .runtime.metrics import EpochSums
 from .runtime.progress import Run, counting
 from .runtime.signals import Interrupted, StopSignal
+from .runtime.torch_state import usual_state
 from .schedule import Schedule
 from .step import Step
 
@@ -50,7 +48,11 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
         # its crops need not be whole patches
         cfg = replace(cfg, arch="own backbone" if name == "<lambda>" else name)
     cfg.check()
-    with StopSignal() as stop, distributed.session(cfg.device, cfg.dist_url) as process:
+    with (
+        usual_state(),
+        StopSignal() as stop,
+        distributed.session(cfg.device, cfg.dist_url) as process,
+    ):
         return _train(cfg, backbone, process, stop)
 
 
@@ -189,12 +191,4 @@ class _Training:
         self.saver(where, keep)
 
 
-class _Callable(ModuleType):
-    """`dinofast.train`, which is this module once it has been imported, can be called, too."""
-
-    def __call__(self, *args: Any, **options: Any) -> Path:
-        return train(*args, **options)
-
-
-sys.modules[__name__].__class__ = _Callable
-__signature__ = inspect.signature(train)
+make_callable(__name__, train)

@@ -141,6 +141,10 @@ def _of_ones_own(cfg: Config, make: Callable[[], nn.Module]) -> Backbones:
     # a compiled module is tried as it was written
     tried = getattr(teacher, "_orig_mod", teacher)
     trial = try_out(tried, what, crops_of(cfg))
+    if any(p.grad is not None for p in student.parameters()):
+        student.zero_grad()  # its forward holds on to its own modules, in a copy too
+        teacher = _again(student, make, "its copy computes with the original's parameters")
+        trial = try_out(teacher, what, crops_of(cfg))
     return Backbones(
         student,
         teacher,
@@ -206,7 +210,7 @@ def _initialize(module: nn.Module, what: str, side: int) -> None:
 def _copy(student: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
     """One like it for the teacher: a copy, or what a second call makes where torch or Python cannot
     copy it."""
-    name, reason = type(student).__name__, "its copy shares parameters with it"
+    reason = "its copy shares parameters with it"
     try:
         teacher = copy.deepcopy(student)
     except Exception as error:  # a lock, a generator, a tensor with a history, ...
@@ -214,6 +218,13 @@ def _copy(student: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
     else:
         if not _share(student, teacher):
             return teacher
+    return _again(student, make, reason)
+
+
+@torch.no_grad()
+def _again(student: nn.Module, make: Callable[[], nn.Module], reason: str) -> nn.Module:
+    """What a second call makes, with the student's state. reason: why not a copy."""
+    name = type(student).__name__
     with torch.random.fork_rng([]):
         teacher = _call(make)
     if _share(student, teacher) or teacher is student:

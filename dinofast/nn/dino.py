@@ -48,7 +48,16 @@ class MultiCropWrapper(nn.Module):
             if isinstance(crops, PackedCrops | GroupedCrops)
             else self.pack(group_by_size(crops))
         )
-        return self.head(packed.through(self.backbone))
+        features = packed.through(self.backbone)
+        if isinstance(packed, GroupedCrops):
+            features = self._as_head(features)
+        return self.head(features)
+
+    def _as_head(self, features: Tensor) -> Tensor:
+        """Of a backbone in float64, or in 16 bits without autocast, in the dtype of the head."""
+        first = next(self.head.parameters(), features)
+        cast = torch.is_autocast_enabled(features.device.type)
+        return features if cast and features.dtype != torch.float64 else features.to(first.dtype)
 
 
 @dataclass

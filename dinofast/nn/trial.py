@@ -115,6 +115,8 @@ def _forward(
             f"{what} returns {x.shape[0]} rows for {n} images of {side} x {side}: expected one row "
             "an image."
         )
+    if not x.shape[1]:
+        raise ValueError(f"{what} returns features of width 0: expected (B, D), D at least 1.")
     if widths and x.shape[1] != widths[0]:
         raise ValueError(
             f"{what} returns {widths[0]} features for global crops and {x.shape[1]} for crops of "
@@ -173,12 +175,14 @@ def _traceless(backbone: nn.Module, device: torch.device) -> Iterator[None]:
         random.setstate(python)
         for module in backbone.modules():
             module.training = modes.get(module, module.training)
-            module._buffers = type(module._buffers)()
+            if not isinstance(module, torch.jit.ScriptModule):  # nothing can be added to those
+                module._buffers = type(module._buffers)()
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 if buffer is not None and value is not None:
                     buffer.copy_(value)
-                module._buffers[name] = buffer
+                if not isinstance(module, torch.jit.ScriptModule):
+                    module._buffers[name] = buffer
         for p in backbone.parameters():
             p.grad = None
 

@@ -16,7 +16,8 @@ def say(text: str, *, error: bool = False, end: str = "\n") -> None:
         return
     try:
         stream.write(_encodable(text, stream) + end)
-        stream.flush()
+        if hasattr(stream, "flush"):  # somebody's own may only write
+            stream.flush()
     except (OSError, ValueError):  # ValueError: closed since
         _silence(name, stream)
 
@@ -62,8 +63,8 @@ def prepare_streams() -> None:
 def is_terminal() -> bool:
     """Whether standard output is one."""
     try:
-        return sys.stdout is not None and sys.stdout.isatty()
-    except ValueError:  # closed
+        return sys.stdout.isatty()
+    except (AttributeError, ValueError):  # somebody's own, or none; closed
         return False
 
 

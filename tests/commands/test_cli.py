@@ -452,7 +452,7 @@ def test_the_folder_may_come_first_or_by_its_flag(pretrain, monkeypatch, tmp_pat
 def test_names_of_the_package_are_functions():
     """Whichever way they are imported, and in whichever order."""
     code = """
-import inspect, dinofast
+import inspect, pickle, dinofast
 from dinofast import knn, train
 from dinofast.train import train as again
 assert inspect.signature(train) == inspect.signature(again) and dinofast.train.train is again
@@ -463,6 +463,7 @@ for call in (train, again, dinofast.train, knn, dinofast.knn):
         assert "missing" in str(error), error
 import dinofast.train as module
 assert module.train is again
+assert pickle.loads(pickle.dumps(dinofast.train)) is module
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

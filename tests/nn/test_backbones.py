@@ -289,6 +289,7 @@ REFUSED = {
         r"a dict with a \(2, 3, 16, 16\), b",
     ),
     "no gradient": (NoGradient, "no gradient reaches its parameters"),
+    "no width": (lambda: Net(forward=lambda x: x[:, :0].flatten(1)), "features of width 0"),
     "a buffer that grows": (Collecting, r"'seen' is \(0,\) before and \(4,\) after"),
     "a buffer made late": (Remembering, r"'late' is absent before and \(1,\) after"),
     "parameters made late": (Growing, r"its forward makes parameters \(fc.weight, fc.bias\)"),
@@ -424,3 +425,47 @@ def test_an_own_backbone_is_loaded_with_a_module_or_told(tmp_path, monkeypatch):
     assert type(load_backbone(tmp_path / "c.pth", backbone=Net())) is Net
     with pytest.raises(ValueError, match=r"`arch` Net, .*load_backbone\(path, backbone=.*knn\("):
         load_backbone(tmp_path / "c.pth")
+
+
+class Double(nn.Module):
+    """Computes in another dtype than the head."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.to(dtype)
+
+    def forward(self, x):
+        return self.layers(x.to(self.layers[0].weight.dtype))
+
+
+class Closure(nn.Module):
+    """A copy's forward computes with the original's layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = layers = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.AdaptiveAvgPool2d(1))
+        self.forward = lambda x: layers(x).flatten(1)
+
+
+def scripted():
+    return torch.jit.script(Double(torch.float32))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "make",
+    [Double, lambda: Double(torch.bfloat16), Closure, scripted],
+    ids=["float64", "bfloat16", "closure", "scripted"],
+)
+def test_the_teacher_computes_with_its_own_weights(make):
+    cfg = Config(global_crops_size=16, local_crops_size=8, local_crops_number=1, out_dim=8)
+    model = Model.from_config(cfg, make)
+    crops = [torch.rand(2, 3, 16, 16), torch.rand(1, 3, 8, 8)]
+    model(crops, 0.04).total.backward()
+    assert all(p.grad is not None for p in model.student.backbone.parameters())
+    before = model.teacher(crops[:1])
+    with torch.no_grad():
+        for p in model.student.backbone.parameters():
+            p.zero_()
+    assert before.dtype == torch.float32 and torch.equal(model.teacher(crops[:1]), before)

@@ -14,6 +14,7 @@ from pretraining import SMALL, assert_same_run, command, finish
 from test_resume import wait_for
 
 from dinofast.runtime import distributed, idle_threads
+from dinofast.runtime.torch_state import usual_state
 
 
 def can_mount():
@@ -254,3 +255,23 @@ def test_a_shared_memory_that_gets_full_ends_the_wait(photographs, tmp_path):
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "/dev/shm is full" in done.stderr and "lower --num_workers" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "state",
+    [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")],
+    ids=["no_grad", "inference_mode", "device"],
+)
+def test_a_caller_s_state_of_torch_does_not_matter(state):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with state():
+            with usual_state():
+                layer = torch.nn.Linear(2, 2)
+                layer(torch.ones(1, 2)).sum().backward()
+            grads = torch.is_grad_enabled()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.weight.grad.dtype == torch.float32 and layer.weight.device.type == "cpu"
+    assert grads == (state not in (torch.no_grad, torch.inference_mode))

@@ -109,7 +109,14 @@ def test_nothing_of_a_line_stays_when_the_terminal_gets_narrower(capsys, monkeyp
     assert capsys.readouterr().out == line + "\r\033[Jabove\n" + line + "\n"
 
 
-@pytest.mark.parametrize("stream", [None, "closed"])
+class OnlyWrite:
+    """As some programs put in place of a stream."""
+
+    def write(self, text):
+        pass
+
+
+@pytest.mark.parametrize("stream", [None, "closed", OnlyWrite()])
 def test_say_where_there_is_no_stream(monkeypatch, stream):
     if stream == "closed":
         stream = io.StringIO()
