@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from . import ops
 from .config import Config
 from .data import Loader
@@ -16,8 +14,6 @@ from .runtime.distributed import Process
 from .runtime.metrics import SMALL_DATA
 from .runtime.progress import Run, in_words
 from .step import Step
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def introduce(
@@ -50,7 +46,7 @@ def _duration(cfg: Config, process: Process, step: Step, steps: int) -> str:
     images, backbone = steps * cfg.batch_size_per_gpu * cfg.accumulate, step.model.student.backbone
     least_s = 0.0
     if isinstance(backbone, VisionTransformer):
-        peak, _ = peak_flops(process.device, _DTYPES[step.precision], quick=True)
+        peak, _ = peak_flops(process.device, step.dtype, quick=True)
         least_s = images * flops_of(cfg, backbone) / peak
     said = f"{steps:,} steps to go"
     if least_s < 1:

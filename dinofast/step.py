@@ -42,6 +42,7 @@ class Step:
         self.model, self.process, device = model.to(process.device), process, process.device
         self.cfg, self.schedule = cfg, schedule
         self.precision = cfg.precision_on(device.type)
+        self.dtype = _DTYPES[self.precision]
         self.notes = list(model.notes)
         for name in ("teacher_precision", "residual_precision"):
             # autocast to fp16 refuses to join bf16 tensors with others
@@ -64,7 +65,7 @@ class Step:
         )
         self.copies = Copies(
             (model.student, model.teacher) if self.precision != "fp32" else (),
-            _DTYPES[self.precision],
+            self.dtype,
         )
         self.optimizer.copies = self.copies.of
         # before any hook of others
@@ -124,7 +125,7 @@ class Step:
         with reading():  # in backward too, for checkpointed blocks
             with torch.autocast(
                 self.process.device.type,
-                _DTYPES[self.precision],
+                self.dtype,
                 enabled=self.precision != "fp32",
                 cache_enabled=self.graph is None,
             ):
@@ -156,7 +157,7 @@ class Step:
                     "out."
                 )
             return ""
-        device, dtype = self.process.device, _DTYPES[self.precision]
+        device, dtype = self.process.device, self.dtype
         width = self._vits()[0].head_width
         self.attention = select_attention(cfg.attention, device, dtype, width).name
         library = select_library(cfg.linear, device, dtype)

@@ -56,7 +56,7 @@ def test_a_long_run_is_estimated_beforehand(monkeypatch):
     """By its matrix products: ViT-S/16 with 10 crops takes 113 GFLOP an image."""
     cfg = Config(epochs=100).check()
     step = SimpleNamespace(
-        model=SimpleNamespace(student=SimpleNamespace(backbone=vit_small())), precision="fp32"
+        model=SimpleNamespace(student=SimpleNamespace(backbone=vit_small())), dtype=torch.float32
     )
     monkeypatch.setattr(introduce, "peak_flops", lambda *_, **__: (100e9, "my word"))
     process = SimpleNamespace(device=torch.device("cpu"))
