@@ -70,7 +70,7 @@ class Trend:
     """
 
     def __init__(self, log_k: float, losses: Sequence[float] = ()) -> None:
-        self.log_k, self.losses = log_k, list(losses)
+        self.log_k, self.losses, self._advised = log_k, list(losses), False
 
     def warning(self, loss: float, teacher_entropy: float) -> str | None:
         """After an epoch with these means, a sentence when training looks as if nothing were
@@ -81,10 +81,10 @@ class Trend:
         if log_k == 0:
             return None
         if teacher_entropy < ONE_PROTOTYPE * log_k:
-            return (
+            return self._said(
                 f"the teacher's entropy {teacher_entropy:.4f} is near 0: it gives one prototype to "
-                f"nearly everything. If it stays, raise `teacher_temp`, raise `momentum_teacher`, "
-                "or lower `lr`."
+                "nearly everything",
+                "raise `teacher_temp`, raise `momentum_teacher`, or lower `lr`",
             )
         uniform = min(loss, teacher_entropy) > UNIFORM * log_k
         if not (uniform or self._gets_nowhere(loss, loss - teacher_entropy)):
@@ -96,7 +96,12 @@ class Trend:
             f"teacher's entropy is {teacher_entropy / log_k:.0%}: it is on its way to a uniform "
             "output"
         )
-        return f"the loss {loss:.3f} {how}. If it stays, {WHAT_HELPS}."
+        return self._said(f"the loss {loss:.3f} {how}", WHAT_HELPS)
+
+    def _said(self, what: str, cure: str) -> str:
+        """With the advice the first time: once is enough."""
+        again, self._advised = self._advised, True
+        return f"{what}; for what helps see above" if again else f"{what}. If it stays, {cure}."
 
     def _gets_nowhere(self, loss: float, kl: float) -> bool:
         """High, above its best, not falling for PATIENCE epochs, and either far above its best or

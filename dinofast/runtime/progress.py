@@ -43,7 +43,6 @@ class Run:
         self.steps_per_epoch = steps_per_epoch
         self.epochs = epochs
         self.images_per_step = images_per_step
-        self._advised = False
         self._trend = Trend(math.log(out_dim))
         self._last: dict[str, float] = {}
         self._clock = self._wait_s = self._spoken = 0.0
@@ -218,9 +217,6 @@ class Run:
         if count and (
             warning := self._trend.warning(sums["loss"] / count, sums["teacher_entropy"] / count)
         ):
-            if self._advised:  # once is enough
-                warning = warning.partition(". If it stays")[0] + "; for what helps see above"
-            self._advised = True
             self.log(f"warning, epoch {epoch}: {warning}")
 
 
