@@ -9,9 +9,9 @@ import argparse
 import importlib
 import os
 import re
+import select
 import signal
 import sys
-import time
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from functools import partial
@@ -142,16 +142,19 @@ def _say(text: str, code: int) -> int:
 
 
 def _say_after(launcher: int, text: str) -> None:
-    """Once torchrun, which prints a traceback of its own when it is interrupted, has ended; half a
-    minute later at most."""
+    """Once torchrun, which prints a traceback of its own when it is interrupted, has ended, if
+    nobody has yet taken note of its end too; half a minute later at most."""
     if os.fork():
         return
-    try:
-        for _ in range(600):
-            os.kill(launcher, 0)
-            time.sleep(0.05)
-    except OSError:
-        pass
+    with suppress(OSError):  # by what is closed the process group learns that this one is gone
+        for file in map(int, os.listdir("/proc/self/fd")):
+            if file > 2:
+                with suppress(OSError):  # the listing itself
+                    os.close(file)
+    with suppress(OSError, AttributeError):  # not Linux, or torchrun has ended already
+        wait = select.poll()
+        wait.register(os.pidfd_open(launcher), select.POLLIN)
+        wait.poll(30_000)
     with suppress(OSError):
         os.write(2, f"{text}\n".encode(errors="backslashreplace"))
     os._exit(0)

@@ -1,6 +1,7 @@
 """Compiled steps: compiled once, found again after a restart, the numbers of eager ones."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,32 +59,28 @@ print(json.dumps([losses, dict(counters["inductor"]), dict(counters["aot_autogra
 """
 
 
-def test_a_restart_finds_what_was_compiled(tmp_path):
+def test_a_restart_finds_what_was_compiled():
+    """In the usual cache, which the tests above have filled with most of it: a cold one takes a
+    minute. The first process compiles what is missing, the second nothing."""
     here = Path(__file__).parent
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "HOME": str(tmp_path),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
-        "PYTHONPATH": f"{here.parent}:{here}",
-    }
+    environment = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}"}
     runs = [
         json.loads(
             subprocess.run(
                 [sys.executable, "-W", "ignore", "-c", RESTART],
-                env=environment,
+                env={**environment, "PYTHONHASHSEED": str(seed)},
                 capture_output=True,
                 text=True,
                 check=True,
                 timeout=300,
             ).stdout.splitlines()[-1]
         )
-        for _ in range(2)
+        for seed in range(2)
     ]
     assert runs[0][0] == runs[1][0]
-    assert runs[0][1]["fxgraph_cache_miss"] > 0 and runs[0][2].get("autograd_cache_hit", 0) == 0
-    assert "fxgraph_cache_miss" not in runs[1][1] and "autograd_cache_miss" not in runs[1][2]
+    assert runs[1][1]["fxgraph_cache_hit"] > 0 and not runs[1][1].get("fxgraph_cache_miss")
     # of 3: torch 2.13 keeps no graph with autocast in it
-    assert runs[1][2]["autograd_cache_hit"] >= 2
+    assert runs[1][2]["autograd_cache_hit"] >= 2 and not runs[1][2].get("autograd_cache_miss")
 
 
 def test_a_compiler_that_fails_is_found_out_before_the_first_step(monkeypatch):
