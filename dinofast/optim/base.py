@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, reference
-from .options import check_group, complete, number
+from .options import check_group, check_kind, complete, number
 from .tensors import TRAINABLE, as_real, grad_norms, inside_zero, is_flat, pairs
 
 CLIP_MODES = ("tensor", "global")
@@ -55,6 +55,7 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
 
     # torch.amp.GradScaler then leaves unscaling and the skip to us, without a sync
     _step_supports_amp_scaling = True
+    _kind = ""  # the class's name, of a class derived from it too
     _moments: tuple[str, ...] = ()  # what a child keeps for each parameter
 
     def __init__(
@@ -396,12 +397,13 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
         kind, defaults = type(self).__name__, state.get("defaults") or self.defaults
         before = self.__dict__.get("param_groups", state["param_groups"])
         for i, (group, old) in enumerate(zip(state["param_groups"], before, strict=True)):
+            check_kind(group, self._kind)
             complete(group, defaults, kind, old.get("teacher_momentum"))
             self._check_group(group, i)
         for kept in filter(lambda kept: isinstance(kept, dict), state["state"].values()):
             names = {name for name, value in kept.items() if value is not None}
             names -= {"master", "teacher_master"}
-            if names and not names.issuperset(self._moments):
+            if names and names != set(self._moments):
                 raise ValueError(
                     f"the state holds {', '.join(sorted(names))} for a parameter, and {kind} needs "
                     f"{', '.join(self._moments)}: it is of another kind of optimizer."

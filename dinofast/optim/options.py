@@ -26,6 +26,21 @@ _REFUSED: dict[str, Any] = {
 }
 # what files of an older torch do not say
 _ABSENT = {**_REFUSED, "maximize": False, "foreach": None, "fused": None, "capturable": False}
+# Group options by which an optimizer is known, the telling ones first.
+_KINDS = {
+    "lambd": "ASGD",
+    "alpha": "RMSprop",
+    "rho": "Adadelta",
+    "etas": "Rprop",
+    "momentum_decay": "NAdam",
+    "ns_steps": "Muon",
+    "history_size": "LBFGS",
+    "beta2_decay": "Adafactor",
+    "lr_decay": "Adagrad",
+    "eta": "LARS",
+    "betas": "AdamW",
+    "momentum": "SGD",
+}
 _NUMBERS = ("lr", "weight_decay", "eps", "momentum", "eta")
 
 
@@ -49,6 +64,20 @@ def check_group(group: Mapping[str, Any], kind: str, where: str = "") -> None:
                 f"{name}{where} is {value}: {kind} does not have it; leave it out, or train with "
                 "torch's optimizer and average the teacher with dinofast.ema_."
             )
+
+
+def check_kind(group: Mapping[str, Any], kind: str) -> None:
+    """Raise ValueError if a loaded group is known to be another optimizer's than that of `kind`,
+    which is torch's of that name with EMA behind it."""
+    found = next((_KINDS[name] for name in _KINDS if name in group), "")
+    if found == "AdamW" and "foreach" in group and "amsgrad" not in group:
+        found = "Adamax or RAdam"
+    if found and found != kind.removesuffix("EMA"):
+        raise ValueError(
+            f"the state is that of {found}, another kind of optimizer than {kind}, which takes its "
+            f"own and {kind.removesuffix('EMA')}'s: load it into the kind that saved it, or begin "
+            "without a state."
+        )
 
 
 def complete(
