@@ -226,6 +226,45 @@ def test_a_state_with_more_for_a_parameter_is_refused():
         SGDEMA([parameter()], lr=0.1).load_state_dict(state)
 
 
+@pytest.mark.parametrize("make", KINDS)
+def test_a_state_of_another_model_is_refused(make):
+    p = nn.Parameter(torch.ones(4, 5))
+    optimizer = make([p], lr=0.1)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    fresh = make([nn.Parameter(torch.ones(4, 4))], lr=0.1)
+    with pytest.raises(ValueError, match=r"is \(4, 5\) and the parameter it is for \(4, 4\)"):
+        fresh.load_state_dict(optimizer.state_dict())
+    state = optimizer.state_dict()
+    state["state"][0][make._moments[-1]] = "x"
+    with pytest.raises(ValueError, match="is str and the parameter"):
+        make([p], lr=0.1).load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"weight": torch.ones(2)}])
+def test_what_is_no_state_is_named(state):
+    with pytest.raises(ValueError, match="no optimizer's state_dict"):
+        AdamWEMA([parameter()]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_group_s_momentum_without_a_teacher_is_refused(make):
+    with pytest.raises(ValueError, match="teacher_momentum is 0.9 but there is no teacher"):
+        make([{"params": [parameter()], "teacher_momentum": 0.9}], lr=0.1)
+    optimizer = make([parameter()], lr=0.1)
+    with pytest.raises(ValueError, match="teacher_momentum is 0.9 but there is no teacher"):
+        optimizer.add_param_group({"params": [parameter()], "teacher_momentum": 0.9})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_skip_of_several_is_named(make):
+    p = parameter()
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="skip is .*: give one number"):
+        make([p], lr=0.1).step(skip=torch.tensor([True, False]))
+
+
 def test_a_derived_class_takes_the_states_of_its_kind():
     class Mine(AdamWEMA):
         pass

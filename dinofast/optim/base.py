@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, reference
-from .options import check_group, check_kind, complete, number
+from .options import check_group, complete, number, refuse_momentum
+from .states import check_kind, check_moments, check_state_dict
 from .tensors import TRAINABLE, as_real, grad_norms, inside_zero, is_flat, pairs
 
 CLIP_MODES = ("tensor", "global")
@@ -69,11 +70,8 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
     ) -> None:
         if (student is None) != (teacher is None):
             raise ValueError("student and teacher go together: give both modules, or neither.")
-        if teacher is None and defaults["teacher_momentum"] is not None:
-            raise ValueError(
-                f"teacher_momentum is {defaults['teacher_momentum']} but there is no teacher: give "
-                "student and teacher too."
-            )
+        if teacher is None:
+            refuse_momentum([defaults])
         ops.check_one_number(clip_grad, "clip_grad")
         if not clip_grad >= 0:
             raise ValueError(
@@ -96,6 +94,8 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
         self._name_of = (
             {} if student is None else {p: name for name, p in student.named_parameters()}
         )
+        if teacher is None:
+            refuse_momentum(self.param_groups)
         if student is not None and not self._follows():
             raise ValueError(
                 "none of the parameters given is one of student's: give those of the student that "
@@ -115,6 +115,8 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
         group, i = self.param_groups[-1], len(self.param_groups) - 1
         try:
             self._check_group(group, i)
+            if not getattr(self, "_teacher_of", True):  # the constructor has not got that far
+                refuse_momentum([group])
             self._check_params(group["params"])
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError(f"param group {i} holds a parameter twice: give it once.")
@@ -145,7 +147,7 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
             [p for p in group["params"] if p.grad is not None] for group in self.param_groups
         ]
         active = [p for params in trained for p in params]
-        self._check_step(active, momentum)
+        self._check_step(active, momentum, skip)
         device = active[0].device if active else self.grad_norm.device
         if self.skipped.device != device:  # the model has been moved
             self.skipped = self.skipped.to(device)
@@ -163,25 +165,29 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
         self.skipped += bad
         return loss
 
-    def _check_step(self, active: list[Tensor], momentum: float | Tensor | None) -> None:
+    def _check_step(
+        self, active: list[Tensor], momentum: float | Tensor | None, skip: Tensor | None
+    ) -> None:
         """What may have changed since the optimizer was made."""
         for i, group in enumerate(self.param_groups):
             self._check_group(group, i)
         ops.check_momentum(momentum)
-        if not self.state:
+        strided = torch.strided
+        for p in [p for p in active if p.grad.layout is not strided]:  # type: ignore[union-attr]
+            assert p.grad is not None
+            raise ValueError(
+                f"{self._name(p)} has a gradient of {p.grad.layout}: make it dense, for "
+                "nn.Embedding by sparse=False."
+            )
+        if len(self.state) < len(active):  # new ones; of 200 it takes 1 % of the step on a CPU
             self._check_params(active)
-        for p in active:
-            layout = p.grad.layout if p.grad is not None else torch.strided
-            if layout is not torch.strided:
-                raise ValueError(
-                    f"{self._name(p)} has a gradient of {layout}: make it dense, for nn.Embedding "
-                    "by sparse=False."
-                )
-            if p.dtype not in TRAINABLE:
+            for p in [p for p in active if p.dtype not in TRAINABLE]:
                 raise ValueError(
                     f"{self._name(p)} is {p.dtype}, which cannot be trained: keep it frozen, or in "
                     "a float type of 16 bits or more."
                 )
+        if skip is not None and torch.as_tensor(skip).numel() != 1:
+            raise ValueError(f"skip is {skip}: give one number, whether to leave the step out.")
         if self._teacher_of and not self._follows():
             raise ValueError(
                 "the parameters in the groups are no longer the student's (a wrapper has replaced "
@@ -353,6 +359,7 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
         modules first. Raises ValueError for a state of another kind of optimizer, or of options
         that this one does not have.
         """
+        check_state_dict(state_dict)
         seen: dict[str, Any] = {}  # after the hooks of others
         handles = (
             self.register_load_state_dict_pre_hook(lambda _, state: seen.update(state)),
@@ -400,14 +407,7 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
             check_kind(group, self._kind)
             complete(group, defaults, kind, old.get("teacher_momentum"))
             self._check_group(group, i)
-        for kept in filter(lambda kept: isinstance(kept, dict), state["state"].values()):
-            names = {name for name, value in kept.items() if value is not None}
-            names -= {"master", "teacher_master"}
-            if names and names != set(self._moments):
-                raise ValueError(
-                    f"the state holds {', '.join(sorted(names))} for a parameter, and {kind} needs "
-                    f"{', '.join(self._moments)}: it is of another kind of optimizer."
-                )
+        check_moments(state["state"], self._moments, kind)
         super().__setstate__(state)
 
     def __getstate__(self) -> dict[str, Any]:

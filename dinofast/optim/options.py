@@ -4,7 +4,7 @@ refused."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,21 +26,6 @@ _REFUSED: dict[str, Any] = {
 }
 # what files of an older torch do not say
 _ABSENT = {**_REFUSED, "maximize": False, "foreach": None, "fused": None, "capturable": False}
-# Group options by which an optimizer is known, the telling ones first.
-_KINDS = {
-    "lambd": "ASGD",
-    "alpha": "RMSprop",
-    "rho": "Adadelta",
-    "etas": "Rprop",
-    "momentum_decay": "NAdam",
-    "ns_steps": "Muon",
-    "history_size": "LBFGS",
-    "beta2_decay": "Adafactor",
-    "lr_decay": "Adagrad",
-    "eta": "LARS",
-    "betas": "AdamW",
-    "momentum": "SGD",
-}
 _NUMBERS = ("lr", "weight_decay", "eps", "momentum", "eta")
 
 
@@ -66,18 +51,14 @@ def check_group(group: Mapping[str, Any], kind: str, where: str = "") -> None:
             )
 
 
-def check_kind(group: Mapping[str, Any], kind: str) -> None:
-    """Raise ValueError if a loaded group is known to be another optimizer's than that of `kind`,
-    which is torch's of that name with EMA behind it."""
-    found = next((_KINDS[name] for name in _KINDS if name in group), "")
-    if found == "AdamW" and "foreach" in group and "amsgrad" not in group:
-        found = "Adamax or RAdam"
-    if found and found != kind.removesuffix("EMA"):
-        raise ValueError(
-            f"the state is that of {found}, another kind of optimizer than {kind}, which takes its "
-            f"own and {kind.removesuffix('EMA')}'s: load it into the kind that saved it, or begin "
-            "without a state."
-        )
+def refuse_momentum(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for the momentum of a teacher that is not there."""
+    for momentum in (group.get("teacher_momentum") for group in groups):
+        if momentum is not None:
+            raise ValueError(
+                f"teacher_momentum is {momentum} but there is no teacher: give student and teacher "
+                "too."
+            )
 
 
 def complete(
