@@ -4,6 +4,7 @@ average."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -147,37 +148,43 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
             [p for p in group["params"] if p.grad is not None] for group in self.param_groups
         ]
         active = [p for params in trained for p in params]
-        self._check_step(active, momentum, skip)
+        grads = [p.grad for p in active if p.grad is not None]
+        self._check_step(active, grads, momentum, skip)
         device = active[0].device if active else self.grad_norm.device
         if self.skipped.device != device:  # the model has been moved
             self.skipped = self.skipped.to(device)
         bad = torch.zeros((), dtype=torch.bool, device=device) if skip is None else skip
-        coefficients, bad = self._clip(active, bad)
+        coefficients, bad = self._clip(grads, bad)
         shares = self._shares(momentum, active)
-        counts = [len(params) for params in trained]
+        counts, rest = [len(params) for params in trained], iter(grads)
         for group, params, clip, share in zip(
             self.param_groups, trained, coefficients.split(counts), shares, strict=True
         ):
             if params:
                 factors = -clip if group.get("maximize") else clip
-                self._update(group, params, [p.grad for p in params], factors, bad, share)
+                self._update(group, params, list(islice(rest, len(params))), factors, bad, share)
         self._average_rest(set(active), shares, bad)
         self.skipped += bad
         return loss
 
     def _check_step(
-        self, active: list[Tensor], momentum: float | Tensor | None, skip: Tensor | None
+        self,
+        active: list[Tensor],
+        grads: list[Tensor],
+        momentum: float | Tensor | None,
+        skip: Tensor | None,
     ) -> None:
         """What may have changed since the optimizer was made."""
         for i, group in enumerate(self.param_groups):
             self._check_group(group, i)
         ops.check_momentum(momentum)
-        strided = torch.strided
-        for p in [p for p in active if p.grad.layout is not strided]:  # type: ignore[union-attr]
-            assert p.grad is not None
+        if any([grad.layout is not torch.strided for grad in grads]):
+            p, grad = next(
+                (p, g) for p, g in zip(active, grads, strict=True) if g.layout is not torch.strided
+            )
             raise ValueError(
-                f"{self._name(p)} has a gradient of {p.grad.layout}: make it dense, for "
-                "nn.Embedding by sparse=False."
+                f"{self._name(p)} has a gradient of {grad.layout}: make it dense, for nn.Embedding "
+                "by sparse=False."
             )
         if len(self.state) < len(active):  # new ones; of 200 it takes 1 % of the step on a CPU
             self._check_params(active)
@@ -232,16 +239,16 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
         """Whether a parameter in the groups has a teacher."""
         return any(p in self._teacher_of for group in self.param_groups for p in group["params"])
 
-    def _clip(self, active: list[Tensor], bad: Tensor) -> tuple[Tensor, Tensor]:
+    def _clip(self, grads: list[Tensor], bad: Tensor) -> tuple[Tensor, Tensor]:
         """Each gradient's factor (n,), of clipping and loss scale, and whether to skip (); sets
         `grad_norm`."""
-        if not active:
+        if not grads:
             return torch.zeros(0), bad
         # GradScaler sets these two around its call of step
         scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         inv_scale = 1.0 if scale is None else 1.0 / scale
-        norms = grad_norms([p.grad for p in active if p.grad is not None]) * inv_scale
+        norms = grad_norms(grads) * inv_scale
         self.grad_norm = norms.norm()
         bad = bad | ~torch.isfinite(self.grad_norm)
         if found_inf is not None:
