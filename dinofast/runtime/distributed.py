@@ -86,7 +86,7 @@ def session(device: str | None = None, dist_url: str = "env://") -> Iterator[Pro
     if use_cuda and not 0 <= local < torch.cuda.device_count():
         raise ValueError(
             f"process {local} of this machine (LOCAL_RANK) finds only {torch.cuda.device_count()} "
-            "GPU(s), which count from 0: start at most one process a GPU."
+            "GPU(s), counted from 0: start at most one a GPU."
         )
     where = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     if use_cuda:
