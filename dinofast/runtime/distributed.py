@@ -126,8 +126,9 @@ def _number(variable: str, default: int) -> int:
 def _check_environment(world: int, rank: int, dist_url: str) -> None:
     """Raise `ValueError` unless the environment tells all that several processes need to meet."""
     if not 0 <= rank < world:
+        of = f"of WORLD_SIZE {world}" if os.environ.get("WORLD_SIZE") else "and no WORLD_SIZE"
         raise ValueError(
-            f"the environment says RANK {rank} of WORLD_SIZE {world}: ranks count from 0; start "
+            f"the environment says RANK {rank} {of}: ranks count from 0; start "
             "with torchrun, or unset both."
         )
     if world == 1:

@@ -106,7 +106,7 @@ MEETING = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         ({"WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": ""}, None),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK 2 of WORLD_SIZE 2"),
-        ({"RANK": "1"}, "RANK 1 of WORLD_SIZE 1: .* start with torchrun"),
+        ({"RANK": "1"}, "RANK 1 and no WORLD_SIZE: .* start with torchrun"),
         ({"WORLD_SIZE": "2"}, "no RANK and no MASTER_ADDR and no MASTER_PORT: start with torchrun"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "has no MASTER_ADDR: start"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}, "has no MASTER_PORT: start"),
