@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +14,8 @@ from torch import Tensor, nn
 
 from . import ops
 from .reference import center_update
+
+Rows = Tensor | Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,23 @@ class DINOLoss(nn.Module):
         center_momentum: float = 0.9,
     ) -> None:
         super().__init__()
-        if ncrops < 2:
-            raise ValueError(
-                f"ncrops is {ncrops}: the loss compares two global crops with all others, so give "
-                "at least 2."
-            )
+        out_dim = _whole(out_dim, "out_dim", 1)
+        ncrops = _whole(
+            ncrops, "ncrops", 2, " (the loss compares two global crops with all others)"
+        )
+        nepochs = _whole(nepochs, "nepochs", 0)
+        warmup_teacher_temp_epochs = _whole(
+            warmup_teacher_temp_epochs, "warmup_teacher_temp_epochs", 0
+        )
+        for name, temp in (
+            ("warmup_teacher_temp", warmup_teacher_temp),
+            ("teacher_temp", teacher_temp),
+            ("student_temp", student_temp),
+        ):
+            ops.check_one_number(temp, name)
+            if not 0 < temp < math.inf:
+                raise ValueError(f"{name} is {temp}: it must be a number above 0.")
+        ops.check_momentum(center_momentum, "center_momentum")
         if warmup_teacher_temp_epochs > nepochs:
             raise ValueError(
                 f"warmup_teacher_temp_epochs is {warmup_teacher_temp_epochs} but nepochs is only "
@@ -78,12 +95,13 @@ class DINOLoss(nn.Module):
         self._pending: list[tuple[Tensor, Tensor, Tensor, int]] = []
         self._teacher_outputs: list[Tensor] = []  # for an `update_center` that is not ours
 
-    def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
-        """student_output (ncrops B, K) and teacher_output (2 B, K), rows crop-major; the loss ().
-        Then updates the center.
+    def forward(self, student_output: Rows, teacher_output: Rows, epoch: int) -> Tensor:
+        """student_output (ncrops B, K) and teacher_output (2 B, K), rows crop-major, or lists of
+        the crops' parts of them; the loss (). Then updates the center.
 
         Raises `ValueError` for shapes that do not fit and for an epoch outside 0 .. nepochs - 1.
         """
+        epoch = _whole(epoch, "epoch", None)
         if not 0 <= epoch < len(self.teacher_temp_schedule):
             raise ValueError(
                 f"epoch is {epoch} but the loss was made for "
@@ -103,9 +121,15 @@ class DINOLoss(nn.Module):
         return loss
 
     @torch.no_grad()
-    def update_center(self, teacher_output: Tensor) -> None:
+    def update_center(self, teacher_output: Rows) -> None:
         """Move the center by the mean of teacher_output (n, K) over rows and ranks, unless a number
         is not finite."""
+        teacher_output = _joined(teacher_output, "teacher_output")
+        if teacher_output.ndim != 2 or teacher_output.shape[1] != self.center.shape[-1]:
+            raise ValueError(
+                f"teacher_output is {tuple(teacher_output.shape)}: expected (n, "
+                f"{self.center.shape[-1]}), rows of out_dim numbers."
+            )
         total = teacher_output.detach().sum(0, dtype=torch.float32) / len(teacher_output)
         self.center = self._moved(_mean_over_ranks(total))
 
@@ -126,9 +150,12 @@ class DINOLoss(nn.Module):
         self.update_center(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
     def accumulate(
-        self, student_output: Tensor, teacher_output: Tensor, teacher_temp: float | Tensor
+        self, student_output: Rows, teacher_output: Rows, teacher_temp: float | Tensor
     ) -> Tensor:
         """The loss () of one micro-batch; what the center needs of it is kept until `step`."""
+        student_output = _joined(student_output, "student_output")
+        teacher_output = _joined(teacher_output, "teacher_output")
+        ops.check_one_number(teacher_temp, "teacher_temp")
         k = self.center.shape[-1]
         images, rest = divmod(teacher_output.shape[0], 2) if teacher_output.ndim == 2 else (0, 1)
         if (
@@ -180,6 +207,37 @@ class DINOLoss(nn.Module):
 
 
 _OURS = DINOLoss.update_center
+
+
+def _whole(value: Any, name: str, least: int | None, why: str = "") -> int:
+    """A number of any kind as an int. Raises ValueError for one that is not whole, or below
+    `least`."""
+    try:
+        whole = int(value)
+        fits = bool(whole == value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} is {value!r}: give a whole number.")
+    if least is not None and whole < least:
+        raise ValueError(f"{name} is {whole}: give at least {least}{why}.")
+    return whole
+
+
+def _joined(rows: Any, name: str) -> Tensor:
+    """A dense tensor of rows; of a list of such, one after the other."""
+    if isinstance(rows, list | tuple) and rows and all(isinstance(x, Tensor) for x in rows):
+        shapes = [tuple(x.shape) for x in rows]
+        if len({shape[1:] for shape in shapes}) > 1 or () in shapes:
+            raise ValueError(f"{name} is a list of {shapes}: all rows need the same length.")
+        rows = torch.cat(list(rows))
+    if not isinstance(rows, Tensor) or rows.layout is not torch.strided:
+        what = f"of {rows.layout}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
+        raise ValueError(
+            f"{name} is {what}: give a dense tensor (rows, out_dim), all of the first crop, then "
+            "all of the next, or a list of one tensor a crop."
+        )
+    return rows
 
 
 def _mean_over_ranks(total: Tensor) -> Tensor:

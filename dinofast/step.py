@@ -25,6 +25,12 @@ from .schedule import Schedule, step_seed
 
 _NOT_ONE_GRAPH = "batch statistics over several GPUs (`use_bn_in_head`) do not go into a graph"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# what gloo and nccl both send
+_SENT = (
+    *_DTYPES.values(),
+    *(torch.float64, torch.complex64, torch.complex128),
+    *(torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64),
+)
 
 
 class Step:
@@ -240,6 +246,7 @@ def _distribute(model: Model, process: distributed.Process) -> Model | Distribut
     """Gradients averaged over processes; batch statistics too where torch can (on GPUs)."""
     if process.world == 1:
         return model
+    _check_broadcast(model)
     on_gpu = process.device.type == "cuda"
     if on_gpu:
         model.student, model.teacher = map(
@@ -257,3 +264,23 @@ def _distribute(model: Model, process: distributed.Process) -> Model | Distribut
         find_unused_parameters=not model.all_trained,
         **unsynced,
     )
+
+
+def _check_broadcast(model: Model) -> None:
+    """Raise ValueError for a parameter or buffer that DistributedDataParallel cannot send to the
+    other processes at the start."""
+    named = [*model.student.named_parameters(), *model.student.named_buffers()]
+    for name, x in named:
+        plain = x.layout is torch.strided and not x.is_nested and not x.is_quantized
+        if not plain:
+            is_what = "quantized" if x.is_quantized else f"of {x.layout}"
+        elif x.dtype not in _SENT:
+            is_what = f"of {x.dtype}"
+        elif x.numel() > 1 and 0 in [s for s, n in zip(x.stride(), x.shape, strict=True) if n > 1]:
+            is_what = "an expanded view"
+        else:
+            continue
+        raise ValueError(
+            f"'{name}' is {is_what}, which torch cannot send between processes: train with one "
+            "process, or keep it as a plain tensor of a usual dtype (dense, int32, float32)."
+        )

@@ -128,9 +128,73 @@ def test_what_does_not_fit_is_named(student, teacher, epoch, words):
         make()(torch.zeros(student), torch.zeros(teacher), epoch)
 
 
+def test_lists_of_crops_and_numbers_of_any_kind_are_those_of_the_tensor():
+    student, teacher = torch.randn(8, 11), torch.randn(4, 11)
+    wanted = make()(student, teacher, 3)
+    for epoch in (3.0, np.int64(3), np.float64(3), torch.tensor(3), torch.tensor([3.0])):
+        assert make()(list(student.split(2)), tuple(teacher.split(2)), epoch) == wanted
+    one, two = make(nepochs=5.0, ncrops=4.0), make()
+    one.update_center(teacher)
+    two.update_center(list(teacher.split(2)))
+    assert torch.equal(one.center, two.center)
+
+
+@pytest.mark.parametrize("epoch", [2.5, "3", None, torch.ones(2), float("nan"), float("inf")])
+def test_an_epoch_that_is_no_whole_number_is_named(epoch):
+    with pytest.raises(ValueError, match="epoch is .*: give a whole number"):
+        make()(torch.zeros(8, 11), torch.zeros(4, 11), epoch)
+
+
+OUTPUTS = {
+    "student_output is a ndarray: give": (np.zeros((8, 11)), torch.zeros(4, 11)),
+    "teacher_output is a NoneType: give": (torch.zeros(8, 11), None),
+    "student_output is of torch.sparse_coo": (torch.zeros(8, 11).to_sparse(), torch.zeros(4, 11)),
+    "student_output is a list: give": ([[0.0] * 11] * 8, torch.zeros(4, 11)),
+    r"list of \[\(2, 11\), \(2, 10\)\]": (
+        [torch.zeros(2, 11), torch.zeros(2, 10)],
+        torch.zeros(4, 11),
+    ),
+    r"\(6, 11\) and teacher_output \(4, 11\) do not": (
+        [torch.zeros(2, 11)] * 3,
+        torch.zeros(4, 11),
+    ),
+    "student is torch.int64": (torch.zeros(8, 11).long(), torch.zeros(4, 11)),
+    r"\(4, 12\) do not fit": (torch.zeros(8, 11), torch.zeros(4, 12)),
+}
+
+
+@pytest.mark.parametrize("words", OUTPUTS)
+def test_outputs_of_another_kind_are_named(words):
+    with pytest.raises(ValueError, match=words):
+        make()(*OUTPUTS[words], 0)
+
+
+@pytest.mark.parametrize("shape", [(4, 12), (4, 1), (11,), (2, 2, 11)])
+def test_update_center_takes_rows_of_its_width_alone(shape):
+    with pytest.raises(ValueError, match=r"expected \(n, 11\)"):
+        make().update_center(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("ncrops", 1, "at least 2"),
+        ("ncrops", 2.5, "a whole number"),
+        ("out_dim", 0, "at least 1"),
+        ("nepochs", "5", "a whole number"),
+        ("warmup_teacher_temp_epochs", -1, "at least 0"),
+        ("teacher_temp", -1.0, "above 0"),
+        ("warmup_teacher_temp", "0.04", "a number"),
+        ("student_temp", float("nan"), "above 0"),
+        ("center_momentum", 1.5, "between 0 and 1"),
+    ],
+)
+def test_impossible_arguments_are_named(name, value, words):
+    with pytest.raises(ValueError, match=f"{name} is .*{words}"):
+        make(**{name: value})
+
+
 def test_impossible_constructors():
-    with pytest.raises(ValueError, match="ncrops is 1"):
-        make(ncrops=1)
     with pytest.raises(ValueError, match="warmup_teacher_temp_epochs is 6 but nepochs is only 5"):
         make(warmup_teacher_temp_epochs=6)
 

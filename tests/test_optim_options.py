@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -180,21 +181,100 @@ def test_a_number_given_for_the_closure():
     ("saved", "loads", "words"),
     [
         (torch.optim.Adam, AdamWEMA, "decoupled_weight_decay of param group 0 is False"),
-        (torch.optim.SGD, AdamWEMA, "has no betas: it is of another kind"),
-        (torch.optim.AdamW, SGDEMA, "has no momentum: it is of another kind"),
-        (LARSEMA, SGDEMA, "holds mu for a parameter, and SGDEMA needs momentum_buffer"),
-        (SGDEMA, LARSEMA, "has no eta"),
-        (torch.optim.RMSprop, SGDEMA, "square_avg"),
+        (torch.optim.SGD, AdamWEMA, "that of SGD, another kind of optimizer than AdamWEMA"),
+        (torch.optim.Adamax, AdamWEMA, "that of Adamax or RAdam"),
+        (
+            partial(torch.optim.RAdam, decoupled_weight_decay=True),
+            AdamWEMA,
+            "that of Adamax or RAdam",
+        ),
+        (partial(torch.optim.NAdam, decoupled_weight_decay=True), AdamWEMA, "that of NAdam"),
+        (torch.optim.AdamW, SGDEMA, "that of AdamW, another kind of optimizer than SGDEMA"),
+        (torch.optim.AdamW, LARSEMA, "that of AdamW, .* LARSEMA, which takes its own"),
+        (LARSEMA, SGDEMA, "that of LARS"),
+        (SGDEMA, LARSEMA, "that of SGD"),
+        (torch.optim.SGD, LARSEMA, "that of SGD"),
+        (torch.optim.RMSprop, SGDEMA, "that of RMSprop"),
+        (partial(torch.optim.RMSprop, momentum=0.9), SGDEMA, "that of RMSprop"),
+        (torch.optim.Adagrad, SGDEMA, "that of Adagrad"),
+        (torch.optim.Adadelta, SGDEMA, "that of Adadelta"),
+        (torch.optim.ASGD, SGDEMA, "that of ASGD"),
+        (torch.optim.Rprop, SGDEMA, "that of Rprop"),
+        (torch.optim.Adafactor, SGDEMA, "that of Adafactor"),
     ],
 )
-def test_a_state_of_another_kind_is_refused_whole(saved, loads, words):
+@pytest.mark.parametrize("stepped", [True, False])
+def test_a_state_of_another_kind_is_refused_whole(saved, loads, words, stepped):
     p, q = parameter(), parameter()
     other, optimizer = saved([p], lr=0.1), loads([q], lr=0.2)
-    steps(p, other)
+    if stepped:
+        steps(p, other)
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=words):
         optimizer.load_state_dict(other.state_dict())
     assert optimizer.state_dict() == before
+
+
+def test_a_state_with_more_for_a_parameter_is_refused():
+    """As of an optimizer of others that has torch's options."""
+    p = parameter()
+    optimizer = SGDEMA([p], lr=0.1)
+    steps(p, optimizer)
+    state = optimizer.state_dict()
+    state["state"][0]["square_avg"] = torch.ones_like(p)
+    with pytest.raises(ValueError, match="holds momentum_buffer, square_avg for a parameter"):
+        SGDEMA([parameter()], lr=0.1).load_state_dict(state)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_state_of_another_model_is_refused(make):
+    p = nn.Parameter(torch.ones(4, 5))
+    optimizer = make([p], lr=0.1)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    fresh = make([nn.Parameter(torch.ones(4, 4))], lr=0.1)
+    with pytest.raises(ValueError, match=r"is \(4, 5\) and the parameter it is for \(4, 4\)"):
+        fresh.load_state_dict(optimizer.state_dict())
+    state = optimizer.state_dict()
+    state["state"][0][make._moments[-1]] = "x"
+    with pytest.raises(ValueError, match="is str and the parameter"):
+        make([p], lr=0.1).load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"weight": torch.ones(2)}])
+def test_what_is_no_state_is_named(state):
+    with pytest.raises(ValueError, match="no optimizer's state_dict"):
+        AdamWEMA([parameter()]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_group_s_momentum_without_a_teacher_is_refused(make):
+    with pytest.raises(ValueError, match="teacher_momentum is 0.9 but there is no teacher"):
+        make([{"params": [parameter()], "teacher_momentum": 0.9}], lr=0.1)
+    optimizer = make([parameter()], lr=0.1)
+    with pytest.raises(ValueError, match="teacher_momentum is 0.9 but there is no teacher"):
+        optimizer.add_param_group({"params": [parameter()], "teacher_momentum": 0.9})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_skip_of_several_is_named(make):
+    p = parameter()
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="skip is .*: give one number"):
+        make([p], lr=0.1).step(skip=torch.tensor([True, False]))
+
+
+def test_a_derived_class_takes_the_states_of_its_kind():
+    class Mine(AdamWEMA):
+        pass
+
+    p, q = parameter(), parameter()
+    other = torch.optim.AdamW([p], lr=0.1)
+    steps(p, other)
+    mine = Mine([q], lr=0.2)
+    mine.load_state_dict(other.state_dict())
+    assert mine.param_groups[0]["lr"] == 0.1
 
 
 def test_states_of_torch_load_old_and_new():

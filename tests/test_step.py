@@ -393,3 +393,52 @@ def test_checkpointing_keeps_less_for_backward():
             step.model(next(batches), torch.tensor(0.04))
         kept[checkpointing] = sum(sizes)
     assert kept[True] < 0.75 * kept[False]
+
+
+class Buffered(torch.nn.Module):
+    """A backbone with something beside its weights."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 4, stride=4)
+        if isinstance(value, torch.nn.Parameter):
+            self.mask = value
+        else:
+            self.register_buffer("mask", value)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+
+
+UNSENT = {
+    "of torch.sparse_coo": lambda: torch.eye(4).to_sparse(),
+    "of torch.sparse_csr": lambda: torch.eye(4).to_sparse_csr(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
+    "of torch.float8_e4m3fn": lambda: torch.ones(4).to(torch.float8_e4m3fn),
+    "of torch.int16": lambda: torch.ones(4, dtype=torch.int16),
+    "of torch.sparse_coo, ": lambda: torch.nn.Parameter(torch.eye(4).to_sparse(), False),
+}
+
+
+@pytest.mark.parametrize("words", UNSENT)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_cannot_be_sent_between_processes_is_named(words):
+    """Before DistributedDataParallel, which would raise in torch's words."""
+    model = Model.from_config(SMALL, lambda: Buffered(UNSENT[words]()))
+    with pytest.raises(ValueError, match=f"'backbone.mask' is {words}.*train with one process"):
+        step_module._distribute(model, Process(0, 2, torch.device("cpu")))
+    assert step_module._distribute(model, CPU) is model
+
+
+def test_a_buffer_that_repeats_its_numbers_is_not_sent():
+    model = Model.from_config(SMALL, lambda: Buffered(torch.ones(4)))
+    model.student.backbone.mask = torch.ones(1).expand(4)
+    with pytest.raises(ValueError, match="'backbone.mask' is an expanded view"):
+        step_module._check_broadcast(model)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.ones(4, 3).t(), torch.ones(4) + 0j, torch.ones(2).bool(), torch.ones(1, 4)]
+)
+def test_other_buffers_are_sent(value):
+    step_module._check_broadcast(Model.from_config(SMALL, lambda: Buffered(value)))

@@ -7,8 +7,8 @@ recipes:
   ResNet-50  --arch resnet50 --optimizer sgd --lr 0.03 --weight_decay 1e-4 --weight_decay_end 1e-4
              --global_crops_scale 0.14 1 --local_crops_scale 0.05 0.14
   small data (thousands of images)
-             --out_dim 1024 --momentum_teacher 0.99 --teacher_temp 0.03
-             --warmup_teacher_temp 0.03
+             --out_dim 1024 --momentum_teacher 0.99 --teacher_temp 0.02
+             --warmup_teacher_temp 0.02
 
 several GPUs: torchrun --nproc_per_node N -m dinofast pretrain DIR ...
 """

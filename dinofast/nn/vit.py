@@ -300,18 +300,10 @@ class VisionTransformer(nn.Module):
         """Images (B, 3, h, w) -> tokens (B, N, D) before the first block and after each of the
         first `depth`."""
         patches = self.patch_embed.proj(x)  # (B, D, rows, cols)
-        h, w = int(x.shape[2]), int(x.shape[3])  # a trace holds for one size
-        rows, cols = h // self.patch_embed.patch_size, w // self.patch_embed.patch_size
-        table: Tensor = self.pos_embed
-        if h != w or rows != self.grid:  # as `resampling`, which see
-            square = table[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid)).float()
-            scale = (rows + 0.1) / self.grid, (cols + 0.1) / self.grid
-            resampled = F.interpolate(square, scale_factor=scale, mode="bicubic")
-            table = torch.cat(
-                (table[:, :1], resampled.flatten(2).transpose(1, 2).to(table.dtype)), dim=1
-            )
-        cls = (self.cls_token + table[:, :1]).expand(x.shape[0], -1, -1)
-        layers = [torch.cat((cls, patches.flatten(2).transpose(1, 2) + table[:, 1:]), dim=1)]
+        table = self.pos_embed[0]
+        places = _resampled(table[1:], self.grid, x, patches).to(table.dtype)
+        cls = (self.cls_token + table[:1]).expand(x.shape[0], -1, -1)
+        layers = [torch.cat((cls, patches.flatten(2).transpose(1, 2) + places), dim=1)]
         for block in self.blocks[:depth]:
             assert isinstance(block, Block)
             q, k, v = self._heads(block.attn, block.norm1(layers[-1]))
@@ -331,6 +323,35 @@ class VisionTransformer(nn.Module):
             "use torch.jit.trace(model, images), whose result takes any number of images, or "
             "torch.export.export."
         )
+
+
+def _resampled(table: Tensor, grid: int, x: Tensor, patches: Tensor) -> Tensor:
+    """Positions (grid grid, D) for images x (B, 3, h, w) with patches (B, D, rows, cols): (rows
+    cols, D), what `resampling` gives, which see. In operations that an exporter follows with h and
+    w left open: no number of x becomes one of Python's."""
+    sides = [torch.ones(n, device=x.device).sum() for n in (*x.shape[2:], *patches.shape[2:])]
+    learned = (sides[0] == sides[1]) & (sides[2] == grid) & (sides[3] == grid)
+    rest = torch.where(learned, 0.0, 0.1)
+    rows, cols = (
+        _bicubic(torch.arange(n, device=x.device), (side + rest) / grid, grid)
+        for n, side in zip(patches.shape[2:], sides[2:], strict=True)
+    )
+    of_rows = (rows @ table.float().unflatten(0, (grid, grid)).flatten(1)).unflatten(1, (grid, -1))
+    return (cols @ of_rows).flatten(0, 1)
+
+
+def _bicubic(places: Tensor, scale: Tensor, grid: int) -> Tensor:
+    """The matrix (n, grid) of F.interpolate's bicubic along one side, places (n,) being 0 .. n - 1;
+    the identity for a scale () of 1."""
+    source = (places + 0.5) / scale - 0.5
+    first, cells = source.floor(), torch.arange(grid, device=places.device)
+    matrix = torch.zeros((), device=places.device)
+    for tap in (-1, 0, 1, 2):
+        d, a = (source - first - tap).abs(), -0.75
+        near, far = ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        is_cell = (first + tap).clamp(0, grid - 1)[:, None] == cells
+        matrix = matrix + torch.where(d <= 1, near, far)[:, None] * is_cell
+    return matrix
 
 
 def is_exporting() -> bool:

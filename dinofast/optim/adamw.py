@@ -23,6 +23,7 @@ class AdamWEMA(StudentTeacherOptimizer):
     is written into it from elsewhere is lost then.
     """
 
+    _kind = "AdamWEMA"
     _moments = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(

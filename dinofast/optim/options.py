@@ -4,7 +4,7 @@ refused."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,16 @@ def check_group(group: Mapping[str, Any], kind: str, where: str = "") -> None:
             raise ValueError(
                 f"{name}{where} is {value}: {kind} does not have it; leave it out, or train with "
                 "torch's optimizer and average the teacher with dinofast.ema_."
+            )
+
+
+def refuse_momentum(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for the momentum of a teacher that is not there."""
+    for momentum in (group.get("teacher_momentum") for group in groups):
+        if momentum is not None:
+            raise ValueError(
+                f"teacher_momentum is {momentum} but there is no teacher: give student and teacher "
+                "too."
             )
 
 

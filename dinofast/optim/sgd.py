@@ -18,6 +18,7 @@ class SGDEMA(StudentTeacherOptimizer):
     """SGD with momentum, clipping and the teacher's average; arguments in the order of
     `torch.optim.SGD`'s, with the official DINO's defaults, and state as its."""
 
+    _kind = "SGDEMA"
     _buffer = "momentum_buffer"
     _moments: tuple[str, ...] = (_buffer,)
 
@@ -91,6 +92,7 @@ class SGDEMA(StudentTeacherOptimizer):
 class LARSEMA(SGDEMA):
     """LARS as the official code has it, with clipping and the teacher's average."""
 
+    _kind = "LARSEMA"
     _buffer = "mu"
     _moments = (_buffer,)
 

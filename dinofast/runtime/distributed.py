@@ -82,15 +82,11 @@ def session(device: str | None = None, dist_url: str = "env://") -> Iterator[Pro
         local = _number("LOCAL_RANK", rank % max(torch.cuda.device_count(), 1))
     else:
         world, rank, local = _number("WORLD_SIZE", 1), _number("RANK", 0), _number("LOCAL_RANK", 0)
-        if not 0 <= rank < world:
-            raise ValueError(
-                f"the environment says RANK {rank} of WORLD_SIZE {world}: ranks count from 0; "
-                "start with torchrun, or unset both."
-            )
-    if use_cuda and local >= torch.cuda.device_count():
+        _check_environment(world, rank, dist_url)
+    if use_cuda and not 0 <= local < torch.cuda.device_count():
         raise ValueError(
-            f"process {local} of this machine finds only {torch.cuda.device_count()} GPU(s): "
-            "start at most one a GPU."
+            f"process {local} of this machine (LOCAL_RANK) finds only {torch.cuda.device_count()} "
+            "GPU(s), counted from 0: start at most one a GPU."
         )
     where = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     if use_cuda:
@@ -102,9 +98,7 @@ def session(device: str | None = None, dist_url: str = "env://") -> Iterator[Pro
         # DDP imports, have the group of that moment as a default argument: none yet.
         import_module("torch.distributed.nn")
         atexit.register(_let_go)
-        dist.init_process_group(
-            "nccl" if use_cuda else "gloo", init_method=dist_url, rank=rank, world_size=world
-        )
+        _meet("nccl" if use_cuda else "gloo", dist_url, rank, world)
     try:
         yield Process(rank, world, where)
     finally:
@@ -127,6 +121,44 @@ def _number(variable: str, default: int) -> int:
         raise ValueError(
             f"{variable} is {text!r} in the environment: torchrun sets it to a number; unset it."
         ) from None
+
+
+def _check_environment(world: int, rank: int, dist_url: str) -> None:
+    """Raise `ValueError` unless the environment tells all that several processes need to meet."""
+    if not 0 <= rank < world:
+        of = f"of WORLD_SIZE {world}" if os.environ.get("WORLD_SIZE") else "and no WORLD_SIZE"
+        raise ValueError(
+            f"the environment says RANK {rank} {of}: ranks count from 0; start "
+            "with torchrun, or unset both."
+        )
+    if world == 1:
+        return
+    needed = ["RANK"] + ["MASTER_ADDR", "MASTER_PORT"] * dist_url.startswith("env://")
+    if missing := [name for name in needed if not os.environ.get(name, "").strip()]:
+        raise ValueError(
+            f"the environment says WORLD_SIZE {world} but has no {' and no '.join(missing)}: start "
+            "with torchrun, which sets them all, or unset WORLD_SIZE for one process."
+        )
+    if "MASTER_PORT" in needed and not 0 <= _number("MASTER_PORT", 0) < 2**16:
+        raise ValueError(
+            f"MASTER_PORT is {os.environ['MASTER_PORT']} in the environment: ports end at 65535; "
+            "start with torchrun, which finds one."
+        )
+
+
+def _meet(backend: str, dist_url: str, rank: int, world: int) -> None:
+    """Raises `ValueError` if the processes do not find each other."""
+    try:
+        dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=world)
+    except (RuntimeError, ValueError, OSError) as error:  # DistNetworkError and its like are such
+        where = dist_url
+        if dist_url.startswith("env://"):
+            where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"process {rank} of {world} could not meet the others at {where} ({said}): take "
+            "another MASTER_PORT if that one is in use, or start with torchrun --standalone."
+        ) from error
 
 
 def _check_backend(use_cuda: bool) -> None:

@@ -1,5 +1,5 @@
 """Our ViTs through torch's exporters: what they make gives what eager gives, for other numbers of
-images and at sizes that interpolate the positions."""
+images and at sizes that interpolate the positions, also such as the exporter never saw."""
 
 import warnings
 
@@ -12,6 +12,8 @@ from dinofast.nn.vit import vit_nano
 
 BATCHES = (1, 3, 5)
 SIZES = [(32, 32), (48, 40)]  # that of the learned positions, and another
+# of a model whose sizes are left open: the official code resamples (35, 32) and not (32, 32)
+OTHER_SIZES = [(48, 40), (32, 32), (64, 64), (35, 32), (16, 100)]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +36,8 @@ class Method(nn.Module):
         self.vit, self.name, self.args = vit, name, args
 
     def forward(self, x):
-        return getattr(self.vit, self.name)(x, *self.args)
+        out = getattr(self.vit, self.name)(x, *self.args)
+        return tuple(out) if isinstance(out, list) else out  # a trace warns of any list
 
 
 def wrapper():
@@ -51,13 +54,13 @@ MODULES = {
 }
 
 
-def batch_of(exported, module, size, run, atol=1e-5):
+def batch_of(exported, module, size, run, atol=1e-5, batches=BATCHES):
     """What `run` gives is what eager gives, for each number of images."""
-    for n in BATCHES:
+    for n in batches:
         x = torch.randn(n, 3, *size)
         with torch.no_grad():
             wanted = module(x)
-        wanted = wanted if isinstance(wanted, list) else [wanted]
+        wanted = as_list(wanted)
         given = run(exported, x)
         assert len(given) == len(wanted)
         for a, b in zip(given, wanted, strict=True):
@@ -81,8 +84,12 @@ def by_onnxruntime(path, x):
 @pytest.mark.parametrize("name", MODULES)
 def test_trace_at_another_batch(name, size):
     module = MODULES[name]()
-    traced = torch.jit.trace(module, torch.randn(2, 3, *size))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(module, torch.randn(2, 3, *size))
     batch_of(traced, module, size, lambda t, x: as_list(t(x)))
+    for other in OTHER_SIZES:
+        batch_of(traced, module, other, lambda t, x: as_list(t(x)), batches=[3])
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
@@ -132,6 +139,40 @@ def test_onnx_by_the_older_exporter(size, tmp_path):
         dynamic_axes={"images": {0: "batch"}},
     )
     batch_of(path, module, size, by_onnxruntime)
+
+
+def open_shapes(name):
+    dims = {0: ("batch", 1, 64), 2: ("height", 16, 256), 3: ("width", 16, 256)}
+    shapes = {i: torch.export.Dim(n, min=a, max=b) for i, (n, a, b) in dims.items()}
+    return {"crops": shapes} if name == "backbone and head" else (shapes,)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_torch_export_with_dynamic_sizes(name):
+    module = MODULES[name]()
+    x = torch.randn(2, 3, 48, 40)
+    program = torch.export.export(module, (x,), dynamic_shapes=open_shapes(name)).module()
+    for size in OTHER_SIZES:
+        batch_of(program, module, size, lambda m, x: as_list(m(x)), batches=[1, 3])
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "older"])
+def test_onnx_with_dynamic_sizes(dynamo, size, tmp_path):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    module, path = backbone(), str(tmp_path / "model.onnx")
+    how = (
+        {"dynamo": True, "dynamic_shapes": open_shapes("features"), "verbose": False}
+        if dynamo
+        else {
+            "dynamo": False,
+            "input_names": ["images"],
+            "dynamic_axes": {"images": {0: "batch", 2: "height", 3: "width"}},
+        }
+    )
+    torch.onnx.export(module, (torch.randn(2, 3, *size),), path, **how)
+    for other in OTHER_SIZES:
+        batch_of(path, module, other, by_onnxruntime, batches=[1, 3])
 
 
 def test_a_loaded_backbone_with_drop_path_is_exported(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -96,15 +97,26 @@ def test_twice_in_a_process(alone, photographs, tmp_path):
         assert_same_run(alone, tmp_path / out)
 
 
+MEETING = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
 @pytest.mark.parametrize(
     "world, words",
     [
         ({"WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": ""}, None),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK 2 of WORLD_SIZE 2"),
+        ({"RANK": "1"}, "RANK 1 and no WORLD_SIZE: .* start with torchrun"),
+        ({"WORLD_SIZE": "2"}, "no RANK and no MASTER_ADDR and no MASTER_PORT: start with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "has no MASTER_ADDR: start"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}, "has no MASTER_PORT: start"),
+        ({**MEETING, "MASTER_PORT": "x"}, "MASTER_PORT is 'x' in the environment"),
+        ({**MEETING, "MASTER_PORT": "70000"}, "MASTER_PORT is 70000 .* torchrun"),
     ],
 )
 def test_an_environment_without_a_launcher(world, words, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in world.items():
         monkeypatch.setenv(name, value)
     if words:
@@ -114,6 +126,36 @@ def test_an_environment_without_a_launcher(world, words, monkeypatch):
     else:
         with distributed.session("cpu") as process:
             assert (process.rank, process.world, distributed.local_world()) == (0, 1, 1)
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in {**MEETING, "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        words = rf"process 0 of 2 could not meet .* 127.0.0.1:{port} .*another MASTER_PORT"
+        with pytest.raises(ValueError, match=words), distributed.session("cpu"):
+            pass
+
+
+def test_an_unknown_way_to_meet_is_named(monkeypatch):
+    for name, value in MEETING.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="could not meet the others at nowhere://x"):
+        with distributed.session("cpu", "nowhere://x"):
+            pass
+
+
+@pytest.mark.parametrize("local", ["2", "-1"])
+def test_a_process_without_a_gpu_of_its_own_is_named(local, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=rf"process {local} .*finds only 2 GPU"):
+        with distributed.session("cuda"):
+            pass
 
 
 def test_torch_s_idle_threads_are_kept_from_spinning_once(monkeypatch):

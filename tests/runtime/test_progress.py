@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import math
 import re
@@ -12,7 +13,7 @@ from dinofast import checkpoint
 from dinofast.commands import pretrain
 from dinofast.data import shards
 from dinofast.runtime import signals
-from dinofast.runtime.metrics import SMALL_DATA, EpochSums, Trend
+from dinofast.runtime.metrics import SMALL_DATA, WHAT_HELPS, EpochSums, Trend
 from dinofast.runtime.progress import Diverged, Run, in_words, status_line
 from dinofast.runtime.signals import Interrupted, StopSignal
 from dinofast.runtime.words import spelling
@@ -175,6 +176,25 @@ RUNS = {
 }
 
 
+# of 5 to 9 epochs, entropy 65 % of log K: the student differs from the teacher, and does not learn
+SHORT = {
+    "rises above log K from the start": ((1.01, 1.02, 1.03, 1.04, 1.05), 2),
+    "rises to log K and above": ((0.97, 0.99, 1.00, 1.01, 1.02), 3),
+    "stays above log K": ((1.02, 1.01, 1.02, 1.01, 1.02), 2),
+    "rises after a fall": ((1.05, 1.02, 1.01, 1.01, 1.02, 1.03, 1.03, 1.04, 1.04), 4),
+    "falls from above log K": ((1.06, 1.04, 1.02, 1.0, 0.98, 0.96), None),
+    "is above log K once": ((0.96, 1.02, 0.97, 0.96, 0.94, 0.93), None),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_run_above_log_k_is_told(name):
+    losses, first = SHORT[name]
+    trend = Trend(8.0)
+    told = [i for i, loss in enumerate(losses) if trend.warning(8 * loss, 8 * 0.65)]
+    assert told[:1] == ([] if first is None else [first]), told
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_collapse_is_told_from_a_slow_start(name):
     """`first`: the epoch after which it is told."""
@@ -205,12 +225,23 @@ def test_collapses_of_the_committed_runs_are_told_and_others_are_not():
 
 
 def test_one_advice_for_small_data_everywhere():
-    flags = [f"--{name}" for name in re.findall(r"`(\w+)`", SMALL_DATA)]
-    values = re.findall(r"` ([\d.]+)", SMALL_DATA)
-    given = list(zip(flags, values, strict=True))
+    """In the guide, the help, and what a run says before and after a collapse; one setting that was
+    measured, all of it."""
+    given = dict(re.findall(r"`(\w+)` ([\d.]+)", SMALL_DATA))
+    assert len(given) == 4 and SMALL_DATA in WHAT_HELPS
     for text in ((ROOT / "docs/training.md").read_text(), pretrain.__doc__):
-        assert all(f"{flag} {value}" in text for flag, value in given), given
-    assert len(given) == 4
+        assert all(f"--{name} {value}" in text for name, value in given.items()), given
+    for temp in re.findall(r"teacher_temp`? ([\d.]+)", WHAT_HELPS):
+        assert temp == given["teacher_temp"]
+    assert re.findall(r"momentum_teacher`? ([\d.]+)", WHAT_HELPS) == [given["momentum_teacher"]]
+    path = ROOT / "benchmarks/small_data.py"
+    spec = importlib.util.spec_from_file_location("small_data", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    measured = module.RECIPE | module.SETTINGS["temperature 0.02"]
+    assert {name: float(value) for name, value in given.items()} == {
+        name: float(measured[name]) for name in given
+    }
 
 
 def test_a_run_that_goes_on_remembers_its_best_loss(tmp_path):
