@@ -32,7 +32,7 @@ _PRETRAIN = (
     ),
     (
         "The folder of checkpoints and of log.txt is `output_dir`.",
-        "checkpoint_dir ckpt_dir checkpoints_dir save_path save checkpoint_path_out exp_name "
+        "checkpoint_dir ckpt_dir checkpoints_dir save_path save exp_name "
         "experiment experiment_name name run_name project",
     ),
     (
@@ -46,7 +46,7 @@ _PRETRAIN = (
         "milestones cosine",
     ),
     (
-        "The others of the optimizer are the official ones: --lr, `weight_decay` and "
+        "The rest of the optimizer is as in the official code: `lr`, `weight_decay` and "
         "`weight_decay_end` can be chosen.",
         "beta1 beta2 betas eps opt_eps optim_eps adam_beta1 adam_beta2 adam_epsilon opt_betas "
         "nesterov sgd_momentum",
