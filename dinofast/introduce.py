@@ -26,6 +26,7 @@ def introduce(
     parameters = sum(p.numel() for p in step.model.student.parameters())
     patches = f" with patches of {cfg.patch_size} x {cfg.patch_size}" if cfg.vit else ""
     processes = f", {counted(process.world, 'process', 'processes')}" if process.world > 1 else ""
+    warmup = f"after {counted(cfg.warmup, 'epoch')} of warm-up" if cfg.warmup else "from the start"
     for line in (
         f"model: {cfg.arch}{patches}, {parameters / 1e6:.2f} M parameters with its head",
         f"device: {process.device_name}, {step.precision}{processes}; {_engine(process, loader)}",
@@ -33,8 +34,8 @@ def introduce(
         f"step, {counted(loader.steps_per_epoch, 'step')} an epoch",
         *loader.remarks(),
         f"network: {step.how}",
-        f"learning rate: {step.schedule.peak_lr:.3g} after {counted(cfg.warmup, 'epoch')} of "
-        f"warm-up (`lr` {cfg.lr:g} x {run.images_per_step} / 256 images)",
+        f"learning rate: {step.schedule.peak_lr:.3g} {warmup} (`lr` {cfg.lr:g} x "
+        f"{run.images_per_step} / 256 images)",
     ):
         run.log(line)
     steps = cfg.epochs * loader.steps_per_epoch - start

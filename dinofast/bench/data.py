@@ -270,7 +270,7 @@ def verdict(measured: Measured, wanted: float | None) -> str:
         return f"keeps up with {_short(wanted)} images/s"
     needed = math.ceil(wanted * (m.cpu_ms or sum(m.stages_ms.values())) / 1e3)
     if needed > min(cores(), m.n_workers):
-        way_out = f"{needed:,} cores of this kind would do"
+        way_out = f"{counted(needed, 'core')} of this kind would do"
     else:  # they are here, and wait
         way_out = (
             f"{counted(needed, 'core')} would do, so the files come too slowly, or something else "

@@ -99,7 +99,7 @@ def run(options: Options) -> int:
     if dark := remark(shades, len(images) - len(bad)):
         say(spelled(f"warning: {dark}"))
     for path, reason in images.bad_files:
-        say(f"{printable(path)}: {reason}")
+        say(printable(f"{path}: {reason}"))
     say(report([(images.path(i), reason) for i, reason, _ in bad], len(images)))
     if options.delete_list:
         n = write_list(
@@ -210,7 +210,7 @@ def report(bad: list[tuple[str, str]], total: int) -> str:
     do = "does" if len(bad) == 1 else "do"
     lines = [f"{len(bad):,} of {counted(total, 'image')} {do} not decode:"]
     for reason, n in Counter(reason for _, reason in bad).most_common():
-        lines.append(f"{n:>9,}  {reason}")
+        lines.append(f"{n:>9,}  {printable(reason)}")
         paths = [path for path, why in bad if why == reason]
         lines += [f"{'':11}{printable(path)}" for path in paths[:SHOWN]] + [
             f"{'':11}and {n - SHOWN:,} more"

@@ -19,6 +19,7 @@ from dinofast.data import listing, names, shards
 from dinofast.data.decode import BadFiles, UnreadableImage, check_length, opened, read_file
 from dinofast.data.packed import PackedStrings
 from dinofast.runtime.terminal import printable
+from dinofast.runtime.words import counted
 from dinofast.validation import check_source
 
 WAYS = (
@@ -133,7 +134,7 @@ def scan(source: str, on_progress: Progress | None = None) -> ImageDataset:
     digest = hashlib.blake2b(files.text.data, digest_size=16)
     for part in (members.file.data, members.names.text.data, members.spans.data) if members else ():
         digest.update(part)
-    told = "; ".join(filter(None, (note, str(ignored))))
+    told = printable("; ".join(filter(None, (note, str(ignored)))))
     dataset = ImageDataset(root, files, members, digest.hexdigest(), bad_files, told)
     if not len(dataset):
         raise ValueError(f"`data_path` {source} has no readable images: {examples(bad_files)}.")
@@ -159,9 +160,9 @@ def _named(source: str, root: bytes) -> tuple[Iterable[bytes], str]:
         if missing := [path for path in paths if not os.path.exists(path)]:
             more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
             raise ValueError(
-                f"`data_path` {source} stands for {len(paths):,} files, of which {len(missing):,} "
-                f"are missing: {', '.join(missing[:3])}{more}; put them there, or name those that "
-                "are."
+                f"`data_path` {source} stands for {counted(len(paths), 'file')}, of which "
+                f"{len(missing):,} {'is' if len(missing) == 1 else 'are'} missing: "
+                f"{', '.join(missing[:3])}{more}; put them there, or name those that are."
             )
         return map(os.fsencode, paths), ""
     check_source(source)

@@ -176,7 +176,7 @@ def knn(
     train, val, sentence = train_and_val(data_path, transform)
     say(f"{sentence} Shorter side {transform.resize}, center crop {transform.crop}.")
     for ignored in dict.fromkeys(filter(None, (train.ignored, val.ignored))):
-        say(ignored)
+        say(printable(ignored))
     low, high = trained_with.get("value_range", (0, 0))
     as_trained = partial(
         decode,

@@ -58,7 +58,7 @@ class Run:
     def log(self, text: str) -> None:
         if not self.is_main:
             return
-        text = spelled(text)
+        text = printable(spelled(text))
         (self._status.log if self._status else say)(text)
 
     @contextmanager
@@ -100,7 +100,7 @@ class Run:
 
     def _named(self, epoch: int) -> str:
         """As log.txt counts them, from 0, so that the last is seen to be the last."""
-        return f"epoch {epoch} of 0-{self.epochs - 1}" if self.epochs > 1 else "epoch 0, the only"
+        return f"epoch {epoch} of 0-{self.epochs - 1}" if self.epochs > 1 else "epoch 0"
 
     def _whole(self) -> str:
         last, steps = self.epochs - 1, counted(self.epochs * self.steps_per_epoch, "step")
@@ -114,7 +114,7 @@ class Run:
             path, reason = bad_files[-1]
             self.log(
                 f"{counted(len(bad_files), 'bad file')} left out, listed in '{where}'; the last: "
-                f"{printable(path)} ({reason})"
+                f"{path} ({reason})"
             )
 
     def log_replaced(
@@ -133,7 +133,7 @@ class Run:
             path, reason = bad_files[-1]
             self.log(
                 f"{counted(new, 'bad image')}{whose} replaced, listed in '{where}'; the last: "
-                f"{printable(path)} ({reason})"
+                f"{path} ({reason})"
             )
         new, self._told_unread = n_unread - self._told_unread, n_unread
         if new:
@@ -189,7 +189,8 @@ class Run:
         total = self.epochs * self.steps_per_epoch
         if first == 1 + compiles:
             left = f"about {in_words(took_s * (total - step))} for the {total - step:,} to come"
-            self.log(f"step {step} took {in_words(took_s)}, with its start-up: {left}")
+            left = f": {left}" if step < total else ""
+            self.log(f"step {step} took {in_words(took_s)}, with its start-up{left}")
             self.log(f"peak memory so far: {peak_memory(sums.device)}")
 
     def _tell(self, step: int, numbers: Mapping[str, str], now: float) -> None:
@@ -243,7 +244,7 @@ class Run:
         if count:
             entropy = self._share(sums["teacher_entropy"] / count)
             self.log(
-                f"{self._named(epoch)} done: mean loss {sums['loss'] / count:.4f}, teacher "
+                f"end of {self._named(epoch)}: mean loss {sums['loss'] / count:.4f}, teacher "
                 f"entropy {entropy} of log K"
             )
         if count and (

@@ -248,7 +248,10 @@ def test_the_command_writes_rounded_accuracies(tmp_path, capsys):
     assert cli.main([*line, "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     assert found["nb_knn"] == [1, 3] and found["accuracy_percent"].keys() == {"1", "3"}
-    printed = re.findall(r"(\d+)-NN classifier result: Top1: ([\d.]+)", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    whose = f"features of the teacher's vit_nano with patches of 8 x 8 in '{tmp_path}'\n"
+    assert said.count(whose) == 1
+    printed = re.findall(r"(\d+)-NN classifier result: Top1: ([\d.]+)", said)
     for k, top1 in printed:
         assert found["accuracy_percent"][k]["top1"] == pytest.approx(float(top1), abs=0.05)
     assert len(printed) == 2
