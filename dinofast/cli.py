@@ -294,7 +294,7 @@ def options_of(make: type, given: dict[str, Any], usage: str = "") -> Any:
             given[field.name] = given.pop(flag)
         about = field.metadata
         name = about["metavar"] if about.get("positional") else f"`{field.name}`"
-        if given.get(field.name) == "" and about.get("positional"):
+        if given.get(field.name) == "":
             raise ValueError(f"{name} is an empty word, as a variable that is not set gives one.")
         if field.default is MISSING and field.name not in given:
             raise ValueError(f"{name} is missing: {_as_clause(about['help'])}. Usage: {usage}")

@@ -46,7 +46,7 @@ def introduce(
 def _engine(process: Process, loader: Loader) -> str:
     """What makes the crops and the loss, and why not something faster."""
     loss, _, reason = ops.paths()["dino_loss"][process.device.type].partition(": ")
-    loss, crops = _NAMES.get(loss, "torch"), _NAMES[loader.backend]
+    loss, crops = _NAMES.get(loss, "torch"), _NAMES.get(loader.backend, loader.backend)
     if loss == crops and not loader.backend_note:
         return f"crops and loss by {crops}"
     why = [f" ({note})" if note else "" for note in (loader.backend_note, reason)]

@@ -60,7 +60,7 @@ def test_a_run_tells_its_learning_rate_and_how_long_it_takes(photographs, tmp_pa
         share = found["train_teacher_entropy"] / math.log(64)
         assert f"loss {found['train_loss']:.4f}, teacher entropy {share:.0%} of log K" in line
     path = tmp_path / "checkpoint.pth"
-    assert said.count(f"saved in '{path}', and again after every epoch") == 1
+    assert said.count(f"saved in '{path}', as after every epoch") == 1
     done = said.index(next(line for line in said if line.startswith("done: 3 epochs (0 to 2), ")))
     assert said[done + 1] == f"teacher and student are saved in '{path}'"
     assert said[done + 2].startswith("measure it: dinofast knn ")

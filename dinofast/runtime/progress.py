@@ -91,7 +91,7 @@ class Run:
     def log_saved(self, path: Path) -> None:
         """Say where the first checkpoint of this run lies."""
         if not self._told_saved:
-            self.log(f"saved in '{path}', and again after every epoch")
+            self.log(f"saved in '{path}', as after every epoch")
         self._told_saved = True
 
     def log_done(self, path: Path, device: torch.device) -> None:

@@ -262,6 +262,8 @@ def test_numbers_may_stand_together(monkeypatch, tmp_path, line):
         ("pretrain D D E", "' and 1 more cannot be taken as well: DIR is '"),
         ("pretrain D lr=0.1", "'lr=0.1' is a flag without its dashes: write --lr 0.1."),
         ("pretrain D epochs 5", "'epochs' is a flag without its dashes: write --epochs."),
+        ("pretrain D --output_dir=", "--output_dir is an empty word, as a variable that is not"),
+        ("knn D --pretrained_weights=", "--pretrained_weights is an empty word"),
         ("pretrain |", "DIR is an empty word, as a variable that is not set gives one."),
         ("pretrain ~/none", "the shell left its ~ alone; write /"),
         ("pretrain s3://bucket/x", "only files of this machine are read"),
