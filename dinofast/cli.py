@@ -10,19 +10,22 @@ import importlib
 import os
 import re
 import select
+import shlex
 import signal
 import sys
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from functools import partial
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 from . import __version__
 from .config import Config, meant
+from .runtime.arguments import Parser, check_dashes, number, one_of, truth, whole_number
 from .runtime.backends import CPU_TORCH
+from .runtime.foreign_flags import command_instead_of
 from .runtime.suggestions import did_you_mean
-from .runtime.terminal import prepare_streams, say
+from .runtime.terminal import prepare_streams, printable, say
 from .runtime.words import spelling
 from .validation import in_words
 
@@ -46,41 +49,6 @@ _NEEDED = {
 USAGE, INTERRUPTED = 2, 128  # exit codes; a signal's number is added to the second
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, with the nearest right word, instead of printing the
-    whole usage."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
-        )
-        # with an exponent too, or -1e-3 would be a flag
-        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. See {self.prog} --help.")
-
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
-        flags = [name for action in self._actions for name in action.option_strings]
-        args = [_underscored(word, flags) for word in (sys.argv[1:] if args is None else args)]
-        namespace, unknown = super().parse_known_args(args, namespace)
-        for word in unknown:
-            if word.startswith("-"):
-                flag = word.split("=")[0]
-                raise ValueError(
-                    f"there is no flag {flag}.{did_you_mean(flag, flags)} See {self.prog} --help."
-                )
-        return namespace, unknown
-
-
-def _underscored(word: str, flags: list[str]) -> str:
-    """--batch-size 8 is --batch_size 8, where there is such a flag."""
-    flag, equals, value = word.partition("=")
-    other = "--" + flag[2:].replace("-", "_")
-    known = flag.startswith("--") and flag not in flags and other in flags
-    return other + equals + value if known else word
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 failed midway, 2 a wrong option, path or file, 128
     + n ended by signal n."""
@@ -91,23 +59,18 @@ def main(argv: list[str] | None = None) -> int:
     prepare_streams()
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
-        say(parser().format_help(), error=True)
+        say(parser().format_help().rstrip(), error=True)
         return USAGE
-    first = next((word for word in argv if not word.startswith("-")), None)
     options: type = Config
     try:
-        command = first if first in COMMANDS else None
-        if first and not command:
-            raise ValueError(
-                f"there is no command {first}.{did_you_mean(first, list(COMMANDS))} "
-                f"Commands: {', '.join(COMMANDS)}."
-            )
+        argv = _as_flags(argv)
+        command = _command_of(argv)
         options = module_of(command).Options if command else Config
         shows_defaults = command and {"-h", "--help"} & set(argv)
         given = vars(parser(command, _device() if shows_defaults else "cpu").parse_args(argv))
         run = module_of(given.pop("command")).run
         with spelling(partial(with_flags, options=options)):
-            code = run(options_of(options, given))
+            code = run(options_of(options, given, _usage(command or "", options)))
     except ValueError as error:
         return _say(f"dinofast: {with_flags(str(error), options)}", USAGE)
     except ImportError as error:
@@ -129,11 +92,41 @@ def main(argv: list[str] | None = None) -> int:
     return code or 0
 
 
+def _as_flags(argv: list[str]) -> list[str]:
+    """`help`, `help pretrain`, `version` and -v, as other programs take them."""
+    first, *rest = argv
+    if first in ("help", "-help", "-?", "/?"):
+        return [*(word for word in rest[:1] if word in COMMANDS), "--help"]
+    return ["--version"] if first in ("version", "-version", "-v", "-V") else argv
+
+
+def _command_of(argv: list[str]) -> str | None:
+    """The command, None where help or the version is asked for. Raises ValueError if there is no
+    such."""
+    check_dashes(argv)
+    first = argv[0]
+    if first in COMMANDS:
+        return first
+    if first in ("-h", "--help", "--version"):
+        return None
+    if first.startswith("-"):
+        command = next((word for word in argv if word in COMMANDS), "COMMAND")
+        raise ValueError(f"the command comes first: dinofast {command} ... {first} ...")
+    if os.path.exists(first) or "/" in first:
+        raise ValueError(
+            f"'{first}' is a path, not a command: dinofast pretrain {shlex.quote(first)}"
+        )
+    way_out = command_instead_of(first) or did_you_mean(first, list(COMMANDS))
+    raise ValueError(
+        f"there is no command {printable(first)}.{way_out} Commands: {', '.join(COMMANDS)}."
+    )
+
+
 def _say(text: str, code: int) -> int:
     rank = os.environ.get("RANK") or "0"
     if rank != "0" and code not in (1, USAGE):  # of an orderly stop one process speaks for all
         return code
-    text = text if rank == "0" else f"process {rank}: {text}"
+    text = printable(text if rank == "0" else f"process {rank}: {text}", "\n")
     if code > INTERRUPTED and "TORCHELASTIC_RUN_ID" in os.environ:
         _say_after(os.getppid(), text)
     else:
@@ -181,16 +174,24 @@ def parser(command: str | None = None, device: str = "cpu") -> Parser:
     whole = Parser(
         prog="dinofast",
         description="DINO pretraining (arXiv 2104.14294), exactly as published and fast.",
+        usage="dinofast COMMAND [flags]",
+        epilog="\n".join(
+            [
+                "commands:",
+                *(f"    {name:13}{summary}" for name, summary in COMMANDS.items()),
+                "\nstart with: dinofast demo, or dinofast pretrain DIR; dinofast COMMAND --help",
+            ]
+        ),
     )
     whole.add_argument("--version", action="version", version=f"dinofast {__version__}")
     commands = whole.add_subparsers(
-        title="commands", metavar="COMMAND", dest="command", required=True
+        metavar="COMMAND", dest="command", required=True, help=argparse.SUPPRESS
     )
-    for name, summary in COMMANDS.items():
+    for name in COMMANDS:
         module = module_of(name) if name == command else None
         one = commands.add_parser(
             name,
-            help=summary,
+            prog=f"dinofast {name}",
             description=module.__doc__ if module else None,
             usage=_usage(name, module.Options) if module else None,
         )
@@ -205,7 +206,12 @@ def parser(command: str | None = None, device: str = "cpu") -> Parser:
 
 def _usage(name: str, options: type) -> str:
     places = [field.metadata["metavar"] for field in fields(options) if _has_place(field, options)]
-    return " ".join(("dinofast", name, *places, "[flags]"))
+    needed = [
+        f"--{field.name} {field.metadata['metavar']}"
+        for field in fields(options)
+        if field.default is MISSING and not _has_place(field, options)
+    ]
+    return " ".join(("dinofast", name, *places, *needed, "[flags]"))
 
 
 def _has_place(field: Field, options: type) -> bool:
@@ -218,6 +224,9 @@ def _is_inherited(field: Field, options: type) -> bool:
     return options is not Config and Config.__dataclass_fields__.get(field.name) is field
 
 
+_KINDS = {int: (whole_number, "N"), float: (number, "X"), str: (str, "NAME")}
+
+
 def add_argument(
     parser: argparse._ActionsContainer, field: Field, options: type, device: str = "cpu"
 ) -> None:
@@ -226,19 +235,15 @@ def add_argument(
     about, default, extra = field.metadata, field.default, {}
     example = default[0] if isinstance(default, tuple) else default
     if about.get("choices"):
-        extra["choices"] = about["choices"]
-    if "aliases" in about:
-        extra["type"] = partial(meant, about["aliases"])
+        extra["choices"], extra["type"] = about["choices"], partial(one_of, about["choices"])
+        if "aliases" in about:
+            extra["type"] = partial(meant, about["aliases"])
     elif isinstance(example, bool):
-        extra["type"], extra["metavar"] = parse_bool, "BOOL"
-    elif "type" in about or isinstance(example, int | float | str):
-        extra["type"] = about.get("type", type(example))
-        if "choices" not in extra:
-            extra["metavar"] = about.get(
-                "metavar", {int: "N", float: "X", str: "NAME"}[extra["type"]]
-            )
-    elif "metavar" in about:
-        extra["metavar"] = about["metavar"]
+        extra["type"], extra["metavar"] = truth, "BOOL"
+    else:
+        kind = about.get("type", type(example) if isinstance(example, int | float) else str)
+        extra["type"], metavar = _KINDS[kind]
+        extra["metavar"] = about.get("metavar", "DIR" if field.name.endswith("_dir") else metavar)
     if isinstance(default, tuple):
         extra["nargs"] = about.get("nargs", len(default))
     shown = with_flags(f"{about['help']}{_default(field, device)}".strip(), options)
@@ -262,19 +267,24 @@ def add_argument(
 
 
 def _default(field: Field, device: str) -> str:
-    """What stands in for an option that is not given, in words, on this device."""
+    """What stands in for an option that is not given, in words, on this device; nothing that its
+    advice says already."""
     about, default = field.metadata, field.default
-    if default is MISSING:
+    here, told = about.get("auto", {}).get(device), about["help"].rpartition("Default: ")
+    if told[1]:
+        return f" Here: {here}." if here and here not in told[2] else ""
+    if default is MISSING or (about.get("positional") and "shown" not in about):
         return ""
-    if device in about.get("auto", {}):
+    if here:
         where = "a GPU" if device == "cuda" else "a CPU"
-        return f" (default: {about['auto'][device]}, as on {where} here)"
-    shown = about.get("shown", "auto" if default is None else in_words(default))
-    return f" (default: {shown})"
+        return f" (default: {here}, as on {where} here)"
+    shown = in_words(default).lower() if isinstance(default, bool) else in_words(default)
+    return f" (default: {about.get('shown', 'auto' if default is None else shown)})"
 
 
-def options_of(make: type, given: dict[str, Any]) -> Any:
-    """A command's options, from what was given on the command line; checked where they can be."""
+def options_of(make: type, given: dict[str, Any], usage: str = "") -> Any:
+    """A command's options, from what was given on the command line; checked where they can be.
+    usage: of the command, for what is missing."""
     given = {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
     }
@@ -285,15 +295,21 @@ def options_of(make: type, given: dict[str, Any]) -> Any:
                     f"{given[field.name]} and {flag} {given[flag]} are two: give one of them."
                 )
             given[field.name] = given.pop(flag)
+        about = field.metadata
+        name = about["metavar"] if about.get("positional") else f"`{field.name}`"
+        if given.get(field.name) == "":
+            raise ValueError(f"{name} is an empty word, as a variable that is not set gives one.")
         if field.default is MISSING and field.name not in given:
-            name = f"`{field.name}`"
-            if field.metadata.get("positional"):
-                name = field.metadata["metavar"]
-            raise ValueError(f"{name} is missing: {field.metadata['help'].rstrip('.')}.")
+            raise ValueError(f"{name} is missing: {_as_clause(about['help'])}. Usage: {usage}")
     if "use_fp16" in given and "precision" not in given:
         given["precision"] = "fp16" if given["use_fp16"] else "fp32"
     options = make(**given)
     return options.check() if hasattr(options, "check") else options
+
+
+def _as_clause(sentence: str) -> str:
+    """A sentence to stand behind a colon."""
+    return sentence[0].lower() + sentence[1:].rstrip(".")
 
 
 def with_flags(text: str, options: type) -> str:
@@ -303,13 +319,3 @@ def with_flags(text: str, options: type) -> str:
     return re.sub(
         r"`(\w+)`", lambda found: f"--{found[1]}" if found[1] in names else found[0], text
     )
-
-
-def parse_bool(text: str) -> bool:
-    """`true/false/on/off/1/0`, as the official flags take them."""
-    value = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}.get(
-        text.lower()
-    )
-    if value is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a truth value: use true or false")
-    return value

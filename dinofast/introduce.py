@@ -13,7 +13,10 @@ from .nn.vit import VisionTransformer
 from .runtime.distributed import Process
 from .runtime.metrics import SMALL_DATA
 from .runtime.progress import Run, in_words
+from .runtime.words import counted
 from .step import Step
+
+_NAMES = {"cpp": "C++", "triton": "Triton", "native": "C++", "pil": "Pillow", "dali": "DALI"}
 
 
 def introduce(
@@ -21,23 +24,33 @@ def introduce(
 ) -> None:
     """start: the step at which the run goes on."""
     parameters = sum(p.numel() for p in step.model.student.parameters())
-    run.log(
-        f"{loader.n_images} images, {loader.steps_per_epoch} steps an epoch, {run.images_per_step} "
-        f"images a step; {cfg.arch}: {parameters / 1e6:.2f} M parameters; {process.device_name}, "
-        f"{step.precision}, {process.world} process(es)"
-    )
-    for remark in loader.remarks():
-        run.log(remark)
-    loss, note = ops.paths()["dino_loss"][process.device.type], loader.backend_note
-    crops = f"{loader.backend} ({note})" if note else loader.backend
-    run.log(f"loss: {loss}; step: {step.how}; crops: {crops}")
-    run.log(
-        f"learning rate: `lr` {cfg.lr:g} for 256 images, so {step.schedule.peak_lr:.3g} for "
-        f"{run.images_per_step}, after {cfg.warmup} epoch(s) of warm-up"
-    )
+    patches = f" with patches of {cfg.patch_size} x {cfg.patch_size}" if cfg.vit else ""
+    processes = f", {counted(process.world, 'process', 'processes')}" if process.world > 1 else ""
+    warmup = f"after {counted(cfg.warmup, 'epoch')} of warm-up" if cfg.warmup else "from the start"
+    for line in (
+        f"model: {cfg.arch}{patches}, {parameters / 1e6:.2f} M parameters with its head",
+        f"device: {process.device_name}, {step.precision}{processes}; {_engine(process, loader)}",
+        f"data: {counted(loader.n_images, 'image')}; {counted(run.images_per_step, 'image')} a "
+        f"step, {counted(loader.steps_per_epoch, 'step')} an epoch",
+        *loader.remarks(),
+        f"network: {step.how}",
+        f"learning rate: {step.schedule.peak_lr:.3g} {warmup} (`lr` {cfg.lr:g} x "
+        f"{run.images_per_step} / 256 images)",
+    ):
+        run.log(line)
     steps = cfg.epochs * loader.steps_per_epoch - start
     if process.is_main and steps > 0:
         run.log(_duration(cfg, process, step, steps))
+
+
+def _engine(process: Process, loader: Loader) -> str:
+    """What makes the crops and the loss, and why not something faster."""
+    loss, _, reason = ops.paths()["dino_loss"][process.device.type].partition(": ")
+    loss, crops = _NAMES.get(loss, "torch"), _NAMES.get(loader.backend, loader.backend)
+    if loss == crops and not loader.backend_note:
+        return f"crops and loss by {crops}"
+    why = [f" ({note})" if note else "" for note in (loader.backend_note, reason)]
+    return f"crops by {crops}{why[0]}, loss by {loss}{why[1]}"
 
 
 def _duration(cfg: Config, process: Process, step: Step, steps: int) -> str:
@@ -48,10 +61,10 @@ def _duration(cfg: Config, process: Process, step: Step, steps: int) -> str:
     if isinstance(backbone, VisionTransformer):
         peak, _ = peak_flops(process.device, step.dtype, quick=True)
         least_s = images * flops_of(cfg, backbone) / peak
-    said = f"{steps:,} steps to go"
+    said = f"to do: {counted(cfg.epochs, 'epoch')}, {counted(steps, 'step')}"
     if least_s < 1:
-        return f"{said}; how long they take is told after the first"
-    return f"{said}, at least {in_words(least_s)} by their matrix products alone"
+        return f"{said}; how long that takes is told after the first step"
+    return f"{said}; at least {in_words(least_s)}, at this device's full speed"
 
 
 def advice(cfg: Config, n_images: int) -> list[str]:

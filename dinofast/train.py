@@ -20,7 +20,7 @@ from .resume import first_step, go_on
 from .runtime import distributed
 from .runtime.callable_module import make_callable
 from .runtime.idle_threads import let_idle_threads_sleep
-from .runtime.memory import peak_memory, retain_freed_memory
+from .runtime.memory import retain_freed_memory
 from .runtime.metrics import EpochSums
 from .runtime.progress import Run, counting
 from .runtime.signals import Interrupted, StopSignal
@@ -153,10 +153,8 @@ class _Training:
                     self.saver.raise_failed()
                     raise self.stopped(done, stop.signum or signal.SIGTERM)
         self.saver.raise_failed()
-        peak = peak_memory(process.device)
-        text = f"{self.schedule.total} steps, teacher and student in '{self.path}'"
         if self.start < self.schedule.total:
-            self.run.log(f"done: {text}; peak memory {peak}")
+            self.run.log_done(self.path, process.device)
         return self.path
 
     def stopped(self, done: int, signum: int) -> Interrupted:
@@ -189,6 +187,8 @@ class _Training:
         data = self.loader.n_images, of_epoch, self.loader.fingerprint, self.batch
         where = checkpoint.TrainState(step, epoch, inside * self.batch, *data)
         self.saver(where, keep)
+        if not self.saver.failed:
+            self.run.log_saved(self.path)
 
 
 make_callable(__name__, train)

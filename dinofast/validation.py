@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import math
+import os
+import tempfile
 from dataclasses import MISSING, fields
 from typing import Any
+
+SOURCES = "give a folder of images or .tar shards, or a text file of their paths"
 
 
 def check_values(options: Any) -> None:
@@ -117,6 +123,68 @@ def check_patches(options: Any, name: str, needed: bool) -> None:
             f"`{name}` {size} is not a multiple of `patch_size` {patch}: take {near}, or "
             "another patch size."
         )
+
+
+def check_source(source: str) -> None:
+    """Raise ValueError if no file or folder has that path, with what was probably meant. A pattern
+    in braces is looked at by who expands it."""
+    if os.path.exists(source) or "{" in source:
+        return
+    folder, name = os.path.split(source.rstrip("/"))
+    hint = SOURCES
+    if source.startswith("file://"):
+        hint = f"write {source.removeprefix('file://')}"
+    elif "://" in source:
+        hint = "only files of this machine are read; copy or mount those there"
+    elif source.startswith("~"):
+        hint = f"the shell left its ~ alone; write {os.path.expanduser(source)}"
+    elif set("*?") & set(source):
+        hint = "give the folder itself; all images below it are found"
+    elif os.path.lexists(source):
+        hint = "it is a link, and what it leads to is not there"
+    elif os.path.exists(source.strip(" \"'")):
+        hint = "there is such a path without what stands around it"
+    elif near := difflib.get_close_matches(name, _some_names(folder or "."), 1, 0.75):
+        hint = f"did you mean '{os.path.join(folder, near[0])}'?"
+    end = "" if hint.endswith("?") else "."
+    raise ValueError(f"`data_path` '{source}' does not exist: {hint}{end}")
+
+
+def _some_names(folder: str) -> list[str]:
+    """Of what lies in a folder, without listing a million."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in itertools.islice(entries, 1000)]
+    except OSError:
+        return []
+
+
+def check_output(name: str, path: str, is_folder: bool = False) -> None:
+    """Raise ValueError if the file of that path could not be written, or the folder not be made,
+    so that hours of work do not end with that. Leaves nothing behind.
+
+    A file's folder must be there, a folder is made together with those above it.
+    """
+    given = f"`{name}` is '{path}'"
+    folder = path if is_folder else os.path.dirname(path)
+    folder = folder or "."
+    while is_folder and not os.path.lexists(folder):
+        folder = os.path.dirname(folder.rstrip("/")) or "."
+    if is_folder and not os.path.isdir(folder):
+        raise ValueError(f"{given}, and '{folder}' is a file: give a folder.")
+    if not is_folder and (os.path.isdir(path) or path.endswith("/")):
+        raise ValueError(f"{given}, a folder: name a file in it.")
+    if not os.path.isdir(folder):
+        raise ValueError(f"{given}, but there is no folder '{folder}': make it, or name another.")
+    try:
+        if is_folder or not os.path.exists(path):
+            tempfile.TemporaryFile(dir=folder).close()
+        elif os.path.isfile(path):  # not a pipe, which would be waited for
+            os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
+    except OSError as error:
+        raise ValueError(
+            f"{given}, which cannot be written ({error.strerror or error}): name another place."
+        ) from error
 
 
 def in_words(value: Any) -> str:

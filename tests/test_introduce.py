@@ -1,5 +1,8 @@
 """What a run says before its first step."""
 
+import json
+import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -44,12 +47,33 @@ def test_a_run_tells_its_learning_rate_and_how_long_it_takes(photographs, tmp_pa
     said = finish(photographs, tmp_path).splitlines()
     first = said.index(next(line for line in said if line.startswith("step 1 took")))
     (rate,) = [line for line in said[:first] if line.startswith("learning rate: ")]
-    assert rate == (
-        "learning rate: --lr 0.1 for 256 images, so 0.00156 for 4, after 1 epoch(s) of warm-up"
-    )
+    assert rate == ("learning rate: 0.00156 after 1 epoch of warm-up (--lr 0.1 x 4 / 256 images)")
     steps = 3 * (len(list(photographs.glob("*"))) // 4)
-    assert f"{steps} steps to go; how long they take is told after the first" in said
-    assert f"for the {steps - 1} to come" in said[first]
+    todo = f"to do: 3 epochs, {steps} steps; how long that takes is told after the first step"
+    assert todo in said and f"for the {steps - 1} to come" in said[first]
+    whole = "\n".join(said)
+    assert not re.search(r"\(s\)|\(es\)|\b1 (images|epochs|steps|threads)\b(?!/)", whole)
+    lines = [line for line in said if line.startswith("end of ")]  # as log.txt counts and says
+    logged = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [line.split(": ")[0] for line in lines] == [f"end of epoch {i} of 0-2" for i in range(3)]
+    for line, found in zip(lines, logged, strict=True):
+        share = found["train_teacher_entropy"] / math.log(64)
+        assert f"loss {found['train_loss']:.4f}, teacher entropy {share:.0%} of log K" in line
+    path = tmp_path / "checkpoint.pth"
+    assert said.count(f"saved in '{path}', as after every epoch") == 1
+    done = said.index(next(line for line in said if line.startswith("done: 3 epochs (0 to 2), ")))
+    assert said[done + 1] == f"teacher and student are saved in '{path}'"
+    assert said[done + 2].startswith("measure it: dinofast knn ")
+
+
+def test_first_lines_fit_a_terminal(photographs, tmp_path):
+    said = finish(photographs, tmp_path, "--epochs", "1", "--warmup_epochs", "0").splitlines()
+    first = next(i for i, line in enumerate(said) if line.startswith("step 1 took"))
+    assert [line.partition(":")[0] for line in said[:first]] == [
+        *("model", "device", "data", "network", "learning rate", "to do")
+    ]
+    assert all(len(line) <= 80 for line in said[: first + 1])
+    assert any(line.startswith("epoch 0  step 12  loss") for line in said)
 
 
 def test_a_long_run_is_estimated_beforehand(monkeypatch):
@@ -62,7 +86,9 @@ def test_a_long_run_is_estimated_beforehand(monkeypatch):
     process = SimpleNamespace(device=torch.device("cpu"))
     said = introduce._duration(cfg, process, step, 100_000)
     days = 100 * 1000 * 64 * 113.4 / 100 / 86400
-    assert said == f"100,000 steps to go, at least {days:.0f} days by their matrix products alone"
+    assert said == (
+        f"to do: 100 epochs, 100,000 steps; at least {days:.0f} days, at this device's full speed"
+    )
 
 
 def test_a_folder_of_halves_is_told(tmp_path):

@@ -26,6 +26,8 @@ from ..data.decode import UnreadableImage, decode
 from ..runtime.backends import cores
 from ..runtime.distributed import pick_device
 from ..runtime.progress import counting
+from ..runtime.terminal import printable
+from ..runtime.words import counted
 
 INTERVALS = 10  # of the measurement, at most
 SAMPLE = 100  # images of which the stages are timed, at most
@@ -234,22 +236,24 @@ def report(measured: Measured, wanted: float | None) -> str:
     images/s."""
     m = measured
     workers = (
-        f"{m.n_workers} {'process(es)' if m.backend == 'pil' else 'thread(s)'}"
+        counted(m.n_workers, *(("process", "processes") if m.backend == "pil" else ("thread",)))
         if m.n_workers
         else "in the main thread"
     )
-    lines = [f"source: '{m.source}', {m.n_images:,} images, listed in {m.scan_s:.2f} s"]
+    lines = [f"source: '{m.source}', {counted(m.n_images, 'image')}, listed in {m.scan_s:.2f} s"]
     if m.bad_files:
         path, reason = m.bad_files[-1]
         lines.append(
-            f"{len(m.bad_files):,} bad file(s) replaced or left out; the last: {path} ({reason})"
+            f"{counted(len(m.bad_files), 'bad file')} replaced or left out; the last: "
+            f"{printable(path)} ({reason})"
         )
     lines += [
         f"crops: {m.backend}, {workers}{f' ({m.backend_note})' if m.backend_note else ''}; "
-        f"{m.n_crops} crops an image, {m.batch_size} images a batch, {cores()} core(s)",
-        f"speed: {_short(m.images_per_s)} images/s, median of {len(m.rates)} interval(s) from "
-        f"{_short(min(m.rates))} to {_short(max(m.rates))}; {m.n_counted:,} images in "
-        f"{m.seconds:.1f} s",
+        f"{counted(m.n_crops, 'crop')} an image, {counted(m.batch_size, 'image')} a batch, "
+        f"{counted(cores(), 'core')}",
+        f"speed: {_short(m.images_per_s)} images/s, median of "
+        f"{counted(len(m.rates), 'interval')} from {_short(min(m.rates))} to "
+        f"{_short(max(m.rates))}; {counted(m.n_counted, 'image')} in {m.seconds:.1f} s",
         f"CPU time an image, {'by stage' if m.backend == 'dali' else 'one thread alone'}: "
         + ", ".join(f"{stage} {ms:.2f} ms" for stage, ms in m.stages_ms.items()),
     ]
@@ -266,10 +270,10 @@ def verdict(measured: Measured, wanted: float | None) -> str:
         return f"keeps up with {_short(wanted)} images/s"
     needed = math.ceil(wanted * (m.cpu_ms or sum(m.stages_ms.values())) / 1e3)
     if needed > min(cores(), m.n_workers):
-        way_out = f"{needed:,} cores of this kind would do"
+        way_out = f"{counted(needed, 'core')} of this kind would do"
     else:  # they are here, and wait
         way_out = (
-            f"{needed:,} core(s) would do, so the files come too slowly, or something else "
+            f"{counted(needed, 'core')} would do, so the files come too slowly, or something else "
             "takes the cores"
         )
     return f"does not keep up: {rate} of {_short(wanted)} images/s; {way_out}"

@@ -24,6 +24,7 @@ from ..nn.vit import VisionTransformer
 from ..runtime.distributed import Process, pick_device
 from ..runtime.memory import retain_freed_memory
 from ..runtime.progress import counting
+from ..runtime.words import counted
 from ..schedule import Schedule
 from ..step import Step
 from .baseline import OfficialStep
@@ -300,7 +301,7 @@ def setting(cfg: Config, device: torch.device) -> str:
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
+        else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     )
     return (
         f"{cfg.arch}/{cfg.patch_size}, {cfg.batch_size_per_gpu} images a step, {crops} crops, "

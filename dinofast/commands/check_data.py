@@ -20,7 +20,9 @@ from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING
 
 from ..config import option
-from ..runtime.terminal import StatusLine, is_terminal, say
+from ..runtime.terminal import StatusLine, is_terminal, printable, say
+from ..runtime.words import counted
+from ..validation import check_output
 
 if TYPE_CHECKING:
     import ctypes
@@ -59,19 +61,13 @@ class Options:
         if not (low < high or low == high == 0):
             raise ValueError(f"`value_range` is {low:g} {high:g}: give two values, low < high.")
         if self.delete_list:  # so that hours of work do not end with a path that cannot be written
-            folder = os.path.dirname(self.delete_list) or "."
-            there = os.path.exists(self.delete_list)
-            if (
-                not os.path.isdir(folder)
-                or not os.access(folder, os.W_OK)
-                or (there and not os.path.isfile(self.delete_list))
-            ):
+            check_output("delete_list", self.delete_list)
+            if os.path.exists(self.delete_list) and not os.path.isfile(self.delete_list):
                 raise ValueError(
-                    f"`delete_list` is '{self.delete_list}': name a file in a folder that is there "
-                    "and may be written to."
+                    f"`delete_list` is '{self.delete_list}', which is no plain file: name one."
                 )
             if (
-                there
+                os.path.exists(self.delete_list)
                 and os.path.exists(self.data_path)
                 and os.path.samefile(self.delete_list, self.data_path)
             ):
@@ -103,14 +99,14 @@ def run(options: Options) -> int:
     if dark := remark(shades, len(images) - len(bad)):
         say(spelled(f"warning: {dark}"))
     for path, reason in images.bad_files:
-        say(f"{path}: {reason}")
+        say(printable(f"{path}: {reason}"))
     say(report([(images.path(i), reason) for i, reason, _ in bad], len(images)))
     if options.delete_list:
         n = write_list(
             options.delete_list,
             [images.path(i) for i, _, deletable in bad if deletable and images.is_file(i)],
         )
-        say(f"{n:,} path(s) in '{options.delete_list}'")
+        say(f"{counted(n, 'path')} in '{options.delete_list}'")
     return 1 if bad or images.bad_files else 0
 
 
@@ -198,7 +194,8 @@ class Progress:
         rate = done / max(now - self.start, 1e-9)
         eta = duration((self.total - done) / rate)
         (self.status.show if self.status else say)(
-            f"{done:,} of {self.total:,} images, {rate:,.0f} images/s, ETA {eta}, {n_bad:,} bad"
+            f"{done:,} of {counted(self.total, 'image')}, {rate:,.0f} images/s, ETA {eta}, "
+            f"{n_bad:,} bad"
         )
 
     def end(self) -> None:
@@ -209,12 +206,13 @@ class Progress:
 def report(bad: list[tuple[str, str]], total: int) -> str:
     """Bad files by reason, the most frequent first, with some paths of each."""
     if not bad:
-        return f"all {total:,} images decode"
-    lines = [f"{len(bad):,} of {total:,} images do not decode:"]
+        return f"all {total:,} images decode" if total > 1 else "the 1 image decodes"
+    do = "does" if len(bad) == 1 else "do"
+    lines = [f"{len(bad):,} of {counted(total, 'image')} {do} not decode:"]
     for reason, n in Counter(reason for _, reason in bad).most_common():
-        lines.append(f"{n:>9,}  {reason}")
+        lines.append(f"{n:>9,}  {printable(reason)}")
         paths = [path for path, why in bad if why == reason]
-        lines += [f"{'':11}{path}" for path in paths[:SHOWN]] + [
+        lines += [f"{'':11}{printable(path)}" for path in paths[:SHOWN]] + [
             f"{'':11}and {n - SHOWN:,} more"
         ] * (n > SHOWN)
     return "\n".join(lines)

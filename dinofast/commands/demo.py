@@ -32,7 +32,9 @@ from ..evaluate.knn import extract_features, knn_classify
 from ..evaluate.pictures import enlarge, overlay, sheet, stretch
 from ..nn.dino import Model
 from ..runtime.terminal import say
+from ..runtime.words import counted
 from ..train import train
+from ..validation import check_output
 from . import sample_data
 
 SIDE, PATCH, BATCH = 32, 4, 48
@@ -46,12 +48,14 @@ K = 10
 class Options:
     output_dir: str | None = option(
         None,
-        "left out, runs/demo, or runs/demo-seedN for another seed than 0",
+        "Folder of the data, the run and the picture. Default: runs/demo, or runs/demo-seedN for "
+        "another seed than 0.",
         metavar="DIR",
-        shown="runs/demo",
     )
-    seed: int = option(0)
-    device: str | None = option(None, choices=("cuda", "cpu"), shown="a GPU if there is one")
+    seed: int = option(0, "Of the drawn images and of the run.")
+    device: str | None = option(
+        None, "Where to train.", choices=("cuda", "cpu"), shown="a GPU if there is one"
+    )
 
 
 def run(options: Options) -> None:
@@ -74,6 +78,7 @@ def demo(
     """
     start = time.perf_counter()
     out = Path(output_dir or ("runs/demo" if seed == 0 else f"runs/demo-seed{seed}"))
+    check_output("output_dir", str(out), is_folder=True)
     what = "using" if (out / "data" / "train").is_dir() else "writing"
     say(f"{what} {n_images:,} images of drawn objects in '{out / 'data'}'")
     sample_data.write(out / "data", n_images, seed=seed)
@@ -100,7 +105,7 @@ def demo(
         "total_seconds": round(time.perf_counter() - start, 1),
         "device": torch.cuda.get_device_name()
         if _on_gpu(device)
-        else f"CPU, {torch.get_num_threads()} thread(s)",
+        else f"CPU, {counted(torch.get_num_threads(), 'thread')}",
         "versions": {
             "dinofast": __version__,
             "python": platform.python_version(),

@@ -21,6 +21,7 @@ from ..nn.attention import (
 from ..nn.onednn_linear import select_library
 from ..runtime.backends import CPU_TORCH, cores
 from ..runtime.terminal import say
+from ..runtime.words import counted
 
 _PACKAGES = (
     "numpy",
@@ -52,7 +53,8 @@ def report() -> str:
         f"dinofast {__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{platform.platform()}",
         "packages: " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
-        f"CPU: {cores()} core(s) for this process, torch uses {torch.get_num_threads()} thread(s), "
+        f"CPU: {counted(cores(), 'core')} for this process, torch uses "
+        f"{counted(torch.get_num_threads(), 'thread')}, "
         f"vector instructions {torch.backends.cpu.get_cpu_capability()}",
         f"GPU: {_gpus()}",
         "",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import MISSING, asdict, dataclass
 
 from ..config import option
+from ..validation import check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,12 @@ class Options:
         "Only where the checkpoint does not tell its architecture.",
         shown="from the checkpoint",
     )
-    patch_size: int | None = option(None, "Likewise.", type=int, shown="from the checkpoint")
+    patch_size: int | None = option(
+        None,
+        "Side of a patch, likewise.",
+        type=int,
+        shown="from the checkpoint",
+    )
     nb_knn: tuple[int, ...] = option((10, 20, 100, 200), "Numbers of neighbors.", nargs="+")
     temperature: float = option(0.07, "Of the votes, exp(similarity / temperature).")
     resize: int | None = option(
@@ -39,9 +44,11 @@ class Options:
         type=int,
         shown="the global crops' in training, 224 for official checkpoints",
     )
-    batch_size_per_gpu: int = option(128)
-    num_workers: int = option(10, shown="10, at most one per core")
-    device: str | None = option(None, choices=("cuda", "cpu"), shown="a GPU if there is one")
+    batch_size_per_gpu: int = option(128, "Images at a time.")
+    num_workers: int = option(10, "Processes that read images.", shown="10, at most one per core")
+    device: str | None = option(
+        None, "Where features are computed.", choices=("cuda", "cpu"), shown="a GPU if there is one"
+    )
     json: str = option("", "Write the accuracies into FILE.", metavar="FILE", shown="none")
     use_cuda: bool = option(True, hidden=True)  # official name; says where features are kept
 
@@ -52,8 +59,8 @@ def run(options: Options) -> None:
     given = asdict(options)
     given.pop("use_cuda")
     path = given.pop("json")
-    if path and not os.path.isdir(os.path.dirname(path) or "."):
-        raise ValueError(f"`json` is '{path}': its folder does not exist; name another file.")
+    if path:
+        check_output("json", path)
     found = knn(**given)
     if path:
         rounded = {k: {"top1": round(a, 2), "top5": round(b, 2)} for k, (a, b) in found.items()}

@@ -15,23 +15,39 @@ several GPUs: torchrun --nproc_per_node N -m dinofast pretrain DIR ...
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 
 from ..config import Config
+from ..runtime.terminal import say
+from ..validation import SOURCES, check_output, check_source
 
 Options = Config
-_SOURCES = "give a folder of images or .tar shards, or a text file of their paths"
 
 
 def run(options: Config) -> None:
-    data, output_dir = Path(options.data_path), Path(options.output_dir)
+    data = Path(options.data_path)
     if options.data_path == Config.data_path:
-        raise ValueError(f"DIR is missing: {_SOURCES}.")
-    # a pattern; before torch is even imported
-    if not data.exists() and "{" not in options.data_path:
-        raise ValueError(f"`data_path` '{data}' does not exist: {_SOURCES}.")
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"`output_dir` '{output_dir}' is a file: give a folder.")
+        raise ValueError(f"DIR is missing: {SOURCES}.")
+    check_source(options.data_path)  # before torch is even imported
+    check_output("output_dir", options.output_dir, is_folder=True)
     from ..train import train
 
-    train(options)
+    path = train(options)
+    if os.environ.get("RANK", "0") in ("0", ""):  # of several processes one speaks
+        say(what_next(path, data))
+
+
+def what_next(path: Path, data: Path) -> str:
+    """What a checkpoint is good for, in commands. data: the images that it was trained on, which
+    may have labels too."""
+    if (data.parent / "val").is_dir() and data.name == "train":
+        data = data.parent
+    labeled = data.is_dir() and len([p for p in data.iterdir() if p.is_dir()]) > 1
+    folder = shlex.quote(str(data)) if labeled else "DIR"
+    return (
+        f"measure it: dinofast knn {folder} --pretrained_weights {shlex.quote(str(path))}\n"
+        f"use it: backbone = dinofast.load_backbone({str(path)!r})\n"
+        "export it: torch.onnx.export(backbone, (images,), 'backbone.onnx', dynamo=True)"
+    )

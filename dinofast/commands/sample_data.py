@@ -9,6 +9,7 @@ at most half of the cases.
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from PIL import Image
 
 from ..config import option
 from ..runtime.terminal import say
+from ..runtime.words import counted
+from ..validation import check_output
 
 TEXTURES = (
     "stripes",
@@ -62,18 +65,21 @@ VALIDATION_EVERY = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    folder: str = option(MISSING, "made if it is not there", metavar="DIR", positional=True)
-    n_images: int = option(4000, "of ten classes, three quarters to train")
-    size: int = option(48, "side in pixels")
-    seed: int = option(0)
+    folder: str = option(
+        MISSING, "Folder to write, made if need be.", metavar="DIR", positional=True
+    )
+    n_images: int = option(4000, "Of ten classes, three quarters to train")
+    size: int = option(48, "Side in pixels")
+    seed: int = option(0, "Of what is drawn.")
 
 
 def run(options: Options) -> None:
+    check_output("folder", options.folder, is_folder=True)
     write(**asdict(options))
     say(
-        f"{options.n_images} images in '{options.folder}': train/ and val/ with class folders, "
-        f"masks/ of the objects; pretrain --data_path {Path(options.folder) / 'train'}, then knn "
-        f"--data_path {options.folder}"
+        f"{counted(options.n_images, 'image')} in '{options.folder}': train/ and val/ with class "
+        "folders, masks/ of the objects\n"
+        f"try: dinofast pretrain {shlex.quote(str(Path(options.folder) / 'train'))}"
     )
 
 

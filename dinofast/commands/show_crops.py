@@ -16,7 +16,9 @@ from ..data.backend_pil import render
 from ..data.decode import UnreadableImage, decode
 from ..data.loader import views
 from ..data.sampler import epoch_order
-from ..runtime.terminal import say
+from ..runtime.terminal import printable, say
+from ..runtime.words import counted
+from ..validation import check_output
 
 # pixels of a picture's place, between places, and lines of text below it
 CELL, GAP, LINES = 160, 8, 6
@@ -41,7 +43,8 @@ class Options(Config):
 
 def run(options: Options) -> None:
     shown = write(options, Path(options.sheet), options.n_images, options.epoch)
-    say(f"{shown} image(s) and their {options.n_crops} crops each in '{options.sheet}'")
+    crops = counted(options.n_crops, "crop")
+    say(f"{counted(shown, 'image')} in '{options.sheet}', a row each: the image and its {crops}")
 
 
 def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
@@ -51,12 +54,7 @@ def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
     They are the crops that a run with these options trains on, made by PIL. Raises ValueError if
     the source holds no images, or `path` is a folder or in none.
     """
-    if path.is_dir():
-        raise ValueError(
-            f"'{path}' is a folder: name the picture too, such as '{path / 'crops.png'}'."
-        )
-    if not path.resolve().parent.is_dir():
-        raise ValueError(f"'{path}' cannot be written: there is no folder '{path.parent}'.")
+    check_output("sheet", str(path))
     images = dataset.scan(cfg.data_path)
     samples = epoch_order(cfg.seed, epoch, len(images))[:n_images]
     draw = Augmentation(cfg.seed, views(cfg)).draw(epoch, samples)
@@ -68,7 +66,7 @@ def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
     )
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for row, sample in enumerate(samples.tolist()):
-        name = Path(images.path(sample)).name[-26:]
+        name = printable(Path(images.path(sample)).name)[-26:]
         try:
             image = decode(images.read(sample), cfg.given_value_range, cfg.exif)
             plans = draw.plan(row, image.height, image.width)

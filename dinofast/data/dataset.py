@@ -18,11 +18,15 @@ import numpy as np
 from dinofast.data import listing, names, shards
 from dinofast.data.decode import BadFiles, UnreadableImage, check_length, opened, read_file
 from dinofast.data.packed import PackedStrings
+from dinofast.runtime.terminal import printable
+from dinofast.runtime.words import counted
+from dinofast.validation import check_source
 
 WAYS = (
     "give a folder of images or of .tar shards, a shard, a pattern such as "
     "shards-{000000..000146}.tar, or a text file with one path a line."
 )
+ARCHIVES = (b"PK\3\4", b"PK\5\6", b"7z\xbc\xaf", b"Rar!")
 # that list folders, or read headers of shards, and wait for the storage most of the time
 THREADS = 16
 PROGRESS_EVERY = 10_000  # files
@@ -130,7 +134,7 @@ def scan(source: str, on_progress: Progress | None = None) -> ImageDataset:
     digest = hashlib.blake2b(files.text.data, digest_size=16)
     for part in (members.file.data, members.names.text.data, members.spans.data) if members else ():
         digest.update(part)
-    told = "; ".join(filter(None, (note, str(ignored))))
+    told = printable("; ".join(filter(None, (note, str(ignored)))))
     dataset = ImageDataset(root, files, members, digest.hexdigest(), bad_files, told)
     if not len(dataset):
         raise ValueError(f"`data_path` {source} has no readable images: {examples(bad_files)}.")
@@ -139,7 +143,7 @@ def scan(source: str, on_progress: Progress | None = None) -> ImageDataset:
 
 def examples(bad_files: BadFiles) -> str:
     """The first three, with reasons."""
-    return "; ".join(f"{path} ({reason})" for path, reason in bad_files[:3]) + (
+    return "; ".join(f"{printable(path)} ({reason})" for path, reason in bad_files[:3]) + (
         "; ..." if len(bad_files) > 3 else ""
     )
 
@@ -156,24 +160,21 @@ def _named(source: str, root: bytes) -> tuple[Iterable[bytes], str]:
         if missing := [path for path in paths if not os.path.exists(path)]:
             more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
             raise ValueError(
-                f"`data_path` {source} stands for {len(paths):,} files, of which {len(missing):,} "
-                f"are missing: {', '.join(missing[:3])}{more}; put them there, or name those that "
-                "are."
+                f"`data_path` {source} stands for {counted(len(paths), 'file')}, of which "
+                f"{len(missing):,} {'is' if len(missing) == 1 else 'are'} missing: "
+                f"{', '.join(missing[:3])}{more}; put them there, or name those that are."
             )
         return map(os.fsencode, paths), ""
-    if os.path.exists(source) and not os.path.isfile(source):
+    check_source(source)
+    if not os.path.isfile(source):
         raise ValueError(f"`data_path` {source} is neither a folder nor a file: {WAYS}")
     try:
         with open(source, "rb") as file:
             if shards.is_shard(os.fsencode(source)):
                 return [os.fsencode(source)], ""
             text = file.read(4096)
-            if b"\0" in text and not text.startswith(
-                listing.UTF_16
-            ):  # before an archive of any size is read
-                raise ValueError(
-                    f"`data_path` {source} is neither a folder nor a text file nor a .tar: {WAYS}"
-                )
+            if what := _no_list(source, text):  # before an archive of any size is read
+                raise ValueError(f"`data_path` {source} is {what}")
             text += file.read()
     except OSError as error:
         raise ValueError(
@@ -181,6 +182,24 @@ def _named(source: str, root: bytes) -> tuple[Iterable[bytes], str]:
         ) from error
     lines, note = listing.paths(text, root, source)
     return (os.path.join(root, line) for line in lines), note
+
+
+def _no_list(source: str, text: bytes) -> str:
+    """What a file is that begins with this and is no list of paths, and the way out; or nothing."""
+    name, here = os.fsencode(source), os.path.dirname(source) or "."
+    binary = b"\0" in text and not text.startswith(listing.UTF_16)
+    if names.has_ending(name) and (binary or not text):
+        return f"one image: give a folder of many, such as '{here}' where it lies."
+    if name.lower().endswith((b".pth", b".pt", b".ckpt", b".safetensors")):
+        return "a file of weights: give the images to train on."
+    if text.startswith(ARCHIVES) or name.lower().endswith((b".zip", b".7z", b".rar")):
+        return "an archive that is not read: unpack it, and give the folder."
+    if text[257:262] == b"ustar":
+        return "a tar archive by another name: rename it to end in .tar."
+    for magic, how in shards.MAGIC.items():
+        if text.startswith(magic):
+            return f"compressed with {how}: unpack it first."
+    return f"neither a folder nor a text file nor a .tar: {WAYS}" if binary else ""
 
 
 def _members(

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from dinofast.data import names
+from dinofast.runtime.words import counted
 
 # bytes of an image: one pread gives no more, and PIL takes none whose pixels need as many
 LARGEST = 2 * 10**9
@@ -147,8 +148,8 @@ def _kind_of_tiff(data: bytes) -> str:
         bits, kinds = tags[BITS], tags.get(SAMPLE_FORMAT, (1,))
         what = "floats" if FLOAT in kinds else "integers"
         return (
-            f"a TIFF with {tags.get(SAMPLES, 1)} band(s) of {bits[0]}-bit {what}, which PIL does "
-            "not read: save it as 8-bit color or as gray of 8, 16 or 32 bits"
+            f"a TIFF with {counted(tags.get(SAMPLES, 1), 'band')} of {bits[0]}-bit {what}, which "
+            "PIL does not read: save it as 8-bit color or as gray of 8, 16 or 32 bits"
         )
     except Exception:  # damaged, or of another kind
         return "a damaged TIFF, or of a kind that PIL does not read"

@@ -7,6 +7,9 @@ import os
 import urllib.parse
 from collections.abc import Callable
 
+from dinofast.data.names import has_ending
+from dinofast.data.shards import is_shard
+
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how some editors of Windows begin a text
 LOOKED_AT = 100  # lines of which one must name a file
 
@@ -17,8 +20,8 @@ def paths(text: bytes, root: bytes, source: str) -> tuple[list[bytes], str]:
     A line is a path, relative to `root` unless absolute, if the first line is one. Else the first
     of READINGS is taken for all lines that makes a file's name of the first. Where that is missing
     it may be a heading, and the next line decides. Blank lines are left out, and lines that begin
-    with # unless they name a file. Raises `ValueError` if there are no lines, or none of the first
-    LOOKED_AT names a file.
+    with # unless they name a file. Raises `ValueError` if there are no lines, if they
+    look like JSON, or if none of the first LOOKED_AT names a file.
     """
     if text.startswith(UTF_16):
         text = text.decode("utf-16", "replace").encode()
@@ -32,6 +35,11 @@ def paths(text: bytes, root: bytes, source: str) -> tuple[list[bytes], str]:
     ]
     if not lines:
         raise ValueError(f"`data_path` {source} lists no images: write one path a line into it.")
+    if _is_data(lines[0]) and not os.path.lexists(os.path.join(root, lines[0])):
+        raise ValueError(
+            f"`data_path` {source} is JSON or the like, which is not read: write its paths into a "
+            "text file, one a line."
+        )
     for line in lines[:LOOKED_AT]:
         if os.path.lexists(os.path.join(root, line)):
             return [*map(_unquoted, lines[_is_heading(lines[0], line) :])], ""
@@ -48,7 +56,12 @@ def paths(text: bytes, root: bytes, source: str) -> tuple[list[bytes], str]:
 
 def _is_heading(first: bytes, path: bytes) -> bool:
     """Whether this is no path but a word above them; path: of a line that names a file."""
-    return first != path and b"/" not in first and b"." not in first
+    return first != path and b"/" not in first and not (has_ending(first) or is_shard(first))
+
+
+def _is_data(line: bytes) -> bool:
+    """Whether a line begins an object or a list of JSON, or of Python."""
+    return line[:1] in (b"{", b"[") and not (has_ending(line) or is_shard(line))
 
 
 def _unquoted(path: bytes) -> bytes:

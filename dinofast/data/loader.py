@@ -27,6 +27,7 @@ from dinofast.runtime.backends import Selection, cores, select
 from dinofast.runtime.distributed import local_world
 from dinofast.runtime.memory import fewer_workers
 from dinofast.runtime.side_stream import SideStream
+from dinofast.runtime.words import counted
 
 PREFETCH = 2  # micro-batches that a worker process has ready
 ENOUGH_DRAWN = 100  # images, before the share of bad ones can end a run
@@ -108,9 +109,10 @@ class Loader:
         self.steps_per_epoch = self.n_images // global_batch
         if not self.steps_per_epoch:
             raise ValueError(
-                f"`data_path` {cfg.data_path} has {self.n_images:,} images but one step takes "
-                f"{global_batch:,} (`batch_size_per_gpu` {cfg.batch_size_per_gpu} x {world} "
-                f"processes x `accumulate` {cfg.accumulate}): lower `batch_size_per_gpu`."
+                f"`data_path` {cfg.data_path} has {counted(self.n_images, 'image')} but one step "
+                f"takes {global_batch:,} (`batch_size_per_gpu` {cfg.batch_size_per_gpu} x "
+                f"{counted(world, 'process', 'processes')} x `accumulate` {cfg.accumulate}): lower "
+                "`batch_size_per_gpu`."
             )
         self._n_drawn = self._n_replaced = self.n_unread = 0
         self._n_own = self.steps_per_epoch * cfg.batch_size_per_gpu * cfg.accumulate
@@ -176,8 +178,9 @@ class Loader:
         self._unlink()
         if not same:
             raise ValueError(
-                f"process {self._rank} finds {self.n_images} images in `data_path` {self._source}, "
-                "others find different ones: all processes must see the same files."
+                f"process {self._rank} finds {counted(self.n_images, 'image')} in `data_path` "
+                f"{self._source}, others find different ones: all processes must see the same "
+                "files."
             )
 
     def __iter__(self) -> Loader:

@@ -21,6 +21,7 @@ from ..data.names import Ignored, is_hidden
 from ..data.shards import is_shard
 from ..runtime.memory import fewer_workers, share, why_workers_ended
 from ..runtime.terminal import say
+from ..runtime.words import counted
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -50,7 +51,7 @@ class EvalTransform:
     def __post_init__(self) -> None:
         if not 1 <= self.crop <= self.resize:
             raise ValueError(
-                f"The center crop of {self.crop} pixels does not fit into images whose shorter "
+                f"the center crop of {self.crop} pixels does not fit into images whose shorter "
                 f"side is resized to {self.resize}: choose a `crop` from 1 to `resize`."
             )
 
@@ -184,9 +185,9 @@ def labeled_folder(folder: str | Path, transform: Callable[[Image.Image], Tensor
     for name in map(os.fsdecode, walk(os.fsencode(os.path.join(root, "")), unlisted, ignored)):
         own, slash, _ = name.partition("/")
         if is_shard(os.fsencode(name)):
-            ignored.files["shards"] += 1
+            ignored.files[".tar"] += 1
         elif not slash:
-            ignored.files["images outside of class folders"] += 1
+            ignored.files["outside of class folders"] += 1
         else:
             found.append((number[own], name))
     found.sort(key=lambda item: item[0])  # `walk` sorts a-b/ before a/
@@ -201,7 +202,7 @@ def labeled_folder(folder: str | Path, transform: Callable[[Image.Image], Tensor
     labels = tuple(label for label, _ in found)
     if empty := [classes[i] for i in sorted(set(range(len(classes))) - set(labels))]:
         names = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
-        told.append(f"{len(empty)} class folder(s) without images: {names}")
+        told.append(f"{counted(len(empty), 'class folder')} without images: {names}")
     paths = tuple(root / name for _, name in found)
     return LabeledImages(paths, labels, classes, transform, "; ".join(told))
 
@@ -262,7 +263,7 @@ def train_and_val(
         val,
         (
             f"No train/ and val/ in '{root}': every {HOLD_OUT_EVERY}th image of each class is held "
-            f"out; {len(train)} images to compare with, {len(val)} to classify."
+            f"out; {counted(len(train), 'image')} to compare with, {len(val):,} to classify."
         ),
     )
 
@@ -286,5 +287,6 @@ def _given_halves(
     return (
         train,
         val,
-        f"{len(train)} images to compare with (train/), {len(val)} to classify (val/).",
+        f"{counted(len(train), 'image')} to compare with (train/), {len(val):,} to classify "
+        "(val/).",
     )

@@ -20,7 +20,8 @@ from ..nn.vit import VisionTransformer
 from ..runtime.backends import cores
 from ..runtime.distributed import pick_device
 from ..runtime.idle_threads import let_idle_threads_sleep
-from ..runtime.terminal import say
+from ..runtime.terminal import printable, say
+from ..runtime.words import counted
 from .images import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, LabeledImages, train_and_val
 
 CHUNK_ELEMENTS = 2**26  # of the similarity matrix held at a time: 256 MiB in fp32
@@ -55,7 +56,7 @@ def nearest(train_features: Tensor, test_features: Tensor, k: int) -> tuple[Tens
     k)."""
     n_train, n_test = len(train_features), len(test_features)
     if not n_test:
-        raise ValueError("There are 0 images to classify: give at least one.")
+        raise ValueError("there are no images to classify: give at least one.")
     if not 1 <= k <= n_train:
         raise ValueError(
             f"k is {k} but there are {n_train} training images: choose k between 1 and {n_train}."
@@ -104,16 +105,22 @@ def extract_features(
     features, rows = [], []
     for batch, index, bad_files in images.batches(batch_size, num_workers):
         for path, reason in bad_files:
-            say(f"Left out, cannot be read: {path} ({reason})")
+            say(f"left out, cannot be read: {printable(str(path))} ({reason})")
         if len(index):
             found = features_of(backbone, batch.to(device, non_blocking=True))
             features.append(found.float().cpu())
             rows.append(index)
     if not features:
         raise ValueError(
-            f"None of the {len(images)} images can be read: look at the reasons above."
+            f"{counted(len(images), 'image')}, and none can be read: look at the reasons above."
         )
     return torch.cat(features), torch.tensor(images.labels)[torch.cat(rows)]
+
+
+def _patches(backbone: nn.Module) -> str:
+    if not isinstance(backbone, VisionTransformer):
+        return ""
+    return f" with patches of {backbone.patch_embed.patch_size} x {backbone.patch_embed.patch_size}"
 
 
 def knn(
@@ -169,7 +176,7 @@ def knn(
     train, val, sentence = train_and_val(data_path, transform)
     say(f"{sentence} Shorter side {transform.resize}, center crop {transform.crop}.")
     for ignored in dict.fromkeys(filter(None, (train.ignored, val.ignored))):
-        say(ignored)
+        say(printable(ignored))
     low, high = trained_with.get("value_range", (0, 0))
     as_trained = partial(
         decode,
@@ -177,6 +184,9 @@ def knn(
         exif=bool(trained_with.get("exif", False)),
     )
     train, val = (replace(images, decode=as_trained) for images in (train, val))
+    name = arch or trained_with.get("arch") or "backbone"
+    if backbone is not None:
+        name = type(backbone).__name__
     backbone = load_backbone(pretrained_weights, checkpoint_key, arch, patch_size, backbone)
     # timm's is a pair
     patch = backbone.patch_embed.patch_size if isinstance(backbone, VisionTransformer) else 1
@@ -185,6 +195,7 @@ def knn(
             f"`crop` {crop} is not a multiple of the patch size {patch}: take "
             f"{max(crop // patch, 1) * patch}."
         )
+    say(f"features of the {checkpoint_key}'s {name}{_patches(backbone)} in '{pretrained_weights}'")
     (train_features, train_labels), (test_features, test_labels) = (
         extract_features(backbone, images, where, batch_size_per_gpu, min(num_workers, cores()))
         for images in (train, val)
@@ -192,13 +203,14 @@ def knn(
     fitting = [k for k in nb_knn if k <= len(train_labels)]
     if not fitting:
         raise ValueError(
-            f"`nb_knn` is {' '.join(map(str, nb_knn))} but there are only {len(train_labels)} "
-            "training images: give a smaller number."
+            f"`nb_knn` is {' '.join(map(str, nb_knn))} but there "
+            f"{'is' if len(train_labels) == 1 else 'are'} only "
+            f"{counted(len(train_labels), 'training image')}: give a smaller number."
         )
     if left_out := [k for k in nb_knn if k not in fitting]:
         say(
-            f"Left out: k = {', '.join(map(str, left_out))}, more than the {len(train_labels)} "
-            "training images."
+            f"Left out: k = {', '.join(map(str, left_out))}, more than the "
+            f"{counted(len(train_labels), 'training image')}."
         )
     similarity, neighbors = nearest(train_features.to(where), test_features.to(where), max(fitting))
     labels, truth = train_labels.to(where)[neighbors], test_labels.to(where)

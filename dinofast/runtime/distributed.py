@@ -14,6 +14,8 @@ from importlib import import_module
 import torch
 import torch.distributed as dist
 
+from .words import counted
+
 
 @dataclass(frozen=True)
 class Process:
@@ -32,7 +34,7 @@ class Process:
     def device_name(self) -> str:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"CPU, {torch.get_num_threads()} threads"
+        return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
 
     def any(self, flag: bool) -> bool:
         """True on every rank where `flag` is true on any. Waits for the others."""

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from .epoch_log import EpochLog
 from .memory import peak_memory
 from .metrics import COUNTS, EpochSums, Trend
-from .terminal import StatusLine, is_terminal, say
-from .words import spelled
+from .terminal import StatusLine, is_terminal, printable, say
+from .words import counted, spelled
 
 PLAIN_LINE_S = 10.0  # without a terminal, one line at most so often
 MIN_BAR, MAX_BAR = 10, 26  # characters, with its brackets
@@ -49,13 +51,14 @@ class Run:
         self._first_step = self._last_step = 0
         self._bad_in_a_row = self._told_bad = self._told_unread = 0
         self._start = self._stepped = 0.0
+        self._told_saved = False
         self._status: StatusLine | None = None  # on a terminal
 
     # ---- words
     def log(self, text: str) -> None:
         if not self.is_main:
             return
-        text = spelled(text)
+        text = printable(spelled(text))
         (self._status.log if self._status else say)(text)
 
     @contextmanager
@@ -79,11 +82,29 @@ class Run:
         total = self.epochs * self.steps_per_epoch
         if step >= total:
             self.log(
-                f"training already complete ({step} steps), in '{path}': raise `epochs` to go on"
+                f"training already complete: {self._whole()}, in '{path}'; raise `epochs` to go on"
             )
         elif step:
             epoch = step // self.steps_per_epoch
-            self.log(f"resumed from '{path}' after step {step}, in epoch {epoch}/{self.epochs}")
+            self.log(f"resumed from '{path}' after step {step}, in {self._named(epoch)}")
+
+    def log_saved(self, path: Path) -> None:
+        """Say where the first checkpoint of this run lies."""
+        if not self._told_saved:
+            self.log(f"saved in '{path}', as after every epoch")
+        self._told_saved = True
+
+    def log_done(self, path: Path, device: torch.device) -> None:
+        self.log(f"done: {self._whole()}; peak memory {peak_memory(device)}")
+        self.log(f"teacher and student are saved in '{path}'")
+
+    def _named(self, epoch: int) -> str:
+        """As log.txt counts them, from 0, so that the last is seen to be the last."""
+        return f"epoch {epoch} of 0-{self.epochs - 1}" if self.epochs > 1 else "epoch 0"
+
+    def _whole(self) -> str:
+        last, steps = self.epochs - 1, counted(self.epochs * self.steps_per_epoch, "step")
+        return f"{counted(self.epochs, 'epoch')} (0{f' to {last}' if last else ''}), {steps}"
 
     def log_left_out(self, bad_files: Sequence[tuple[str, str]], where: Path) -> None:
         """Say what listing the source has found bad, shards and folders, and where it will be
@@ -92,8 +113,8 @@ class Run:
         if bad_files:
             path, reason = bad_files[-1]
             self.log(
-                f"{len(bad_files):,} bad file(s) left out, listed in '{where}'; the last: {path} "
-                f"({reason})"
+                f"{counted(len(bad_files), 'bad file')} left out, listed in '{where}'; the last: "
+                f"{path} ({reason})"
             )
 
     def log_replaced(
@@ -111,13 +132,14 @@ class Run:
         if new:
             path, reason = bad_files[-1]
             self.log(
-                f"{new:,} bad image(s){whose} replaced, listed in '{where}'; the last: {path} "
-                f"({reason})"
+                f"{counted(new, 'bad image')}{whose} replaced, listed in '{where}'; the last: "
+                f"{path} ({reason})"
             )
         new, self._told_unread = n_unread - self._told_unread, n_unread
         if new:
             self.log(
-                f"{new:,} image(s){whose} could not be read this time ({unread_reason}), replaced"
+                f"{counted(new, 'image')}{whose} could not be read this time ({unread_reason}), "
+                "replaced"
             )
 
     def show(self, step: int, sums: Mapping[str, float], lr: float, wait_s: float) -> None:
@@ -125,8 +147,8 @@ class Run:
         Raises `Diverged`."""
         new_steps = step - self._last_step
         new = {name: value - self._last.get(name, 0.0) for name, value in sums.items()}
-        counted = new["good_steps"]
-        bad = round(new["steps"] - counted)
+        good = new["good_steps"]
+        bad = round(new["steps"] - good)
         self._bad_in_a_row = self._bad_in_a_row + bad if bad == new_steps else 0
         if self._bad_in_a_row >= GIVE_UP_AFTER:
             raise Diverged(
@@ -137,18 +159,19 @@ class Run:
         now = time.perf_counter()
         elapsed = max(now - self._clock, 1e-9)
         numbers = {"loss": "not finite"}
-        if counted > 0:
+        if good > 0:
             rate = new_steps * self.images_per_step / elapsed
             waiting = min(max((wait_s - self._wait_s) / elapsed, 0.0), 1.0)
             numbers = {
-                "loss": f"{new['loss'] / counted:.4f}",
+                "loss": f"{new['loss'] / good:.4f}",
+                "entropy": self._share(new["teacher_entropy"] / good),
                 "lr": f"{lr:.2e}",
                 "": f"{rate:,.1f} images/s",
                 "data wait": f"{waiting:.0%}",
             }
         if bad and self.is_main:
             self.log(
-                f"step {step}: {bad} step(s) skipped, their loss or gradient was not finite; "
+                f"step {step}: {counted(bad, 'step')} skipped: loss or gradient was not finite; "
                 "weights, teacher and center kept"
             )
         self._tell(step, numbers, now)
@@ -166,9 +189,8 @@ class Run:
         total = self.epochs * self.steps_per_epoch
         if first == 1 + compiles:
             left = f"about {in_words(took_s * (total - step))} for the {total - step:,} to come"
-            self.log(
-                f"step {step} took {in_words(took_s)}, its batch and start-up included: {left}"
-            )
+            left = f": {left}" if step < total else ""
+            self.log(f"step {step} took {in_words(took_s)}, with its start-up{left}")
             self.log(f"peak memory so far: {peak_memory(sums.device)}")
 
     def _tell(self, step: int, numbers: Mapping[str, str], now: float) -> None:
@@ -176,12 +198,17 @@ class Run:
         left_s = (now - self._start) / max(step - self._first_step, 1) * (total - step)
         numbers = {**numbers, "ETA": duration(left_s)}
         if self._status:
-            head = f"epoch {epoch}/{self.epochs}"
-            self._status.show(status_line(head, step, total, numbers, self._status.columns()))
+            self._status.show(
+                status_line(self._named(epoch), step, total, numbers, self._status.columns())
+            )
         elif self.is_main and (now - self._spoken >= PLAIN_LINE_S or step == total):
             said = "  ".join(f"{name} {value}".strip() for name, value in numbers.items())
-            self.log(f"epoch {epoch}/{self.epochs}  step {step}  {said}")
+            self.log(f"{self._named(epoch)}  step {step}  {said}")
             self._spoken = now
+
+    def _share(self, entropy: float) -> str:
+        """Of log K, the entropy of a uniform output."""
+        return f"{entropy / self._trend.log_k:.0%}" if self._trend.log_k else "0%"
 
     # ---- log.txt
     def drop_after(self, epoch: int) -> None:
@@ -214,6 +241,12 @@ class Run:
         }
         if reason := self._epochs.append(line):
             self.log(f"'{self._epochs.path}' cannot be written ({reason}): kept for the next epoch")
+        if count:
+            entropy = self._share(sums["teacher_entropy"] / count)
+            self.log(
+                f"end of {self._named(epoch)}: mean loss {sums['loss'] / count:.4f}, teacher "
+                f"entropy {entropy} of log K"
+            )
         if count and (
             warning := self._trend.warning(sums["loss"] / count, sums["teacher_entropy"] / count)
         ):
@@ -243,7 +276,7 @@ def status_line(head: str, done: int, total: int, numbers: Mapping[str, str], co
         said = [f"{name} {numbers[name]}".strip() for name in names]
         return " ".join(filter(None, (head, bar, count, *said)))
 
-    for name in ("lr", "data wait", "", "loss"):
+    for name in ("lr", "data wait", "entropy", "", "loss"):
         if len(line("")) + 1 + MIN_BAR > columns and name in names:
             names.remove(name)
     width = min(MAX_BAR, columns - len(line("")) - 1) - 2

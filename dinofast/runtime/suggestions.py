@@ -45,6 +45,10 @@ _MEANT = {
 }
 
 
+def _joined(word: str) -> str:
+    return word.replace("_", "").replace("-", "")
+
+
 def did_you_mean(word: str, words: Sequence[str]) -> str:
     """' Did you mean X?', or nothing. words: all that there are; a dash may stand for an
     underscore, and dashes before the word do not count."""
@@ -53,7 +57,7 @@ def did_you_mean(word: str, words: Sequence[str]) -> str:
     found = [
         known
         for known, others in _MEANT.items()
-        if known in plain and wanted in others.replace("-", "_").split()
+        if known in plain and _joined(wanted) in map(_joined, (known, *others.split()))
     ]
     if not found:
         begins = [name for name in plain if name.replace("-", "_").startswith(wanted + "_")]

@@ -22,6 +22,16 @@ def say(text: str, *, error: bool = False, end: str = "\n") -> None:
         _silence(name, stream)
 
 
+def printable(text: str, kept: str = "") -> str:
+    """The text, with what moves the cursor or cannot be seen as an escape: a file may be named so.
+    kept: characters that stay."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def _encodable(text: str, stream: TextIO) -> str:
     """The text, with what the stream cannot encode as an escape: \\xe9."""
     encoding = getattr(stream, "encoding", None) or "utf-8"

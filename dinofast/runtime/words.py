@@ -29,6 +29,11 @@ def spelling(spell: Callable[[str], str]) -> Iterator[None]:
         _spell = before
 
 
+def counted(n: int, what: str, more: str = "") -> str:
+    """`1 image`, `1,200 images`. more: the plural, where it is not made by an s."""
+    return f"{n:,} {what if n == 1 else more or what + 's'}"
+
+
 def plain(value: Any) -> Any:
     """An option as Python's own str, bool, int, float or tuple. Paths, enums and NumPy values would
     make a checkpoint that not everybody can read. Other things as they are."""

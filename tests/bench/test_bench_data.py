@@ -137,7 +137,7 @@ def test_the_verdict():
         == "does not keep up: 452 of 40,000 images/s; 166 cores of this kind would do"
     )
     waits = replace(MEASURED, cpu_ms=0.1)
-    assert "1 core(s) would do, so the files come too slowly" in verdict(waits, 4000)
+    assert "1 core would do, so the files come too slowly" in verdict(waits, 4000)
     assert "all in all" in report(MEASURED, None) and "all in all" not in report(unknown, None)
 
 
@@ -152,7 +152,7 @@ def test_images_that_do_not_decode_are_named_and_left_out(backend, tmp_path):
     assert {Path(path).name for path, _ in m.bad_files} == {"0.png", "5.png"} and sum(
         m.stages_ms.values()
     ) > 0
-    assert "2 bad file(s) replaced or left out" in report(m, None)
+    assert "2 bad files replaced or left out" in report(m, None)
 
 
 @pytest.mark.parametrize(
@@ -174,9 +174,7 @@ def test_what_cannot_be_is_said(photographs, more, message, capsys):
 
 def test_a_missing_folder_is_said(tmp_path, capsys):
     assert cli.main(["bench-data", str(tmp_path / "none"), *FLAGS]) == 2
-    assert (
-        "none cannot be read (No such file or directory): give a folder" in capsys.readouterr().err
-    )
+    assert "none' does not exist: give a folder" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_it(backend, photographs, tmp_path):

@@ -56,8 +56,7 @@ def test_what_is_bad_is_told_and_listed(folder, tmp_path, capsys, workers, monke
         assert path in said and reason in said
     deletable = {path for path in bad if not path.endswith("link.jpg")}  # which cannot be read
     assert (
-        set(listing.read_text().splitlines()) == deletable
-        and f"{len(deletable)} path(s) in " in said
+        set(listing.read_text().splitlines()) == deletable and f"{len(deletable)} paths in " in said
     )
     assert not multiprocessing.active_children()
     subprocess.run(["xargs", "-r", "-d", "\n", "-a", str(listing), "rm", "--"], check=True)
@@ -87,8 +86,10 @@ def test_a_damaged_shard_is_told_and_not_to_be_deleted(tmp_path, capsys):
     ("more", "message"),
     [
         (["--num_workers", "-1"], "--num_workers is -1"),
-        (["--delete_list", "no/such/folder/x"], "--delete_list is 'no/such/folder/x': "),
-        (["--delete_list", "/dev/null"], "name a file in a folder that is there"),
+        (
+            ["--delete_list", "no/such/folder/x"],
+            "--delete_list is 'no/such/folder/x', but there is no folder 'no/such/folder'",
+        ),
         (["--delete-lists", "x"], "Did you mean"),
     ],
 )
@@ -96,6 +97,26 @@ def test_what_cannot_be_is_said(photographs, more, message, capsys):
     assert cli.main(["check-data", str(photographs), *more]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+def test_what_is_no_file_is_not_replaced(photographs, tmp_path, capsys):
+    """A device would be: the list is written beside it, and takes its name."""
+    os.mkfifo(tmp_path / "pipe")
+    assert cli.main(["check-data", str(photographs), "--delete_list", str(tmp_path / "pipe")]) == 2
+    assert "/pipe', which is no plain file" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_name_with_control_characters_is_printed_as_escapes(tmp_path, capsys):
+    for name in ("a\nb", "c\x1b[2Jd", "e\rf", "g\u202eh", "\x9bi", "\u00e9"):
+        (tmp_path / f"{name}.png").write_bytes(b"text")
+    photograph(tmp_path / "good.png")
+    assert cli.main(["check-data", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert not {"\x1b", "\r", "\u202e", "\x9b"} & set(said)
+    assert "6 of 7 images do not decode" in said
+    for name in (r"a\nb", r"c\x1b[2Jd", r"e\rf", r"g\u202eh", r"\x9bi", "\u00e9"):
+        assert f"{tmp_path}/{name}.png\n" in said
 
 
 def test_the_source_is_not_overwritten(tmp_path, capsys):

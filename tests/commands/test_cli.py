@@ -1,5 +1,6 @@
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -149,7 +150,37 @@ def test_another_word_for_the_same(pretrain, name, word, given, meant):
     "line, words",
     [
         ("--epcohs 3", "there is no flag --epcohs. Did you mean --epochs?"),
-        ("--epochs three", "argument --epochs: invalid int value: 'three'"),
+        ("--epochs three", "--epochs: 'three' is not a whole number. See dinofast pretrain"),
+        ("--epochs 1e2", "'1e2' is not a whole number: write 100."),
+        ("--epochs 2.5", "'2.5' is not a whole number. "),
+        ("--lr 0,001", "--lr: '0,001' is not a number: write 0.001."),
+        ("--device cuda:1", "CUDA_VISIBLE_DEVICES=1 before the command chooses it"),
+        (
+            "--precision bfloat16",
+            "invalid choice: 'bfloat16' (choose from bf16, fp16, fp32). Did you",
+        ),
+        ("--batchsize 64", "there is no flag --batchsize. Did you mean --batch_size_per_gpu?"),
+        ("--gpus 8", "torchrun --nproc_per_node=8 -m dinofast pretrain ..."),
+        ("--gpus=8", "torchrun --nproc_per_node=8 -m dinofast pretrain ..."),
+        ("--devices 0,2", "CUDA_VISIBLE_DEVICES=0,2 torchrun --nproc_per_node=2 -m dinofast"),
+        ("--world-size", "torchrun --nproc_per_node=N -m dinofast pretrain ..."),
+        ("--gpu 3", "CUDA_VISIBLE_DEVICES=3 before the command"),
+        ("--temperature 0.1", "The temperatures are --student_temp and --teacher_temp."),
+        (
+            "--pretrained x.pth",
+            "Training starts at random, or goes on with the run in --output_dir",
+        ),
+        ("--weights x.pth", "Training starts at random"),
+        ("--config c.yaml", "The options are flags, and there is no configuration file"),
+        ("--num-heads 3", "The size of a ViT comes with its --arch"),
+        ("--scheduler cosine", "The learning rate follows the official schedule: --warmup_epochs"),
+        ("--eps 1e-8", "The rest of the optimizer is as in the official code"),
+        ("--overwrite", "A run in --output_dir is resumed: give another folder"),
+        ("--num_classes 10", "Training takes no labels"),
+        ("\u2014lr 1", "'\u2014lr' begins with a long dash, as text editors write it: type --lr."),
+        ("\u2013-epochs 1", "begins with a long dash, as text editors write it: type --epochs."),
+        ("-- base", "'-- base' has a space after the dashes, and there is no file 'base'"),
+        ("-- lr 1", "write a flag as one word. Did you mean --lr?"),
         ("--epochs 5 --warmup_epochs 6", "--warmup_epochs is 6 but --epochs is only 5"),
         (
             "--epochs 20 --warmup_teacher_temp_epochs 30",
@@ -204,6 +235,112 @@ def test_what_cannot_be_right_is_said_in_one_sentence(line, words, tmp_path, cap
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1 and said.startswith("dinofast: ")
     assert not (tmp_path / "out").exists()  # nothing was allocated or written
+
+
+@pytest.mark.parametrize(
+    "line", ["0.4,1", "0.4, 1", "(0.4,1)", "[0.4, 1]", "0.4 1", "0.4|1", "=0.4,1", "=0.4|1"]
+)
+def test_numbers_may_stand_together(monkeypatch, tmp_path, line):
+    """`|`: where the shell parts words."""
+    import dinofast.train
+
+    seen = []
+    monkeypatch.setattr(dinofast.train, "train", lambda cfg: seen.append(cfg) or tmp_path / "x.pth")
+    words = f"--global_crops_scale{line}" if line[0] == "=" else f"--global_crops_scale|{line}"
+    assert cli.main(["pretrain", *words.split("|"), str(tmp_path), "--seed", "3"]) == 0
+    assert (seen[0].global_crops_scale, seen[0].data_path) == ((0.4, 1.0), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("knn D", "--pretrained_weights is missing: a checkpoint of dinofast or of the official "),
+        ("knn D", "Usage: dinofast knn DIR --pretrained_weights FILE [flags]\n"),
+        ("knn D D/list.txt", "write --pretrained_weights "),
+        ("knn D --weights x", "Did you mean --pretrained_weights?"),
+        ("knn --nb_knn 1 2 D --pretrained_weights x", "a folder stands before the flags"),
+        ("pretrain D D E", "' and 1 more cannot be taken as well: DIR is '"),
+        ("pretrain D lr=0.1", "'lr=0.1' is a flag without its dashes: write --lr 0.1."),
+        ("pretrain D epochs 5", "'epochs' is a flag without its dashes: write --epochs."),
+        ("pretrain D --output_dir=", "--output_dir is an empty word, as a variable that is not"),
+        ("knn D --pretrained_weights=", "--pretrained_weights is an empty word"),
+        ("pretrain |", "DIR is an empty word, as a variable that is not set gives one."),
+        ("pretrain ~/none", "the shell left its ~ alone; write /"),
+        ("pretrain s3://bucket/x", "only files of this machine are read"),
+        ("pretrain D/*.jpg", "give the folder itself; all images below it are found"),
+        ("pretrain D/lsit.txt", "/list.txt'?"),
+        ("doctor x", "'x' is too much: dinofast doctor takes flags alone"),
+        ("D", "' is a path, not a command: dinofast pretrain /"),
+        ("export D", "there is no command export. A trained backbone is used in Python: "),
+        ("--lr 1 pretrain D", "the command comes first: dinofast pretrain ... --lr ..."),
+        ("show_crops D", "Did you mean show-crops?"),
+        ("sample-data D/list.txt", "is a file: give a folder."),
+        ("demo --output_dir D/list.txt/x", "is a file: give a folder."),
+        ("pretrain D --output_dir D/list.txt", "is a file: give a folder."),
+        ("show-crops D -o D/none/x.png", "but there is no folder '"),
+        ("knn D --pretrained_weights x --json D/none/x.json", "but there is no folder '"),
+        ("knn D --pretrained_weights x --json D", ", a folder: name a file in it."),
+        ("knn D --pretrained_weights x --json /proc/x.json", ", which cannot be written (No such"),
+    ],
+)
+def test_a_command_line_as_strangers_type_it(tmp_path, capsys, line, words):
+    """`|`: an empty word."""
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    given = [re.sub("^D", str(tmp_path), word.strip("|")) for word in line.split()]
+    assert cli.main(given) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and said.startswith("dinofast: ")
+    assert os.listdir(tmp_path) == ["list.txt"]
+
+
+def test_help_and_version_as_words(capsys):
+    said = {}
+    for line in ("help", "--help", "help knn", "knn --help", "version", "-v", "-V", "--version"):
+        with pytest.raises(SystemExit) as end:
+            cli.main(line.split())
+        assert not end.value.code
+        said[line] = capsys.readouterr().out
+    assert said["help"] == said["--help"] != said["help knn"] == said["knn --help"]
+    assert said["version"] == said["-v"] == said["-V"] == said["--version"] == "dinofast 0.1.0\n"
+
+
+def test_help_says_a_default_once(capsys):
+    for command in cli.COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        for about in re.split(r" (?=--?\w+ )", text):
+            assert about.lower().count("default:") <= 1, about
+        assert "/path/to/imagenet" not in text
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "eager, the formula. Default: sdpa. --linear" in text
+    assert "on a CPU it gains little. Here: off. --cuda_graph" in text or torch.cuda.is_available()
+
+
+def test_what_can_be_done_with_a_checkpoint(tmp_path):
+    """The lines after a run: with the real paths, and Python's is Python."""
+    from dinofast import vit_nano
+    from dinofast.commands.pretrain import what_next
+
+    for name in ("train/a", "train/b", "val/a", "val/b", "flat"):
+        (tmp_path / "my data" / name).mkdir(parents=True)
+    path = tmp_path / "it's.pth"
+    state = {
+        f"backbone.{k}": v for k, v in vit_nano(patch_size=8, img_size=(16,)).state_dict().items()
+    }
+    torch.save({"teacher": state}, path)
+    measure, use, export = what_next(path, tmp_path / "my data" / "train").splitlines()
+    given = shlex.split(measure.partition(": ")[2])
+    assert given == ["dinofast", "knn", f"{tmp_path}/my data", "--pretrained_weights", str(path)]
+    assert " DIR " in what_next(path, tmp_path / "my data" / "flat")
+    import dinofast
+
+    names = {"dinofast": dinofast}
+    exec(use.partition(": ")[2], names)
+    assert names["backbone"](torch.zeros(1, 3, 16, 16)).shape == (1, 64)
+    assert "torch.onnx.export(backbone, (images,), " in export
 
 
 @pytest.mark.parametrize(
@@ -426,7 +563,7 @@ def test_a_folder_is_given_once(command, line, words, capsys):
 @pytest.mark.parametrize("line", ["nowhere", "--data_path nowhere", "--data-path=nowhere"])
 def test_a_folder_with_or_without_its_flag(line, capsys):
     assert cli.main(["bench-data", *line.split()]) == 2
-    assert "--data_path nowhere cannot be read" in capsys.readouterr().err
+    assert "--data_path 'nowhere' does not exist" in capsys.readouterr().err
 
 
 def test_a_bare_flag_has_one_spelling_and_the_defaults_of_this_device(capsys, monkeypatch):

@@ -85,7 +85,7 @@ def test_an_image_that_does_not_decode_is_named(tmp_path):
         (["--n_images", "0"], "--n_images is 0"),
         (["--epoch", "-1"], "--epoch is -1"),
         (["-o", "no/such/folder/x.png"], "no folder"),
-        (["-o", "."], "'.' is a folder"),
+        (["-o", "."], "--sheet is '.', a folder: name a file"),
         (["--blur_radius", "2", "1"], "--blur_radius is 2.0 1.0"),
     ],
 )

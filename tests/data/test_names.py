@@ -148,8 +148,23 @@ def test_a_list_in_utf_16(listed):
 
 
 @pytest.mark.parametrize(
-    "text", ["x/1.jpg 0\nx/2.jpg 1\n", '["1.jpg", "2.jpg"]', "n01440764/1 1\n"]
+    "text", ['["1.jpg", "2.jpg"]', '{"a": "1.jpg"}\n', "['1.jpg']", '[\n"1.jpg"]']
 )
+def test_a_list_in_json_is_refused(listed, text):
+    """It would be read in part."""
+    (listed / "list.txt").write_text(text)
+    with pytest.raises(ValueError, match="is JSON or the like, which is not read: write its paths"):
+        scan(str(listed / "list.txt"))
+
+
+@pytest.mark.parametrize("heading", ["image.path,label", "file.name,y.true", "a.b"])
+def test_a_heading_with_dots_is_no_image(listed, heading):
+    (listed / "list.txt").write_text(f"{heading}\r\n1.jpg,0\r\n2.jpg,1\r\n")
+    assert find(str(listed / "list.txt"))[0] == f"{listed}/1.jpg"
+    assert len(find(str(listed / "list.txt"))) == 2
+
+
+@pytest.mark.parametrize("text", ["x/1.jpg 0\nx/2.jpg 1\n", "n01440764/1 1\n"])
 def test_a_list_of_nothing_that_is_there_is_refused(listed, text):
     (listed / "list.txt").write_text(text)
     with pytest.raises(ValueError, match="none of its first lines names a file.*before a label; "):

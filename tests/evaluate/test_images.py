@@ -88,9 +88,9 @@ def test_what_cannot_be_labeled_is_told(tmp_path):
     (tmp_path / "texts" / "a.heics").touch()
     images = labeled_folder(tmp_path, to_tensor)
     assert images.classes == ("a", "a-b", "empty", "texts") and images.labels == (0, 0, 1, 1)
-    for words in ("1 images outside of class folders", "1 shards", "1 .heics"):
+    for words in ("1 outside of class folders", "1 .tar", "1 .heics"):
         assert words in images.ignored
-    assert "2 class folder(s) without images: empty, texts" in images.ignored
+    assert "2 class folders without images: empty, texts" in images.ignored
     for name in ("a", "a-b"):
         for path in (tmp_path / name).glob("*.png"):
             path.unlink()

@@ -102,7 +102,7 @@ def test_k_that_cannot_be(golden, k):
 
 
 def test_nothing_to_classify(golden):
-    with pytest.raises(ValueError, match="0 images to classify"):
+    with pytest.raises(ValueError, match="no images to classify"):
         knn_classify(*four(golden, n_test=0), k=5)
 
 
@@ -232,7 +232,7 @@ def test_features_in_the_order_of_the_files(tmp_path, capsys, num_workers):
 def test_nothing_readable(tmp_path):
     folder(tmp_path, {"cat": 1})
     (tmp_path / "cat" / "000.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="None of the 1 images can be read"):
+    with pytest.raises(ValueError, match="1 image, and none can be read"):
         extract_features(MeanPixel(), labeled_folder(tmp_path, to_tensor))
 
 
@@ -248,12 +248,15 @@ def test_the_command_writes_rounded_accuracies(tmp_path, capsys):
     assert cli.main([*line, "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     assert found["nb_knn"] == [1, 3] and found["accuracy_percent"].keys() == {"1", "3"}
-    printed = re.findall(r"(\d+)-NN classifier result: Top1: ([\d.]+)", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    whose = f"features of the teacher's vit_nano with patches of 8 x 8 in '{tmp_path}'\n"
+    assert said.count(whose) == 1
+    printed = re.findall(r"(\d+)-NN classifier result: Top1: ([\d.]+)", said)
     for k, top1 in printed:
         assert found["accuracy_percent"][k]["top1"] == pytest.approx(float(top1), abs=0.05)
     assert len(printed) == 2
     assert cli.main([*line, "--json", str(tmp_path / "none" / "x.json")]) == 2
-    assert "its folder does not exist" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_a_backbone_of_one_s_own(tmp_path):

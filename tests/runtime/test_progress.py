@@ -121,9 +121,9 @@ def test_replaced_images_are_told_once(tmp_path, capsys):
         for _ in range(2):
             r.log_replaced(files, n_unread, reason, Path("list"), world)
     assert capsys.readouterr().out.splitlines() == [
-        "1 bad file(s) left out, listed in 'list'; the last: a.tar (empty file)",
-        "1 bad image(s) replaced, listed in 'list'; the last: b.jpg (text)",
-        "3 image(s) of this process could not be read this time (no network), replaced",
+        "1 bad file left out, listed in 'list'; the last: a.tar (empty file)",
+        "1 bad image replaced, listed in 'list'; the last: b.jpg (text)",
+        "3 images of this process could not be read this time (no network), replaced",
     ]
 
 
@@ -266,16 +266,17 @@ def test_collapse_is_shown_at_the_end_of_an_epoch(tmp_path, capsys):
 def test_plain_lines_say_what_a_person_wants_to_know(tmp_path, capsys):
     r = run(tmp_path)
     with r.live(0, {}):
-        r.show(12, sums_of(24, 0, 0, 0, 0, 12, 12), 0.001, 0.0)
+        r.show(12, sums_of(24, 12, 0, 0, 0, 12, 12), 0.001, 0.0)
     line = capsys.readouterr().out
     assert (
-        "epoch 2/3  step 12  loss 2.0000  lr 1.00e-03" in line
+        "epoch 2 of 0-2  step 12  loss 2.0000  entropy 24%  lr 1.00e-03" in line
         and "images/s  data wait 0%  ETA 0:00:00" in line
     )
 
 
 NUMBERS = {
     "loss": "10.1234",
+    "entropy": "83%",
     "lr": "5.00e-04",
     "": "2,498.1 images/s",
     "data wait": "3%",
@@ -287,13 +288,13 @@ NUMBERS = {
     "columns, left_out",
     [
         (200, []),
-        (80, ["5.00e-04", "data wait"]),
-        (60, ["5.00e-04", "images/s", "data wait"]),
+        (80, ["5.00e-04", "data wait", "entropy", "images/s"]),
+        (60, ["5.00e-04", "images/s", "data wait", "entropy", "loss"]),
         (20, ["images/s"]),
     ],
 )
 def test_a_narrow_terminal_keeps_the_bar_and_the_eta(columns, left_out):
-    line = status_line("epoch 99/300", 500_000, 750_000, NUMBERS, columns)
+    line = status_line("epoch 99 of 0-299", 500_000, 750_000, NUMBERS, columns)
     assert len(line) <= columns and all(word not in line for word in left_out)
     if columns >= 60:
         assert "[==" in line and "ETA 12:34:56" in line and "500000/750000" in line
