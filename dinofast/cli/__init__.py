@@ -19,15 +19,15 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from . import __version__
-from .config import Config, meant
-from .runtime.arguments import Parser, check_dashes, number, one_of, truth, whole_number
-from .runtime.backends import CPU_TORCH
-from .runtime.foreign_flags import command_instead_of
-from .runtime.suggestions import did_you_mean
-from .runtime.terminal import prepare_streams, printable, say
-from .runtime.words import spelling
-from .validation import in_words
+from .. import __version__
+from ..config import Config, meant
+from ..runtime.backends import CPU_TORCH
+from ..runtime.suggestions import did_you_mean
+from ..runtime.terminal import prepare_streams, printable, say
+from ..runtime.words import spelling
+from ..validation import in_words
+from .arguments import Parser, check_dashes, number, one_of, truth, whole_number
+from .foreign_flags import command_instead_of
 
 COMMANDS = {
     "pretrain": "train a backbone on a folder of images without labels",
@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _say(f"dinofast: {error.name} is not installed ({error}): {_NEEDED[error.name]}.", 1)
     except (OSError, RuntimeError) as error:
-        from .data.backend_pil import WorkerDied
-        from .runtime.progress import Diverged
+        from ..data.backend_pil import WorkerDied
+        from ..runtime.progress import Diverged
 
         if not isinstance(error, Diverged | WorkerDied | OSError):
             raise  # a fault of ours, or of torch: the traceback is worth more
@@ -156,7 +156,7 @@ def _say_after(launcher: int, text: str) -> None:
 def _device() -> str:
     """cuda or cpu, whichever a run would take by default; torch is imported for it."""
     try:
-        from .runtime.distributed import pick_device
+        from ..runtime.distributed import pick_device
 
         return pick_device(None).type
     except ImportError:
@@ -165,7 +165,7 @@ def _device() -> str:
 
 def module_of(command: str) -> ModuleType:
     """Its file in `dinofast.commands`: the description, `Options` and `run(options)`."""
-    return importlib.import_module(f".commands.{command.replace('-', '_')}", __package__)
+    return importlib.import_module(f"dinofast.commands.{command.replace('-', '_')}")
 
 
 def parser(command: str | None = None, device: str = "cpu") -> Parser:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
+from ..runtime.suggestions import did_you_mean
+from ..runtime.terminal import printable, say
 from .foreign_flags import instead_of
-from .suggestions import did_you_mean
-from .terminal import printable, say
 
 # what text editors make of two hyphens, and the minus sign
 LONG_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
