@@ -252,7 +252,8 @@ def test_ctrl_c_under_torchrun_ends_with_our_sentence(photographs, tmp_path):
 @pytest.mark.parametrize("small, words", [("16m", "none starts"), ("1g", None)])
 def test_a_small_shared_memory(small, words, photographs, tmp_path):
     """As in a container: 64 MiB there unless --shm-size is given."""
-    line = command(photographs, tmp_path, "--data_backend", "pil", "--batch_size_per_gpu", "4")
+    line = command(photographs, tmp_path, "--data_backend", "pil", "--epochs", "1")
+    line += ["--batch_size_per_gpu", "4", "--warmup_epochs", "0"]
     line += ["--global_crops_size", "512", "--local_crops_size", "256", "--patch_size", "64"]
     code = f'mount -t tmpfs -o size={small} tmpfs /dev/shm && exec "$@"'
     done = subprocess.run(
