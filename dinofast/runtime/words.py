@@ -47,3 +47,24 @@ def plain(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     return float(value) if isinstance(value, Real) else value
+
+
+def one_line(error: BaseException, most: int = 240) -> str:
+    """What an error says, on one line, with its kind where that says more; of a long traceback that
+    TorchScript repeats the last line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "Traceback of TorchScript" in str(error):
+        lines = lines[-1:]
+    said = " ".join(" ".join(lines).split()).rstrip(".:")
+    said = said if len(said) <= most else said[: most - 1].rstrip() + "…"
+    plain_kind = isinstance(error, ValueError) or said.startswith(type(error).__name__)
+    return said if plain_kind else f"{type(error).__name__}: {said}"
+
+
+def a_kind(value: Any) -> str:
+    """A value's type with its article: 'a list', 'an int'."""
+    name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    name = {"NoneType": "None", "torch.Tensor": "tensor"}.get(name, name)
+    if name == "None":
+        return name
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

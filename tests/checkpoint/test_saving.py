@@ -4,6 +4,7 @@ import argparse
 import collections
 import datetime
 import enum
+import io
 import pathlib
 
 import numpy as np
@@ -285,6 +286,8 @@ def test_what_reads_back_otherwise_is_no_checkpoint(tmp_path, monkeypatch):
     real = torch.save
 
     def half(state, file):
+        if isinstance(file, io.BytesIO):  # what asks whether a state can be saved at all
+            return real(state, file)
         real({**state, "teacher": {k: v[:1] for k, v in state["teacher"].items()}}, file)
 
     monkeypatch.setattr(torch, "save", half)
