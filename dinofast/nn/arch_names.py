@@ -63,7 +63,7 @@ def _names() -> list[str]:
     if torchvision is not None:
         listing.append(lambda: torchvision.list_models(module=torchvision))
     if timm is not None:
-        listing.append(timm.list_models)
+        listing.append(lambda: timm.list_models())
     names: list[str] = []
     for names_of in listing:
         try:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..config import VITS, Config
 from ..runtime.words import a_kind, one_line
@@ -187,7 +188,8 @@ def _call(make: Callable[[], nn.Module]) -> nn.Module:
     module = make()
     if not isinstance(module, nn.Module):
         raise ValueError(f"backbone {name} returns {a_kind(module)}: expected a torch.nn.Module.")
-    if any(x.is_inference() for x in chain(module.parameters(), module.buffers())):
+    tensors = chain(module.parameters(), module.buffers())
+    if any(x.is_inference() for x in tensors if not is_lazy(x)):
         raise ValueError(
             f"backbone {name} is made under torch.inference_mode, so that nothing can train it: "
             "make it outside of that."

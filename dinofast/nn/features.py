@@ -46,8 +46,9 @@ def pooled(output: Any, backbone: nn.Module, what: str = "the backbone") -> Tens
         if x.ndim == 3:
             return x[:, 0] if _has_class_token(backbone) else x.mean(1)
     raise ValueError(
-        f"{what} returns {_told(output)}: expected real features (B, D), a map (B, C, h, w), "
-        f"tokens (B, N, D), or these as {', '.join(NAMES)}; let its forward return one of them."
+        f"{what} returns {_told(output)}: expected features (B, D), a map (B, C, h, w) or "
+        f"tokens (B, N, D), in real numbers, or these as {', '.join(NAMES)}; "
+        "let its forward return one of them."
     )
 
 

@@ -50,15 +50,16 @@ def plain(value: Any) -> Any:
 
 
 def one_line(error: BaseException, most: int = 240) -> str:
-    """What an error says, on one line, with its kind where that says more; of a long traceback that
-    TorchScript repeats the last line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if "Traceback of TorchScript" in str(error):
+    """The first line of an error, with its kind where that says more; all of it where that line is
+    only a heading, and of a traceback that TorchScript repeats the last."""
+    said = str(error).strip() or type(error).__name__
+    lines = said.splitlines()
+    if "Traceback of TorchScript" in said:
         lines = lines[-1:]
-    said = " ".join(" ".join(lines).split()).rstrip(".:")
+    said = " ".join(said.split()) if lines[0].endswith(":") else lines[0].rstrip(".")
     said = said if len(said) <= most else said[: most - 1].rstrip() + "…"
-    plain_kind = isinstance(error, ValueError) or said.startswith(type(error).__name__)
-    return said if plain_kind else f"{type(error).__name__}: {said}"
+    tells = isinstance(error, ValueError) or said.startswith(type(error).__name__)
+    return said if tells else f"{type(error).__name__}: {said}"
 
 
 def a_kind(value: Any) -> str:

@@ -266,6 +266,70 @@ class NeedsWidth(Net):
         super().__init__()
 
 
+class Returns(Net):
+    """What `change` makes of a map (2, 8, h, w)."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        return self.change(super().forward(x))
+
+
+class Sparse(Net):
+    def __init__(self, make=nn.Embedding, **extra):
+        super().__init__(table=make(5, 8, sparse=True), **extra)
+
+    def forward(self, x):
+        numbers = torch.arange(len(x))
+        rows = self.table(numbers if isinstance(self.table, nn.Embedding) else numbers[:, None])
+        return super().forward(x).mean((2, 3)) + rows
+
+
+class SparseWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.eye(3).to_sparse())
+
+    def forward(self, x):
+        return torch.sparse.mm(self.w, x.mean((2, 3)).T).T
+
+
+class NeedsMask(Net):
+    def forward(self, x, mask):
+        return super().forward(x)
+
+
+class Broken(Net):
+    def forward(self, x):
+        return self.absent(x)
+
+
+class InPlace(Net):
+    def forward(self, x):
+        return super().forward(x.sub_(0.5))
+
+
+class LateExtra(Net):
+    seen = None
+
+    def get_extra_state(self):
+        return self.seen
+
+    def set_extra_state(self, state):
+        self.seen = state
+
+    def forward(self, x):
+        self.seen = threading.Lock()
+        return super().forward(x)
+
+
+def inference():
+    with torch.inference_mode():
+        return Net()
+
+
 SAME = Net(lock=threading.Lock())
 REFUSED = {
     "local size": (
@@ -303,11 +367,41 @@ REFUSED = {
         "has lazy layers, and does not take an image of 16 x 16",
     ),
     "arguments": (NeedsWidth, r"called without arguments \(missing a required argument: 'width'"),
+    **{
+        f"returns {words}": (
+            lambda change=change: Returns(change),
+            rf"^backbone Returns returns {words}: expected features \(B, D\)",
+        )
+        for words, change in {
+            r"a types.SimpleNamespace": lambda x: types.SimpleNamespace(hidden=x),
+            "a tuple of str, str": lambda x: ("a", "b"),
+            r"int64 of shape \(2, 8\)": lambda x: x.mean((2, 3)).long(),
+            r"complex64 of shape \(2, 8, 14, 14\)": lambda x: torch.complex(x, x),
+            r"float32 of shape \(1, 2, 8, 14, 14\)": lambda x: x[None],
+            r"sparse float32 of shape \(2, 8\)": lambda x: x.mean((2, 3)).to_sparse(),
+            "nested float32": lambda x: torch.nested.nested_tensor(list(x.flatten(2))),
+            "None": lambda x: None,
+        }.items()
+    },
+    "sparse gradient": (Sparse, "Sparse: parameter table.weight gets a sparse gradient.*=False"),
+    "sparse bag": (lambda: Sparse(nn.EmbeddingBag), "table.weight gets a sparse gradient"),
+    "sparse, not copied": (lambda: Sparse(lock=threading.Lock()), "gets a sparse gradient"),
+    "sparse parameter": (SparseWeight, "parameter w is sparse_coo.*requires_grad_"),
+    "another signature": (
+        NeedsMask,
+        r"forward fails on images, float32 of shape \(2, 3, 16, 16\) \(TypeError: .*'mask'\)",
+    ),
+    "a mistake": (Broken, "forward fails on images.*AttributeError: .*no attribute 'absent'"),
+    "bf16": (lambda: Net().bfloat16(), "forward fails on images.*c10::BFloat16"),
+    "gray": (lambda: nn.Conv2d(1, 8, 4), "forward fails on images.*1 channels, but got 3"),
+    "in place": (InPlace, "changes the images it is given, which student and teacher share"),
+    "late extra state": (LateExtra, "is a plain value before and a _thread.lock after"),
+    "inference mode": (inference, "is made under torch.inference_mode"),
     "no module": (lambda: torch.relu, "returns a builtin.*: expected a torch.nn.Module"),
     "no function": ("resnet18", "backbone is a str: give a function or class"),
     "the same each time": (
         lambda: SAME,
-        r"cannot be copied \(cannot pickle .*lock.*returns the same one",
+        r"cannot be copied \(TypeError: cannot pickle .*lock.*returns the same one",
     ),
 }
 
@@ -332,13 +426,35 @@ def test_batch_statistics_of_a_lone_crop_are_told_before():
         )
 
 
-def test_it_is_told_before_files_are_listed(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "make, words",
+    [(FixedSize, "does not take crops of 8 x 8"), (Sparse, "gets a sparse gradient")],
+)
+def test_it_is_told_before_files_are_listed(make, words, tmp_path, monkeypatch):
     from dinofast import train
 
     monkeypatch.setattr(train, "make_loader", lambda *_, **__: pytest.fail("files were listed"))
     cfg = Config(**SMALL, data_path=str(tmp_path), output_dir=str(tmp_path / "o"), device="cpu")
-    with pytest.raises(ValueError, match="does not take crops of 8 x 8"):
-        train.train(cfg, backbone=FixedSize)
+    with pytest.raises(ValueError, match=words):
+        train.train(cfg, backbone=make)
+    assert not list(tmp_path.iterdir())
+
+
+def test_extra_state_that_a_forward_pass_fills_trains():
+    class Filled(LateExtra):
+        def forward(self, x):
+            self.seen = {"images": len(x)}
+            return Net.forward(self, x)
+
+    trained(Filled)
+
+
+def test_the_last_line_of_torchscript_is_told():
+    def make():
+        return torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(768, 8)))
+
+    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="8 x 8 .*768x8"):
+        Model.from_config(CFG, make)
 
 
 SCRIPT = """
