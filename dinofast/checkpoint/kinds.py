@@ -133,7 +133,7 @@ def _cut_off(path: Path, head: bytes) -> str:
         return f"it is a .safetensors file that is {what}: {_AGAIN}"
     if path.suffix == ".safetensors" and head[:2] not in (b"PK", b"\x80\2"):
         return f"it is named .safetensors and is something else, or damaged: {_AGAIN}"
-    if head.startswith((b"PK", _BEFORE_1_6)) or _BEFORE_1_6.startswith(head):
+    if any(head.startswith(begin) or begin.startswith(head) for begin in (b"PK", _BEFORE_1_6)):
         return f"it is truncated at {size:,} bytes, its end is missing: {_AGAIN}"
     if head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5":
         return (

@@ -247,6 +247,27 @@ def test_it_is_refused_before_training_by_name(name, tmp_path):
         checkpoint.Saver(tmp_path / "checkpoint.pth", *parts(make), None, CFG, print)
 
 
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (lambda: 0, "_extra_state' is a function"),
+        ({"a": [1, Kind.A]}, r"_extra_state.a.1' is a [\w.]*Kind"),
+        (Text("a"), r"_extra_state' is a [\w.]*Text"),
+    ],
+    ids=["function", "enum", "text"],
+)
+def test_what_training_made_of_it_is_named_when_it_cannot_be_saved(value, words, tmp_path):
+    make = with_extra({})
+    model, optimizer = parts(make)
+    saver = checkpoint.Saver(tmp_path / "checkpoint.pth", model, optimizer, None, CFG, print)
+    model.student.backbone.get_extra_state = lambda: value
+    saver(checkpoint.TrainState())
+    said = f"could not be saved: since training began '[\\w.]*{words}, which a checkpoint cannot"
+    with pytest.raises(checkpoint.SaveFailed, match=said) as failed:
+        saver.raise_failed()
+    assert saver.must_end and ".tmp" not in str(failed.value) and not list(tmp_path.iterdir())
+
+
 def test_a_buffer_that_became_infinite_is_read_and_told(tmp_path):
     make = with_buffer(lambda: torch.zeros(2))
     model, optimizer = parts(make)
