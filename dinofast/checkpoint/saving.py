@@ -116,7 +116,13 @@ def try_saving(
     """Save, read and load what a run will save, in memory and with large tensors left empty. Raises
     `ValueError` that names what would not come back, and its type."""
     state = contents(model, optimizer, scaler, cfg, TrainState())
-    small = _map_tensors(state, _emptied)
+    try:
+        small = _map_tensors(state, _emptied)
+    except RecursionError as error:
+        raise ValueError(
+            "the backbone's state_dict holds a list or dict that holds itself, or one of more "
+            "levels than can be saved."
+        ) from error
     if lost := _lost(small):
         raise ValueError(
             f"{lost}: let the backbone's state_dict have tensors, numbers, texts, and lists and "
@@ -126,7 +132,7 @@ def try_saving(
     for module, name in ((model.student, "student"), (model.teacher, "teacher")):
         weights = mapping_of(back[name], "module." if name == "student" else "")
         for key, own in module.state_dict().items():
-            if isinstance(own, Tensor) and _emptied(own).shape != own.shape:
+            if isinstance(own, Tensor) and _is_emptied(own):
                 weights[key] = own  # with its own values: nothing changes
         try:
             module.load_state_dict(weights)
@@ -148,11 +154,11 @@ def _lost(state: Mapping[str, Any]) -> str:
 def _kind(value: Any) -> str:
     """A value's type as a message names it."""
     if isinstance(value, Tensor):
-        return (
-            "a tensor on the meta device"
-            if value.is_meta
-            else "a tensor of class " + type(value).__qualname__
-        )
+        if value.is_meta:
+            return "a tensor on the meta device"
+        if type(value) is Tensor and value.layout != torch.strided:
+            return f"a tensor of layout {str(value.layout).removeprefix('torch.')}"
+        return "a tensor of class " + type(value).__qualname__
     return a_kind(value) + (f" of {value.dtype}" if isinstance(value, np.ndarray) else "")
 
 
@@ -331,7 +337,19 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _emptied(tensor: Tensor) -> Tensor:
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
-    if not plain or is_lazy(tensor) or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
-        return tensor
-    return tensor.detach().new_empty(0) if tensor.numel() > _SMALL else tensor.detach().clone()
+    if _is_emptied(tensor):
+        return tensor.detach().new_empty(0)
+    return tensor.detach().clone() if _is_plain(tensor) else tensor
+
+
+def _is_emptied(tensor: Tensor) -> bool:
+    return _is_plain(tensor) and tensor.numel() > _SMALL
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not is_lazy(tensor)
+        and tensor.layout == torch.strided
+        and not (tensor.is_quantized or tensor.is_nested or tensor.is_meta)
+    )

@@ -133,7 +133,7 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def _of_ones_own(cfg: Config, make: Callable[[], nn.Module]) -> Backbones:
     student = _call(make)
     what = f"backbone {type(student).__name__}"
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in student.parameters()):
+    if _lazy(student):
         _initialize(student, what, cfg.global_crops_size)
     teacher = _copy(student, make)
     if isinstance(student, vit.VisionTransformer) and _is_as_built(student):
@@ -210,6 +210,17 @@ def _initialize(module: nn.Module, what: str, side: int) -> None:
             f"(`global_crops_size`): {one_line(error)}"
         ) from error
     module.train(training)
+    if unmade := _lazy(module):
+        raise ValueError(
+            f"{what} has lazy layers that its forward never uses ({', '.join(unmade[:4])}): leave "
+            "them out, or give them their sizes."
+        )
+
+
+def _lazy(module: nn.Module) -> list[str]:
+    """Parameters and buffers without a shape yet."""
+    tensors = chain(module.named_parameters(), module.named_buffers())
+    return [name for name, x in tensors if is_lazy(x)]
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ def try_out(backbone: nn.Module, what: str, sizes: Sequence[Crops]) -> Trial:
                     "under torch.no_grad nor detach. Freeze parameters with requires_grad_(False)."
                 )
             if trained:
-                x.float().square().sum().backward()
+                _backward(x, what)
                 _check_gradients(trained, what)
             widths.append(x.shape[1])
         made = [name for name, _ in backbone.named_parameters() if name not in parameters]
@@ -131,14 +131,16 @@ def _forward(
 
 
 # what errors say that have nothing to do with how large a crop is
-_OTHER_KINDS = (TypeError, AttributeError, NameError, LookupError, NotImplementedError, ImportError)
-_OTHER_WORDS = re.compile(r"channels, but got|Input type|scalar type|same dtype|same device")
+_OTHER_KINDS = (TypeError, AttributeError, NameError, KeyError, NotImplementedError, ImportError)
+_OTHER_WORDS = re.compile(
+    r"channels, but got|Input type|scalar type|same dtype|same device|CUDA enabled"
+)
 
 
 def _why(error: Exception, what: str, crops: Crops, sizes: Sequence[Crops]) -> str:
     """Why a forward pass raised, and the way out."""
     side, said = crops.side, one_line(error)
-    if isinstance(error, _OTHER_KINDS) or _OTHER_WORDS.search(str(error)):
+    if isinstance(error, _OTHER_KINDS) or _OTHER_WORDS.search(said):
         return (
             f"{what}: its forward fails on images, float32 of shape "
             f"{(crops.number, 3, side, side)} ({said}): it must take these and nothing else."
@@ -190,6 +192,13 @@ def _check_parameters(parameters: dict[str, nn.Parameter], what: str) -> None:
             )
 
 
+def _backward(x: Tensor, what: str) -> None:
+    try:
+        x.float().square().sum().backward()
+    except Exception as error:  # a hook or a function of somebody else's may raise anything
+        raise ValueError(f"{what}: its backward pass fails ({one_line(error)}).") from error
+
+
 def _check_gradients(trained: dict[str, nn.Parameter], what: str) -> None:
     for name, p in trained.items():
         if p.grad is not None and p.grad.layout != torch.strided:
@@ -222,6 +231,9 @@ def _traceless(backbone: nn.Module, device: torch.device) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 if buffer is not None and value is not None:
+                    # as observers of quantization do
+                    if not buffer.is_nested and buffer.shape != value.shape:
+                        buffer.resize_(value.shape)
                     buffer.copy_(value)
                 if not isinstance(module, torch.jit.ScriptModule):
                     module._buffers[name] = buffer

@@ -52,7 +52,10 @@ def plain(value: Any) -> Any:
 def one_line(error: BaseException, most: int = 240) -> str:
     """The first line of an error, with its kind where that says more; all of it where that line is
     only a heading, and of a traceback that TorchScript repeats the last."""
-    said = str(error).strip() or type(error).__name__
+    try:
+        said = str(error).strip() or type(error).__name__
+    except Exception:  # a class of somebody else's
+        said = type(error).__name__
     lines = said.splitlines()
     if "Traceback of TorchScript" in said:
         lines = lines[-1:]

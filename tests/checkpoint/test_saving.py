@@ -215,7 +215,11 @@ class Text(str):
     pass
 
 
+ENDLESS = [1]
+ENDLESS.append(ENDLESS)
 REFUSED = {
+    "endless": (with_extra({"a": ENDLESS}), "holds itself, or one of more levels"),
+    "mkldnn": (with_extra(torch.ones(2, 2).to_mkldnn()), "a tensor of layout _mkldnn, which"),
     "enum": (with_extra({"kind": [1, Kind.A]}), r"_extra_state.kind.1' is a [\w.]*Kind, which"),
     "class": (with_extra(argparse.ArgumentParser()), "an? argparse.ArgumentParser, which"),
     "function": (with_extra({"f": lambda: 0}), "_extra_state.f' is a function"),
@@ -369,3 +373,15 @@ def test_options_become_plain_values(name, given, kept):
     if isinstance(kept, tuple):
         assert [type(v) for v in value] == [type(v) for v in kept]
     assert Config(**{name: given}).to_dict()[name] == kept
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_nested_tensor_in_extra_state_is_saved_and_read(tmp_path):
+    value = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
+    model, optimizer = parts(with_extra(value))
+    saver = checkpoint.Saver(tmp_path / "checkpoint.pth", model, optimizer, None, CFG, print)
+    saver(checkpoint.TrainState())
+    fresh, other = parts(with_extra(value), seed=1)
+    resume.restore(saver.path, fresh, other, None, CFG)
+    for ours, back in zip(value, fresh.student.backbone.came, strict=True):
+        assert torch.equal(ours, back)

@@ -325,6 +325,42 @@ class LateExtra(Net):
         return super().forward(x)
 
 
+class LazyAndUnused(Net):
+    def __init__(self):
+        super().__init__(late=nn.LazyLinear(3))
+
+
+class PositionTable(Net):
+    def __init__(self):
+        super().__init__(table=nn.Embedding(36, 8))
+
+    def forward(self, x):
+        tokens = super().forward(x).flatten(2).transpose(1, 2)
+        return tokens + self.table(torch.arange(tokens.shape[1]))
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+class Raising(Net):
+    def forward(self, x):
+        raise Unprintable
+
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+
+def observed():
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU())
+    net.qconfig = torch.ao.quantization.get_default_qat_qconfig()
+    return torch.ao.quantization.prepare_qat(net.train())
+
+
 def inference():
     with torch.inference_mode():
         return Net()
@@ -396,6 +432,14 @@ REFUSED = {
     "gray": (lambda: nn.Conv2d(1, 8, 4), "forward fails on images.*1 channels, but got 3"),
     "in place": (InPlace, "changes the images it is given, which student and teacher share"),
     "late extra state": (LateExtra, "is a plain value before and a _thread.lock after"),
+    "lazy and unused": (LazyAndUnused, r"never uses \(late.weight, late.bias\)"),
+    "a table of positions": (PositionTable, "does not take crops of 16 x 16 .*index out of range"),
+    "an error without words": (Raising, r"does not take crops of 16 x 16 \(Unprintable\)"),
+    "backward": (
+        lambda: Returns(NoBackward.apply),
+        "its backward pass fails .*NotImplementedError: .*implement .*backward",
+    ),
+    "an observer that grows": (observed, r"fake_quant.* is \(.,\) before and \(8,\) after"),
     "inference mode": (inference, "is made under torch.inference_mode"),
     "no module": (lambda: torch.relu, "returns a builtin.*: expected a torch.nn.Module"),
     "no function": ("resnet18", "backbone is a str: give a function or class"),
@@ -406,6 +450,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_in_one_sentence(name):
     make, words = REFUSED[name]
