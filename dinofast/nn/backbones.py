@@ -23,8 +23,8 @@ from .trial import Trial, crops_of, try_out
 
 
 class UnknownArch(ValueError):
-    """A name that is neither ours nor torchvision's nor timm's. hint: which of the two packages
-    cannot be imported, with the reason."""
+    """A name that is neither ours nor torchvision's nor timm's. hint: the name that was meant, and
+    which of the two packages cannot be imported, with the reason."""
 
     def __init__(self, sentence: str, hint: str) -> None:
         super().__init__(sentence)
@@ -117,9 +117,10 @@ def _candidates(arch: str) -> Iterator[Candidate]:
         if missing
         else ""
     )
+    hint = nearest_arch(arch) + hint
     raise UnknownArch(
         f"`arch` '{arch}' is not known: choose from "
-        f"{', '.join(VITS)}.{nearest_arch(arch)}{hint} A model of your own goes through "
+        f"{', '.join(VITS)}.{hint} A model of your own goes through "
         "Python, dinofast.train.train(cfg, backbone=...).",
         hint,
     )

@@ -4,7 +4,9 @@ import sys
 import types
 
 import pytest
+import torch
 
+from dinofast.checkpoint import load_backbone
 from dinofast.config import Config
 from dinofast.nn.arch_names import nearest_arch
 from dinofast.nn.backbones import make_backbones
@@ -46,13 +48,16 @@ def test_our_vits_by_what_others_call_them(alone, name, meant):
     assert nearest_arch(name) == (f" Did you mean {meant}?" if meant else "")
 
 
-def test_the_refusal_says_it(monkeypatch):
+def test_the_refusal_says_it(monkeypatch, tmp_path):
     known = types.SimpleNamespace(list_models=lambda module: ["resnet18", "resnet50"])
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.models", known)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match="`arch` 'resnet_18' is not known.*Did you mean resnet18?"):
         make_backbones(Config(arch="resnet_18"), None)
+    torch.save({"a.weight": torch.zeros(2)}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match="no name that can be built here. Did you mean resnet18?"):
+        load_backbone(tmp_path / "c.pth", arch="resnet_18")
 
 
 def test_a_package_that_cannot_list_is_no_error(monkeypatch):
