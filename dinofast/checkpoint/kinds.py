@@ -41,6 +41,7 @@ _BY_MEMBER = {  # of a zip archive
     ".npy": "it is an archive of NumPy arrays: save a dict of tensors with torch.save instead",
 }
 _WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".tar", ".onnx")
+_NOT_PLAIN = "it holds something other than tensors, numbers and text, or is damaged"
 _AGAIN = "copy or download it again"
 _BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began its files then
 
@@ -61,10 +62,12 @@ def reason(path: Path, error: Exception) -> str:
         return error.strerror
     with open(path, "rb") as file:
         head = file.read(_HEAD)
+    names = unknown_names(path, error)
     return (
-        _by_head(path, head)
+        _refused(names)
+        or _by_head(path, head)
         or (_by_members(path) if zipfile.is_zipfile(path) else _cut_off(path, head))
-        or (_refused(path, error) if isinstance(error, pickle.UnpicklingError) else "")
+        or (_NOT_PLAIN if isinstance(error, pickle.UnpicklingError) else "")
         or f"it is damaged: {_AGAIN}"
     )
 
@@ -155,21 +158,32 @@ def _safetensors_size(path: Path) -> int:
             return 8 + length
 
 
-def _refused(path: Path, error: pickle.UnpicklingError) -> str:
-    """What reading would have to run, by name."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    if not found:
-        return "it holds something other than tensors, numbers and text, or is damaged"
+def unknown_names(path: Path, error: Exception) -> list[str]:
+    """The classes and functions that reading was refused for, the first one first; of a file of
+    torch before 1.6 only that. None where that was not why."""
+    found = re.search(r"Unsupported global: GLOBAL (\S+) was|unsupported GLOBAL (\S+)", str(error))
+    if not isinstance(error, pickle.UnpicklingError) or found is None:
+        return []
+    first = found[1] or found[2]
+    first = first if "." in first else f"builtins.{first}"
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # a file of torch before 1.6
-        names = [found[1]]
+        others = []
+    return [first, *(name for name in others if name != first)]
+
+
+def _refused(names: list[str]) -> str:
+    """What reading would have to run, by name; nothing where there is nothing."""
+    if not names:
+        return ""
+    first = names[0].removeprefix("builtins.")
     if any(name.startswith("torch.nn.modules.") for name in names):
         return (
-            f"it is a whole model ({found[1]}), not its weights; with the code that made it, save "
+            f"it is a whole model ({first}), not its weights; with the code that made it, save "
             "its `state_dict()` instead"
         )
     return (
-        f"it holds something other than tensors, numbers and text ({found[1]}), which would run "
+        f"it holds something other than tensors, numbers and text ({first}), which would run "
         "code; if you trust it, load it with the code that made it and save it again without that"
     )

@@ -8,7 +8,6 @@ import importlib
 import json
 import pathlib
 import pickle
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from numpy._core import multiarray
 from torch import Tensor
 
 from ..runtime.words import a_kind, plain
-from .kinds import is_safetensors, reason
+from .kinds import is_safetensors, reason, unknown_names
 
 # What files hold besides tensors and plain containers, by the names it is pickled under: the parsed
 # arguments, paths in them (made under Slurm), NumPy's numbers and arrays, dates. No dtype that
@@ -136,13 +135,10 @@ def _load_with_options(path: Path, mmap: bool) -> Any:
     try:
         return load(path, mmap)
     except pickle.UnpicklingError as error:
-        if "Unsupported global" not in str(error) or not zipfile.is_zipfile(path):
+        if not (names := unknown_names(path, error)):
             raise
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        stand_ins = [(_CONTAINERS.get(name) or _stand_in(name), name) for name in names]
         try:
-            with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
-                state = load(path, mmap)
+            state = _load_with_stand_ins(path, mmap, names)
         except Exception:  # used as no stand-in can be: the first error tells
             state = None
         if not isinstance(state, Mapping):
@@ -151,6 +147,19 @@ def _load_with_options(path: Path, mmap: bool) -> Any:
         if _holds_stand_in(state):
             raise
         return state
+
+
+def _load_with_stand_ins(path: Path, mmap: bool, names: list[str]) -> Any:
+    """With a stand-in for each of these; a file of torch before 1.6 names one at a time."""
+    stand_ins = [(_CONTAINERS.get(name) or _stand_in(name), name) for name in names]
+    try:
+        with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
+            return load(path, mmap)
+    except pickle.UnpicklingError as error:
+        more = [name for name in unknown_names(path, error) if name not in names]
+        if not more:
+            raise
+        return _load_with_stand_ins(path, mmap, names + more)
 
 
 # filled item by item, which torch allows of these alone

@@ -192,6 +192,19 @@ def test_options_of_any_kind_are_read_and_nothing_is_run(value, told, tmp_path, 
     assert saved.arch == saved["arch"] == "vit_tiny"
 
 
+@pytest.mark.parametrize("new", [True, False])
+def test_options_of_any_kind_are_read_from_files_of_torch_before_1_6_too(new, tmp_path):
+    args = argparse.Namespace(arch="vit_tiny", patch_size=16, mode=Mode.MULTI, kind=int, f=print)
+    state = {"teacher": below("backbone."), "args": args}
+    torch.save(state, tmp_path / "c.pth", _use_new_zipfile_serialization=new)
+    load_backbone(tmp_path / "c.pth")
+    told = arguments(tmp_path / "c.pth")
+    assert (told.mode, told.kind, told.f) == ("multi", "<builtins.int>", "<builtins.print>")
+    torch.save(state | {"x": Mode.MULTI}, tmp_path / "c.pth", _use_new_zipfile_serialization=new)
+    with pytest.raises(ValueError, match=r"and text \([\w.]*Mode\), which would run"):
+        read(tmp_path / "c.pth")
+
+
 def test_options_within_options_answer_both_ways(tmp_path):
     args = argparse.Namespace(inner=argparse.Namespace(a=1))
     torch.save({"args": args}, tmp_path / "c.pth")
