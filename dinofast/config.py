@@ -7,16 +7,19 @@ in one place.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from . import validation
+from .runtime.suggestions import did_you_mean
 from .runtime.words import plain
 
 VITS = ("vit_tiny", "vit_small", "vit_base", "vit_nano")
 # as the official code maps them
 OLD_NAMES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small", "deit_base": "vit_base"}
 PRECISIONS = ("bf16", "fp16", "fp32")
+_Class = TypeVar("_Class", bound=type[Any])
 CLIP_MODES = ("tensor", "global")
 
 
@@ -31,6 +34,24 @@ def option(default: Any, advice: str = "", **metadata: Any) -> Any:
     return field(default=default, metadata={"help": advice, **metadata})
 
 
+def name_unknown(cls: _Class) -> _Class:
+    """A dataclass whose error for an option that it lacks names the one that was meant."""
+    init: Any = cls.__init__  # type: ignore[misc]
+    names = [f.name for f in fields(cls)]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **options: Any) -> None:
+        for name in options:
+            if name not in names:
+                hint = did_you_mean(name, names)
+                raise TypeError(f"{cls.__name__} has no option `{name}`.{hint}")
+        init(self, *args, **options)
+
+    cls.__init__ = checked  # type: ignore[misc]
+    return cls
+
+
+@name_unknown
 @dataclass(frozen=True)
 class Config:
     """Options of `dinofast pretrain`. Names and defaults are those of facebookresearch/dino unless

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,16 @@ from .checkpoint import (
     arguments_in,
     check_fit,
     finite,
+    is_linear,
     mapping_of,
     numbered,
     read,
+    weights_under,
 )
-from .config import Config
+from .config import OLD_NAMES, Config
 from .data import Loader
 from .nn.dino import Model
+from .runtime.words import one_line
 
 # Options that change neither the weights nor, but for rounding, the trajectory, so that another
 # value on resuming is nobody's concern.
@@ -47,6 +51,12 @@ RESUME_MUTABLE_OPTIONS = {
     "cuda_graph",
     "grad_checkpointing",
 }
+# Options that decide which tensors there are, and of which shapes.
+_SHAPING_OPTIONS = (
+    *("arch", "patch_size", "global_crops_size", "optimizer"),
+    *("out_dim", "use_bn_in_head", "head_layers", "head_hidden_dim", "head_bottleneck_dim"),
+    "norm_last_layer",
+)
 
 
 def go_on(
@@ -87,39 +97,24 @@ def restore(
     on at the start of its epoch) and sentences about what has changed. Raises `ValueError`
     when the file does not fit; nothing is half loaded then.
     """
-    state = _read(path)
-    missing = [
-        key for key in ("student", "teacher", "optimizer", "epoch", "dino_loss") if key not in state
-    ]
-    if missing:
-        raise ValueError(
-            f"'{path}' is no DINO training checkpoint (it lacks {', '.join(missing)}): it was left "
-            "as it is; choose another `output_dir` or move the file away."
-        )
+    stays = "It was left as it is: move it away, or choose another `output_dir`."
+    try:
+        state = read(path)
+    except ValueError as error:
+        raise ValueError(f"{error} {stays}{_beside(path)}") from error
     saved_args = arguments_in(state)
-    parts = (
-        (model.student, mapping_of(state["student"], "module."), "student"),
-        (model.teacher, mapping_of(state["teacher"], "module."), "teacher"),
-        (model.dino_loss, mapping_of(state["dino_loss"]), "dino_loss"),
-    )
-    notes = []
-    for module, weights, what in parts:
-        for name in check_fit(path, module, weights, what, saved_args):
-            notes.append(f"'{name}' of the {what} holds numbers that are not finite")
-    position = _position(path, state)
-    _check_optimizer(path, optimizer, state["optimizer"], saved_args)
-    for module, weights, _ in parts:
-        module.load_state_dict(weights)
-    optimizer.load_state_dict(state["optimizer"])
-    if scaler is not None and "fp16_scaler" in state:
-        scaler.load_state_dict(state["fp16_scaler"])
+    try:
+        hint = _differing(saved_args, cfg)
+        position, notes = _load(path, state, model, optimizer, scaler, hint)
+    except ValueError as error:
+        raise ValueError(f"{error} {stays}") from error
     now = cfg.to_dict()
     notes += [
         f"`{name}` was {_told(saved_args[name])} and is now {_told(now[name])}"
         for name in now
         if name in saved_args
         and name not in RESUME_MUTABLE_OPTIONS
-        and _plain(saved_args[name]) != _plain(now[name])
+        and not _equal(name, saved_args[name], now[name])
     ]
     notes += [
         f"'{other.name}' is of a later epoch than '{path}': it is replaced when this run gets there"
@@ -127,6 +122,71 @@ def restore(
         if int(other.stem.removeprefix("checkpoint")) >= position.epoch
     ]
     return position, notes
+
+
+def _load(
+    path: Path,
+    state: Mapping[str, Any],
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    hint: str,
+) -> tuple[TrainState, list[str]]:
+    """Where the run stands, and what there is to say of the weights. hint: the way out where they
+    do not fit."""
+    missing = [
+        key for key in ("student", "teacher", "optimizer", "epoch", "dino_loss") if key not in state
+    ]
+    if missing:
+        raise ValueError(
+            f"'{path}' {_what_it_holds(state)}is no DINO training checkpoint (it lacks "
+            f"{', '.join(missing)})."
+        )
+    parts = (
+        (model.student, weights_under(path, state, "student", "module."), "student"),
+        (model.teacher, weights_under(path, state, "teacher", "module."), "teacher"),
+        (model.dino_loss, weights_under(path, state, "dino_loss"), "dino_loss"),
+    )
+    notes = []
+    for module, weights, what in parts:
+        for name in check_fit(path, module, weights, what, hint):
+            notes.append(f"'{name}' of the {what} holds numbers that are not finite")
+    position = _position(path, state)
+    _check_optimizer(path, optimizer, state["optimizer"], hint)
+    scale = state.get("fp16_scaler")
+    if scaler is not None and scale:
+        if not isinstance(scale, Mapping) or not scaler.state_dict().keys() <= scale.keys():
+            raise ValueError(f"'{path}' holds no state of a loss scaler under 'fp16_scaler'.")
+        scaler.load_state_dict(dict(scale))
+    for module, weights, _ in parts:
+        module.load_state_dict(weights)
+    optimizer.load_state_dict(state["optimizer"])
+    return position, notes
+
+
+def _what_it_holds(state: Mapping[str, Any]) -> str:
+    """Of a file that no run goes on from; nothing where that is not known."""
+    networks = [key for key in ("teacher", "student") if key in state]
+    if networks:
+        return f"holds {' and '.join(networks)} alone, it "
+    for held in (state, *(value for value in state.values() if isinstance(value, Mapping))):
+        if is_linear(mapping_of(held, "module.")):
+            return "holds a linear classifier alone, as eval_linear.py saves it, it "
+        if any(isinstance(value, Tensor) for value in held.values()):
+            return "holds the weights of a model alone, it "
+    return ""
+
+
+def _differing(saved: Mapping[str, Any], cfg: Config) -> str:
+    """The options that shape what is saved and are not those of the save, as a way out; of none
+    nothing is said."""
+    now = cfg.to_dict()
+    other = [
+        f"`{name}` {saved[name]} (now {_told(now[name])})"
+        for name in _SHAPING_OPTIONS
+        if name in saved and not _equal(name, saved[name], now[name])
+    ]
+    return f": it was saved with {', '.join(other)}; resume with that" if other else ""
 
 
 def first_step(position: TrainState, loader: Loader, batch: int) -> tuple[int, list[str]]:
@@ -152,18 +212,15 @@ def first_step(position: TrainState, loader: Loader, batch: int) -> tuple[int, l
     return start + min(inside, loader.steps_per_epoch), notes
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A checkpoint; where it cannot be read the error names one beside it that can."""
-    try:
-        return read(path)
-    except ValueError as error:
-        good = next((other for other in numbered(path.parent) if _can_be_read(other)), None)
-        if good is None:
-            raise
-        raise ValueError(
-            f"{error} '{good.name}' beside it can be read: with '{path.name}' moved away the run "
-            "goes on from there."
-        ) from error
+def _beside(path: Path) -> str:
+    """The newest numbered checkpoint beside one that cannot be read, if it can."""
+    good = next((other for other in numbered(path.parent) if _can_be_read(other)), None)
+    if good is None:
+        return ""
+    return (
+        f" '{good.name}' beside it can be read: with '{path.name}' moved away the run goes on "
+        "from there."
+    )
 
 
 def _can_be_read(path: Path) -> bool:
@@ -181,21 +238,20 @@ def _position(path: Path, state: Mapping[str, Any]) -> TrainState:
         position = (
             TrainState(**{k: v for k, v in ours.items() if k in known})
             if ours
-            else TrainState(epoch=state["epoch"])
+            else TrainState(epoch=operator.index(state["epoch"]))  # NumPy's and torch's, too
         )
         if isinstance(position.sums, list):  # as they were saved before metrics had names
             position = replace(position, sums={})
         position.check()
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"'{path}' does not tell where the run stands ({error}): it was left as it is; move it "
-            "away, or choose another `output_dir`."
+            f"'{path}' does not tell where the run stands ({one_line(error)})."
         ) from error
     return position
 
 
 def _check_optimizer(
-    path: Path, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], args: Mapping[str, Any]
+    path: Path, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], hint: str
 ) -> None:
     """AdamW, SGD and LARS keep different things; torch itself would only notice at the first
     step."""
@@ -212,20 +268,22 @@ def _check_optimizer(
         )
         lengths = [len(g["params"]) for g in theirs]
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"'{path}' holds no optimizer state that can be understood: it was left as it is; move "
-            "it away, or choose another `output_dir`."
-        ) from error
+        raise ValueError(f"'{path}' holds no optimizer state that can be understood.") from error
     same_kind = all(
         ("betas" in a, "eta" in a) == ("betas" in b, "eta" in b)
         for a, b in zip(ours, theirs, strict=False)
     )
     if not same_kind or not fits or [len(g["params"]) for g in ours] != lengths:
-        was = f" (`optimizer` {args['optimizer']})" if "optimizer" in args else ""
         raise ValueError(
-            f"'{path}' was saved with another optimizer{was} or other trainable parameters: resume "
-            "with the options it was saved with, or choose another `output_dir`."
+            f"'{path}' was saved with another optimizer or other trainable parameters{hint}."
         )
+
+
+def _equal(name: str, saved: Any, now: Any) -> bool:
+    """Of two values of an option: a list is a tuple, "4" is 4, and old names of ViTs are theirs."""
+    if name == "arch":
+        return OLD_NAMES.get(saved, saved) == OLD_NAMES.get(now, now)
+    return bool(_plain(saved) == _plain(now)) or str(saved) == str(now)
 
 
 def _told(value: Any) -> Any:

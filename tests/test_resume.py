@@ -91,7 +91,7 @@ def test_changed_options_are_told(unbroken, photographs, tmp_path):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda b: b[: len(b) // 2], "it is truncated, damaged"),
+        (lambda b: b[: len(b) // 2], "it is truncated at"),
         (lambda b: b"", "it is empty"),
         (lambda b: b"my precious notes", "it is a text"),
     ],

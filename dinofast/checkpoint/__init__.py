@@ -14,6 +14,8 @@ from .storage import lock_output_dir as lock_output_dir
 from .weights import arguments as arguments
 from .weights import check_fit as check_fit
 from .weights import finite as finite
+from .weights import is_linear as is_linear
 from .weights import load_backbone as load_backbone
 from .weights import mapping_of as mapping_of
 from .weights import numbered as numbered
+from .weights import weights_under as weights_under

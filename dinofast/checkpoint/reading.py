@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import errno
 import importlib
 import json
 import pathlib
 import pickle
-import re
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +18,8 @@ import torch
 from numpy._core import multiarray
 from torch import Tensor
 
-from ..runtime.words import plain
+from ..runtime.words import a_kind, plain
+from .kinds import is_safetensors, reason, unknown_names
 
 # What files hold besides tensors and plain containers, by the names it is pickled under: the parsed
 # arguments, paths in them (made under Slurm), NumPy's numbers and arrays, dates. No dtype that
@@ -54,6 +52,8 @@ _SAFE = [
         if name.endswith("DType") and name not in ("ObjectDType", "VoidDType", "StringDType")
     ),
 ]
+# where others keep what they trained with
+_OPTIONS = ("args", "hyper_parameters", "config", "cfg", "opt", "options", "meta")
 _SAFETENSORS = {
     "BOOL": torch.bool,
     "BF16": torch.bfloat16,
@@ -65,33 +65,11 @@ _SAFETENSORS = {
     **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
-_KNOWN_BY_HEAD = {
-    b"version https://git-lfs": "it is a pointer of git-lfs, `git lfs pull` gets the file itself",
-    b"<!doctype": "it is a web page, not the file that was to be downloaded",
-    b"<html": "it is a web page, not the file that was to be downloaded",
-    b"<?xml": "it is a web page, not the file that was to be downloaded",
-    b"\x1f\x8b": "it is compressed with gzip: unpack it first",
-    b"bzh": "it is compressed with bzip2: unpack it first",
-    b"\xfd7zxz": "it is compressed with xz: unpack it first",
-    b"(\xb5/\xfd": "it is compressed with zstd: unpack it first",
-    b"\x89hdf": "it is an HDF5 file, as Keras writes them",
-    b"\x93numpy": "it is a NumPy array",
-    b"\x89png": "it is an image",
-    b"\xff\xd8\xff": "it is an image",
-    b"%pdf": "it is a PDF",
-    b"\x7felf": "it is a program",
-}
-_KNOWN_BY_MEMBER = {  # of a zip archive
-    "/constants.pkl": "it is a TorchScript archive: save the `state_dict()` of "
-    "`torch.jit.load(FILE)` instead",
-    "archive_format": "it is a program of torch.export: save its `state_dict` instead",
-    ".npy": "it is an archive of NumPy arrays",
-}
 
 
 def read(path: Path, mmap: bool = False) -> dict[str, Any]:
     """The contents of a checkpoint or .safetensors file, on the CPU. Only tensors, containers,
-    numbers and the official arguments are admitted; `args` answers both `["arch"]` and `.arch`.
+    numbers and options are admitted; `args` answers both `["arch"]` and `.arch`.
 
     mmap: tensors stay on the disk until they are used. Raises `ValueError` for a file that is
     missing, truncated, or no checkpoint; the file is left as it is.
@@ -103,49 +81,151 @@ def read(path: Path, mmap: bool = False) -> dict[str, Any]:
     if not found:
         raise ValueError(_absent(path))
     try:
-        if path.suffix == ".safetensors" or _has_safetensors_header(path):
+        if is_safetensors(path):
             return _read_safetensors(path)
-        state = load(path, mmap)
+        state = _load_with_options(path, mmap)
     except MemoryError:
         raise
     except Exception as error:  # what does not belong there makes the unpickler raise all kinds
         raise ValueError(
-            f"'{path}' cannot be read as a checkpoint, {_reason(path, error)}: it was left as it "
-            "is; move it away, or choose another file or `output_dir`."
+            f"'{path}' cannot be read as a checkpoint, {reason(path, error)}."
         ) from error
     if not isinstance(state, Mapping):
         raise ValueError(
-            f"'{path}' holds a {type(state).__name__}, not a checkpoint: it was left as it is."
+            f"'{path}' holds {a_kind(state)}, not a checkpoint: save a dict of tensors with "
+            "torch.save, or name another file."
         )
     state = dict(state)
-    if isinstance(state.get("args"), argparse.Namespace):
-        state["args"] = with_attributes(vars(state["args"]))
+    if isinstance(state.get("args"), argparse.Namespace | dict):
+        state["args"] = with_attributes(_as_mapping(state["args"]))
     return state
 
 
 def with_attributes(options: Mapping[str, Any]) -> OrderedDict[str, Any]:
     """Options that answer both `["arch"]` and `.arch`, of the one type with attributes that
-    `torch.load` reads without a list of allowed types."""
+    `torch.load` reads without a list of allowed types. Methods of a dict stay what they are."""
     both = OrderedDict(options)
-    both.__dict__.update(both)
+    both.__dict__.update({k: v for k, v in both.items() if not hasattr(OrderedDict, str(k))})
     return both
 
 
 def arguments_in(state: Mapping[str, Any]) -> OrderedDict[str, Any]:
     """The options that a checkpoint was trained with, as plain values; empty when it does not
     tell."""
-    args = state.get("args", {})
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    known = args.items() if isinstance(args, Mapping) else ()
-    return with_attributes({name: plain(value) for name, value in known})
+    return with_attributes({n: _plain(v) for n, v in _as_mapping(state.get("args")).items()})
+
+
+def _as_mapping(options: Any) -> Mapping[str, Any]:
+    options = vars(options) if isinstance(options, argparse.Namespace) else options
+    return options if isinstance(options, Mapping) else {}
+
+
+def _plain(value: Any) -> Any:
+    """An option as a plain value; options within it answer as the whole does."""
+    if isinstance(value, argparse.Namespace | Mapping):
+        return arguments_in({"args": value})
+    if isinstance(value, torch.dtype | torch.device | torch.layout):
+        return str(value).removeprefix("torch.")
+    return plain(value)
+
+
+def _load_with_options(path: Path, mmap: bool) -> Any:
+    """`load`; where options hold what is no plain value (an enum, a class, a function), an enum's
+    value or the name stands there. Nothing of it is imported or run."""
+    try:
+        return load(path, mmap)
+    except pickle.UnpicklingError as error:
+        if not (names := unknown_names(path, error)):
+            raise
+        try:
+            state = _load_with_stand_ins(path, mmap, names)
+        except Exception:  # used as no stand-in can be: the first error tells
+            state = None
+        if not isinstance(state, Mapping):
+            raise
+        state = {n: _without_stand_ins(v) if n in _OPTIONS else v for n, v in state.items()}
+        if _holds_stand_in(state):
+            raise
+        return state
+
+
+def _load_with_stand_ins(path: Path, mmap: bool, names: list[str]) -> Any:
+    """With a stand-in for each of these; a file of torch before 1.6 names one at a time."""
+    stand_ins = [(_CONTAINERS.get(name) or _stand_in(name), name) for name in names]
+    try:
+        with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
+            return load(path, mmap)
+    except pickle.UnpicklingError as error:
+        more = [name for name in unknown_names(path, error) if name not in names]
+        if not more:
+            raise
+        return _load_with_stand_ins(path, mmap, names + more)
+
+
+# filled item by item, which torch allows of these alone
+_CONTAINERS: dict[str, Any] = {
+    "collections.defaultdict": lambda *_: {},
+    "collections.deque": lambda items=(), *_: list(items),
+}
+
+
+class _StandIn:
+    """Of a class or function that is not to be imported: what it was called with."""
+
+    name = ""
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __new__(cls, *arguments: Any) -> _StandIn:
+        new = super().__new__(cls)
+        new.arguments = arguments
+        return new
+
+    def __init__(self, *arguments: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def _stand_in(name: str) -> type[_StandIn]:
+    return type("_StandIn", (_StandIn,), {"name": name})
+
+
+def _without_stand_ins(value: Any) -> Any:
+    if isinstance(value, argparse.Namespace):
+        return argparse.Namespace(**_without_stand_ins(vars(value)))
+    if isinstance(value, dict):
+        pairs = {k: _without_stand_ins(v) for k, v in value.items() if not _holds_stand_in(k)}
+        return with_attributes(pairs) if type(value) is OrderedDict else pairs
+    if type(value) in (list, tuple, set):
+        return type(value)(_without_stand_ins(v) for v in value)
+    if isinstance(value, _StandIn):
+        if isinstance(value.state, dict) and not value.arguments:  # types.SimpleNamespace, ...
+            return _without_stand_ins(value.state)
+        # as enums are pickled: their class, called with the value, or `getattr` with its name
+        called = 2 if value.name == "builtins.getattr" else 1
+        enum = len(value.arguments) == called and value.state is None
+        return _without_stand_ins(value.arguments[-1]) if enum else f"<{value.name}>"
+    return f"<{value.name}>" if _is_stand_in(value) else value
+
+
+def _is_stand_in(value: Any) -> bool:
+    return isinstance(value, _StandIn) or (isinstance(value, type) and issubclass(value, _StandIn))
+
+
+def _holds_stand_in(value: Any) -> bool:
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        value = [*value, *value.values(), *getattr(value, "__dict__", {}).values()]
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(map(_holds_stand_in, value))
+    return _is_stand_in(value)
 
 
 def _absent(path: Path) -> str:
     if path.is_dir():
-        return (
-            f"'{path}' is a folder, not a checkpoint: move it away, or choose another file or "
-            "`output_dir`."
-        )
+        return f"'{path}' is a folder, not a checkpoint: name a file."
     if path.is_symlink():
         return (
             f"'{path}' is a link to '{path.readlink()}', which is not there: bring that back, or "
@@ -156,6 +236,9 @@ def _absent(path: Path) -> str:
 
 def load(file: Path | IO[bytes], mmap: bool = False) -> Any:
     """`torch.load` on the CPU, of safe types alone."""
+    if isinstance(file, Path) and file.suffix == ".safetensors":
+        with open(file, "rb") as opened:  # torch would go by the name
+            return load(opened)
     with torch.serialization.safe_globals(_SAFE):  # type: ignore[arg-type]
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
@@ -169,13 +252,6 @@ def load(file: Path | IO[bytes], mmap: bool = False) -> Any:
             if not mmap:  # a file system that cannot map files, or a file of torch before 1.6
                 raise
         return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _has_safetensors_header(path: Path) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(10)
-    length = int.from_bytes(head[:8], "little")
-    return head[8:] == b'{"' and length < path.stat().st_size
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -200,57 +276,3 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin)
         weights[name] = flat.reshape(about["shape"])
     return weights
-
-
-def _reason(path: Path, error: Exception) -> str:
-    """Why a file could not be read, in words."""
-    if not path.stat().st_size:
-        return "it is empty"
-    # EINVAL: what is written in the file leads outside of it
-    if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:
-        return error.strerror
-    with open(path, "rb") as file:
-        head = file.read(512)
-    start = head.lstrip().lower()
-    for magic, words in _KNOWN_BY_HEAD.items():
-        if start.startswith(magic):
-            return words
-    if path.suffix == ".onnx" or (head[:1] == b"\x08" and b"pytorch" in head[:64]):
-        return "it is an ONNX model"
-    if head[257:262] == b"ustar":
-        return "it is a tar archive: unpack it first"
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
-        for end, words in _KNOWN_BY_MEMBER.items():
-            if any(member.endswith(end) for member in members):
-                return words
-        if not any(member.endswith("data.pkl") for member in members):
-            return "it is a zip archive without weights"
-    if path.suffix != ".safetensors" and all(
-        32 <= byte < 127 or byte in b"\t\n\f\r" for byte in head
-    ):
-        return "it is a text"
-    if isinstance(error, pickle.UnpicklingError):
-        return _refused(path, error)
-    return "it is truncated, damaged, or something else"
-
-
-def _refused(path: Path, error: pickle.UnpicklingError) -> str:
-    """What reading would have to run, by name."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    if not found:
-        return "it holds something other than tensors, numbers and text"
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # a file of torch before 1.6
-        names = [found[1]]
-    if any(name.startswith("torch.nn.modules.") for name in names):
-        return (
-            f"it is a whole model ({found[1]}), not its weights; with the code that made it, save "
-            "its `state_dict()` instead"
-        )
-    return (
-        f"it holds something other than tensors, numbers and text ({found[1]}), which would run "
-        "code; if you trust it, load it with the code that made it and save it again without that"
-    )

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -20,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from .. import __version__
 from ..config import Config
 from ..nn.dino import Model
+from ..runtime.words import a_kind, one_line
 from .reading import load, read, with_attributes
 from .storage import FULL, SaveFailed, link, reason, write
 from .weights import mapping_of
@@ -114,35 +116,50 @@ def try_saving(
     """Save, read and load what a run will save, in memory and with large tensors left empty. Raises
     `ValueError` that names what would not come back, and its type."""
     state = contents(model, optimizer, scaler, cfg, TrainState())
-    small = _map_tensors(state, _emptied)
-    if not _comes_back(small):
-        where, value = _culprit(small, "")
+    try:
+        small = _map_tensors(state, _emptied)
+    except RecursionError as error:
         raise ValueError(
-            f"'{where}' is {_kind(value)}, which a checkpoint cannot hold: let the backbone's "
-            "state_dict have tensors, numbers, texts, and lists and dicts of them."
+            "the backbone's state_dict holds a list or dict that holds itself, or one of more "
+            "levels than can be saved."
+        ) from error
+    if lost := _lost(small):
+        raise ValueError(
+            f"{lost}: let the backbone's state_dict have tensors, numbers, texts, and lists and "
+            "dicts of them."
         )
     back = _read_back(small)
     for module, name in ((model.student, "student"), (model.teacher, "teacher")):
         weights = mapping_of(back[name], "module." if name == "student" else "")
         for key, own in module.state_dict().items():
-            if isinstance(own, Tensor) and _emptied(own).shape != own.shape:
+            if isinstance(own, Tensor) and _is_emptied(own):
                 weights[key] = own  # with its own values: nothing changes
         try:
             module.load_state_dict(weights)
         except Exception as error:  # hooks of others raise what they like
-            said = " ".join(str(error).split())
             raise ValueError(
-                f"the backbone's state_dict, saved and read, cannot be loaded again ({said})."
+                "the backbone's state_dict, saved and read, cannot be loaded again "
+                f"({one_line(error)})."
             ) from error
+
+
+def _lost(state: Mapping[str, Any]) -> str:
+    """What of a state does not come back from a file, in words; empty where all does."""
+    if _comes_back(state):
+        return ""
+    where, value = _culprit(state, "")
+    return f"'{where}' is {_kind(value)}, which a checkpoint cannot hold"
 
 
 def _kind(value: Any) -> str:
     """A value's type as a message names it."""
-    name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     if isinstance(value, Tensor):
-        return "a tensor on the meta device" if value.is_meta else f"a tensor of class {name}"
-    of = f" of {value.dtype}" if name == "numpy.ndarray" else ""
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}{of}"
+        if value.is_meta:
+            return "a tensor on the meta device"
+        if type(value) is Tensor and value.layout != torch.strided:
+            return f"a tensor of layout {str(value.layout).removeprefix('torch.')}"
+        return "a tensor of class " + type(value).__qualname__
+    return a_kind(value) + (f" of {value.dtype}" if isinstance(value, np.ndarray) else "")
 
 
 class Saver:
@@ -223,7 +240,9 @@ def _explained(path: Path, state: Mapping[str, Any], error: Exception) -> SaveFa
     system = reason(error)
     if system is None:
         may_pass = isinstance(error, MemoryError)
-        return SaveFailed(f"'{path}' could not be saved: {error or 'no memory'}", may_pass)
+        lost = "" if may_pass else _lost(_map_tensors(state, _emptied))
+        said = f"since training began {lost}." if lost else error or "no memory"
+        return SaveFailed(f"'{path}' could not be saved: {said}", may_pass)
     bytes_ = 0
 
     def add(tensor: Tensor) -> Tensor:
@@ -318,7 +337,19 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _emptied(tensor: Tensor) -> Tensor:
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
-    if not plain or is_lazy(tensor) or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
-        return tensor
-    return tensor.detach().new_empty(0) if tensor.numel() > _SMALL else tensor.detach().clone()
+    if _is_emptied(tensor):
+        return tensor.detach().new_empty(0)
+    return tensor.detach().clone() if _is_plain(tensor) else tensor
+
+
+def _is_emptied(tensor: Tensor) -> bool:
+    return _is_plain(tensor) and tensor.numel() > _SMALL
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not is_lazy(tensor)
+        and tensor.layout == torch.strided
+        and not (tensor.is_quantized or tensor.is_nested or tensor.is_meta)
+    )

@@ -9,8 +9,10 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -18,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from ..config import OLD_NAMES, VITS, Config
 from ..nn import vit
 from ..nn.backbones import UnknownArch, build_backbone
+from ..runtime.words import a_kind
 from .reading import arguments_in, read
 
 _VIT_OF_WIDTH = {64: "vit_nano", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
@@ -35,7 +38,8 @@ Weights = OrderedDict[str, Any]  # by name; with `_metadata` where it is known
 _PATCHES = "patch_embed.proj.weight"
 # names that tell whose weights do not fit our ViTs
 _FOREIGN = {
-    r"(^|\.)linear\.(weight|bias)$": "",
+    r"(^|\.)(dist_token|head_dist\.)": "a distilled ViT (DeiT, with a second class token)",
+    r"(^|\.)(reg_token|registers?)$": "a ViT with registers",
     r"rope_embed\.|storage_tokens": "DINOv3",
     r"ls1\.gamma|register_tokens|mlp\.w12\.": "DINOv2",
     r"embeddings\.patch_embeddings\.|encoder\.layers?\.0\.attention\.": "a Hugging Face model",
@@ -86,11 +90,22 @@ def load_backbone(
     weights = _without_head(path, weights, wanted)
     if weights.keys() != wanted.keys():
         _name_foreign(path, weights, wanted)
-    for name in check_fit(path, backbone, weights, "backbone", saved):
+    for name in check_fit(path, backbone, weights, "backbone", _way_out(saved, arch, patch_size)):
         if name.endswith(("running_mean", "running_var")):  # the features would be, too
             raise ValueError(_not_finite(path, name, "backbone"))
     backbone.load_state_dict(weights)
     return backbone.eval()
+
+
+def _way_out(saved: Mapping[str, Any], arch: str | None, patch_size: int | None) -> str:
+    """What there is to do where the weights do not fit a backbone: the options that were given and
+    are not those of the file, else those that may be given."""
+    given = {"arch": arch and OLD_NAMES.get(arch, arch), "patch_size": patch_size}
+    told = {k: OLD_NAMES.get(v, v) if isinstance(v, str) else v for k, v in saved.items()}
+    other = [f"`{k}` {saved[k]}" for k, v in given.items() if v and told.get(k, v) != v]
+    if other:
+        return f": it was saved with {' and '.join(other)}, name that or nothing"
+    return ": name the `arch` and `patch_size` of these weights, or pass your own module, backbone="
 
 
 def _by_name(path: Path, cfg: Config, weights: Mapping[str, Any]) -> nn.Module:
@@ -131,9 +146,11 @@ def in_folder(path: Path) -> Path:
 
 
 def check_fit(
-    path: Path, module: nn.Module, weights: Mapping[str, Any], what: str, saved: Mapping[str, Any]
+    path: Path, module: nn.Module, weights: Mapping[str, Any], what: str, hint: str
 ) -> list[str]:
     """Raise `ValueError` where names or shapes are not the module's, or a parameter is not finite.
+
+    hint: the way out, where they are not.
 
     Returns the names of buffers that are no longer finite: a backbone may mean that, as a mask or a
     running maximum. One that is not finite in the fresh module either is nothing to tell.
@@ -142,14 +159,9 @@ def check_fit(
     for name in [*fresh, *given]:
         here, there = _shape(fresh, name), _shape(given, name)
         if here != there and here != "not made yet":
-            origin = "".join(
-                f", saved with `{k}` {saved[k]}"
-                for k in ("arch", "patch_size", "out_dim")
-                if k in saved
-            )
             raise ValueError(
                 f"'{path}' does not fit this {what}: '{name}' is {there} in the file and {here} "
-                f"here{origin}. Use the options it was saved with, or another `output_dir`."
+                f"here{hint}."
             )
     spoiled = [n for n, v in given.items() if not finite(v) and finite(fresh[n])]
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -176,14 +188,18 @@ def finite(value: Any) -> bool:
         return True
 
 
-def mapping_of(state: Any, prefix: str = "") -> Weights:
+def weights_under(path: Path, state: Mapping[str, Any], key: str, prefix: str = "") -> Weights:
+    """`mapping_of` what a file holds under a key. Raises `ValueError` where that is no weights."""
+    held = state[key]
+    if not isinstance(held, Mapping) or not held:
+        what = "an empty dict" if isinstance(held, Mapping) else a_kind(held)
+        raise ValueError(f"'{path}' holds {what} under '{key}', where weights should be.")
+    return mapping_of(held, prefix)
+
+
+def mapping_of(state: Mapping[str, Any], prefix: str = "") -> Weights:
     """Weights by name, without a prefix, and with them the versions that modules of torch save as
     `_metadata`."""
-    if not isinstance(state, Mapping):
-        raise ValueError(
-            f"there is a {type(state).__name__} where the weights should be: this is no DINO "
-            "checkpoint."
-        )
     named = OrderedDict((str(n).removeprefix(prefix), value) for n, value in state.items())
     versions = getattr(state, "_metadata", None)
     if isinstance(versions, Mapping):
@@ -207,8 +223,8 @@ def _shape(weights: Mapping[str, Any], name: str) -> Any:
 
 def _not_finite(path: Path, name: str, what: str) -> str:
     return (
-        f"'{path}' holds numbers that are not finite, in '{name}' of the {what}: it was left as it "
-        "is; go back to an earlier checkpoint."
+        f"'{path}' holds numbers that are not finite, in '{name}' of the {what}: go back to an "
+        "earlier checkpoint."
     )
 
 
@@ -216,7 +232,7 @@ def _weights_in(path: Path, state: Mapping[str, Any], key: str) -> tuple[Weights
     """The weights of a file: under `key`, under the one name that others use, or all there is; and
     whether they are of a backbone alone, as in DINO's own files."""
     if key in state:
-        weights = _unwrapped(mapping_of(state[key]))
+        weights = _unwrapped(weights_under(path, state, key))
         is_backbone = any(name.startswith("backbone.") for name in weights)
         return _inside(weights, "backbone.") if is_backbone else weights, is_backbone
     if "teacher" in state or "student" in state:
@@ -235,6 +251,16 @@ def _weights_in(path: Path, state: Mapping[str, Any], key: str) -> tuple[Weights
             f"load_backbone(path, key={first!r})."
         )
     if not _is_weights(state):
+        held = {
+            **state,
+            **{k: v for s in state.values() if isinstance(s, dict) for k, v in s.items()},
+        }
+        array = next((k for k, v in held.items() if isinstance(v, np.ndarray)), None)
+        if array is not None:
+            raise ValueError(
+                f"'{path}' holds NumPy arrays ('{array}') where tensors should be: make them "
+                "tensors with torch.from_numpy and save them again."
+            )
         names = f", only {', '.join(map(str, list(state)[:5]))}" if state else ""
         raise ValueError(f"'{path}' holds no weights{names}: name another file.")
     return _unwrapped(mapping_of(state)), False
@@ -326,21 +352,32 @@ def _vit_for(path: Path, weights: Mapping[str, Any], arch: str) -> nn.Module:
 
 
 def _name_foreign(
-    path: Path, weights: Mapping[str, Any], wanted: Mapping[str, Any] | None = None
+    path: Path, weights: Mapping[str, Any], wanted: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
     """Raise `ValueError` for weights that are known to be of something else."""
-    names = [name for name in weights if not wanted or name not in wanted]
-    for pattern, whose in _FOREIGN.items():
-        name = next((n for n in names if re.search(pattern, n)), None)
-        if name is None or (not whose and len(weights) > 2):
-            continue
-        if not whose:
-            raise ValueError(
-                f"'{path}' holds a linear classifier alone ('{name}'), as eval_linear.py saves it: "
-                "give the checkpoint of the backbone it was trained on."
-            )
+    if is_linear(weights):
         raise ValueError(
-            f"'{path}' holds weights of {whose} ('{name}'), which dinofast's ViTs have no place "
-            "for: build that model with its own library and pass it as load_backbone(..., "
-            "backbone=model)."
+            f"'{path}' holds a linear classifier alone ('{next(iter(weights))}'), as "
+            "eval_linear.py saves it: give the checkpoint of the backbone it was trained on."
         )
+    if weights and all(re.match(r"(head\.)?(mlp\.|last_layer\.)", name) for name in weights):
+        raise ValueError(
+            f"'{path}' holds a projection head alone ('{next(iter(weights))}'): give the "
+            "checkpoint of its backbone."
+        )
+    for pattern, whose in _FOREIGN.items():
+        name = next((n for n in weights if n not in wanted and re.search(pattern, n)), None)
+        if name is not None:
+            raise ValueError(
+                f"'{path}' holds weights of {whose} ('{name}'), which dinofast's ViTs have no "
+                "place for: build that model with its own library and pass it as "
+                "load_backbone(..., backbone=model), or name timm's with `arch`."
+            )
+
+
+def is_linear(weights: Mapping[str, Any]) -> bool:
+    """Whether these are the weight and the bias of one layer, and nothing else."""
+    if not 1 <= len(weights) <= 2 or len({n.rpartition(".")[0] for n in weights}) > 1:
+        return False
+    ends = {n.rpartition(".")[2]: v for n, v in weights.items()}
+    return ends.keys() <= {"weight", "bias"} and getattr(ends.get("weight"), "ndim", 0) == 2

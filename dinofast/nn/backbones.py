@@ -11,18 +11,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..config import VITS, Config
-from ..runtime.suggestions import did_you_mean
+from ..runtime.words import a_kind, one_line
 from . import vit
+from .arch_names import nearest_arch
 from .features import features
 from .packages import Candidate, candidates
 from .trial import Trial, crops_of, try_out
 
 
 class UnknownArch(ValueError):
-    """A name that is neither ours nor torchvision's nor timm's. hint: which of the two packages
-    cannot be imported, with the reason."""
+    """A name that is neither ours nor torchvision's nor timm's. hint: the name that was meant, and
+    which of the two packages cannot be imported, with the reason."""
 
     def __init__(self, sentence: str, hint: str) -> None:
         super().__init__(sentence)
@@ -59,7 +61,7 @@ def make_backbones(cfg: Config, make: Callable[[], nn.Module] | None) -> Backbon
         try:
             student, teacher = candidate.build(), candidate.build()
         except Exception as error:  # an option that others of the package have, or anything else
-            unbuilt.append(ValueError(f"{what} cannot be built ({error})."))
+            unbuilt.append(ValueError(f"{what} cannot be built ({one_line(error)})."))
             continue
         try:
             trial = try_out(teacher, what, crops_of(cfg))
@@ -87,7 +89,7 @@ def build_backbone(
             img_size=(cfg.global_crops_size,),
         )
     first: nn.Module | None = None
-    reason: Exception | None = None
+    reason = Exception()
     for candidate in _candidates(cfg.arch):
         try:
             module = candidate.build()
@@ -98,7 +100,7 @@ def build_backbone(
             return module
         first = first or module
     if first is None:
-        raise ValueError(f"`arch` {cfg.arch} cannot be built ({reason}).") from reason
+        raise ValueError(f"`arch` {cfg.arch} cannot be built ({one_line(reason)}).") from reason
     return first
 
 
@@ -115,9 +117,10 @@ def _candidates(arch: str) -> Iterator[Candidate]:
         if missing
         else ""
     )
+    hint = nearest_arch(arch) + hint
     raise UnknownArch(
         f"`arch` '{arch}' is not known: choose from "
-        f"{', '.join(VITS)}.{did_you_mean(arch, VITS)}{hint} A model of your own goes through "
+        f"{', '.join(VITS)}.{hint} A model of your own goes through "
         "Python, dinofast.train.train(cfg, backbone=...).",
         hint,
     )
@@ -131,7 +134,7 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def _of_ones_own(cfg: Config, make: Callable[[], nn.Module]) -> Backbones:
     student = _call(make)
     what = f"backbone {type(student).__name__}"
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in student.parameters()):
+    if _lazy(student):
         _initialize(student, what, cfg.global_crops_size)
     teacher = _copy(student, make)
     if isinstance(student, vit.VisionTransformer) and _is_as_built(student):
@@ -185,8 +188,12 @@ def _call(make: Callable[[], nn.Module]) -> nn.Module:
         pass
     module = make()
     if not isinstance(module, nn.Module):
+        raise ValueError(f"backbone {name} returns {a_kind(module)}: expected a torch.nn.Module.")
+    tensors = chain(module.parameters(), module.buffers())
+    if any(x.is_inference() for x in tensors if not is_lazy(x)):
         raise ValueError(
-            f"backbone {name} returns a {type(module).__name__}: expected a torch.nn.Module."
+            f"backbone {name} is made under torch.inference_mode, so that nothing can train it: "
+            "make it outside of that."
         )
     return module
 
@@ -201,9 +208,20 @@ def _initialize(module: nn.Module, what: str, side: int) -> None:
     except Exception as error:  # whatever a module of somebody else's may raise
         raise ValueError(
             f"{what} has lazy layers, and does not take an image of {side} x {side} "
-            f"(`global_crops_size`): {type(error).__name__}: {error}"
+            f"(`global_crops_size`): {one_line(error)}"
         ) from error
     module.train(training)
+    if unmade := _lazy(module):
+        raise ValueError(
+            f"{what} has lazy layers that its forward never uses ({', '.join(unmade[:4])}): leave "
+            "them out, or give them their sizes."
+        )
+
+
+def _lazy(module: nn.Module) -> list[str]:
+    """Parameters and buffers without a shape yet."""
+    tensors = chain(module.named_parameters(), module.named_buffers())
+    return [name for name, x in tensors if is_lazy(x)]
 
 
 @torch.no_grad()
@@ -214,7 +232,7 @@ def _copy(student: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
     try:
         teacher = copy.deepcopy(student)
     except Exception as error:  # a lock, a generator, a tensor with a history, ...
-        reason = f"it cannot be copied ({str(error).splitlines()[0] or type(error).__name__})"
+        reason = f"it cannot be copied ({one_line(error)})"
     else:
         if not _share(student, teacher):
             return teacher
@@ -239,7 +257,7 @@ def _again(student: nn.Module, make: Callable[[], nn.Module], reason: str) -> nn
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"backbone {name}: the teacher needs one like it, but {reason}, and a second call "
-            f"makes another one ({str(error).splitlines()[0]})."
+            f"makes another one ({one_line(error)})."
         ) from error
     return teacher
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..loss import DINOLoss
-from .backbones import build_backbone as build_backbone
-from .backbones import feature_width as feature_width
+from ..runtime.words import one_line
 from .backbones import make_backbones
 from .head import DINOHead
 from .packing import GroupedCrops, PackedCrops, group_by_size
@@ -177,8 +176,7 @@ def _copy_weights(student: nn.Module, teacher: nn.Module) -> None:
     try:
         teacher.load_state_dict(state)
     except Exception as error:  # hooks of others raise what they like
-        said = " ".join(str(error).split())
         raise ValueError(
-            f"the backbone's state_dict cannot be loaded into a copy of it ({said}): whatever "
-            "state_dict() gives, load_state_dict() must take."
+            f"the backbone's state_dict cannot be loaded into a copy of it ({one_line(error)}): "
+            "whatever state_dict() gives, load_state_dict() must take."
         ) from error

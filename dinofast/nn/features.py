@@ -19,7 +19,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from ..runtime.words import a_kind
 
 # of Hugging Face, of DINOv2 (forward_features), of Hugging Face without a pooler, of others
 NAMES = ("pooler_output", "x_norm_clstoken", "last_hidden_state", "features")
@@ -32,10 +35,10 @@ def features(backbone: nn.Module, images: Tensor) -> Tensor:
     return pooled(backbone(images), backbone)
 
 
-def pooled(output: Any, backbone: nn.Module) -> Tensor:
-    """What `backbone` has returned -> (B, D)."""
+def pooled(output: Any, backbone: nn.Module, what: str = "the backbone") -> Tensor:
+    """What `backbone` has returned -> (B, D). what: how messages call it."""
     x = _tensor_of(output)
-    if x is not None and x.is_floating_point():
+    if x is not None and x.is_floating_point() and _is_dense(x):
         if x.ndim == 2:
             return x
         if x.ndim == 4:
@@ -43,9 +46,14 @@ def pooled(output: Any, backbone: nn.Module) -> Tensor:
         if x.ndim == 3:
             return x[:, 0] if _has_class_token(backbone) else x.mean(1)
     raise ValueError(
-        f"the backbone returns {_told(output)}: expected features (B, D), a map (B, C, h, w), "
-        f"tokens (B, N, D), or these as {', '.join(NAMES)}; let its forward return one of them."
+        f"{what} returns {_told(output)}: expected features (B, D), a map (B, C, h, w) or "
+        f"tokens (B, N, D), in real numbers, or these as {', '.join(NAMES)}; "
+        "let its forward return one of them."
     )
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.layout == torch.strided and not x.is_nested
 
 
 def _tensor_of(output: Any) -> Tensor | None:
@@ -77,14 +85,16 @@ def _has_class_token(backbone: nn.Module) -> bool:
 
 def _told(output: Any) -> str:
     if isinstance(output, Tensor):
-        return f"{str(output.dtype).removeprefix('torch.')} of shape {tuple(output.shape)}"
+        kind = "" if _is_dense(output) else "nested " if output.is_nested else "sparse "
+        shape = "" if output.is_nested else f" of shape {tuple(output.shape)}"
+        return f"{kind}{str(output.dtype).removeprefix('torch.')}{shape}"
     if isinstance(output, Mapping):
         inside = ", ".join(f"{name} {_short(value)}" for name, value in output.items())
         return f"a {type(output).__name__} with {inside or 'nothing in it'}"
     if isinstance(output, list | tuple):
         inside = ", ".join(map(_short, output))
         return f"a {type(output).__name__} of {inside or 'nothing'}"
-    return f"a {type(output).__name__}"
+    return a_kind(output)
 
 
 def _short(value: Any) -> str:

@@ -4,6 +4,7 @@ begins."""
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from .features import features
+from ..runtime.words import a_kind, one_line
+from .features import pooled
 
 _TRAINABLE = (
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -56,7 +58,7 @@ def try_out(backbone: nn.Module, what: str, sizes: Sequence[Crops]) -> Trial:
     not finite or differ in width between sizes, parameters that cannot be trained.
     """
     parameters = dict(backbone.named_parameters())
-    _check_dtypes(parameters, what)
+    _check_parameters(parameters, what)
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
     widths: list[int] = []
@@ -72,7 +74,8 @@ def try_out(backbone: nn.Module, what: str, sizes: Sequence[Crops]) -> Trial:
                     "under torch.no_grad nor detach. Freeze parameters with requires_grad_(False)."
                 )
             if trained:
-                x.float().square().sum().backward()
+                _backward(x, what)
+                _check_gradients(trained, what)
             widths.append(x.shape[1])
         made = [name for name, _ in backbone.named_parameters() if name not in parameters]
         if made:
@@ -97,19 +100,18 @@ def _forward(
     """Features (n, D) of crops that are noise, the same each time. widths: of sizes before."""
     _, side, n = crops
     generator = torch.Generator().manual_seed(0)
+    images = torch.rand(n, 3, side, side, generator=generator).to(device)
+    given = images.clone()
     try:
-        x = features(backbone, torch.rand(n, 3, side, side, generator=generator).to(device))
+        output = backbone(images)
     except Exception as error:  # whatever a module of somebody else's may raise
-        way_out = (
-            f"set `local_crops_size` to {sizes[0].side} or another that fits, or "
-            "`local_crops_number` 0"
-            if crops is not sizes[0]
-            else f"set `{crops.option}` to one that fits"
-        )
+        raise ValueError(_why(error, what, crops, sizes)) from error
+    if not torch.equal(images, given):
         raise ValueError(
-            f"{what} does not take crops of {side} x {side} ({_told(error)}): {way_out}; "
-            "or take another backbone."
-        ) from error
+            f"{what} changes the images it is given, which student and teacher share: let its "
+            "forward work on a copy (no x.sub_, no nn.ReLU(inplace=True) as its first layer)."
+        )
+    x = pooled(output, backbone, what)
     if x.shape[0] != n:
         raise ValueError(
             f"{what} returns {x.shape[0]} rows for {n} images of {side} x {side}: expected one row "
@@ -128,10 +130,42 @@ def _forward(
     return x
 
 
+# what errors say that have nothing to do with how large a crop is
+_OTHER_KINDS = (TypeError, AttributeError, NameError, KeyError, NotImplementedError, ImportError)
+_OTHER_WORDS = re.compile(
+    r"channels, but got|Input type|scalar type|same dtype|same device|CUDA enabled"
+)
+
+
+def _why(error: Exception, what: str, crops: Crops, sizes: Sequence[Crops]) -> str:
+    """Why a forward pass raised, and the way out."""
+    side, said = crops.side, one_line(error)
+    if isinstance(error, _OTHER_KINDS) or _OTHER_WORDS.search(said):
+        return (
+            f"{what}: its forward fails on images, float32 of shape "
+            f"{(crops.number, 3, side, side)} ({said}): it must take these and nothing else."
+        )
+    way_out = (
+        f"set `local_crops_size` to {sizes[0].side} or another that fits, or `local_crops_number` 0"
+        if crops is not sizes[0]
+        else f"set `{crops.option}` to one that fits"
+    )
+    return (
+        f"{what} does not take crops of {side} x {side} ({said}): {way_out}; or take another "
+        "backbone."
+    )
+
+
 def _shapes(backbone: nn.Module) -> dict[str, object]:
-    """Of what a checkpoint holds: shapes of tensors, types of other things."""
-    state = backbone.state_dict().items()
-    return {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in state}
+    """Of what a checkpoint holds: shapes of tensors, types of what else may not be saved."""
+    return {name: _shape(value) for name, value in backbone.state_dict().items()}
+
+
+def _shape(value: object) -> object:
+    if isinstance(value, Tensor):
+        return "nested" if value.is_nested else tuple(value.shape)
+    plain = value is None or type(value) in (bool, int, float, str, bytes, list, tuple, dict)
+    return "a plain value" if plain else a_kind(value)
 
 
 def _check_kept(before: dict[str, object], backbone: nn.Module, what: str) -> None:
@@ -142,18 +176,35 @@ def _check_kept(before: dict[str, object], backbone: nn.Module, what: str) -> No
             raise ValueError(
                 f"{what}: its forward changes what it would save: '{name}' is "
                 f"{before.get(name, 'absent')} before and {now.get(name, 'absent')} after. Give it "
-                "one shape from the start, or register it with persistent=False."
+                "one shape and type from the start, or register it with persistent=False."
             )
 
 
-def _check_dtypes(parameters: dict[str, nn.Parameter], what: str) -> None:
+def _check_parameters(parameters: dict[str, nn.Parameter], what: str) -> None:
     for name, p in parameters.items():
         if p.is_meta:
             raise ValueError(f"{what}: parameter {name} is on the meta device, without values.")
-        if p.requires_grad and p.dtype not in _TRAINABLE:
+        kind = p.dtype if p.layout == torch.strided else p.layout
+        if p.requires_grad and kind not in _TRAINABLE:
             raise ValueError(
-                f"{what}: parameter {name} is {str(p.dtype).removeprefix('torch.')}, which the "
+                f"{what}: parameter {name} is {str(kind).removeprefix('torch.')}, which the "
                 "optimizers do not train: freeze it with requires_grad_(False)."
+            )
+
+
+def _backward(x: Tensor, what: str) -> None:
+    try:
+        x.float().square().sum().backward()
+    except Exception as error:  # a hook or a function of somebody else's may raise anything
+        raise ValueError(f"{what}: its backward pass fails ({one_line(error)}).") from error
+
+
+def _check_gradients(trained: dict[str, nn.Parameter], what: str) -> None:
+    for name, p in trained.items():
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise ValueError(
+                f"{what}: parameter {name} gets a sparse gradient, which the optimizers do not "
+                "take: make it dense, for nn.Embedding by sparse=False."
             )
 
 
@@ -180,6 +231,9 @@ def _traceless(backbone: nn.Module, device: torch.device) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 if buffer is not None and value is not None:
+                    # as observers of quantization do
+                    if not buffer.is_nested and buffer.shape != value.shape:
+                        buffer.resize_(value.shape)
                     buffer.copy_(value)
                 if not isinstance(module, torch.jit.ScriptModule):
                     module._buffers[name] = buffer
@@ -198,12 +252,6 @@ def _clone(buffer: Tensor) -> Tensor | None:
 
 def _random_state() -> tuple[bytes, object]:
     return torch.get_rng_state().numpy().tobytes(), random.getstate()
-
-
-def _told(error: Exception) -> str:
-    """The first line of an error, with its kind where that says more."""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-    return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:

@@ -52,3 +52,28 @@ def plain(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     return float(value) if isinstance(value, Real) else value
+
+
+def one_line(error: BaseException, most: int = 240) -> str:
+    """The first line of an error, with its kind where that says more; all of it where that line is
+    only a heading, and of a traceback that TorchScript repeats the last."""
+    try:
+        said = str(error).strip() or type(error).__name__
+    except Exception:  # a class of somebody else's
+        said = type(error).__name__
+    lines = said.splitlines()
+    if "Traceback of TorchScript" in said:
+        lines = lines[-1:]
+    said = " ".join(said.split()) if lines[0].endswith(":") else lines[0].rstrip(".")
+    said = said if len(said) <= most else said[: most - 1].rstrip() + "…"
+    tells = isinstance(error, ValueError) or said.startswith(type(error).__name__)
+    return said if tells else f"{type(error).__name__}: {said}"
+
+
+def a_kind(value: Any) -> str:
+    """A value's type with its article: 'a list', 'an int'."""
+    name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    name = {"NoneType": "None", "torch.Tensor": "tensor"}.get(name, name)
+    if name == "None":
+        return name
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -4,6 +4,7 @@ import argparse
 import collections
 import datetime
 import enum
+import io
 import pathlib
 
 import numpy as np
@@ -214,7 +215,11 @@ class Text(str):
     pass
 
 
+ENDLESS = [1]
+ENDLESS.append(ENDLESS)
 REFUSED = {
+    "endless": (with_extra({"a": ENDLESS}), "holds itself, or one of more levels"),
+    "mkldnn": (with_extra(torch.ones(2, 2).to_mkldnn()), "a tensor of layout _mkldnn, which"),
     "enum": (with_extra({"kind": [1, Kind.A]}), r"_extra_state.kind.1' is a [\w.]*Kind, which"),
     "class": (with_extra(argparse.ArgumentParser()), "an? argparse.ArgumentParser, which"),
     "function": (with_extra({"f": lambda: 0}), "_extra_state.f' is a function"),
@@ -244,6 +249,27 @@ def test_it_is_refused_before_training_by_name(name, tmp_path):
     make, words = REFUSED[name]
     with pytest.raises(ValueError, match=words):
         checkpoint.Saver(tmp_path / "checkpoint.pth", *parts(make), None, CFG, print)
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (lambda: 0, "_extra_state' is a function"),
+        ({"a": [1, Kind.A]}, r"_extra_state.a.1' is a [\w.]*Kind"),
+        (Text("a"), r"_extra_state' is a [\w.]*Text"),
+    ],
+    ids=["function", "enum", "text"],
+)
+def test_what_training_made_of_it_is_named_when_it_cannot_be_saved(value, words, tmp_path):
+    make = with_extra({})
+    model, optimizer = parts(make)
+    saver = checkpoint.Saver(tmp_path / "checkpoint.pth", model, optimizer, None, CFG, print)
+    model.student.backbone.get_extra_state = lambda: value
+    saver(checkpoint.TrainState())
+    said = f"could not be saved: since training began '[\\w.]*{words}, which a checkpoint cannot"
+    with pytest.raises(checkpoint.SaveFailed, match=said) as failed:
+        saver.raise_failed()
+    assert saver.must_end and ".tmp" not in str(failed.value) and not list(tmp_path.iterdir())
 
 
 def test_a_buffer_that_became_infinite_is_read_and_told(tmp_path):
@@ -285,6 +311,8 @@ def test_what_reads_back_otherwise_is_no_checkpoint(tmp_path, monkeypatch):
     real = torch.save
 
     def half(state, file):
+        if isinstance(file, io.BytesIO):  # what asks whether a state can be saved at all
+            return real(state, file)
         real({**state, "teacher": {k: v[:1] for k, v in state["teacher"].items()}}, file)
 
     monkeypatch.setattr(torch, "save", half)
@@ -345,3 +373,15 @@ def test_options_become_plain_values(name, given, kept):
     if isinstance(kept, tuple):
         assert [type(v) for v in value] == [type(v) for v in kept]
     assert Config(**{name: given}).to_dict()[name] == kept
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_nested_tensor_in_extra_state_is_saved_and_read(tmp_path):
+    value = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
+    model, optimizer = parts(with_extra(value))
+    saver = checkpoint.Saver(tmp_path / "checkpoint.pth", model, optimizer, None, CFG, print)
+    saver(checkpoint.TrainState())
+    fresh, other = parts(with_extra(value), seed=1)
+    resume.restore(saver.path, fresh, other, None, CFG)
+    for ours, back in zip(value, fresh.student.backbone.came, strict=True):
+        assert torch.equal(ours, back)

@@ -1,7 +1,13 @@
 """Weights of other projects: loaded where it is clear which, else named."""
 
 import argparse
+import collections
+import decimal
+import enum
+import fractions
+import pathlib
 import re
+import signal
 import sys
 import types
 
@@ -16,6 +22,7 @@ VIT = vit_tiny(patch_size=16, img_size=[32]).state_dict()
 HEAD = {"head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}
 DECODER = {name: torch.zeros(1) for name in ("mask_token", "decoder_embed.weight")}
 DINOV2 = {**VIT, "mask_token": torch.zeros(1, 192), "blocks.0.ls1.gamma": torch.zeros(192)}
+DISTILLED = {**VIT, "dist_token": torch.zeros(1, 1, 192), "pos_embed": torch.zeros(1, 6, 192)}
 PROBE = {"module.linear.weight": torch.zeros(10, 192), "module.linear.bias": torch.zeros(10)}
 HF = ("embeddings.cls_token", "embeddings.patch_embeddings.projection.weight")
 OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []}
@@ -58,6 +65,9 @@ def test_what_is_no_backbone_is_left_out_and_told(beside, tmp_path):
         ({"epoch": 1, "state_dict": PROBE, "best_acc": 3.0}, "linear classifier alone"),
         (DINOV2, "weights of DINOv2 ('blocks.0.ls1.gamma')"),
         ({"teacher": below("backbone.", DINOV2)}, "weights of DINOv2"),
+        ({**VIT, "reg_token": torch.zeros(1, 4, 192)}, "a ViT with registers ('reg_token')"),
+        ({**VIT, "register_tokens": torch.zeros(1, 4, 192)}, "DINOv2 ('register_tokens')"),
+        ({"model": DISTILLED}, "a distilled ViT (DeiT, with a second class token) ('dist_token')"),
         ({f"vit.{name}": torch.zeros(1) for name in HF}, "weights of a Hugging Face model"),
         ({"visual.conv1.weight": torch.zeros(1)}, "weights of CLIP"),
         ({"state_dict": VIT, "state_dict_ema": VIT}, "under 'state_dict', 'state_dict_ema'"),
@@ -133,3 +143,98 @@ def test_paths_of_slurm_are_read(kind, module, tmp_path, monkeypatch):
     assert told.output_dir.replace("\\", "/") == "run/1" and type(told["lr"]) is float
     saved = read(tmp_path / "c.pth")["args"]
     assert saved.arch == saved["arch"] == "vit_tiny"
+
+
+class Mode(enum.Enum):
+    MULTI = "multi"
+
+
+class Text(str, enum.Enum):
+    A = "a"
+
+
+class Settings:
+    def __init__(self):
+        self.depth = 3
+
+
+@pytest.mark.parametrize(
+    "value, told",
+    [
+        (Mode.MULTI, "multi"),
+        ([Text.A, {"k": Mode.MULTI}], ("a", {"k": "multi"})),
+        (signal.SIGTERM, 15),
+        (np.float32(0.5), 0.5),
+        (np.str_("a"), "a"),
+        (torch.device("cuda:1"), "cuda:1"),
+        (torch.bfloat16, "bfloat16"),
+        (np.float32, "<numpy.float32>"),
+        (torch.nn.GELU, "<torch.nn.modules.activation.GELU>"),
+        (print, "<builtins.print>"),
+        (Settings(), {"depth": 3}),
+        (types.SimpleNamespace(a=Mode.MULTI), {"a": "multi"}),
+        (argparse.Namespace(a=argparse.Namespace(p=pathlib.Path("x"))), {"a": {"p": "x"}}),
+        (collections.defaultdict(int, a=1), {"a": 1}),
+        (collections.deque([1, 2]), (1, 2)),
+        (decimal.Decimal("0.5"), "0.5"),
+        (fractions.Fraction(1, 2), "<fractions.Fraction>"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_options_of_any_kind_are_read_and_nothing_is_run(value, told, tmp_path, monkeypatch):
+    args = argparse.Namespace(arch="vit_tiny", patch_size=16, other=value)
+    torch.save({"teacher": below("backbone."), "args": args}, tmp_path / "c.pth")
+    monkeypatch.setattr(Settings, "__setstate__", lambda *_: pytest.fail("run"), raising=False)
+    load_backbone(tmp_path / "c.pth")
+    options = arguments(tmp_path / "c.pth")
+    assert options["other"] == told and options.other == told and options.arch == "vit_tiny"
+    saved = read(tmp_path / "c.pth", mmap=True)["args"]
+    assert saved.arch == saved["arch"] == "vit_tiny"
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_options_of_any_kind_are_read_from_files_of_torch_before_1_6_too(new, tmp_path):
+    args = argparse.Namespace(arch="vit_tiny", patch_size=16, mode=Mode.MULTI, kind=int, f=print)
+    state = {"teacher": below("backbone."), "args": args}
+    torch.save(state, tmp_path / "c.pth", _use_new_zipfile_serialization=new)
+    load_backbone(tmp_path / "c.pth")
+    told = arguments(tmp_path / "c.pth")
+    assert (told.mode, told.kind, told.f) == ("multi", "<builtins.int>", "<builtins.print>")
+    torch.save(state | {"x": Mode.MULTI}, tmp_path / "c.pth", _use_new_zipfile_serialization=new)
+    with pytest.raises(ValueError, match=r"and text \([\w.]*Mode\), which would run"):
+        read(tmp_path / "c.pth")
+
+
+def test_options_within_options_answer_both_ways(tmp_path):
+    args = argparse.Namespace(inner=argparse.Namespace(a=1))
+    torch.save({"args": args}, tmp_path / "c.pth")
+    inner = arguments(tmp_path / "c.pth").inner
+    assert inner.a == inner["a"] == 1
+
+
+def test_an_option_called_as_a_method_of_a_dict_breaks_nothing(tmp_path):
+    torch.save({"args": {"items": 3, "keys": 1, "arch": "x"}}, tmp_path / "c.pth")
+    options = arguments(tmp_path / "c.pth")
+    assert dict(options.items()) == {"items": 3, "keys": 1, "arch": "x"} and options.arch == "x"
+
+
+@pytest.mark.parametrize("where", ["teacher", "epoch", "note"])
+def test_beside_the_options_nothing_of_an_unknown_class_is_read(where, tmp_path):
+    state = {"teacher": below("backbone."), "args": {"arch": "vit_tiny"}, where: Mode.MULTI}
+    torch.save(state, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=r"and text \([\w.]*Mode\), which would run"):
+        read(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"arch": "vit_small"}, ": it was saved with `arch` vit_tiny, name that or nothing."),
+        ({"arch": "deit_tiny", "backbone": vit_tiny(8)}, ": name the `arch` and `patch_size` of"),
+    ],
+)
+def test_a_misfit_tells_what_was_given_otherwise(given, words, tmp_path):
+    torch.save({"teacher": below("backbone."), "args": {"arch": "vit_tiny"}}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=re.escape(words)) as refusal:
+        load_backbone(tmp_path / "c.pth", **given)
+    assert "output_dir" not in str(refusal.value)

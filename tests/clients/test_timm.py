@@ -90,3 +90,17 @@ def test_knn_of_a_checkpoint(arch, tmp_path, capsys):
             image.save(tmp_path / "images" / name / f"{i}.png")
     results = knn(tmp_path / "c.pth", tmp_path / "images", nb_knn=[3], num_workers=0, device="cpu")
     assert set(results) == {3} and "3-NN classifier result" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("timm/resnet10t", "resnet10t"),
+        ("dino_xcit_small_12_p16", "xcit_small_12_p16_224"),
+        ("vit_large", "vit_large_patch16_224"),
+        ("vit_smal", "vit_small"),
+    ],
+)
+def test_a_name_that_is_nearly_one_is_suggested(name, meant):
+    with pytest.raises(ValueError, match=rf"Did you mean {meant}\?"):
+        Model.from_config(Config(**SMALL, arch=name))

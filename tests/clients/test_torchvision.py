@@ -106,3 +106,26 @@ def test_a_checkpoint_is_loaded_by_its_name(tmp_path):
     loaded = load_backbone(tmp_path / "c.pth")
     with torch.no_grad():
         assert torch.equal(loaded(images), model.teacher.backbone.eval()(images))
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("resnet_18", "resnet18"),
+        ("ResNet18", "resnet18"),
+        ("torchvision.models.resnet50", "resnet50"),
+        ("dino_resnet50", "resnet50"),
+        ("resnet", "resnet18"),
+        ("ViT-L/16", "vit_l_16"),
+        ("convnext-tiny", "convnext_tiny"),
+    ],
+)
+def test_a_name_that_is_nearly_one_is_suggested(name, meant):
+    with pytest.raises(ValueError, match=rf"Did you mean {meant}\?"):
+        Model.from_config(Config(arch=name))
+
+
+def test_what_is_no_classifier_is_not_suggested_as_a_vit():
+    with pytest.raises(ValueError, match="'raft_small' is not known") as refusal:
+        Model.from_config(Config(arch="raft_small"))
+    assert "Did you mean" not in str(refusal.value)

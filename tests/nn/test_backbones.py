@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nets import CFG, SMALL, FixedSize, Net, trained
 from PIL import Image
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -18,47 +19,6 @@ from dinofast import vit_nano
 from dinofast.checkpoint import load_backbone
 from dinofast.config import Config
 from dinofast.nn.dino import Model
-from dinofast.optim import AdamWEMA, param_groups
-
-SMALL = dict(
-    out_dim=32,
-    head_hidden_dim=16,
-    head_bottleneck_dim=8,
-    local_crops_number=2,
-    global_crops_size=16,
-    local_crops_size=8,
-    batch_size_per_gpu=2,
-)
-CFG = Config(**SMALL)
-
-
-class Net(nn.Module):
-    """Any size; `extra` is what a test adds to it."""
-
-    def __init__(self, **extra):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU())
-        for name, value in extra.items():
-            setattr(self, name, value)
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-def trained(make, steps=2, cfg=CFG):
-    """A model after some whole steps, teacher included."""
-    model = Model.from_config(cfg, make)
-    optimizer = AdamWEMA(
-        param_groups(model.student), lr=0.1, student=model.student, teacher=model.teacher
-    )
-    for _ in range(steps):
-        model([torch.randn(4, 3, 16, 16), torch.randn(4, 3, 8, 8)], 0.04).total.backward()
-        optimizer.step(momentum=0.5)
-        optimizer.zero_grad()
-    assert all(
-        torch.isfinite(p.float()).all() for p in model.student.parameters() if p.is_floating_point()
-    )
-    return model
 
 
 def integers():
@@ -209,136 +169,6 @@ def test_a_second_call_gives_what_the_first_had():
     student, teacher = model.student.backbone, model.teacher.backbone
     assert student.projection is not teacher.projection
     assert torch.equal(student.projection, teacher.projection)
-
-
-class FixedSize(nn.Module):
-    def __init__(self, side=16):
-        super().__init__()
-        self.layer, self.side = nn.Linear(3 * side * side, 4), side
-
-    def forward(self, x):
-        assert x.shape[-1] == self.side, f"Wrong image height! Expected {self.side}"
-        return self.layer(x.flatten(1))
-
-
-class OfOneSize(nn.Module):
-    """Channels last: D is h."""
-
-    def forward(self, x):
-        return x
-
-
-class Collecting(Net):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(0))
-
-    def forward(self, x):
-        self.seen = torch.cat((self.seen, torch.ones(len(x))))
-        return super().forward(x)
-
-
-class Remembering(Net):
-    def forward(self, x):
-        self.register_buffer("late", torch.ones(1))
-        return super().forward(x)
-
-
-class Growing(Net):
-    def forward(self, x):
-        self.fc = nn.Linear(8, 4)
-        return self.fc(super().forward(x).mean((2, 3)))
-
-
-class NoGradient(Net):
-    def forward(self, x):
-        with torch.no_grad():
-            return super().forward(x)
-
-
-class NotFinite(Net):
-    def forward(self, x):
-        return super().forward(x) / 0
-
-
-class NeedsWidth(Net):
-    def __init__(self, width):
-        super().__init__()
-
-
-SAME = Net(lock=threading.Lock())
-REFUSED = {
-    "local size": (
-        FixedSize,
-        r"backbone FixedSize does not take crops of 8 x 8 \(AssertionError: Wrong image height! "
-        r"Expected 16\): set `local_crops_size` to 16 .*`local_crops_number` 0",
-    ),
-    "global size": (
-        lambda: FixedSize(8),
-        "does not take crops of 16 x 16 .*: set `global_crops_size` to one that fits",
-    ),
-    "our ViT, its patch": (
-        lambda: vit_nano(patch_size=16),
-        "images of 8 x 8 pixels hold no patch of 16 x 16",
-    ),
-    "width": (nn.Flatten, "returns 768 features for global crops and 192 for crops of 8 x 8"),
-    "rows": (lambda: nn.Flatten(0, 2), r"returns 96 rows for 2 images of 16 x 16"),
-    "not finite": (NotFinite, "not finite for 16 x 16"),
-    "two outputs": (
-        lambda: Net(forward=lambda x: {"a": x, "b": x}),
-        r"a dict with a \(2, 3, 16, 16\), b",
-    ),
-    "no gradient": (NoGradient, "no gradient reaches its parameters"),
-    "no width": (lambda: Net(forward=lambda x: x[:, :0].flatten(1)), "features of width 0"),
-    "a buffer that grows": (Collecting, r"'seen' is \(0,\) before and \(4,\) after"),
-    "a buffer made late": (Remembering, r"'late' is absent before and \(1,\) after"),
-    "parameters made late": (Growing, r"its forward makes parameters \(fc.weight, fc.bias\)"),
-    "complex": (
-        lambda: Net(w=nn.Parameter(torch.ones(2, dtype=torch.complex32))),
-        "parameter w is complex32.*requires_grad_",
-    ),
-    "meta": (lambda: Net().to("meta"), "parameter layers.0.weight is on the meta device"),
-    "lazy at fault": (
-        lambda: nn.Sequential(nn.LazyLinear(4), nn.Linear(3, 4)),
-        "has lazy layers, and does not take an image of 16 x 16",
-    ),
-    "arguments": (NeedsWidth, r"called without arguments \(missing a required argument: 'width'"),
-    "no module": (lambda: torch.relu, "returns a builtin.*: expected a torch.nn.Module"),
-    "no function": ("resnet18", "backbone is a str: give a function or class"),
-    "the same each time": (
-        lambda: SAME,
-        r"cannot be copied \(cannot pickle .*lock.*returns the same one",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_in_one_sentence(name):
-    make, words = REFUSED[name]
-    with pytest.raises(ValueError, match=words) as refusal:
-        Model.from_config(CFG, make)
-    assert "\n" not in str(refusal.value)
-
-
-def test_a_size_that_no_crop_has_is_not_tried():
-    Model.from_config(Config(**{**SMALL, "local_crops_number": 0}), FixedSize)
-
-
-def test_batch_statistics_of_a_lone_crop_are_told_before():
-    cfg = Config(**{**SMALL, "local_crops_number": 1, "batch_size_per_gpu": 1})
-    with pytest.raises(ValueError, match="crops of 8 x 8 .*Expected more than 1 value per channel"):
-        Model.from_config(
-            cfg, lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3))
-        )
-
-
-def test_it_is_told_before_files_are_listed(tmp_path, monkeypatch):
-    from dinofast import train
-
-    monkeypatch.setattr(train, "make_loader", lambda *_, **__: pytest.fail("files were listed"))
-    cfg = Config(**SMALL, data_path=str(tmp_path), output_dir=str(tmp_path / "o"), device="cpu")
-    with pytest.raises(ValueError, match="does not take crops of 8 x 8"):
-        train.train(cfg, backbone=FixedSize)
 
 
 SCRIPT = """

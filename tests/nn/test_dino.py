@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from dinofast.config import Config
-from dinofast.nn.dino import Model, MultiCropWrapper, build_backbone, feature_width
+from dinofast.nn.backbones import build_backbone, feature_width
+from dinofast.nn.dino import Model, MultiCropWrapper
 
 TINY = Config(
     arch="vit_nano",

@@ -71,8 +71,8 @@ def test_tokens_of_a_backbone_with_a_class_token_are_that_one():
         ((MAP, MAP[..., :1]), r"a tuple of \(2, 5, 3, 4\), \(2, 5, 3, 1\)"),
         ((), "a tuple of nothing"),
         ({}, "a dict with nothing in it"),
-        (None, "a NoneType"),
-        (SimpleNamespace(logits=ROWS), "a SimpleNamespace"),
+        (None, "None"),
+        (SimpleNamespace(logits=ROWS), "a types.SimpleNamespace"),
     ],
 )
 def test_what_is_refused_names_what_is_there(output, words):

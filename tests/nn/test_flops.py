@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinofast.bench import baseline as official
 from dinofast.config import Config
 from dinofast.nn import flops
-from dinofast.nn.dino import Model, build_backbone
+from dinofast.nn.backbones import build_backbone
+from dinofast.nn.dino import Model
 
 SMALL = dict(
     global_crops_size=32,
