@@ -194,11 +194,12 @@ def _count(module, name, kind):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """Of `make test`: two, but not on a GPU, of which some tests need most of the memory and others
-    all of the time."""
+    """Of `make test`: one more than cores, as a third of the time some test waits for a process of
+    its own, and three at most; but one on a GPU, of which some tests need most of the memory and
+    others all of the time."""
     from dinofast.runtime.backends import cores
 
-    return 0 if torch.cuda.is_available() else min(2, cores())
+    return 0 if torch.cuda.is_available() else min(3, cores() + 1)
 
 
 def pytest_sessionfinish(session):

@@ -210,7 +210,7 @@ def test_the_report_of_a_cuda_graph():
         ),
         (["--patch_size", "5"], "--global_crops_size 16 is not a multiple of --patch_size 5"),
         (["--second", "3"], "Did you mean --seconds?"),
-        (["no such folder"], "no such folder cannot be read"),
+        (["no such folder"], "'no such folder' does not exist"),
         (["--teacher_precision", "bf16"], "--teacher_precision bf16 goes with"),
         (["FOLDER", "--batch_size_per_gpu", "49"], "has 48 images but one step takes 49"),
     ],
