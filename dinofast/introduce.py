@@ -40,7 +40,10 @@ def introduce(
         run.log(line)
     steps = cfg.epochs * loader.steps_per_epoch - start
     if process.is_main and steps > 0:
-        run.log(_duration(cfg, process, step, steps))
+        epochs = f"to the end of epoch {cfg.epochs - 1}" if start else counted(cfg.epochs, "epoch")
+        run.log(
+            f"to do: {epochs}, {counted(steps, 'step')}; {_duration(cfg, process, step, steps)}"
+        )
 
 
 def _engine(process: Process, loader: Loader) -> str:
@@ -61,10 +64,9 @@ def _duration(cfg: Config, process: Process, step: Step, steps: int) -> str:
     if isinstance(backbone, VisionTransformer):
         peak, _ = peak_flops(process.device, step.dtype, quick=True)
         least_s = images * flops_of(cfg, backbone) / peak
-    said = f"to do: {counted(cfg.epochs, 'epoch')}, {counted(steps, 'step')}"
     if least_s < 1:
-        return f"{said}; how long that takes is told after the first step"
-    return f"{said}; at least {in_words(least_s)}, at this device's full speed"
+        return "how long that takes is told after the first step"
+    return f"at least {in_words(least_s)}, at this device's full speed"
 
 
 def advice(cfg: Config, n_images: int) -> list[str]:
