@@ -35,7 +35,7 @@ TEMPS = ("teacher_temp", "warmup_teacher_temp")
 RECIPE = {"out_dim": 1024, "momentum_teacher": 0.99, "lr": 0.004} | dict.fromkeys(TEMPS, 0.03)
 MILD = {"global_crops_scale": "0.5 1", "local_crops_scale": "0.2 0.5"}
 SETTINGS: dict[str, dict[str, object]] = {
-    "recipe": {},
+    "start": {},
     "lr x 5": {"lr": 0.02},
     "lr / 5": {"lr": 0.0008},
     "lr / 25": {"lr": 0.00016},
