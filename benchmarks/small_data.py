@@ -32,7 +32,7 @@ FIXED = (
     "--local_crops_size 16 --blur_radius 0.02 0.5 --num_workers 1 --device cpu --saveckp_freq 0"
 )
 TEMPS = ("teacher_temp", "warmup_teacher_temp")
-RECIPE = {"out_dim": 1024, "momentum_teacher": 0.99, "lr": 0.004} | dict.fromkeys(TEMPS, 0.03)
+START = {"out_dim": 1024, "momentum_teacher": 0.99, "lr": 0.004} | dict.fromkeys(TEMPS, 0.03)
 MILD = {"global_crops_scale": "0.5 1", "local_crops_scale": "0.2 0.5"}
 SETTINGS: dict[str, dict[str, object]] = {
     "start": {},
@@ -107,7 +107,7 @@ def dinofast(*words: str) -> None:
 def measure(folder: Path, name: str, data: str) -> dict[str, object]:
     """A run, or what is there of it: 10-NN accuracy in percent, and of each epoch the loss and the
     teacher's entropy as shares of log K."""
-    options = RECIPE | SETTINGS[name]
+    options = START | SETTINGS[name]
     out = folder / "out" / f"{data}_{re.sub('[^a-z0-9]', '_', name)}"
     words = [w for flag, value in options.items() for w in (f"--{flag}", *str(value).split())]
     if not (out / "knn.json").exists():

@@ -238,7 +238,7 @@ def test_one_advice_for_small_data_everywhere():
     spec = importlib.util.spec_from_file_location("small_data", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    measured = module.RECIPE | module.SETTINGS["temperature 0.02"]
+    measured = module.START | module.SETTINGS["temperature 0.02"]
     assert {name: float(value) for name, value in given.items()} == {
         name: float(measured[name]) for name in given
     }
