@@ -22,7 +22,7 @@ from .checkpoint import (
     read,
     weights_under,
 )
-from .config import OLD_NAMES, Config
+from .config import OLD_NAMES, VITS, Config
 from .data import Loader
 from .nn.dino import Model
 from .runtime.words import one_line
@@ -186,7 +186,9 @@ def _differing(saved: Mapping[str, Any], cfg: Config) -> str:
         for name in _SHAPING_OPTIONS
         if name in saved and not _equal(name, saved[name], now[name])
     ]
-    return f": it was saved with {', '.join(other)}; resume with that" if other else ""
+    own = saved.get("arch", cfg.arch) not in (*VITS, cfg.arch)
+    way_out = "; a backbone of your own is given by train(cfg, backbone=...)" if own else ""
+    return f": it was saved with {', '.join(other)}; resume with that{way_out}" if other else ""
 
 
 def first_step(position: TrainState, loader: Loader, batch: int) -> tuple[int, list[str]]:

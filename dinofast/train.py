@@ -38,6 +38,8 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
     that cannot be right (before anything is written), `Interrupted` after SIGINT or SIGTERM with
     everything saved, `Diverged` when the loss stays non-finite.
     """
+    if not isinstance(cfg, Config):
+        raise TypeError(f"cfg is a {type(cfg).__name__}: give train(Config(data_path=..., ...)).")
     if isinstance(backbone, nn.Module):
         raise ValueError(
             f"backbone is a {type(backbone).__name__}: give what makes one, a class or a function; "

@@ -30,11 +30,12 @@ def check_values(options: Any) -> None:
 def check_ranges(options: Any) -> None:
     """Each option of a pretraining run lies where it may."""
     for name in (
-        *("patch_size", "out_dim", "batch_size_per_gpu", "accumulate", "epochs", "log_steps"),
+        *("patch_size", "batch_size_per_gpu", "accumulate", "epochs", "log_steps"),
         *("head_layers", "head_hidden_dim", "head_bottleneck_dim"),
         *("global_crops_size", "local_crops_size"),
     ):
         _need(options, name, getattr(options, name) >= 1, "must be at least 1")
+    _need(options, "out_dim", options.out_dim >= 2, "must be at least 2, to tell images apart")
     for name in (
         *("warmup_teacher_temp_epochs", "freeze_last_layer", "warmup_epochs"),
         *("local_crops_number", "saveckp_freq", "saveckp_steps", "num_workers", "seed"),

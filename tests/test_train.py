@@ -330,3 +330,9 @@ def test_the_list_of_bad_files_is_begun_anew_by_new_runs_alone(monkeypatch, tmp_
     assert loader.called == ["all_are_here", "begin_run"]
     train_module.train(options(tmp_path, epochs=3), backbone=golden_backbone)
     assert loader.called == ["all_are_here", "begin_run", "all_are_here"]
+
+
+@pytest.mark.parametrize("cfg", ["photographs", {"data_path": "photographs"}, None])
+def test_what_is_no_config_is_said(cfg):
+    with pytest.raises(TypeError, match=r"give train\(Config\(data_path=\.\.\., \.\.\.\)\)"):
+        train_module(cfg)

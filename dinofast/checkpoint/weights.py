@@ -62,12 +62,15 @@ def load_backbone(
     dict of a backbone, also one under `state_dict` or `model` or in a .safetensors file; a
     classifier beside it is left out with a warning. key: "teacher" or "student", or another name
     under which the file holds weights. arch, patch_size: only needed when the file does not tell.
-    backbone: a module of your own that takes the weights, and returns what it returns:
+    "untrained" gives the same network with random weights, to compare with. backbone: a module of
+    your own that takes the weights, and returns what it returns:
     `nn.features.features` pools that to (B, D). Raises `ValueError` when the weights do not fit.
     """
     path = in_folder(Path(path))
     state = read(path)
     saved = arguments_in(state)
+    untrained = key == "untrained" and key not in state
+    key = "teacher" if untrained else key
     weights, is_backbone = _weights_in(path, state, key)
     told = arch or saved.get("arch") or ""
     told = OLD_NAMES.get(told, told) if isinstance(told, str) else ""
@@ -84,6 +87,8 @@ def load_backbone(
         else:
             _name_foreign(path, weights)
             raise ValueError(f"'{path}' does not tell its architecture: name it with `arch`.")
+    if untrained:
+        return backbone.eval()
     wanted = backbone.state_dict()
     if not is_backbone:
         weights = _below(path, weights, tuple(wanted), key)

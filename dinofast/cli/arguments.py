@@ -18,6 +18,7 @@ from .foreign_flags import instead_of
 # what text editors make of two hyphens, and the minus sign
 LONG_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 _NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
+_TRUE, _FALSE = ("true", "on", "1", "yes"), ("false", "off", "0", "no")
 _OTHER_WORDS = {
     "fp32": "float32 float 32 single full",
     "bf16": "bfloat16 bf16-mixed bfloat",
@@ -39,6 +40,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").removesuffix(".")
+        flag, _, said = message.partition(": ")
+        if said == "expected one argument":
+            action = self._option_string_actions.get(flag)
+            values = "true or false" if action and action.metavar == "BOOL" else "a value"
+            message = f"{flag} stands alone: write {values} behind it"
         end = "" if message.endswith("?") else "."
         raise ValueError(f"{message}{end} See {self.prog} --help.")
 
@@ -79,15 +85,20 @@ class Parser(argparse.ArgumentParser):
         place = next((a for a in self._actions if not a.option_strings), None)
         if place is None:
             raise ValueError(f"'{first}' is too much: {self.prog} takes flags alone, if any.")
-        if "--pretrained_weights" in flags and os.path.isfile(first):
+        of_a_checkpoint = "--pretrained_weights" in flags
+        if of_a_checkpoint and (
+            os.path.isfile(first) or os.path.isfile(os.path.join(first, "checkpoint.pth"))
+        ):
             raise ValueError(
                 f"'{first}' is one argument too many: write --pretrained_weights {first}."
             )
+        if equals and name.isidentifier() and not os.path.exists(first):
+            raise ValueError(f"'{first}': options are written with dashes, --name value.")
         rest = f" and {more:,} more" if more else ""
+        or_list = "" if of_a_checkpoint else ", or a text file with one path a line"
         raise ValueError(
             f"'{first}'{rest} cannot be taken as well: {place.metavar} is "
-            f"'{getattr(namespace, place.dest)}' already; give one folder, or a text file with one "
-            "path a line."
+            f"'{getattr(namespace, place.dest)}' already; give one folder{or_list}."
         )
 
 
@@ -169,13 +180,10 @@ def one_of(choices: Sequence[str], text: str) -> str:
 
 
 def truth(text: str) -> bool:
-    """`true/false/on/off/1/0`, as the official flags take them."""
-    value = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}.get(
-        text.lower()
-    )
-    if value is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a truth value: use true or false")
-    return value
+    """`true/false/on/off/1/0`, as the official flags take them, and yes/no."""
+    if text.lower() not in (*_TRUE, *_FALSE):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a boolean: write true or false")
+    return text.lower() in _TRUE
 
 
 def _number(kind: type, what: str, text: str) -> float:

@@ -31,6 +31,10 @@ _PRETRAIN = (
         "overwrite force restart from_scratch no_resume fresh exist_ok start_epoch auto_resume",
     ),
     (
+        "A run in `output_dir` is resumed by the same command, without a flag.",
+        "resume resume_from resume_path resume_from_checkpoint",
+    ),
+    (
         "The folder of checkpoints and of log.txt is `output_dir`.",
         "checkpoint_dir ckpt_dir checkpoints_dir save_path save exp_name "
         "experiment experiment_name name run_name project",
@@ -81,12 +85,21 @@ _CHECKED = (
         "The checkpoint is given as `pretrained_weights` FILE.",
         "model model_file checkpoint_dir run output_dir out_dir weights_path",
     ),
+    (
+        "Features are computed anew each time, and are not kept.",
+        "dump_features load_features features feature_dir",
+    ),
 )
 _COMMANDS = (
     (
         "A trained backbone is used in Python: dinofast.load_backbone('checkpoint.pth').",
         "export onnx convert extract features extract-features embed infer inference predict load "
-        "linear eval-linear linear-probe finetune classify",
+        "linear eval-linear eval_linear linear-probe finetune classify",
+    ),
+    (
+        "dinofast demo draws such pictures; of your own images in Python: "
+        "dinofast.evaluate.attention_maps.cls_attention(backbone, images).",
+        "attention attention-maps attention_maps visualize visualize-attention visualize_attention",
     ),
     (
         "The same pretrain command goes on with the run in its `output_dir`.",
@@ -110,6 +123,8 @@ def instead_of(flag: str, value: str, command: str, flags: Sequence[str]) -> str
     if "--device" in flags and name in f"{_ONE_GPU} {_PROCESSES}".split():
         number = value if re.fullmatch(r"\d+", value) and name in _ONE_GPU.split() else "0"
         return f" One GPU of several is chosen by CUDA_VISIBLE_DEVICES={number} before the command."
+    if "-o" in flags and name in ("output", "out", "output_file", "out_file", "save", "file"):
+        return " The picture is written to -o FILE."
     table = _CHECKED if "--pretrained_weights" in flags else _PRETRAIN
     if "--arch" not in flags:
         return ""

@@ -21,7 +21,11 @@ class Options:
         metavar="DIR",
         positional=True,
     )
-    checkpoint_key: str = option("teacher", "Whose weights.", choices=("teacher", "student"))
+    checkpoint_key: str = option(
+        "teacher",
+        "Whose weights; untrained: the same network at random, to compare with.",
+        choices=("teacher", "student", "untrained"),
+    )
     arch: str | None = option(
         None,
         "Only where the checkpoint does not tell its architecture.",

@@ -36,18 +36,19 @@ def run(options: Config) -> None:
 
     path = train(options)
     if os.environ.get("RANK", "0") in ("0", ""):  # of several processes one speaks
-        say(what_next(path, data))
+        say(what_next(path, data, options.global_crops_size))
 
 
-def what_next(path: Path, data: Path) -> str:
+def what_next(path: Path, data: Path, size: int) -> str:
     """What a checkpoint is good for, in commands. data: the images that it was trained on, which
-    may have labels too."""
+    may have labels too; size: the side of a crop."""
     if (data.parent / "val").is_dir() and data.name == "train":
         data = data.parent
     labeled = data.is_dir() and len([p for p in data.iterdir() if p.is_dir()]) > 1
-    folder = shlex.quote(str(data)) if labeled else "DIR"
+    folder = shlex.quote(str(data)) if labeled else "LABELED_DIR"
     return (
         f"measure it: dinofast knn {folder} --pretrained_weights {shlex.quote(str(path))}\n"
         f"use it: backbone = dinofast.load_backbone({str(path)!r})\n"
-        "export it: torch.onnx.export(backbone, (images,), 'backbone.onnx', dynamo=True)"
+        f"export it: torch.onnx.export(backbone, (torch.rand(2, 3, {size}, {size}),), "
+        "'backbone.onnx', dynamic_shapes=({0: 'batch'},), dynamo=True)"
     )

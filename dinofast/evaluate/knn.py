@@ -123,6 +123,18 @@ def _patches(backbone: nn.Module) -> str:
     return f" with patches of {backbone.patch_embed.patch_size} x {backbone.patch_embed.patch_size}"
 
 
+def _fitting(nb_knn: Sequence[int], n_images: int) -> list[int]:
+    """Those of nb_knn for which there are neighbors enough. Raises ValueError if none remains."""
+    fitting = [k for k in nb_knn if k <= n_images]
+    if not fitting:
+        raise ValueError(
+            f"`nb_knn` is {' '.join(map(str, nb_knn))} but there "
+            f"{'is' if n_images == 1 else 'are'} only {counted(n_images, 'training image')}: give "
+            "a smaller number."
+        )
+    return fitting
+
+
 def knn(
     pretrained_weights: str | Path,
     data_path: str | Path,
@@ -130,7 +142,7 @@ def knn(
     checkpoint_key: str = "teacher",
     arch: str | None = None,
     patch_size: int | None = None,
-    nb_knn: Sequence[int] = (10, 20, 100, 200),
+    nb_knn: int | Sequence[int] = (10, 20, 100, 200),
     temperature: float = 0.07,
     resize: int | None = None,
     crop: int | None = None,
@@ -152,6 +164,7 @@ def knn(
     """
     where = pick_device(device)
     let_idle_threads_sleep()
+    nb_knn = (nb_knn,) if isinstance(nb_knn, int) else tuple(nb_knn)
     if min(nb_knn) < 1:
         raise ValueError(f"`nb_knn` is {min(nb_knn)}: a number of neighbors is at least 1.")
     if not 0 < temperature < math.inf:
@@ -167,6 +180,19 @@ def knn(
         raise ValueError(f"`num_workers` is {num_workers}: it must not be negative.")
     trained_with = arguments(pretrained_weights)
     crop = crop or trained_with.get("global_crops_size", 224)
+    name = arch or trained_with.get("arch") or "backbone"
+    if backbone is not None:
+        name = type(backbone).__name__
+    with torch.random.fork_rng([]):  # where they are not trained
+        torch.manual_seed(0)
+        backbone = load_backbone(pretrained_weights, checkpoint_key, arch, patch_size, backbone)
+    # timm's is a pair
+    patch = backbone.patch_embed.patch_size if isinstance(backbone, VisionTransformer) else 1
+    if crop % patch:
+        raise ValueError(
+            f"`crop` {crop} is not a multiple of the patch size {patch}: take "
+            f"{max(crop // patch, 1) * patch}."
+        )
     transform = EvalTransform(
         resize or round(crop * 256 / 224),
         crop,
@@ -184,29 +210,17 @@ def knn(
         exif=bool(trained_with.get("exif", False)),
     )
     train, val = (replace(images, decode=as_trained) for images in (train, val))
-    name = arch or trained_with.get("arch") or "backbone"
-    if backbone is not None:
-        name = type(backbone).__name__
-    backbone = load_backbone(pretrained_weights, checkpoint_key, arch, patch_size, backbone)
-    # timm's is a pair
-    patch = backbone.patch_embed.patch_size if isinstance(backbone, VisionTransformer) else 1
-    if crop % patch:
-        raise ValueError(
-            f"`crop` {crop} is not a multiple of the patch size {patch}: take "
-            f"{max(crop // patch, 1) * patch}."
-        )
-    say(f"features of the {checkpoint_key}'s {name}{_patches(backbone)} in '{pretrained_weights}'")
+    network = f"{name}{_patches(backbone)}"
+    if checkpoint_key == "untrained":
+        say(f"features of an untrained {network}, as in '{pretrained_weights}'")
+    else:
+        say(f"features of the {checkpoint_key}'s {network} in '{pretrained_weights}'")
+    fitting = _fitting(nb_knn, len(train))
     (train_features, train_labels), (test_features, test_labels) = (
         extract_features(backbone, images, where, batch_size_per_gpu, min(num_workers, cores()))
         for images in (train, val)
     )
-    fitting = [k for k in nb_knn if k <= len(train_labels)]
-    if not fitting:
-        raise ValueError(
-            f"`nb_knn` is {' '.join(map(str, nb_knn))} but there "
-            f"{'is' if len(train_labels) == 1 else 'are'} only "
-            f"{counted(len(train_labels), 'training image')}: give a smaller number."
-        )
+    fitting = _fitting(fitting, len(train_labels))
     if left_out := [k for k in nb_knn if k not in fitting]:
         say(
             f"Left out: k = {', '.join(map(str, left_out))}, more than the "

@@ -119,9 +119,8 @@ def _candidates(arch: str) -> Iterator[Candidate]:
     )
     hint = nearest_arch(arch) + hint
     raise UnknownArch(
-        f"`arch` '{arch}' is not known: choose from "
-        f"{', '.join(VITS)}.{hint} A model of your own goes through "
-        "Python, dinofast.train.train(cfg, backbone=...).",
+        f"`arch` '{arch}' is not known: choose from {', '.join(VITS)}, or a name of torchvision or "
+        f"timm.{hint} A model of your own goes through Python, dinofast.train(cfg, backbone=...).",
         hint,
     )
 

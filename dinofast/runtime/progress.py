@@ -188,7 +188,7 @@ class Run:
         took_s, self._stepped = now - self._stepped, now
         total = self.epochs * self.steps_per_epoch
         if first == 1 + compiles:
-            left = f"about {in_words(took_s * (total - step))} for the {total - step:,} to come"
+            left = f"up to {in_words(took_s * (total - step))} for the {total - step:,} to come"
             left = f": {left}" if step < total else ""
             self.log(f"step {step} took {in_words(took_s)}, with its start-up{left}")
             self.log(f"peak memory so far: {peak_memory(sums.device)}")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinofast import load_backbone, vit_tiny
+from dinofast import load_backbone, vit_nano, vit_tiny
 from dinofast.checkpoint import arguments, read
 
 VIT = vit_tiny(patch_size=16, img_size=[32]).state_dict()
@@ -238,3 +238,14 @@ def test_a_misfit_tells_what_was_given_otherwise(given, words, tmp_path):
     with pytest.raises(ValueError, match=re.escape(words)) as refusal:
         load_backbone(tmp_path / "c.pth", **given)
     assert "output_dir" not in str(refusal.value)
+
+
+def test_the_same_network_untrained(tmp_path):
+    """To compare with: its shapes are the file's, its weights are not."""
+    trained = vit_nano(patch_size=8, img_size=(16,)).state_dict()
+    torch.save(
+        {"teacher": {f"backbone.{name}": x for name, x in trained.items()}}, tmp_path / "x.pth"
+    )
+    fresh = load_backbone(tmp_path / "x.pth", "untrained").state_dict()
+    assert {name: x.shape for name, x in fresh.items()} == {n: x.shape for n, x in trained.items()}
+    assert not torch.equal(fresh["pos_embed"], trained["pos_embed"])

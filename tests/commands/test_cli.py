@@ -166,16 +166,16 @@ def test_what_can_be_done_with_a_checkpoint(tmp_path):
         f"backbone.{k}": v for k, v in vit_nano(patch_size=8, img_size=(16,)).state_dict().items()
     }
     torch.save({"teacher": state}, path)
-    measure, use, export = what_next(path, tmp_path / "my data" / "train").splitlines()
+    measure, use, export = what_next(path, tmp_path / "my data" / "train", 32).splitlines()
     given = shlex.split(measure.partition(": ")[2])
     assert given == ["dinofast", "knn", f"{tmp_path}/my data", "--pretrained_weights", str(path)]
-    assert " DIR " in what_next(path, tmp_path / "my data" / "flat")
+    assert " LABELED_DIR " in what_next(path, tmp_path / "my data" / "flat", 32)
     import dinofast
 
     names = {"dinofast": dinofast}
     exec(use.partition(": ")[2], names)
     assert names["backbone"](torch.zeros(1, 3, 16, 16)).shape == (1, 64)
-    assert "torch.onnx.export(backbone, (images,), " in export
+    assert "torch.onnx.export(backbone, (torch.rand(2, 3, 32, 32),), " in export
 
 
 def test_missing_paths(tmp_path, capsys):

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import colorsys
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from dinofast import cli
 from dinofast.commands import demo, sample_data
 from dinofast.evaluate.knn import knn_classify
 
@@ -165,3 +167,14 @@ def test_the_demo_from_end_to_end(tmp_path, capsys):
     )
     with pytest.raises(ValueError, match="`seed` 1"):
         demo.demo(tmp_path, seed=1, epochs=1, device="cpu", n_images=160)
+
+
+def test_the_way_on_is_the_recipe_of_the_docs(tmp_path, capsys):
+    """As it stands: with the defaults, made for ImageNet, so few images would train for days."""
+    folder = str(tmp_path / "data")
+    assert cli.main(["sample-data", folder, "--n_images", "40"]) == 0
+    said = capsys.readouterr().out.partition("2 cores:\n")[2].replace("\\\n", " ").split()
+    assert said[:5] == ["dinofast", "pretrain", f"{folder}/train", "--output_dir", "runs/small"]
+    docs = (Path(__file__).parents[2] / "docs" / "training.md").read_text().replace("\\\n", " ")
+    assert " ".join(said[5:]) in " ".join(docs.split())
+    assert cli.parser("pretrain").parse_args(said[1:]).arch == "vit_nano"

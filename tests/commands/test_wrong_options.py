@@ -50,7 +50,7 @@ from dinofast.config import Config
             "--warmup_teacher_temp_epochs is 30 but --epochs is only 20",
         ),
         ("--epochs 0", "--epochs is 0: it must be at least 1"),
-        ("--norm_last_layer maybe", "'maybe' is not a truth value"),
+        ("--norm_last_layer maybe", "'maybe' is not a boolean"),
         ("--optimizer adam", "invalid choice: 'adam'"),
         (
             "--global_crops_size 225",
@@ -75,7 +75,10 @@ from dinofast.config import Config
         ("--batch_size 8", "there is no flag --batch_size. Did you mean --batch_size_per_gpu?"),
         ("--learning-rate 1", "Did you mean --lr?"),
         ("--image_size 96", "Did you mean --global_crops_size?"),
-        ("--resume x.pth", "Did you mean --output_dir?"),
+        ("--resume x.pth", "A run in --output_dir is resumed by the same command, without a flag."),
+        ("--use_fp16", "--use_fp16 stands alone: write true or false behind it."),
+        ("--lr", "--lr stands alone: write a value behind it."),
+        ("--out_dim 1", "--out_dim is 1: it must be at least 2"),
         ("--lr -1e-3", "--lr is -0.001: it must not be negative"),
     ],
 )
@@ -106,6 +109,16 @@ def test_what_cannot_be_right_is_said_in_one_sentence(line, words, tmp_path, cap
         ("knn D", "--pretrained_weights is missing: a checkpoint of dinofast or of the official "),
         ("knn D", "Usage: dinofast knn DIR --pretrained_weights FILE [flags]\n"),
         ("knn D D/list.txt", "write --pretrained_weights "),
+        ("knn D D/run", "write --pretrained_weights /"),
+        ("knn D E", "DIR is '/"),
+        ("knn D --pretrained_weights x --dump_features y", "Features are computed anew each time"),
+        (
+            "knn D --pretrained_weights https://x.com/y.pth",
+            "is an address: download the file first",
+        ),
+        ("show-crops D --output x.png", "The picture is written to -o FILE."),
+        ("visualize_attention D", "dinofast demo draws such pictures"),
+        ("pretrain D out=runs", "'out=runs': options are written with dashes, --name value."),
         ("knn D --weights x", "Did you mean --pretrained_weights?"),
         ("knn --nb_knn 1 2 D --pretrained_weights x", "a folder stands before the flags"),
         ("pretrain D D E", "' and 1 more cannot be taken as well: DIR is '"),
@@ -135,11 +148,13 @@ def test_what_cannot_be_right_is_said_in_one_sentence(line, words, tmp_path, cap
 def test_a_command_line_as_strangers_type_it(tmp_path, capsys, line, words):
     """`|`: an empty word."""
     (tmp_path / "list.txt").write_text("a.jpg\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pth").touch()
     given = [re.sub("^D", str(tmp_path), word.strip("|")) for word in line.split()]
     assert cli.main(given) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1 and said.startswith("dinofast: ")
-    assert os.listdir(tmp_path) == ["list.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["list.txt", "run"]
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_official_folders(tmp_path, capsys, mean_pixel):
     assert "Shorter side 16, center crop 14." in said  # as the checkpoint was trained
     assert "Left out: k = 100, 200, more than the 21 training images" in said
     assert "broken.jpg" in said and "notes.txt" not in said
-    with pytest.raises(ValueError, match="`nb_knn` is 50 but there are only 21 training images"):
+    with pytest.raises(ValueError, match="`nb_knn` is 50 but there are only 22 training images"):
         knn(data_path=tmp_path, nb_knn=[50], **mean_pixel)
 
 
@@ -255,6 +255,9 @@ def test_the_command_writes_rounded_accuracies(tmp_path, capsys):
     for k, top1 in printed:
         assert found["accuracy_percent"][k]["top1"] == pytest.approx(float(top1), abs=0.05)
     assert len(printed) == 2
+    assert cli.main([*line, "--checkpoint_key", "untrained"]) == 0
+    said = capsys.readouterr().out
+    assert f"features of an untrained vit_nano with patches of 8 x 8, as in '{tmp_path}'" in said
     assert cli.main([*line, "--json", str(tmp_path / "none" / "x.json")]) == 2
     assert "there is no folder" in capsys.readouterr().err
 
@@ -264,6 +267,6 @@ def test_a_backbone_of_one_s_own(tmp_path):
     folder(tmp_path / "data", {"cat": 8, "dog": 8})
     backbone = torch.nn.Conv2d(3, 5, 4, 4)
     torch.save({f"backbone.{k}": v for k, v in backbone.state_dict().items()}, tmp_path / "w.pth")
-    given = {"backbone": torch.nn.Conv2d(3, 5, 4, 4), "crop": 16, "nb_knn": (1,)}
+    given = {"backbone": torch.nn.Conv2d(3, 5, 4, 4), "crop": 16, "nb_knn": 1}
     found = knn(tmp_path / "w.pth", tmp_path / "data", num_workers=0, device="cpu", **given)
     assert 0 <= found[1][0] <= 100
