@@ -159,11 +159,14 @@ def _some_names(folder: str) -> list[str]:
         return []
 
 
-def check_output(name: str, path: str, is_folder: bool = False) -> None:
+def check_output(
+    name: str, path: str, is_folder: bool = False, is_replaced: bool = False
+) -> None:
     """Raise ValueError if the file of that path could not be written, or the folder not be made,
     so that hours of work do not end with that. Leaves nothing behind.
 
-    A file's folder must be there, a folder is made together with those above it.
+    A file's folder must be there, a folder is made together with those above it. is_replaced: a
+    file that is there is not written into, another one takes its name.
     """
     given = f"`{name}` is '{path}'"
     folder = path if is_folder else os.path.dirname(path)
@@ -177,7 +180,7 @@ def check_output(name: str, path: str, is_folder: bool = False) -> None:
     if not os.path.isdir(folder):
         raise ValueError(f"{given}, but there is no folder '{folder}': make it, or name another.")
     try:
-        if is_folder or not os.path.exists(path):
+        if is_folder or is_replaced or not os.path.exists(path):
             tempfile.TemporaryFile(dir=folder).close()
         elif os.path.isfile(path):  # not a pipe, which would be waited for
             os.close(os.open(path, os.O_WRONLY | os.O_APPEND))

@@ -215,6 +215,19 @@ def test_a_state_of_another_kind_is_refused_whole(saved, loads, words, stepped):
     assert optimizer.state_dict() == before
 
 
+def test_amsgrad_that_has_been_turned_off():
+    """As torch's own AdamW takes it; the groups tell, and the state keeps what is no longer used."""
+    p, q = parameter(), parameter()
+    saved = torch.optim.AdamW([p], amsgrad=True)
+    steps(p, saved)
+    state = saved.state_dict()
+    state["param_groups"][0]["amsgrad"] = False
+    optimizer = AdamWEMA([q])
+    optimizer.load_state_dict(state)
+    steps(q, optimizer)
+    assert torch.equal(optimizer.state[q]["max_exp_avg_sq"], state["state"][0]["max_exp_avg_sq"])
+
+
 def test_a_state_with_more_for_a_parameter_is_refused():
     """As of an optimizer of others that has torch's options."""
     p = parameter()

@@ -55,7 +55,8 @@ def check_moments(state: Mapping[Any, Any], moments: Sequence[str], kind: str) -
         if not isinstance(kept, Mapping):
             continue
         names = {name for name, value in kept.items() if value is not None}
-        names -= {"master", "teacher_master"}
+        # the last of AMSGrad, which the groups' `amsgrad` tells or has turned off
+        names -= {"master", "teacher_master", "max_exp_avg_sq"}
         if names and names != set(moments):
             raise ValueError(
                 f"the state holds {', '.join(sorted(names))} for a parameter, and {kind} needs "

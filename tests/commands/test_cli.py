@@ -319,6 +319,50 @@ def test_help_says_a_default_once(capsys):
     assert "on a CPU it gains little. Here: off. --cuda_graph" in text or torch.cuda.is_available()
 
 
+@pytest.mark.parametrize("word", ["--local-rank=1", "--local_rank=0"])
+def test_the_older_launcher_of_torch(word, tmp_path, monkeypatch):
+    """python -m torch.distributed.launch -m dinofast pretrain: its word comes before the command.
+    The official README starts DINO so."""
+    given = []
+    monkeypatch.setattr("dinofast.commands.pretrain.run", given.append)
+    assert cli.main([word, "pretrain", str(tmp_path), "--epochs", "3"]) == 0
+    assert (given[0].data_path, given[0].epochs) == (str(tmp_path), 3)
+
+
+def test_labels_are_looked_for_in_few_files(tmp_path, monkeypatch):
+    """After the training: of a million files each would be asked of the storage, whose errors would
+    make a good run a failed one."""
+    from dinofast.commands import pretrain
+
+    for i in range(50):
+        (tmp_path / f"{i}.jpg").touch()
+    monkeypatch.setattr(pretrain, "LOOKED_AT", 10)
+    asked = []
+    monkeypatch.setattr(os, "stat", lambda *args, **_: asked.append(args))
+    said = pretrain.what_next(Path("x.pth"), tmp_path)
+    monkeypatch.undo()
+    assert " DIR " in said and len(asked) <= 10
+
+    def gone(*_):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert " DIR " in pretrain.what_next(Path("x.pth"), tmp_path)
+
+
+def test_one_process_tries_the_output(tmp_path, monkeypatch):
+    """It alone writes; on another machine there may be no such folder."""
+    from dinofast.commands import pretrain
+
+    monkeypatch.setattr("dinofast.train.train", lambda _: Path("x.pth"))
+    tried = []
+    monkeypatch.setattr(pretrain, "check_output", lambda *args, **_: tried.append(args))
+    for rank, times in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        pretrain.run(Config(data_path=str(tmp_path)))
+        assert len(tried) == times
+
+
 def test_what_can_be_done_with_a_checkpoint(tmp_path):
     """The lines after a run: with the real paths, and Python's is Python."""
     from dinofast import vit_nano
@@ -335,6 +379,7 @@ def test_what_can_be_done_with_a_checkpoint(tmp_path):
     given = shlex.split(measure.partition(": ")[2])
     assert given == ["dinofast", "knn", f"{tmp_path}/my data", "--pretrained_weights", str(path)]
     assert " DIR " in what_next(path, tmp_path / "my data" / "flat")
+    assert " DIR " in what_next(path, path) and " DIR " in what_next(path, tmp_path / "gone")
     import dinofast
 
     names = {"dinofast": dinofast}
