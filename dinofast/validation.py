@@ -159,9 +159,7 @@ def _some_names(folder: str) -> list[str]:
         return []
 
 
-def check_output(
-    name: str, path: str, is_folder: bool = False, is_replaced: bool = False
-) -> None:
+def check_output(name: str, path: str, is_folder: bool = False, is_replaced: bool = False) -> None:
     """Raise ValueError if the file of that path could not be written, or the folder not be made,
     so that hours of work do not end with that. Leaves nothing behind.
 

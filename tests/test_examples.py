@@ -56,7 +56,9 @@ def test_a_backbone_of_your_own(folder: Path) -> None:
         "2",
         folder=folder,
     )
-    assert "model: ConvNet, " in said and "features (1, 64) from 'runs/convnet/checkpoint.pth'" in said
+    assert (
+        "model: ConvNet, " in said and "features (1, 64) from 'runs/convnet/checkpoint.pth'" in said
+    )
     assert (folder / "runs" / "convnet" / "log.txt").read_text().count("\n") == 2
 
 

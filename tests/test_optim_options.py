@@ -216,7 +216,7 @@ def test_a_state_of_another_kind_is_refused_whole(saved, loads, words, stepped):
 
 
 def test_amsgrad_that_has_been_turned_off():
-    """As torch's own AdamW takes it; the groups tell, and the state keeps what is no longer used."""
+    """As torch's own AdamW takes it; the groups tell, the state keeps what is not used."""
     p, q = parameter(), parameter()
     saved = torch.optim.AdamW([p], amsgrad=True)
     steps(p, saved)
