@@ -172,7 +172,8 @@ def check_output(name: str, path: str, is_folder: bool = False, is_replaced: boo
     while is_folder and not os.path.lexists(folder):
         folder = os.path.dirname(folder.rstrip("/")) or "."
     if is_folder and not os.path.isdir(folder):
-        raise ValueError(f"{given}, and '{folder}' is a file: give a folder.")
+        what = "a file" if os.path.exists(folder) else "a link to what is not there"
+        raise ValueError(f"{given}, and '{folder}' is {what}: give a folder.")
     if not is_folder and (os.path.isdir(path) or path.endswith("/")):
         raise ValueError(f"{given}, a folder: name a file in it.")
     if not os.path.isdir(folder):

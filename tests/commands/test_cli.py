@@ -410,6 +410,11 @@ def test_missing_paths(tmp_path, capsys):
         == 2
     )
     assert "is a file: give a folder" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for out in ("link", "link/below"):
+        line = ["pretrain", "--data_path", str(tmp_path), "--output_dir", str(tmp_path / out)]
+        assert cli.main(line) == 2
+        assert "/link' is a link to what is not there: give" in capsys.readouterr().err
 
 
 def test_data_errors_leave_nothing_behind(tmp_path, capsys):
