@@ -1,8 +1,8 @@
 """Group options of torch's optimizers: honored or refused, wherever they are given."""
 
 import copy
-import pickle
 import math
+import pickle
 from functools import partial
 
 import pytest
