@@ -160,11 +160,12 @@ def _some_names(folder: str) -> list[str]:
         return []
 
 
-def check_output(name: str, path: str, is_folder: bool = False) -> None:
+def check_output(name: str, path: str, is_folder: bool = False, is_replaced: bool = False) -> None:
     """Raise ValueError if the file of that path could not be written, or the folder not be made,
     so that hours of work do not end with that. Leaves nothing behind.
 
-    A file's folder must be there, a folder is made together with those above it.
+    A file's folder must be there, a folder is made together with those above it. is_replaced: a
+    file that is there is not written into, another one takes its name.
     """
     given = f"`{name}` is '{path}'"
     folder = path if is_folder else os.path.dirname(path)
@@ -172,13 +173,14 @@ def check_output(name: str, path: str, is_folder: bool = False) -> None:
     while is_folder and not os.path.lexists(folder):
         folder = os.path.dirname(folder.rstrip("/")) or "."
     if is_folder and not os.path.isdir(folder):
-        raise ValueError(f"{given}, and '{folder}' is a file: give a folder.")
+        what = "a file" if os.path.exists(folder) else "a link to what is not there"
+        raise ValueError(f"{given}, and '{folder}' is {what}: give a folder.")
     if not is_folder and (os.path.isdir(path) or path.endswith("/")):
         raise ValueError(f"{given}, a folder: name a file in it.")
     if not os.path.isdir(folder):
         raise ValueError(f"{given}, but there is no folder '{folder}': make it, or name another.")
     try:
-        if is_folder or not os.path.exists(path):
+        if is_folder or is_replaced or not os.path.exists(path):
             tempfile.TemporaryFile(dir=folder).close()
         elif os.path.isfile(path):  # not a pipe, which would be waited for
             os.close(os.open(path, os.O_WRONLY | os.O_APPEND))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from functools import partial
 
 import pytest
@@ -213,6 +214,29 @@ def test_a_state_of_another_kind_is_refused_whole(saved, loads, words, stepped):
     with pytest.raises(ValueError, match=words):
         optimizer.load_state_dict(other.state_dict())
     assert optimizer.state_dict() == before
+
+
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("name", ["lr_decay", "alpha", "rho", "etas"])
+def test_an_option_of_ones_own_that_another_optimizer_has_tells_nothing(make, name):
+    optimizer, fresh = (make([{"params": [parameter()], name: 0.9}], lr=0.1) for _ in range(2))
+    steps(optimizer.param_groups[0]["params"][0], optimizer)
+    fresh.load_state_dict(optimizer.state_dict())
+    for one in (fresh, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert one.param_groups[0][name] == 0.9
+
+
+def test_amsgrad_that_has_been_turned_off():
+    """As torch's own AdamW takes it; the groups tell, the state keeps what is not used."""
+    p, q = parameter(), parameter()
+    saved = torch.optim.AdamW([p], amsgrad=True)
+    steps(p, saved)
+    state = saved.state_dict()
+    state["param_groups"][0]["amsgrad"] = False
+    optimizer = AdamWEMA([q])
+    optimizer.load_state_dict(state)
+    steps(q, optimizer)
+    assert torch.equal(optimizer.state[q]["max_exp_avg_sq"], state["state"][0]["max_exp_avg_sq"])
 
 
 def test_a_state_with_more_for_a_parameter_is_refused():

@@ -104,15 +104,29 @@ def read(path: Path, mmap: bool = False) -> dict[str, Any]:
 def with_attributes(options: Mapping[str, Any]) -> OrderedDict[str, Any]:
     """Options that answer both `["arch"]` and `.arch`, of the one type with attributes that
     `torch.load` reads without a list of allowed types. Methods of a dict stay what they are."""
-    both = OrderedDict(options)
-    both.__dict__.update({k: v for k, v in both.items() if not hasattr(OrderedDict, str(k))})
-    return both
+    return _answering(OrderedDict(options))
+
+
+def _answering(options: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
+    known = {k: v for k, v in options.items() if not hasattr(OrderedDict, str(k))}
+    options.__dict__.update(known)
+    return options
 
 
 def arguments_in(state: Mapping[str, Any]) -> OrderedDict[str, Any]:
     """The options that a checkpoint was trained with, as plain values; empty when it does not
     tell."""
-    return with_attributes({n: _plain(v) for n, v in _as_mapping(state.get("args")).items()})
+    return _options(_as_mapping(state.get("args")), {})
+
+
+def _options(options: Mapping[str, Any], seen: dict[int, Any]) -> OrderedDict[str, Any]:
+    """seen: results by id. Options that hold themselves, or the same ones a million times, are
+    looked at once."""
+    if id(options) not in seen:
+        both = seen[id(options)] = OrderedDict()
+        both.update((name, _plain(value, seen)) for name, value in options.items())
+        _answering(both)
+    return seen[id(options)]
 
 
 def _as_mapping(options: Any) -> Mapping[str, Any]:
@@ -120,10 +134,10 @@ def _as_mapping(options: Any) -> Mapping[str, Any]:
     return options if isinstance(options, Mapping) else {}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, seen: dict[int, Any]) -> Any:
     """An option as a plain value; options within it answer as the whole does."""
     if isinstance(value, argparse.Namespace | Mapping):
-        return arguments_in({"args": value})
+        return _options(_as_mapping(value), seen)
     if isinstance(value, torch.dtype | torch.device | torch.layout):
         return str(value).removeprefix("torch.")
     return plain(value)
@@ -143,8 +157,9 @@ def _load_with_options(path: Path, mmap: bool) -> Any:
             state = None
         if not isinstance(state, Mapping):
             raise
-        state = {n: _without_stand_ins(v) if n in _OPTIONS else v for n, v in state.items()}
-        if _holds_stand_in(state):
+        done: dict[int, Any] = {}
+        state = {n: _without_stand_ins(v, done) if n in _OPTIONS else v for n, v in state.items()}
+        if _holds_stand_in(state, set()):
             raise
         return state
 
@@ -191,21 +206,29 @@ def _stand_in(name: str) -> type[_StandIn]:
     return type("_StandIn", (_StandIn,), {"name": name})
 
 
-def _without_stand_ins(value: Any) -> Any:
+def _without_stand_ins(value: Any, done: dict[int, Any]) -> Any:
+    """done: results by id; what is held twice is looked at once."""
+    if id(value) not in done:
+        done[id(value)] = _replaced(value, done)
+    return done[id(value)]
+
+
+def _replaced(value: Any, done: dict[int, Any]) -> Any:
     if isinstance(value, argparse.Namespace):
-        return argparse.Namespace(**_without_stand_ins(vars(value)))
+        return argparse.Namespace(**_without_stand_ins(vars(value), done))
     if isinstance(value, dict):
-        pairs = {k: _without_stand_ins(v) for k, v in value.items() if not _holds_stand_in(k)}
+        named = {k: v for k, v in value.items() if not _holds_stand_in(k, set())}
+        pairs = {k: _without_stand_ins(v, done) for k, v in named.items()}
         return with_attributes(pairs) if type(value) is OrderedDict else pairs
     if type(value) in (list, tuple, set):
-        return type(value)(_without_stand_ins(v) for v in value)
+        return type(value)(_without_stand_ins(v, done) for v in value)
     if isinstance(value, _StandIn):
         if isinstance(value.state, dict) and not value.arguments:  # types.SimpleNamespace, ...
-            return _without_stand_ins(value.state)
+            return _without_stand_ins(value.state, done)
         # as enums are pickled: their class, called with the value, or `getattr` with its name
         called = 2 if value.name == "builtins.getattr" else 1
         enum = len(value.arguments) == called and value.state is None
-        return _without_stand_ins(value.arguments[-1]) if enum else f"<{value.name}>"
+        return _without_stand_ins(value.arguments[-1], done) if enum else f"<{value.name}>"
     return f"<{value.name}>" if _is_stand_in(value) else value
 
 
@@ -213,14 +236,19 @@ def _is_stand_in(value: Any) -> bool:
     return isinstance(value, _StandIn) or (isinstance(value, type) and issubclass(value, _StandIn))
 
 
-def _holds_stand_in(value: Any) -> bool:
+def _holds_stand_in(value: Any, seen: set[int]) -> bool:
+    """seen: ids of what has been looked at."""
     if isinstance(value, argparse.Namespace):
         value = vars(value)
+    if _is_stand_in(value):
+        return True
+    if not isinstance(value, Mapping | list | tuple | set | frozenset) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    inside = value
     if isinstance(value, Mapping):
-        value = [*value, *value.values(), *getattr(value, "__dict__", {}).values()]
-    if isinstance(value, list | tuple | set | frozenset):
-        return any(map(_holds_stand_in, value))
-    return _is_stand_in(value)
+        inside = [*value, *value.values(), *getattr(value, "__dict__", {}).values()]
+    return any(_holds_stand_in(v, seen) for v in inside)
 
 
 def _absent(path: Path) -> str:

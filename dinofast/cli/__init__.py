@@ -93,8 +93,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _as_flags(argv: list[str]) -> list[str]:
-    """`help`, `help pretrain`, `version` and -v, as other programs take them."""
+    """`help`, `help pretrain`, `version` and -v, as other programs take them; without what
+    python -m torch.distributed.launch writes before all words."""
     first, *rest = argv
+    if rest and re.fullmatch(r"--local[-_]rank=\d+", first):
+        return _as_flags(rest)
     if first in ("help", "-help", "-?", "/?"):
         return [*(word for word in rest[:1] if word in COMMANDS), "--help"]
     return ["--version"] if first in ("version", "-version", "-v", "-V") else argv

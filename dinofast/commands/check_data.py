@@ -61,7 +61,7 @@ class Options:
         if not (low < high or low == high == 0):
             raise ValueError(f"`value_range` is {low:g} {high:g}: give two values, low < high.")
         if self.delete_list:  # so that hours of work do not end with a path that cannot be written
-            check_output("delete_list", self.delete_list)
+            check_output("delete_list", self.delete_list, is_replaced=True)
             if os.path.exists(self.delete_list) and not os.path.isfile(self.delete_list):
                 raise ValueError(
                     f"`delete_list` is '{self.delete_list}', which is no plain file: name one."

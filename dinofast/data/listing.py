@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import urllib.parse
 from collections.abc import Callable
 
@@ -12,6 +13,8 @@ from dinofast.data.shards import is_shard
 
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how some editors of Windows begin a text
 LOOKED_AT = 100  # lines of which one must name a file
+# how JSON, or Python, begins a list or an object; a folder may be named [a] or {a}
+_DATA = re.compile(rb"[\[{]+\s*($|[\"'])")
 
 
 def paths(text: bytes, root: bytes, source: str) -> tuple[list[bytes], str]:
@@ -60,8 +63,7 @@ def _is_heading(first: bytes, path: bytes) -> bool:
 
 
 def _is_data(line: bytes) -> bool:
-    """Whether a line begins an object or a list of JSON, or of Python."""
-    return line[:1] in (b"{", b"[") and not (has_ending(line) or is_shard(line))
+    return bool(_DATA.match(line)) and not (has_ending(line) or is_shard(line))
 
 
 def _unquoted(path: bytes) -> bytes:

@@ -100,7 +100,8 @@ def _forward(
     """Features (n, D) of crops that are noise, the same each time. widths: of sizes before."""
     _, side, n = crops
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(n, 3, side, side, generator=generator).to(device)
+    # from -2 to 2 as normalized ones: one without negative numbers a ReLU would leave as it is
+    images = (4 * torch.rand(n, 3, side, side, generator=generator) - 2).to(device)
     given = images.clone()
     try:
         output = backbone(images)

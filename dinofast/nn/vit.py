@@ -329,29 +329,40 @@ def _resampled(table: Tensor, grid: int, x: Tensor, patches: Tensor) -> Tensor:
     """Positions (grid grid, D) for images x (B, 3, h, w) with patches (B, D, rows, cols): (rows
     cols, D), what `resampling` gives, which see. In operations that an exporter follows with h and
     w left open: no number of x becomes one of Python's."""
-    sides = [torch.ones(n, device=x.device).sum() for n in (*x.shape[2:], *patches.shape[2:])]
+    fp32 = torch.float32  # whatever the default dtype is
+    sides = [
+        torch.ones(n, device=x.device, dtype=fp32).sum() for n in (*x.shape[2:], *patches.shape[2:])
+    ]
     learned = (sides[0] == sides[1]) & (sides[2] == grid) & (sides[3] == grid)
-    rest = torch.where(learned, 0.0, 0.1)
+    rest = 0.1 * (~learned).float()
     rows, cols = (
-        _bicubic(torch.arange(n, device=x.device), (side + rest) / grid, grid)
+        _bicubic(torch.arange(n, device=x.device, dtype=fp32), (side + rest) / grid, grid)
         for n, side in zip(patches.shape[2:], sides[2:], strict=True)
     )
-    of_rows = (rows @ table.float().unflatten(0, (grid, grid)).flatten(1)).unflatten(1, (grid, -1))
-    return (cols @ of_rows).flatten(0, 1)
+    square = table.float().unflatten(0, (grid, grid))
+    return _taken(cols, _taken(rows, square).transpose(0, 1)).transpose(0, 1).flatten(0, 1)
 
 
-def _bicubic(places: Tensor, scale: Tensor, grid: int) -> Tensor:
-    """The matrix (n, grid) of F.interpolate's bicubic along one side, places (n,) being 0 .. n - 1;
-    the identity for a scale () of 1."""
+Taps = list[tuple[Tensor, Tensor]]
+
+
+def _bicubic(places: Tensor, scale: Tensor, grid: int) -> Taps:
+    """F.interpolate's bicubic along one side, places (n,) being 0 .. n - 1: the four cells (n,) of
+    each place and their weights (n,), which are 1 and 0 for a scale () of 1."""
     source = (places + 0.5) / scale - 0.5
-    first, cells = source.floor(), torch.arange(grid, device=places.device)
-    matrix = torch.zeros((), device=places.device)
+    first, taps = source.floor(), []
     for tap in (-1, 0, 1, 2):
         d, a = (source - first - tap).abs(), -0.75
         near, far = ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-        is_cell = (first + tap).clamp(0, grid - 1)[:, None] == cells
-        matrix = matrix + torch.where(d <= 1, near, far)[:, None] * is_cell
-    return matrix
+        taps.append(((first + tap).clamp(0, grid - 1).long(), torch.where(d <= 1, near, far)))
+    return taps
+
+
+def _taken(taps: Taps, cells: Tensor) -> Tensor:
+    """Cells (grid, m, D) -> (n, m, D), in fp32: a matrix product would be in bf16 or TF32 where
+    autocast or the GPU says so."""
+    parts = [cells.index_select(0, cell) * weight[:, None, None] for cell, weight in taps]
+    return parts[0] + parts[1] + parts[2] + parts[3]
 
 
 def is_exporting() -> bool:

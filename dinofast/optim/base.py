@@ -411,7 +411,7 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
         kind, defaults = type(self).__name__, state.get("defaults") or self.defaults
         before = self.__dict__.get("param_groups", state["param_groups"])
         for i, (group, old) in enumerate(zip(state["param_groups"], before, strict=True)):
-            check_kind(group, self._kind)
+            check_kind(group, self._kind, old.keys() - defaults.keys())
             complete(group, defaults, kind, old.get("teacher_momentum"))
             self._check_group(group, i)
         check_moments(state["state"], self._moments, kind)

@@ -3,7 +3,7 @@ model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -34,10 +34,11 @@ def check_state_dict(state: Any) -> None:
         )
 
 
-def check_kind(group: Mapping[str, Any], kind: str) -> None:
+def check_kind(group: Mapping[str, Any], kind: str, own: Collection[str]) -> None:
     """Raise ValueError if a loaded group is known to be another optimizer's than that of `kind`,
-    which is torch's of that name with EMA behind it."""
-    found = next((_KINDS[name] for name in _KINDS if name in group), "")
+    which is torch's of that name with EMA behind it. own: options that the user has given the group
+    here too, as a factor for its lr, which tell nothing."""
+    found = next((_KINDS[name] for name in _KINDS if name in group and name not in own), "")
     if found == "AdamW" and "foreach" in group and "amsgrad" not in group:
         found = "Adamax or RAdam"
     if found and found != kind.removesuffix("EMA"):
@@ -55,7 +56,8 @@ def check_moments(state: Mapping[Any, Any], moments: Sequence[str], kind: str) -
         if not isinstance(kept, Mapping):
             continue
         names = {name for name, value in kept.items() if value is not None}
-        names -= {"master", "teacher_master"}
+        # the last of AMSGrad, which the groups' `amsgrad` tells or has turned off
+        names -= {"master", "teacher_master", "max_exp_avg_sq"}
         if names and names != set(moments):
             raise ValueError(
                 f"the state holds {', '.join(sorted(names))} for a parameter, and {kind} needs "

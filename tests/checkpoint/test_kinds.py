@@ -1,6 +1,8 @@
 """Files that are no checkpoints: the same true cause for who loads a backbone, evaluates one, or
 resumes a run, and for each the way out."""
 
+import argparse
+import enum
 import gzip
 import io
 import pickle
@@ -27,6 +29,10 @@ CFG = Config(
     local_crops_size=8,
 )
 SAFETENSORS = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(64) + b"\0\0\x80\x3f"
+
+
+class Choice(enum.Enum):
+    FAST = "fast"
 
 
 def parts(cfg=CFG):
@@ -216,3 +222,19 @@ def test_a_loss_scaler_of_something_else_is_named_before_anything_is_loaded(good
     with pytest.raises(ValueError, match="no state of a loss scaler under 'fp16_scaler'"):
         resume.go_on(tmp_path / "checkpoint.pth", model, optimizer, scaler, CFG)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_options_that_hold_themselves_or_the_same_often(tmp_path):
+    """Each is looked at once: else the first has no end, and the second takes 2**40 looks."""
+    cycle = {"arch": "vit_tiny"}
+    cycle["again"] = argparse.Namespace(options=cycle)
+    often, unknown = {"a": 1}, [Choice.FAST]
+    for _ in range(40):
+        often, unknown = {"x": often, "y": often}, {"x": unknown, "y": unknown}
+    for args in (cycle, {"o": often}):
+        torch.save({"args": args}, tmp_path / "a.pth")
+        options = checkpoint.arguments_in(checkpoint.read(tmp_path / "a.pth"))
+        assert options.keys() == args.keys()
+        assert args is not cycle or options.again.options.again.options.arch == "vit_tiny"
+    torch.save({"args": {"u": unknown, "one": Choice.FAST}}, tmp_path / "a.pth")
+    assert checkpoint.read(tmp_path / "a.pth")["args"]["one"] == Choice.FAST.value

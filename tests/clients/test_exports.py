@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dinofast import DINOHead, MultiCropWrapper, load_backbone
-from dinofast.nn.vit import vit_nano
+from dinofast.nn.vit import _resampled, vit_nano
 
 BATCHES = (1, 3, 5)
 SIZES = [(32, 32), (48, 40)]  # that of the learned positions, and another
@@ -192,6 +192,27 @@ def test_halves_are_exported(dtype):
     program = torch.export.export(module, (x,), dynamic_shapes=shapes).module()
     x = torch.randn(5, 3, 48, 48, dtype=dtype)
     torch.testing.assert_close(program(x), module(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_trace_under_another_default_dtype(dtype):
+    module, x = backbone().to(dtype), torch.randn(2, 3, 48, 40).to(dtype)
+    torch.set_default_dtype(dtype)
+    try:
+        traced = torch.jit.trace(module, x, check_trace=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    atol = 0.01 if dtype is torch.float16 else 1e-5
+    torch.testing.assert_close(traced(x), module(x), rtol=0, atol=atol)
+
+
+def test_positions_under_autocast():
+    """In fp32, as in eager: a matrix product would be in bf16, which is off by 0.01."""
+    table, x = torch.randn(16, 8), torch.zeros(1, 3, 48, 40)
+    patches = torch.zeros(1, 8, 6, 5)
+    wanted = _resampled(table, 4, x, patches)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(_resampled(table, 4, x, patches), wanted)
 
 
 def test_scripting_is_refused_in_words():

@@ -99,6 +99,20 @@ def test_what_cannot_be_is_said(photographs, more, message, capsys):
     assert message in said and said.count("\n") == 1
 
 
+def test_an_earlier_list_in_a_folder_that_takes_no_file_is_told_first(
+    photographs, tmp_path, monkeypatch, capsys
+):
+    """The new list is written beside it. As root nothing is refused: it is here by hand."""
+
+    def refused(**_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "bad.txt").write_text("earlier\n")
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    assert cli.main(["check-data", str(photographs), "--delete_list", f"{tmp_path}/bad.txt"]) == 2
+    assert "/bad.txt', which cannot be written (Permission denied)" in capsys.readouterr().err
+
+
 def test_what_is_no_file_is_not_replaced(photographs, tmp_path, capsys):
     """A device would be: the list is written beside it, and takes its name."""
     os.mkfifo(tmp_path / "pipe")

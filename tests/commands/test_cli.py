@@ -154,6 +154,50 @@ def test_numbers_may_stand_together(monkeypatch, tmp_path, line):
     assert (seen[0].global_crops_scale, seen[0].data_path) == ((0.4, 1.0), str(tmp_path))
 
 
+@pytest.mark.parametrize("word", ["--local-rank=1", "--local_rank=0"])
+def test_the_older_launcher_of_torch(word, tmp_path, monkeypatch):
+    """python -m torch.distributed.launch -m dinofast pretrain: its word comes before the command.
+    The official README starts DINO so."""
+    given = []
+    monkeypatch.setattr("dinofast.commands.pretrain.run", given.append)
+    assert cli.main([word, "pretrain", str(tmp_path), "--epochs", "3"]) == 0
+    assert (given[0].data_path, given[0].epochs) == (str(tmp_path), 3)
+
+
+def test_labels_are_looked_for_in_few_files(tmp_path, monkeypatch):
+    """After the training: of a million files each would be asked of the storage, whose errors would
+    make a good run a failed one."""
+    from dinofast.commands import pretrain
+
+    for i in range(50):
+        (tmp_path / f"{i}.jpg").touch()
+    monkeypatch.setattr(pretrain, "LOOKED_AT", 10)
+    asked = []
+    monkeypatch.setattr(os, "stat", lambda *args, **_: asked.append(args))
+    said = pretrain.what_next(Path("x.pth"), tmp_path, 32)
+    monkeypatch.undo()
+    assert " LABELED_DIR " in said and len(asked) <= 10
+
+    def gone(*_):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert " LABELED_DIR " in pretrain.what_next(Path("x.pth"), tmp_path, 32)
+
+
+def test_one_process_tries_the_output(tmp_path, monkeypatch):
+    """It alone writes; on another machine there may be no such folder."""
+    from dinofast.commands import pretrain
+
+    monkeypatch.setattr("dinofast.train.train", lambda _: Path("x.pth"))
+    tried = []
+    monkeypatch.setattr(pretrain, "check_output", lambda *args, **_: tried.append(args))
+    for rank, times in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        pretrain.run(Config(data_path=str(tmp_path)))
+        assert len(tried) == times
+
+
 def test_what_can_be_done_with_a_checkpoint(tmp_path):
     """The lines after a run: with the real paths, and Python's is Python."""
     from dinofast import vit_nano
@@ -170,6 +214,9 @@ def test_what_can_be_done_with_a_checkpoint(tmp_path):
     given = shlex.split(measure.partition(": ")[2])
     assert given == ["dinofast", "knn", f"{tmp_path}/my data", "--pretrained_weights", str(path)]
     assert " LABELED_DIR " in what_next(path, tmp_path / "my data" / "flat", 32)
+    assert " LABELED_DIR " in what_next(path, path, 32) and " LABELED_DIR " in what_next(
+        path, tmp_path / "gone", 32
+    )
     import dinofast
 
     names = {"dinofast": dinofast}
@@ -187,6 +234,11 @@ def test_missing_paths(tmp_path, capsys):
         == 2
     )
     assert "is a file: give a folder" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for out in ("link", "link/below"):
+        line = ["pretrain", "--data_path", str(tmp_path), "--output_dir", str(tmp_path / out)]
+        assert cli.main(line) == 2
+        assert "/link' is a link to what is not there: give" in capsys.readouterr().err
 
 
 def test_data_errors_leave_nothing_behind(tmp_path, capsys):

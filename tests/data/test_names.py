@@ -157,6 +157,17 @@ def test_a_list_in_json_is_refused(listed, text):
         scan(str(listed / "list.txt"))
 
 
+def test_brackets_in_a_list_are_no_json(listed):
+    for name in ("[a]/5.jpg", "{b}/6.jpg", "[[c]]/7.jpg"):
+        (listed / name).parent.mkdir()
+        (listed / "1.jpg").rename(listed / name)
+        (listed / "list.txt").write_text(f"{name} 0\n2.jpg 1\n")
+        assert find(str(listed / "list.txt")) == [f"{listed}/{name}", f"{listed}/2.jpg"]
+        (listed / name).rename(listed / "1.jpg")
+    (listed / "list.txt").write_text("[train]\n1.jpg\n2.jpg\n")
+    assert find(str(listed / "list.txt")) == [f"{listed}/1.jpg", f"{listed}/2.jpg"]
+
+
 @pytest.mark.parametrize("heading", ["image.path,label", "file.name,y.true", "a.b"])
 def test_a_heading_with_dots_is_no_image(listed, heading):
     (listed / "list.txt").write_text(f"{heading}\r\n1.jpg,0\r\n2.jpg,1\r\n")

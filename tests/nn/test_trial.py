@@ -216,6 +216,10 @@ REFUSED = {
     "bf16": (lambda: Net().bfloat16(), "forward fails on images.*c10::BFloat16"),
     "gray": (lambda: nn.Conv2d(1, 8, 4), "forward fails on images.*1 channels, but got 3"),
     "in place": (InPlace, "changes the images it is given, which student and teacher share"),
+    "ReLU in place": (
+        lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 8, 4)),
+        "changes the images it is given",
+    ),
     "late extra state": (LateExtra, "is a plain value before and a _thread.lock after"),
     "lazy and unused": (LazyAndUnused, r"never uses \(late.weight, late.bias\)"),
     "a table of positions": (PositionTable, "does not take crops of 16 x 16 .*index out of range"),
