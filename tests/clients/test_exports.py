@@ -2,12 +2,15 @@
 images and at sizes that interpolate the positions, also such as the exporter never saw."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import dinofast
 from dinofast import DINOHead, MultiCropWrapper, load_backbone
+from dinofast.commands.pretrain import what_next
 from dinofast.nn.vit import _resampled, vit_nano
 
 BATCHES = (1, 3, 5)
@@ -218,3 +221,17 @@ def test_positions_under_autocast():
 def test_scripting_is_refused_in_words():
     with pytest.raises(ValueError, match=r"use torch\.jit\.trace.*or torch\.export"):
         torch.jit.script(backbone())
+
+
+def test_the_lines_that_end_a_run_export_it(tmp_path, monkeypatch):
+    """`use it` and `export it`, as they are printed."""
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    monkeypatch.chdir(tmp_path)
+    vit = backbone(patch_size=16)
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in vit.state_dict().items()}}, "x.pth")
+    _, use, export = what_next(Path("x.pth"), tmp_path, 32).splitlines()
+    exec(
+        f"{use.partition(': ')[2]}\n{export.partition(': ')[2]}",
+        {"dinofast": dinofast, "torch": torch},
+    )
+    batch_of("backbone.onnx", vit, (32, 32), by_onnxruntime)
