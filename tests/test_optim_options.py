@@ -335,3 +335,23 @@ def test_hooks_of_a_state_come_before_the_checks():
         lambda _, state: seen.append(state["state"][0]["step"].device.type)
     )
     assert optimizer.state_dict() and seen == ["cpu"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hook_may_make_a_state_of_another_layout(kind):
+    p = parameter()
+    optimizer = kind([p], lr=0.1)
+    steps(p, optimizer)
+    saved = {"of": optimizer.state_dict()}
+    with pytest.raises(ValueError, match="this is no optimizer's state_dict"):
+        optimizer.load_state_dict(saved)
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: state["of"])
+    optimizer.load_state_dict(saved)
+
+
+def test_a_kind_derived_from_the_base_loads_its_own_state():
+    class Own(SGDEMA):
+        _kind = ""
+
+    optimizer = Own([parameter()], lr=0.1)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))

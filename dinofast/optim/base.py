@@ -366,10 +366,10 @@ class StudentTeacherOptimizer(torch.optim.Optimizer):
         modules first. Raises ValueError for a state of another kind of optimizer, or of options
         that this one does not have.
         """
-        check_state_dict(state_dict)
+        check_state_dict(state_dict, hooked=False)
         seen: dict[str, Any] = {}  # after the hooks of others
         handles = (
-            self.register_load_state_dict_pre_hook(lambda _, state: seen.update(state)),
+            self.register_load_state_dict_pre_hook(lambda _, x: seen.update(check_state_dict(x))),
             self.register_load_state_dict_post_hook(lambda _: self._keep_wide(seen), prepend=True),
         )
         try:

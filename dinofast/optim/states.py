@@ -25,13 +25,15 @@ _KINDS = {
 }
 
 
-def check_state_dict(state: Any) -> None:
-    """Raise ValueError for what no optimizer's state_dict gave."""
-    if not isinstance(state, Mapping) or not {"state", "param_groups"}.issubset(state):
+def check_state_dict(state: Any, hooked: bool = True) -> Any:
+    """The state; raise ValueError for what no optimizer's state_dict gave. hooked: the caller's
+    hooks, which may make one of it, have seen it."""
+    if not isinstance(state, Mapping) or hooked and not {"state", "param_groups"}.issubset(state):
         raise ValueError(
             "this is no optimizer's state_dict, which has 'state' and 'param_groups': give what "
             "optimizer.state_dict() gave, of a checkpoint its 'optimizer'."
         )
+    return state
 
 
 def check_kind(group: Mapping[str, Any], kind: str, own: Collection[str]) -> None:
@@ -41,7 +43,7 @@ def check_kind(group: Mapping[str, Any], kind: str, own: Collection[str]) -> Non
     found = next((_KINDS[name] for name in _KINDS if name in group and name not in own), "")
     if found == "AdamW" and "foreach" in group and "amsgrad" not in group:
         found = "Adamax or RAdam"
-    if found and found != kind.removesuffix("EMA"):
+    if kind and found and found != kind.removesuffix("EMA"):  # or one that is derived
         raise ValueError(
             f"the state is that of {found}, another kind of optimizer than {kind}, which takes its "
             f"own and {kind.removesuffix('EMA')}'s: load it into the kind that saved it, or begin "
