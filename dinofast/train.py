@@ -24,6 +24,7 @@ from .runtime.memory import retain_freed_memory
 from .runtime.metrics import EpochSums
 from .runtime.progress import Run, counting
 from .runtime.signals import Interrupted, StopSignal
+from .runtime.terminal import say
 from .runtime.torch_state import usual_state
 from .schedule import Schedule
 from .step import Step
@@ -55,7 +56,12 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
         StopSignal() as stop,
         distributed.session(cfg.device, cfg.dist_url) as process,
     ):
-        return _train(cfg, backbone, process, stop)
+        path = _train(cfg, backbone, process, stop)
+        if backbone is not None and process.is_main:
+            say(
+                f"use it: dinofast.load_backbone('{path}', backbone={cfg.arch.replace(' ', '_')}())"
+            )
+        return path
 
 
 def _train(
