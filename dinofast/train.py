@@ -15,6 +15,7 @@ from .config import Config
 from .data import Loader, make_loader
 from .data.backend_pil import explain_killed_workers
 from .introduce import advice, introduce
+from .nn.backbones import name_of
 from .nn.dino import Model
 from .resume import first_step, go_on
 from .runtime import distributed
@@ -41,15 +42,8 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
     """
     if not isinstance(cfg, Config):
         raise TypeError(f"cfg is a {type(cfg).__name__}: give train(Config(data_path=..., ...)).")
-    if isinstance(backbone, nn.Module):
-        raise ValueError(
-            f"backbone is a {type(backbone).__name__}: give what makes one, a class or a function; "
-            "it is called once for the student, and the teacher gets a copy."
-        )
     if backbone is not None:
-        name = getattr(backbone, "__name__", "<lambda>")
-        # its crops need not be whole patches
-        cfg = replace(cfg, arch="own backbone" if name == "<lambda>" else name)
+        cfg = replace(cfg, arch=name_of(backbone))  # its crops need not be whole patches
     cfg.check()
     with (
         usual_state(),
@@ -58,9 +52,8 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
     ):
         path = _train(cfg, backbone, process, stop)
         if backbone is not None and process.is_main:
-            say(
-                f"use it: dinofast.load_backbone('{path}', backbone={cfg.arch.replace(' ', '_')}())"
-            )
+            own = f"{cfg.arch.replace(' ', '_')}()"
+            say(f"use it: dinofast.load_backbone('{path}', backbone={own})")
         return path
 
 

@@ -42,6 +42,18 @@ class Backbones(NamedTuple):
     all_trained: bool = True
 
 
+def name_of(make: Callable[[], nn.Module]) -> str:
+    """What a backbone of somebody's own goes by as `arch`. Raises `ValueError` for a module instead
+    of what makes one."""
+    if isinstance(make, nn.Module):
+        raise ValueError(
+            f"backbone is a {type(make).__name__}: give what makes one, a class or a function; it "
+            "is called once for the student, and the teacher gets a copy."
+        )
+    name: str = getattr(make, "__name__", "<lambda>")
+    return "own backbone" if name == "<lambda>" else name
+
+
 def make_backbones(cfg: Config, make: Callable[[], nn.Module] | None) -> Backbones:
     """What `make` returns and a copy of it, or twice what `cfg.arch` names.
 
