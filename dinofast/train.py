@@ -38,7 +38,8 @@ def train(cfg: Config, backbone: Callable[[], nn.Module] | None = None) -> Path:
     backbone: makes any module that maps images (B, 3, h, w) to features (B, D), or to what
     `nn.features` pools to them. Raises `ValueError` for options, data, a backbone or a checkpoint
     that cannot be right (before anything is written), `Interrupted` after SIGINT or SIGTERM with
-    everything saved, `Diverged` when the loss stays non-finite.
+    everything saved, `Diverged` when the loss stays non-finite, `OSError` when too many images turn
+    out bad.
     """
     if not isinstance(cfg, Config):
         raise TypeError(f"cfg is a {type(cfg).__name__}: give train(Config(data_path=..., ...)).")

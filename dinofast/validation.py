@@ -11,6 +11,8 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 SOURCES = "give a folder of images or .tar shards, or a text file of their paths"
+# what the files that an option writes are, and how they begin; all others are text
+WRITTEN = {"json": ("JSON", (b"{", b"[")), "sheet": ("PNG", (b"\x89PNG\r\n\x1a\n",))}
 
 
 def check_values(options: Any) -> None:
@@ -162,7 +164,8 @@ def _some_names(folder: str) -> list[str]:
 
 def check_output(name: str, path: str, is_folder: bool = False, is_replaced: bool = False) -> None:
     """Raise ValueError if the file of that path could not be written, or the folder not be made,
-    so that hours of work do not end with that. Leaves nothing behind.
+    so that hours of work do not end with that; or if the file holds something of another kind than
+    this option writes, which would be lost. Leaves nothing behind.
 
     A file's folder must be there, a folder is made together with those above it. is_replaced: a
     file that is there is not written into, another one takes its name.
@@ -179,15 +182,32 @@ def check_output(name: str, path: str, is_folder: bool = False, is_replaced: boo
         raise ValueError(f"{given}, a folder: name a file in it.")
     if not os.path.isdir(folder):
         raise ValueError(f"{given}, but there is no folder '{folder}': make it, or name another.")
+    head = b""
     try:
         if is_folder or is_replaced or not os.path.exists(path):
             tempfile.TemporaryFile(dir=folder).close()
-        elif os.path.isfile(path):  # not a pipe, which would be waited for
-            os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
+        if not is_folder and os.path.isfile(path):  # no pipe, which would be waited for
+            if not is_replaced:
+                os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
+            with open(path, "rb") as file:
+                head = file.read(4096)
     except OSError as error:
         raise ValueError(
             f"{given}, which cannot be written ({error.strerror or error}): name another place."
         ) from error
+    kind, starts = WRITTEN.get(name, ("text", ()))
+    if head.strip() and (not head.lstrip().startswith(starts) if starts else b"\0" in head):
+        raise ValueError(f"{given}, a file that is not {kind} and would be lost: name another.")
+
+
+def check_outside(name: str, path: str, folder: str) -> None:
+    """Raise ValueError if this is a file that lies in a folder of images, or below it."""
+    if os.path.isfile(path) and os.path.isdir(folder):
+        inner, outer = os.path.realpath(path), os.path.realpath(folder)
+        if os.path.commonpath((inner, outer)) == outer:
+            raise ValueError(
+                f"`{name}` is '{path}', a file among the images, which would be lost: name another."
+            )
 
 
 def in_words(value: Any) -> str:

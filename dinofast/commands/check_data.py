@@ -62,6 +62,15 @@ class Options:
             raise ValueError(f"`value_range` is {low:g} {high:g}: give two values, low < high.")
         if self.delete_list:  # so that hours of work do not end with a path that cannot be written
             check_output("delete_list", self.delete_list, is_replaced=True)
+            from ..data.names import has_ending
+            from ..data.shards import is_shard
+
+            name = os.fsencode(self.delete_list)
+            if os.path.exists(name) and (has_ending(name) or is_shard(name)):
+                raise ValueError(
+                    f"`delete_list` is '{self.delete_list}', an image or a shard, which would be "
+                    "lost: name another file."
+                )
             if os.path.exists(self.delete_list) and not os.path.isfile(self.delete_list):
                 raise ValueError(
                     f"`delete_list` is '{self.delete_list}', which is no plain file: name one."
@@ -86,6 +95,11 @@ def run(options: Options) -> int:
     from ..runtime.words import spelled
 
     images = dataset.scan(options.data_path, counting("scanning files", True))
+    if options.delete_list and images.holds(options.delete_list):
+        raise ValueError(
+            f"`delete_list` is '{options.delete_list}', one of the images, which would be lost: "
+            "name another file."
+        )
     if images.ignored:
         say(images.ignored)
     low, high = options.value_range

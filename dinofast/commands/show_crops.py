@@ -1,5 +1,9 @@
-"""Draw the first images of an epoch and their crops into a PNG, with what was drawn for each. Takes
-the flags of pretrain."""
+"""Draw the first images of an epoch and their crops into a PNG, with what was drawn for each.
+
+Takes the flags of pretrain. Those that matter here: --global_crops_size, --global_crops_scale,
+--local_crops_size, --local_crops_scale, --local_crops_number, --blur_radius, --seed, --exif and
+--value_range.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,13 @@ from ..config import Config, option
 from ..data import dataset
 from ..data.augmentation import Augmentation
 from ..data.backend_pil import render
-from ..data.decode import UnreadableImage, decode
+from ..data.decode import BadFiles
 from ..data.loader import views
+from ..data.reader import ImageReader, Met
 from ..data.sampler import epoch_order
 from ..runtime.terminal import printable, say
 from ..runtime.words import counted
-from ..validation import check_output
+from ..validation import check_output, check_outside
 
 # pixels of a picture's place, between places, and lines of text below it
 CELL, GAP, LINES = 160, 8, 6
@@ -42,22 +47,32 @@ class Options(Config):
 
 
 def run(options: Options) -> None:
-    shown = write(options, Path(options.sheet), options.n_images, options.epoch)
+    shown, bad = write(options, Path(options.sheet), options.n_images, options.epoch)
     crops = counted(options.n_crops, "crop")
     say(f"{counted(shown, 'image')} in '{options.sheet}', a row each: the image and its {crops}")
+    if bad:
+        say(
+            f"{counted(len(bad), 'bad file')} replaced by the next image that decodes, as in "
+            f"training: {dataset.examples(bad)}"
+        )
 
 
-def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
+def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> tuple[int, BadFiles]:
     """Draw the first `n_images` of `epoch` and all their crops into a PNG at `path`; the number of
-    images shown.
+    images shown, and the files that others stand in for.
 
     They are the crops that a run with these options trains on, made by PIL. Raises ValueError if
-    the source holds no images, or `path` is a folder or in none.
+    the source holds no images, or none that decodes, or if `path` is a folder, in none, or a file
+    that is no earlier sheet.
     """
     check_output("sheet", str(path))
+    check_outside("sheet", str(path), cfg.data_path)
     images = dataset.scan(cfg.data_path)
+    if images.holds(str(path)):
+        raise ValueError(f"`sheet` is '{path}', one of the images: name another file.")
     samples = epoch_order(cfg.seed, epoch, len(images))[:n_images]
-    draw = Augmentation(cfg.seed, views(cfg)).draw(epoch, samples)
+    draw = Augmentation(cfg.seed, views(cfg)).draw
+    reader, met = ImageReader(images, cfg.given_value_range, cfg.exif), list[Met]()
     columns = 1 + cfg.n_crops
     sheet = Image.new(
         "RGB",
@@ -66,19 +81,19 @@ def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
     )
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for row, sample in enumerate(samples.tolist()):
-        name = printable(Path(images.path(sample)).name)[-26:]
-        try:
-            image = decode(images.read(sample), cfg.given_value_range, cfg.exif)
-            plans = draw.plan(row, image.height, image.width)
-            cells = [
-                (
-                    _boxes(image, plans),
-                    [name, f"{image.width} x {image.height}", "boxes: global red, local blue"],
-                )
-            ]
-            cells += [(Image.fromarray(render(image, view)), describe(view)) for view in plans]
-        except UnreadableImage as reason:  # a run would take the next image in its place
-            cells = [(Image.new("RGB", (CELL, CELL), "lightgray"), [name, f"bad: {reason}"])]
+        image, used = reader.decode_next(sample, met)
+        bad = [(path, reason) for path, reason, _ in met]
+        if image is None:
+            raise ValueError(
+                f"`data_path` {cfg.data_path} has no image that decodes: {dataset.examples(bad)}."
+            )
+        plans = draw(epoch, np.array([used])).plan(0, image.height, image.width)
+        about = [_name(images.path(used)), f"{image.width} x {image.height}"]
+        about += ["boxes: global red, local blue"]
+        if used != sample:
+            about += [f"in place of {_name(images.path(sample))}"]
+        cells = [(_boxes(image, plans), about)]
+        cells += [(Image.fromarray(render(image, view)), describe(view)) for view in plans]
         top = GAP + row * (CELL + LINES * LINE + 2 * GAP)
         for column, (picture, lines) in enumerate(cells):
             left = GAP + column * (CELL + GAP)
@@ -90,7 +105,11 @@ def write(cfg: Config, path: Path, n_images: int = 4, epoch: int = 0) -> int:
             for i, line in enumerate(lines):
                 pen.text((left, top + CELL + 2 + i * LINE), line, "black", font)
     sheet.save(path, "PNG")
-    return len(samples)
+    return len(samples), bad
+
+
+def _name(path: str) -> str:
+    return printable(Path(path).name)[-26:]
 
 
 def _boxes(image: Image.Image, plans: np.ndarray) -> Image.Image:

@@ -11,6 +11,10 @@ from dinofast.data.decode import BadFiles
 IN_A_LINE = str.maketrans({"\n": r"\n", "\r": r"\r", "\t": r"\t"})  # file names may hold anything
 
 
+def in_a_line(path: str) -> str:
+    return path.translate(IN_A_LINE)
+
+
 class BadFileList:
     """To which all processes of a run add what they meet. Lines are whole; a file that two
     processes meet at the very same time may be listed twice."""
@@ -27,6 +31,12 @@ class BadFileList:
             os.remove(self.path)
         self._listed, self._waiting, self._read_to = set(), [], 0
 
+    def known(self) -> frozenset[str]:
+        """The paths that it names by now, as `in_a_line` writes them."""
+        with suppress(OSError), open(self.path, "rb") as file:
+            return frozenset(os.fsdecode(line.partition(b"\t")[0]) for line in file)
+        return frozenset()
+
     def append(self, bad_files: BadFiles) -> None:
         """Add those which the list does not name yet; with the next ones, if that cannot be now."""
         self._waiting += bad_files
@@ -41,7 +51,7 @@ class BadFileList:
             file.seek(self._read_to)
             others = file.read()
             self._listed |= {line.partition(b"\t")[0] for line in others.splitlines()}
-            new = {os.fsencode(path.translate(IN_A_LINE)): reason for path, reason in bad_files}
+            new = {os.fsencode(in_a_line(path)): reason for path, reason in bad_files}
             lines = b"".join(
                 path + b"\t" + os.fsencode(reason) + b"\n"
                 for path, reason in new.items()

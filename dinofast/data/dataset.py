@@ -66,6 +66,19 @@ class ImageDataset:
         """Whether the image is a file of its own and not a member of a shard."""
         return self._place(i)[1] is None
 
+    def holds(self, path: str) -> bool:
+        """Whether this is one of the files that are read, by its name."""
+        given = os.fsencode(path)
+        ends = {os.path.basename(given), os.path.basename(os.path.realpath(given))}
+        return os.path.exists(path) and any(
+            os.path.exists(own) and os.path.samefile(own, given)
+            for own in (
+                os.path.join(self.root, name)
+                for name in self.files
+                if os.path.basename(name) in ends
+            )
+        )
+
     def read(self, i: int) -> bytes:
         """The whole encoded image. Raises `UnreadableImage`. Threads and forked workers may read at
         the same time."""
@@ -114,11 +127,7 @@ def scan(source: str, on_progress: Progress | None = None) -> ImageDataset:
         root = os.fsencode(os.path.join(source, ""))
         files = PackedStrings.of(_counted(walk(root, bad_files, ignored), on_progress))
         if not len(files) and not bad_files:
-            told = f" ({ignored})" if str(ignored) else ""
-            raise ValueError(
-                f"`data_path` {source} has no images: none of its files or those below it ends in "
-                f"{' '.join((*names.EXTENSIONS, '.tar'))}{told}. Give a folder that has some."
-            )
+            raise ValueError(f"`data_path` {source} {_no_images(source, ignored)}")
     else:
         root = os.fsencode(
             os.path.dirname(source.partition("{")[0] if _is_pattern(source) else source)
@@ -139,6 +148,17 @@ def scan(source: str, on_progress: Progress | None = None) -> ImageDataset:
     if not len(dataset):
         raise ValueError(f"`data_path` {source} has no readable images: {examples(bad_files)}.")
     return dataset
+
+
+def _no_images(folder: str, ignored: names.Ignored) -> str:
+    """What is wrong with a folder where nothing but these was found, and the way out."""
+    if not ignored.files and not ignored.folders:
+        what = "holds nothing but empty folders" if os.listdir(folder) else "is an empty folder"
+        return f"{what}: give one that has images."
+    return (
+        f"has no images: none of its files or those below it ends in "
+        f"{' '.join((*names.EXTENSIONS, '.tar'))} ({ignored}). Give a folder that has some."
+    )
 
 
 def examples(bad_files: BadFiles) -> str:

@@ -22,7 +22,7 @@ def paths(text: bytes, root: bytes, source: str) -> tuple[list[bytes], str]:
 
     A line is a path, relative to `root` unless absolute, if the first line is one. Else the first
     of READINGS is taken for all lines that makes a file's name of the first. Where that is missing
-    it may be a heading, and the next line decides. Blank lines are left out, and lines that begin
+    it may be a header, and the next line decides. Blank lines are left out, and lines that begin
     with # unless they name a file. Raises `ValueError` if there are no lines, if they
     look like JSON, or if none of the first LOOKED_AT names a file.
     """
@@ -45,11 +45,11 @@ def paths(text: bytes, root: bytes, source: str) -> tuple[list[bytes], str]:
         )
     for line in lines[:LOOKED_AT]:
         if os.path.lexists(os.path.join(root, line)):
-            return [*map(_unquoted, lines[_is_heading(lines[0], line) :])], ""
+            return [*map(_unquoted, lines[_is_header(lines[0], line) :])], ""
         for what, read in READINGS:
             if (path := read(line)) and os.path.isfile(os.path.join(root, path)):
                 note = f"of each line of {source} {what} is read, as in {os.fsdecode(path)}"
-                return [read(line) for line in lines[_is_heading(read(lines[0]), path) :]], note
+                return [read(line) for line in lines[_is_header(read(lines[0]), path) :]], note
     raise ValueError(
         f"`data_path` {source} lists no images: none of its first lines names a file, such as "
         f"'{os.fsdecode(lines[0])}'. Write one path a line into it, alone or before a label; "
@@ -57,8 +57,8 @@ def paths(text: bytes, root: bytes, source: str) -> tuple[list[bytes], str]:
     )
 
 
-def _is_heading(first: bytes, path: bytes) -> bool:
-    """Whether this is no path but a word above them; path: of a line that names a file."""
+def _is_header(first: bytes, path: bytes) -> bool:
+    """Whether this is no path but the header; path: of a line that names a file."""
     return first != path and b"/" not in first and not (has_ending(first) or is_shard(first))
 
 

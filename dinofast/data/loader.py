@@ -20,7 +20,8 @@ from dinofast.config import Config
 from dinofast.data import backend_dali, backend_native, dataset, shared
 from dinofast.data.augmentation import Augmentation, View
 from dinofast.data.backend_pil import CropDataset
-from dinofast.data.bad_files import BadFileList
+from dinofast.data.bad_files import BadFileList, in_a_line
+from dinofast.data.decode import BadFiles
 from dinofast.data.reader import UNREAD_S, ImageReader, Met
 from dinofast.data.sampler import batch_indices
 from dinofast.runtime.backends import Selection, cores, select
@@ -70,10 +71,10 @@ class Loader:
 
     A file that does not decode is replaced by the next one, cyclically, that does, drawn as that
     one is drawn. It goes into `bad_files` and `output_dir/bad_files.txt`, to which a run that goes
-    on adds. `next` raises `ValueError` if none decodes, or if more than the share
-    `cfg.max_bad_files` of the images that this process has drawn so far is bad: more than chance
-    explains (CHANCE), and not before it has drawn ENOUGH_DRAWN, or all of an epoch that are its
-    own.
+    on adds. `next` raises `ValueError` if none decodes at the start, `OSError` if none does any
+    more, or if more than the share `cfg.max_bad_files` of the images that this process has drawn so
+    far is bad: more than chance explains (CHANCE), and not before it has drawn ENOUGH_DRAWN, or all
+    of an epoch that are its own.
 
     A file that cannot be read for the moment is replaced likewise, but only this time: it is
     neither listed nor part of the share. That alone may differ between a run that was resumed and
@@ -81,11 +82,12 @@ class Loader:
 
     n_images: files listed, good and bad. fingerprint: equal for the same names in the same order.
     steps_per_epoch: optimizer steps; an incomplete last batch is left out. batch_size, dtype: of a
-    micro-batch. bad_files: (path, reason) of each met so far in this process. n_unread,
-    unread_reason: images replaced because they could not be read at their turn, and why the last.
-    backend, backend_note: what makes the crops, and why not something faster. reader, augmentation:
-    what reads the images and what is drawn for them. n_workers: threads or processes. ignored: what
-    else lies in the source, counted by kind, in a sentence or "".
+    micro-batch. bad_files: (path, reason) of each met so far in this process, but for those that
+    a run that this one goes on with has listed. n_unread, unread_reason: images replaced because
+    they could not be read at their turn, and why the last. backend, backend_note:
+    what makes the crops, and why not something faster. reader, augmentation: what reads the images
+    and what is drawn for them. n_workers: threads or processes. ignored: what else lies in the
+    source, counted by kind, in a sentence or "".
     """
 
     def __init__(
@@ -100,11 +102,11 @@ class Loader:
         images, self._unlink = shared.between_ranks(dataset.scan(cfg.data_path, on_progress))
         self.n_images, self._source = len(images), cfg.data_path
         self.fingerprint = images.fingerprint
-        self.bad_files, self.ignored = list(images.bad_files), images.ignored
-        self._max_bad, self._known = cfg.max_bad_files, {path for path, _ in self.bad_files}
-        n_listed = self.n_images + len(self.bad_files)
-        if len(self.bad_files) > cfg.max_bad_files * n_listed:  # shards, and folders
-            raise self._too_many(len(self.bad_files), n_listed)
+        self._bad_files, self.ignored = list(images.bad_files), images.ignored
+        self._max_bad, self._known = cfg.max_bad_files, {path for path, _ in self._bad_files}
+        n_listed = self.n_images + len(self._bad_files)
+        if len(self._bad_files) > cfg.max_bad_files * n_listed:  # shards, and folders
+            raise ValueError(self._too_many(len(self._bad_files), n_listed))
         global_batch = cfg.batch_size_per_gpu * world * cfg.accumulate
         self.steps_per_epoch = self.n_images // global_batch
         if not self.steps_per_epoch:
@@ -119,6 +121,7 @@ class Loader:
         self.unread_reason = ""
         self._whose = " of this process" if world > 1 else ""
         self._bad_file_list = BadFileList(os.path.join(cfg.output_dir, "bad_files.txt"))
+        self._listed_before: frozenset[str] | None = None
         self._rank = rank
         self._device, self._step = device, start_step
         self._batches: Batches | None = None
@@ -169,6 +172,18 @@ class Loader:
         """Of a new run: remove the `bad_files.txt` of an earlier one. By one process, before any
         takes a batch."""
         self._bad_file_list.clear()
+        self._listed_before = None
+
+    @property
+    def bad_files(self) -> BadFiles:
+        known = self._known_before()
+        return [bad for bad in self._bad_files if in_a_line(bad[0]) not in known]
+
+    def _known_before(self) -> frozenset[str]:
+        """What the list names before this run adds to it."""
+        if self._listed_before is None:
+            self._listed_before = self._bad_file_list.known()
+        return self._listed_before
 
     def all_are_here(self, all_equal: Callable[[int], bool]) -> None:
         """Every process of this machine has its loader: what they share needs no name in the file
@@ -229,8 +244,9 @@ class Loader:
 
     def _start(self) -> None:
         self._unlink()
+        self._known_before()
         if self._rank == 0:
-            self._bad_file_list.append(self.bad_files)
+            self._bad_file_list.append(self._bad_files)
         _OPEN.add(self)
         atexit.unregister(_close_all)
         atexit.register(_close_all)  # once, and before what multiprocessing does at exit
@@ -322,7 +338,7 @@ class Loader:
             path: reason for path, reason, kind in met if kind == "bad" and path not in self._known
         }
         self._known |= new.keys()
-        self.bad_files += new.items()
+        self._bad_files += new.items()
         self._bad_file_list.append(list(new.items()))
         unread = [reason for _, reason, kind in met if kind == "unread"]
         self.n_unread = self.n_unread + len(unread)
@@ -330,7 +346,7 @@ class Loader:
         return len(unread)
 
     def _check_share(self) -> None:
-        """Raise `ValueError` if more of the images drawn are bad than the allowed share and chance
+        """Raise `OSError` if more of the images drawn are bad than the allowed share and chance
         explain."""
         if self._n_drawn < min(ENOUGH_DRAWN, self._n_own):
             return
@@ -342,13 +358,13 @@ class Loader:
             spread * self._max_bad * (1 - self._max_bad)
         )
         if self._n_replaced > allowed:
-            raise self._too_many(self._n_replaced, self._n_drawn, self._whose)
+            raise OSError(self._too_many(self._n_replaced, self._n_drawn, self._whose))
 
-    def _too_many(self, n_bad: int, n: int, whose: str = "") -> ValueError:
-        return ValueError(
-            f"{n_bad:,} of {n:,} images{whose} are bad and `max_bad_files` is {self._max_bad:g}: "
-            f"{dataset.examples(self.bad_files)}. Mend or remove these files; `dinofast "
-            "check-data` finds them all."
+    def _too_many(self, n_bad: int, n: int, whose: str = "") -> str:
+        return (
+            f"{n_bad:,} of {counted(n, 'image')}{whose} {'is' if n_bad == 1 else 'are'} bad "
+            f"and `max_bad_files` is {self._max_bad:g}: {dataset.examples(self._bad_files)}. "
+            "Mend or remove these files; `dinofast check-data` finds them all."
         )
 
     def _nothing(self, met: list[Met]) -> Exception:
@@ -358,11 +374,12 @@ class Loader:
                 f"the storage of `data_path` fails, no file could be read for up to {UNREAD_S:g} "
                 f"s: {dataset.examples(lost[-1:])}."
             )
-        what = "no image decodes any more"
-        if not self._n_drawn:
-            what = f"none of the first {len(self.bad_files):,} images tried decodes"
-        return ValueError(
-            f"{what}: {dataset.examples(self.bad_files[-3:])}. `dinofast check-data` tries every "
+        n, kind = len(self._bad_files), OSError if self._n_drawn else ValueError
+        what = f"none of the first {n:,} images tried decodes" if n > 1 else "no image decodes"
+        if self._n_drawn:
+            what = "no image decodes any more"
+        return kind(
+            f"{what}: {dataset.examples(self._bad_files[-3:])}. `dinofast check-data` tries every "
             "file."
         )
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from test_shards import offset_of, pack
 
 from dinofast import cli
 from dinofast.commands import check_data
+from dinofast.validation import check_output
 
 
 @pytest.fixture
@@ -144,6 +146,24 @@ def test_the_source_is_not_overwritten(tmp_path, capsys):
     for shard in (tmp_path, tmp_path / "dir.txt"):
         shard.mkdir(exist_ok=True)
         assert cli.main(["check-data", str(source), "--delete_list", str(shard)]) == 2
+
+
+@pytest.mark.parametrize("name", ["IMG 000.JPG", "a.ppm", "s.tar", "w.pth"])
+def test_no_image_is_overwritten_by_the_list(tmp_path, capsys, name):
+    photograph(tmp_path / "one.png")
+    (tmp_path / name).write_bytes(b"P3 1 1 255 0 0 0" if name == "a.ppm" else b"\xff\xd8\0\1")
+    before = (tmp_path / name).read_bytes()
+    assert cli.main(["check-data", str(tmp_path), "--delete_list", str(tmp_path / name)]) == 2
+    assert "would be lost" in capsys.readouterr().err
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_json_is_not_written_over_anything_else(tmp_path):
+    for content, lost in ((b"", False), (b' {"a": 1}', False), (b"[1]", False), (b"x\n", True)):
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(ValueError, match="not JSON") if lost else nullcontext():
+            check_output("json", str(tmp_path / "x"))
+        assert (tmp_path / "x").read_bytes() == content
 
 
 def test_an_earlier_list_stays_until_the_end(tmp_path, monkeypatch):

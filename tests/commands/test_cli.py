@@ -245,7 +245,7 @@ def test_data_errors_leave_nothing_behind(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     folders = ["--data_path", str(tmp_path / "empty"), "--output_dir", str(tmp_path / "out")]
     assert cli.main(["pretrain", *folders]) == 2
-    assert "has no images" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "is an empty folder" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_required_kernels_are_checked_first(monkeypatch, tmp_path, capsys, photographs):

@@ -1,11 +1,15 @@
 """The contact sheet shows the crops of a run, and what was drawn."""
 
+import re
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from PIL import Image
 from test_loader import spoil
 
 from dinofast import cli
+from dinofast.commands import show_crops
 from dinofast.commands.show_crops import CELL, GAP, LINE, LINES, describe, write
 from dinofast.config import Config
 from dinofast.data import dataset
@@ -70,13 +74,53 @@ def test_everything_drawn_is_told():
     ]
 
 
-def test_an_image_that_does_not_decode_is_named(tmp_path):
+def test_the_next_stands_in_for_an_image_that_does_not_decode(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
         tmp_path / "data" / "a.png"
     )
+    data, sheet = str(tmp_path / "data"), tmp_path / "sheet.png"
+    (tmp_path / "data" / "b.png").write_bytes((tmp_path / "data" / "a.png").read_bytes())
     spoil(tmp_path / "data" / "a.png")
-    assert write(Config(data_path=str(tmp_path / "data")), tmp_path / "sheet.png") == 1
+    shown, ((path, _),) = write(Config(data_path=data), sheet)
+    assert shown == 2 and path == f"{data}/a.png"
+    assert cli.main(["show-crops", data, "-o", str(sheet)]) == 0
+    said = capsys.readouterr().out
+    assert "1 bad file replaced by the next image that decodes, as in training: " + path in said
+    rows = np.vsplit(np.asarray(Image.open(sheet))[GAP:], 2)
+    assert all((row[:CELL, GAP : GAP + CELL].std((0, 1)) > 20).all() for row in rows)
+    spoil(tmp_path / "data" / "b.png")
+    with pytest.raises(ValueError, match="has no image that decodes: .*a.png"):
+        write(Config(data_path=data), sheet)
+
+
+def test_no_photograph_is_overwritten(photographs, tmp_path, capsys):
+    """Neither in the folder, nor in a list, nor elsewhere; an earlier sheet is."""
+    data, source = tmp_path / "data", tmp_path / "list.txt"
+    data.mkdir()
+    image = Image.new("RGB", (40, 40), "red")
+    image.save(data / "a 1.png"), image.save(data / "b.JPG"), image.save(tmp_path / "c.jpg")
+    (tmp_path / "link.png").symlink_to(data / "a 1.png")
+    source.write_text("data/a 1.png\n")
+    for given, sheet, words in (
+        (data, data / "a 1.png", "among the images"),
+        (data, tmp_path / "link.png", "among the images"),
+        (data, data / "b.JPG", "not PNG"),
+        (data, tmp_path / "c.jpg", "not PNG"),
+        (source, data / "a 1.png", "one of the images"),
+        (source, source, "not PNG"),
+    ):
+        before = sheet.read_bytes()
+        assert cli.main(["show-crops", str(given), "-o", str(sheet)]) == 2
+        assert words in capsys.readouterr().err and sheet.read_bytes() == before
+    for _ in range(2):
+        assert cli.main(["show-crops", str(data), "-o", str(tmp_path / "crops.png")]) == 0
+
+
+def test_the_help_names_the_flags_of_crops():
+    named = re.findall(r"--(\w+)", show_crops.__doc__)
+    assert set(named) <= {field.name for field in fields(Config)}
+    assert {name for name in Config.__dataclass_fields__ if "crops" in name} <= set(named)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +143,7 @@ def test_extreme_shapes_are_shown(tmp_path):
         (tmp_path / "data").mkdir(exist_ok=True)
         Image.new("RGB", size, "red").save(tmp_path / "data" / f"{size[0]}x{size[1]}.png")
     cfg = Config(data_path=str(tmp_path / "data"), local_crops_number=1)
-    assert write(cfg, tmp_path / "crops.png", 3) == 3
+    assert write(cfg, tmp_path / "crops.png", 3) == (3, [])
 
 
 def test_images_are_shown_as_a_run_sees_them(tmp_path):

@@ -77,9 +77,7 @@ def test_backends_replace_alike(spoilt):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_images_stop_the_run(spoilt, workers):
     loader = make_loader(spoilt(num_workers=workers, max_bad_files=0.2))
-    with pytest.raises(
-        ValueError, match="3 of 12 images are bad and `max_bad_files` is 0.2: .*png"
-    ):
+    with pytest.raises(OSError, match="3 of 12 images are bad and `max_bad_files` is 0.2: .*png"):
         for _ in range(4):
             next(loader)
     loader.close()
@@ -101,7 +99,7 @@ def test_the_share_is_of_the_images_drawn_so_far(config, tmp_path):
             while done < 20:
                 next(loader)
                 done += 1
-        except ValueError as error:
+        except OSError as error:
             assert (
                 raises and done < 8 and "images are bad and `max_bad_files` is 0.1: " in str(error)
             )
@@ -152,10 +150,10 @@ def test_when_nothing_decodes_any_more_the_run_stops(spoilt, tmp_path):
     next(loader)
     for path in (tmp_path / "data").iterdir():
         photograph(path), spoil(path)
-    with pytest.raises(ValueError, match="no image decodes any more: .*png"):
+    with pytest.raises(OSError, match="no image decodes any more: .*png"):
         for _ in range(8):
             next(loader)
-    with pytest.raises(ValueError, match="no image decodes any more: "):
+    with pytest.raises(OSError, match="no image decodes any more: "):
         next(loader)  # nothing new is bad, and still there is nothing to give
 
 
@@ -318,6 +316,35 @@ def test_a_run_that_goes_on_adds_to_the_list(spoilt, tmp_path):
         assert listed.read_text() == before
 
 
+def test_a_run_that_goes_on_tells_only_what_is_new(spoilt, tmp_path):
+    listed = tmp_path / "run" / "bad_files.txt"
+    take(spoilt(batch_size_per_gpu=12), 1)
+    first, *others = listed.read_text().splitlines(keepends=True)
+    listed.write_text(first)
+    loader = make_loader(spoilt(batch_size_per_gpu=12), start_step=1)
+    next(loader)
+    told = {path for path, _ in loader.bad_files}
+    assert told == {line.split("\t")[0] for line in others} and len(told) == 2
+    loader.close()
+    loader = make_loader(spoilt(batch_size_per_gpu=12))
+    assert not loader.bad_files
+    loader.begin_run()
+    next(loader)
+    assert len(loader.bad_files) == 3
+    loader.close()
+
+
+def test_one_image_that_does_not_decode_is_not_several(config, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jpg").write_bytes(b"text")
+    loader = make_loader(
+        config(data_path=str(tmp_path / "data"), batch_size_per_gpu=1, max_bad_files=1.0)
+    )
+    with pytest.raises(ValueError, match="^no image decodes: .*a.jpg"):
+        next(loader)
+    loader.close()
+
+
 def test_no_process_takes_back_what_another_has_listed(spoilt, tmp_path):
     """Rank 1 is first."""
     loaders = [make_loader(spoilt(batch_size_per_gpu=2), rank=rank, world=2) for rank in (0, 1)]
@@ -355,7 +382,7 @@ def test_a_share_that_chance_explains_ends_no_run(photographs, tmp_path):
         loader._n_drawn = drawn
         loader._n_replaced = bad
         if ends:
-            with pytest.raises(ValueError, match=f"{bad} of {drawn} images are bad"):
+            with pytest.raises(OSError, match=f"{bad} of {drawn} images are bad"):
                 loader._check_share()
         else:
             loader._check_share()

@@ -232,7 +232,13 @@ def test_a_source_that_cannot_be_used_says_why(tmp_path):
     with pytest.raises(ValueError, match="/nowhere' does not exist: give a folder"):
         find(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no images: .*" + EXTENSIONS[0]):
+    with pytest.raises(ValueError, match="/empty is an empty folder: give one that has images"):
+        find(str(tmp_path / "empty"))
+    (tmp_path / "empty" / "below").mkdir()
+    with pytest.raises(ValueError, match="/empty holds nothing but empty folders: give one"):
+        find(str(tmp_path / "empty"))
+    (tmp_path / "empty" / "below" / "x.doc").touch()
+    with pytest.raises(ValueError, match=f"has no images: .*{EXTENSIONS[0]}.*1 .doc"):
         find(str(tmp_path / "empty"))
     (tmp_path / "blank.txt").write_text("\n\n")
     with pytest.raises(ValueError, match="blank.txt lists no images"):

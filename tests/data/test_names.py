@@ -98,7 +98,7 @@ LISTS = {
     "several labels": "1.jpg 0 1 1\n2.jpg 1 0 0\n",
     "before the path": "0 1.jpg\n1 a b/3 4.jpg\n",
     "CSV": "1.jpg,cat\n2.jpg,dog\n",
-    "CSV with a heading": "path,label\n1.jpg,0\n2.jpg,1\n",
+    "CSV with a header": "path,label\n1.jpg,0\n2.jpg,1\n",
     "an index": ",filename,label\n0,1.jpg,a\n1,2.jpg,b\n",
     "semicolons": "1.jpg;0\n2.jpg;1\n",
     "lines of Windows": "1.jpg 0\r\n2.jpg 1\r\n",
@@ -111,7 +111,7 @@ LISTS = {
     "addresses": "file://{root}/1.jpg\nfile://{root}/a%20b/3%204.jpg\n",
     "backslashes": "a b\\3 4.jpg\n1.jpg\n",
     "absolute": "{root}/1.jpg 3\n{root}/2.jpg 4\n",
-    "a heading alone": "filename\n1.jpg\n2.jpg\n",
+    "a header alone": "filename\n1.jpg\n2.jpg\n",
     "the first is gone": "gone.jpg 0\n1.jpg 1\n",
 }
 
@@ -138,7 +138,7 @@ def test_lists_as_other_tools_write_them(listed, name):
     ]
     assert find(str(listed / "list.txt")) == expected
     assert set(why_bad(images)) == {path for path in expected if "gone" in path}
-    plain = name in ("a path a line", "some quotes", "comments", "a heading alone")
+    plain = name in ("a path a line", "some quotes", "comments", "a header alone")
     assert ("is read, as in " in images.ignored) == (not plain)
 
 
@@ -168,9 +168,9 @@ def test_brackets_in_a_list_are_no_json(listed):
     assert find(str(listed / "list.txt")) == [f"{listed}/1.jpg", f"{listed}/2.jpg"]
 
 
-@pytest.mark.parametrize("heading", ["image.path,label", "file.name,y.true", "a.b"])
-def test_a_heading_with_dots_is_no_image(listed, heading):
-    (listed / "list.txt").write_text(f"{heading}\r\n1.jpg,0\r\n2.jpg,1\r\n")
+@pytest.mark.parametrize("header", ["image.path,label", "file.name,y.true", "a.b"])
+def test_a_header_with_dots_is_no_image(listed, header):
+    (listed / "list.txt").write_text(f"{header}\r\n1.jpg,0\r\n2.jpg,1\r\n")
     assert find(str(listed / "list.txt"))[0] == f"{listed}/1.jpg"
     assert len(find(str(listed / "list.txt"))) == 2
 
