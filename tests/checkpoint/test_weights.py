@@ -145,12 +145,27 @@ def test_paths_of_slurm_are_read(kind, module, tmp_path, monkeypatch):
     assert saved.arch == saved["arch"] == "vit_tiny"
 
 
+def by_value(self, protocol):  # how most Pythons pickle an enum, and how 3.11.2 does
+    return type(self), (self.value,)
+
+
+def by_name(self, protocol):
+    return getattr, (type(self), self.name)
+
+
 class Mode(enum.Enum):
     MULTI = "multi"
+    __reduce_ex__ = by_value
+
+
+class Named(enum.Enum):
+    MULTI = "multi"
+    __reduce_ex__ = by_name
 
 
 class Text(str, enum.Enum):
     A = "a"
+    __reduce_ex__ = by_value
 
 
 class Settings:
@@ -162,8 +177,12 @@ class Settings:
     "value, told",
     [
         (Mode.MULTI, "multi"),
+        (Named.MULTI, "MULTI"),
         ([Text.A, {"k": Mode.MULTI}], ("a", {"k": "multi"})),
-        (signal.SIGTERM, 15),
+        (
+            signal.SIGTERM,
+            (15, "<signal.SIGTERM>")[isinstance(signal.SIGTERM.__reduce_ex__(2), str)],
+        ),
         (np.float32(0.5), 0.5),
         (np.str_("a"), "a"),
         (torch.device("cuda:1"), "cuda:1"),
