@@ -9,10 +9,10 @@ from dataclasses import replace
 import golden
 import pytest
 import torch
+from tiny import TINY, parts
 
 from dinofast import (
     SGDEMA,
-    AdamWEMA,
     DINOHead,
     checkpoint,
     load_backbone,
@@ -22,29 +22,12 @@ from dinofast import (
     vit_tiny,
 )
 from dinofast.config import Config
-from dinofast.nn.dino import Model
 
-CFG = Config(
-    arch="vit_nano",
-    patch_size=4,
-    out_dim=32,
-    head_hidden_dim=16,
-    head_bottleneck_dim=8,
-    local_crops_number=2,
-    global_crops_size=16,
-    local_crops_size=8,
-    norm_last_layer=False,
-)
+CFG = replace(TINY, norm_last_layer=False)
 
 POSITION = checkpoint.TrainState(
     7, 1, 12, 40, {"loss": 1.5, "good_steps": 3.0, "steps": 3.0}, "f" * 32, 4
 )
-
-
-def parts(cfg=CFG):
-    model = Model.from_config(cfg)
-    optimizer = AdamWEMA(param_groups(model.student), student=model.student, teacher=model.teacher)
-    return model, optimizer
 
 
 def saved(folder, cfg=CFG):
@@ -160,7 +143,7 @@ def test_foreign_contents_are_named(tmp_path):
         ValueError,
         match="no DINO training checkpoint .it lacks student, teacher, optimizer, epoch, dino_loss",
     ):
-        resume.restore(tmp_path / "other.pth", *parts(), None, CFG)
+        resume.restore(tmp_path / "other.pth", *parts(CFG), None, CFG)
     with pytest.raises(ValueError, match="no checkpoint at"):
         checkpoint.read(tmp_path / "absent.pth")
 
@@ -222,7 +205,7 @@ def test_damaged_moments_are_named(damage, tmp_path):
     )
     torch.save(state, path)
     with pytest.raises(ValueError, match="another optimizer .*or other trainable parameters"):
-        resume.restore(path, *parts(), None, CFG)
+        resume.restore(path, *parts(CFG), None, CFG)
 
 
 def test_paths_in_the_options_stay_readable(tmp_path):
@@ -331,7 +314,7 @@ def test_sums_from_before_metrics_had_names_are_dropped(sums):
 
 
 def gone_on(folder):
-    return resume.go_on(folder / "checkpoint.pth", *parts(), None, CFG)
+    return resume.go_on(folder / "checkpoint.pth", *parts(CFG), None, CFG)
 
 
 def test_a_numbered_checkpoint_that_does_not_fit_is_no_new_run(tmp_path):

@@ -13,21 +13,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from tiny import TINY, parts
 
 from dinofast import Config, checkpoint, knn, load_backbone, resume
-from dinofast.nn.dino import Model
-from dinofast.optim import AdamWEMA, param_groups
 
-CFG = Config(
-    arch="vit_nano",
-    patch_size=4,
-    out_dim=32,
-    head_hidden_dim=16,
-    head_bottleneck_dim=8,
-    local_crops_number=2,
-    global_crops_size=16,
-    local_crops_size=8,
-)
 SAFETENSORS = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(64) + b"\0\0\x80\x3f"
 
 
@@ -35,17 +24,10 @@ class Choice(enum.Enum):
     FAST = "fast"
 
 
-def parts(cfg=CFG):
-    model = Model.from_config(cfg)
-    return model, AdamWEMA(
-        param_groups(model.student), student=model.student, teacher=model.teacher
-    )
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     path = tmp_path_factory.mktemp("good") / "checkpoint.pth"
-    checkpoint.save(path, *parts(), None, CFG, checkpoint.TrainState())
+    checkpoint.save(path, *parts(), None, TINY, checkpoint.TrainState())
     return path.read_bytes()
 
 
@@ -124,7 +106,7 @@ def test_the_cause_is_the_same_everywhere(name, good, tmp_path):
             load(path)
         assert "output_dir" not in str(refusal.value) and "move" not in str(refusal.value)
     with pytest.raises(ValueError, match=words + ".*move it away, or choose another `output_dir`"):
-        resume.go_on(path, *parts(), None, CFG)
+        resume.go_on(path, *parts(), None, TINY)
     assert path.read_bytes() == content
 
 
@@ -163,14 +145,14 @@ def test_weights_of_something_else_are_named(state, loading, resuming, tmp_path)
         load_backbone(tmp_path)
     assert "output_dir" not in str(refusal.value)
     with pytest.raises(ValueError, match=f"{re.escape(resuming)}.*move it away"):
-        resume.go_on(tmp_path / "checkpoint.pth", *parts(), None, CFG)
+        resume.go_on(tmp_path / "checkpoint.pth", *parts(), None, TINY)
 
 
 def test_a_backbone_alone_is_loaded_and_not_resumed(tmp_path):
     torch.save(parts()[0].teacher.backbone.state_dict(), tmp_path / "checkpoint.pth")
     load_backbone(tmp_path)
     with pytest.raises(ValueError, match="holds the weights of a model alone, it is no DINO train"):
-        resume.go_on(tmp_path / "checkpoint.pth", *parts(), None, CFG)
+        resume.go_on(tmp_path / "checkpoint.pth", *parts(), None, TINY)
 
 
 def test_the_contents_count_not_the_name(good, tmp_path):
@@ -194,7 +176,7 @@ def test_the_contents_count_not_the_name(good, tmp_path):
 )
 def test_only_options_that_differ_are_told(other, told, good, tmp_path):
     (tmp_path / "checkpoint.pth").write_bytes(good)
-    cfg = Config(**CFG.to_dict() | other)
+    cfg = Config(**TINY.to_dict() | other)
     if not told:
         return resume.go_on(tmp_path / "checkpoint.pth", *parts(cfg), None, cfg)
     with pytest.raises(ValueError, match=re.escape(told)) as refusal:
@@ -209,7 +191,7 @@ def test_without_options_that_differ_none_is_told(good, tmp_path):
     with pytest.raises(ValueError, match=r"absent in the file and \(1,\) here\. It was left") as e:
         model, optimizer = parts()
         model.student.backbone.register_buffer("more", torch.zeros(1))
-        resume.go_on(tmp_path / "checkpoint.pth", model, optimizer, None, CFG)
+        resume.go_on(tmp_path / "checkpoint.pth", model, optimizer, None, TINY)
     assert "saved with" not in str(e.value)
 
 
@@ -217,10 +199,10 @@ def test_a_loss_scaler_of_something_else_is_named_before_anything_is_loaded(good
     state = torch.load(io.BytesIO(good)) | {"fp16_scaler": {"a": 1}}
     torch.save(state, tmp_path / "checkpoint.pth")
     scaler = torch.amp.GradScaler("cpu")
-    model, optimizer = parts(Config(**CFG.to_dict() | {"seed": 3}))
+    model, optimizer = parts(Config(**TINY.to_dict() | {"seed": 3}))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match="no state of a loss scaler under 'fp16_scaler'"):
-        resume.go_on(tmp_path / "checkpoint.pth", model, optimizer, scaler, CFG)
+        resume.go_on(tmp_path / "checkpoint.pth", model, optimizer, scaler, TINY)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 

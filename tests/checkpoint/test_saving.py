@@ -9,22 +9,12 @@ import pathlib
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from tiny import TINY
 from torch import nn
 
-from dinofast import AdamWEMA, Config, checkpoint, load_backbone, param_groups, resume
-from dinofast.nn.dino import Model
-
-CFG = Config(
-    arch="vit_nano",
-    patch_size=4,
-    out_dim=32,
-    head_hidden_dim=16,
-    head_bottleneck_dim=8,
-    local_crops_number=2,
-    global_crops_size=16,
-    local_crops_size=8,
-)
+from dinofast import Config, checkpoint, load_backbone, resume
 
 
 class Base(nn.Module):
@@ -100,10 +90,7 @@ class OnlyGet(Base):
 
 def parts(make, seed=0):
     torch.manual_seed(seed)
-    model = Model.from_config(CFG, make)
-    return model, AdamWEMA(
-        param_groups(model.student), student=model.student, teacher=model.teacher
-    )
+    return tiny.parts(TINY, make)
 
 
 BUFFERS = {
@@ -191,12 +178,12 @@ def same(a, b):
 def test_it_is_saved_and_read(name, tmp_path):
     model, optimizer = parts(KEPT[name])
     before = {k: v for k, v in model.student.state_dict().items()}
-    saver = checkpoint.Saver(tmp_path / "checkpoint.pth", model, optimizer, None, CFG, print)
+    saver = checkpoint.Saver(tmp_path / "checkpoint.pth", model, optimizer, None, TINY, print)
     same(before, dict(model.student.state_dict()))  # the trial changes nothing
     saver(checkpoint.TrainState(step=3, epoch=1), keep=True)
     assert saver.failed is None
     fresh, other = parts(KEPT[name], seed=1)
-    position, notes = resume.restore(saver.path, fresh, other, None, CFG)
+    position, notes = resume.restore(saver.path, fresh, other, None, TINY)
     assert position.step == 3 and not notes
     same(dict(model.student.state_dict()), dict(fresh.student.state_dict()))
     loaded = load_backbone(saver.path, backbone=KEPT[name]())
@@ -248,7 +235,7 @@ REFUSED = {
 def test_it_is_refused_before_training_by_name(name, tmp_path):
     make, words = REFUSED[name]
     with pytest.raises(ValueError, match=words):
-        checkpoint.Saver(tmp_path / "checkpoint.pth", *parts(make), None, CFG, print)
+        checkpoint.Saver(tmp_path / "checkpoint.pth", *parts(make), None, TINY, print)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +250,7 @@ def test_it_is_refused_before_training_by_name(name, tmp_path):
 def test_what_training_made_of_it_is_named_when_it_cannot_be_saved(value, words, tmp_path):
     make = with_extra({})
     model, optimizer = parts(make)
-    saver = checkpoint.Saver(tmp_path / "checkpoint.pth", model, optimizer, None, CFG, print)
+    saver = checkpoint.Saver(tmp_path / "checkpoint.pth", model, optimizer, None, TINY, print)
     model.student.backbone.get_extra_state = lambda: value
     saver(checkpoint.TrainState())
     said = f"could not be saved: since training began '[\\w.]*{words}, which a checkpoint cannot"
@@ -278,8 +265,8 @@ def test_a_buffer_that_became_infinite_is_read_and_told(tmp_path):
     model.student.backbone.b.fill_(torch.inf)
     model.student.backbone.f[1].running_mean.fill_(torch.nan)
     path = tmp_path / "checkpoint.pth"
-    checkpoint.save(path, model, optimizer, None, CFG, checkpoint.TrainState())
-    _, notes = resume.restore(path, *parts(make), None, CFG)
+    checkpoint.save(path, model, optimizer, None, TINY, checkpoint.TrainState())
+    _, notes = resume.restore(path, *parts(make), None, TINY)
     assert set(notes) == {
         f"'backbone.{name}' of the student holds numbers that are not finite"
         for name in ("b", "f.1.running_mean")
@@ -291,7 +278,7 @@ def test_a_buffer_that_became_infinite_is_read_and_told(tmp_path):
 
 def test_the_first_save_is_read_back_and_only_that(tmp_path, monkeypatch):
     model, optimizer = parts(None)
-    saver = checkpoint.Saver(tmp_path / "checkpoint.pth", model, optimizer, None, CFG, print)
+    saver = checkpoint.Saver(tmp_path / "checkpoint.pth", model, optimizer, None, TINY, print)
     read, reads = checkpoint.saving.read, []
 
     def count(path, mmap):
@@ -307,7 +294,7 @@ def test_the_first_save_is_read_back_and_only_that(tmp_path, monkeypatch):
 def test_what_reads_back_otherwise_is_no_checkpoint(tmp_path, monkeypatch):
     """And no later save could be better: the run ends."""
     model, optimizer = parts(None)
-    saver = checkpoint.Saver(tmp_path / "checkpoint.pth", model, optimizer, None, CFG, print)
+    saver = checkpoint.Saver(tmp_path / "checkpoint.pth", model, optimizer, None, TINY, print)
     real = torch.save
 
     def half(state, file):
@@ -327,7 +314,7 @@ def test_arguments_answer_both_ways(tmp_path):
     """Also for who reads the file without dinofast, safely or not."""
     model, optimizer = parts(None)
     path = tmp_path / "checkpoint.pth"
-    checkpoint.save(path, model, optimizer, None, CFG, checkpoint.TrainState())
+    checkpoint.save(path, model, optimizer, None, TINY, checkpoint.TrainState())
     for args in (
         torch.load(path, weights_only=True)["args"],
         torch.load(path, weights_only=False)["args"],
@@ -336,7 +323,7 @@ def test_arguments_answer_both_ways(tmp_path):
         checkpoint.arguments(path),
     ):
         assert args["arch"] == args.arch == "vit_nano" and args.global_crops_scale == (0.4, 1.0)
-        assert vars(args) == dict(args) == CFG.to_dict()
+        assert vars(args) == dict(args) == TINY.to_dict()
         assert argparse.Namespace(**args).patch_size == 4
 
 
@@ -379,9 +366,9 @@ def test_options_become_plain_values(name, given, kept):
 def test_a_nested_tensor_in_extra_state_is_saved_and_read(tmp_path):
     value = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
     model, optimizer = parts(with_extra(value))
-    saver = checkpoint.Saver(tmp_path / "checkpoint.pth", model, optimizer, None, CFG, print)
+    saver = checkpoint.Saver(tmp_path / "checkpoint.pth", model, optimizer, None, TINY, print)
     saver(checkpoint.TrainState())
     fresh, other = parts(with_extra(value), seed=1)
-    resume.restore(saver.path, fresh, other, None, CFG)
+    resume.restore(saver.path, fresh, other, None, TINY)
     for ours, back in zip(value, fresh.student.backbone.came, strict=True):
         assert torch.equal(ours, back)

@@ -3,22 +3,12 @@ import types
 
 import pytest
 import torch
+from tiny import TINY
 from torch import nn
 
 from dinofast.config import Config
 from dinofast.nn.backbones import build_backbone, feature_width
 from dinofast.nn.dino import Model, MultiCropWrapper
-
-TINY = Config(
-    arch="vit_nano",
-    patch_size=4,
-    out_dim=32,
-    head_hidden_dim=16,
-    head_bottleneck_dim=8,
-    local_crops_number=2,
-    global_crops_size=16,
-    local_crops_size=8,
-)
 
 
 class Convolutional(nn.Module):
