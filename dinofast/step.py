@@ -21,6 +21,7 @@ from .nn.weight_copies import Copies, reading
 from .optim import OPTIMIZERS, param_groups
 from .runtime import distributed
 from .runtime.cuda_graph import CUDAGraphStep
+from .runtime.words import first_line
 from .schedule import Schedule, step_seed
 
 _NOT_ONE_GRAPH = "batch statistics over several GPUs (`use_bn_in_head`) do not go into a graph"
@@ -237,8 +238,7 @@ def compiler_unavailable_reason(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x.exp() + 1, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as error:  # whatever a compiler, or its absence, may raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return f"torch.compile does not work here ({first})"
+        return f"torch.compile does not work here ({first_line(error)})"
     return None
 
 

@@ -259,7 +259,7 @@ def _absent(path: Path) -> str:
             f"'{path}' is a link to '{path.readlink()}', which is not there: bring that back, or "
             "remove the link."
         )
-    if "://" in str(path) or ":/" in str(path):
+    if ":/" in str(path):  # a Path has one of the two slashes
         return f"'{path}' is an address: download the file first, and give its path."
     return f"there is no checkpoint at '{path}'."
 

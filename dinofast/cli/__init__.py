@@ -23,7 +23,7 @@ from .. import __version__
 from ..config import Config, meant
 from ..runtime.backends import CPU_TORCH
 from ..runtime.suggestions import did_you_mean
-from ..runtime.terminal import prepare_streams, printable, say
+from ..runtime.terminal import launched_rank, prepare_streams, printable, say
 from ..runtime.words import spelling
 from ..validation import in_words
 from .arguments import Parser, check_dashes, number, one_of, truth, whole_number
@@ -126,7 +126,7 @@ def _command_of(argv: list[str]) -> str | None:
 
 
 def _say(text: str, code: int) -> int:
-    rank = os.environ.get("RANK") or "0"
+    rank = launched_rank()
     if rank != "0" and code not in (1, USAGE):  # of an orderly stop one process speaks for all
         return code
     text = printable(text if rank == "0" else f"process {rank}: {text}", "\n")

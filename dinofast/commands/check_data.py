@@ -65,18 +65,18 @@ class Options:
             from ..data.names import has_ending
             from ..data.shards import is_shard
 
-            name = os.fsencode(self.delete_list)
-            if os.path.exists(name) and (has_ending(name) or is_shard(name)):
+            name, there = os.fsencode(self.delete_list), os.path.exists(self.delete_list)
+            if there and (has_ending(name) or is_shard(name)):
                 raise ValueError(
                     f"`delete_list` is '{self.delete_list}', an image or a shard, which would be "
                     "lost: name another file."
                 )
-            if os.path.exists(self.delete_list) and not os.path.isfile(self.delete_list):
+            if there and not os.path.isfile(self.delete_list):
                 raise ValueError(
                     f"`delete_list` is '{self.delete_list}', which is no plain file: name one."
                 )
             if (
-                os.path.exists(self.delete_list)
+                there
                 and os.path.exists(self.data_path)
                 and os.path.samefile(self.delete_list, self.data_path)
             ):

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..config import Config
-from ..runtime.terminal import say
+from ..runtime.terminal import launched_rank, say
 from ..validation import SOURCES, check_output, check_source
 
 Options = Config
@@ -33,7 +33,7 @@ def run(options: Config) -> None:
     if options.data_path == Config.data_path:
         raise ValueError(f"DIR is missing: {SOURCES}.")
     check_source(options.data_path)  # before torch is even imported
-    is_main = os.environ.get("RANK", "0") in ("0", "")  # of several processes one writes and speaks
+    is_main = launched_rank() == "0"  # of several processes one writes and speaks
     if is_main:
         check_output("output_dir", options.output_dir, is_folder=True)
     from ..train import train

@@ -47,7 +47,6 @@ SILHOUETTES = (
     "cross",
     "half_disc",
 )
-
 CLASSES = tuple(f"{t}_{s}" for t, s in zip(TEXTURES, SILHOUETTES, strict=True))
 PALETTES = ("red", "green", "yellow", "blue", "violet")
 # the two tones, in turns of the circle

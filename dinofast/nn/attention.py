@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..runtime.backends import Selection, select
 from ..runtime.tensor_cache import cached_tensors
+from ..runtime.words import first_line
 from .packing import Layout, Runs
 
 ATTENTIONS = ("xformers", "varlen", "fa3", "cudnn", "sdpa", "eager")
@@ -92,8 +93,7 @@ def fmha() -> ModuleType:
                 importlib.import_module(module.rpartition(".")[0])
                 return importlib.import_module(module)
             except Exception as error:  # one that was built for another torch raises all kinds
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                wrong.append(f"{package} does not import ({first})")
+                wrong.append(f"{package} does not import ({first_line(error)})")
     raise ImportError(", and ".join(wrong) or "neither xformers nor mslk is installed")
 
 

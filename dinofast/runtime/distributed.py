@@ -14,7 +14,7 @@ from importlib import import_module
 import torch
 import torch.distributed as dist
 
-from .words import counted
+from .words import counted, first_line
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,10 @@ def _meet(backend: str, dist_url: str, rank: int, world: int) -> None:
         where = dist_url
         if dist_url.startswith("env://"):
             where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"process {rank} of {world} could not meet the others at {where} ({said}): take "
-            "another MASTER_PORT if that one is in use, or start with torchrun --standalone."
+            f"process {rank} of {world} could not meet the others at {where} "
+            f"({first_line(error)}): take another MASTER_PORT if that one is in use, or start with "
+            "torchrun --standalone."
         ) from error
 
 

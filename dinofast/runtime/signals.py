@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
+from .terminal import launched_rank
+
 # with several processes a wait for a batch is given this long to end by itself, so that all of them
 # stop after the same step
 GRACE_S = 10.0
@@ -68,7 +70,7 @@ class StopSignal:
         if not self.signum:
             self.signum, self._since = signum, time.monotonic()
             threading.Thread(target=self._remind, daemon=True).start()
-            if os.environ.get("RANK", "0") in ("0", ""):
+            if launched_rank() == "0":
                 twice = "; Ctrl-C again ends at once" if signum == signal.SIGINT else ""
                 text = f"\nstopping: this step is finished and saved first{twice}\n"
                 with suppress(OSError):

@@ -9,6 +9,11 @@ from contextlib import suppress
 from typing import TextIO
 
 
+def launched_rank() -> str:
+    """Which of several processes a launcher says that this is; "0", which speaks, without one."""
+    return os.environ.get("RANK") or "0"
+
+
 def say(text: str, *, error: bool = False, end: str = "\n") -> None:
     """Print to standard output, or to standard error, if that can be."""
     stream: TextIO | None = getattr(sys, name := "stderr" if error else "stdout")

@@ -54,6 +54,11 @@ def plain(value: Any) -> Any:
     return float(value) if isinstance(value, Real) else value
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def one_line(error: BaseException, most: int = 240) -> str:
     """The first line of an error, with its kind where that says more; all of it where that line is
     only a heading, and of a traceback that TorchScript repeats the last."""
