@@ -27,8 +27,9 @@ from ..evaluate.attention_maps import (
     patch_features,
     pca_colors,
 )
+from ..evaluate.frozen import extract_features
 from ..evaluate.images import EvalTransform, LabeledImages, labeled_folder, to_tensor
-from ..evaluate.knn import extract_features, knn_classify
+from ..evaluate.knn import knn_classify
 from ..evaluate.pictures import enlarge, overlay, sheet, stretch
 from ..nn.dino import Model
 from ..runtime.terminal import say

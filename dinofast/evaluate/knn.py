@@ -5,24 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint import arguments, load_backbone
-from ..data.decode import decode
-from ..nn.features import features as features_of
-from ..nn.vit import VisionTransformer
-from ..runtime.backends import cores
-from ..runtime.distributed import pick_device
-from ..runtime.idle_threads import let_idle_threads_sleep
-from ..runtime.terminal import printable, say
+from ..runtime.terminal import say
 from ..runtime.words import counted
-from .images import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, LabeledImages, train_and_val
+from .frozen import check_batches, labeled_halves, load_frozen
 
 CHUNK_ELEMENTS = 2**26  # of the similarity matrix held at a time: 256 MiB in fp32
 
@@ -91,38 +82,6 @@ def vote(
     return 100 * top1 / len(truth), 100 * top5 / len(truth)
 
 
-@torch.no_grad()
-def extract_features(
-    backbone: nn.Module,
-    images: LabeledImages,
-    device: str | torch.device = "cpu",
-    batch_size: int = 128,
-    num_workers: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Features (N, D) fp32 and labels (N,) on the CPU, in the order of the files. Unreadable images
-    are named and left out."""
-    backbone = backbone.to(device).eval()
-    features, rows = [], []
-    for batch, index, bad_files in images.batches(batch_size, num_workers):
-        for path, reason in bad_files:
-            say(f"left out, cannot be read: {printable(str(path))} ({reason})")
-        if len(index):
-            found = features_of(backbone, batch.to(device, non_blocking=True))
-            features.append(found.float().cpu())
-            rows.append(index)
-    if not features:
-        raise ValueError(
-            f"{counted(len(images), 'image')}, and none can be read: look at the reasons above."
-        )
-    return torch.cat(features), torch.tensor(images.labels)[torch.cat(rows)]
-
-
-def _patches(backbone: nn.Module) -> str:
-    if not isinstance(backbone, VisionTransformer):
-        return ""
-    return f" with patches of {backbone.patch_embed.patch_size} x {backbone.patch_embed.patch_size}"
-
-
 def _fitting(nb_knn: Sequence[int], n_images: int) -> list[int]:
     """Those of nb_knn for which there are neighbors enough. Raises ValueError if none remains."""
     fitting = [k for k in nb_knn if k <= n_images]
@@ -154,71 +113,33 @@ def knn(
     """Classify `data_path/val` by its neighbors in `data_path/train` and print one line for each k
     in `nb_knn`.
 
-    The backbone comes from `checkpoint.load_backbone(pretrained_weights, checkpoint_key, arch,
-    patch_size, backbone)`. Without train/ and val/ every fourth image of each class folder is held
-    out. crop: default the size of the global crops that the checkpoint was trained with, 224 for
-    official ones; resize: default 8/7 of it (256 for 224). Channels are normalized, gray values
-    scaled and images turned (`value_range`, `exif`) as in training. device: default a GPU if there
-    is one. Returns {k: (top-1, top-5)} in percent; k larger than the
-    training set are left out. Raises ValueError if none remains.
+    The backbone, its device and the size of its images: see `frozen.load_frozen`. Without train/
+    and val/ every fourth image of each class folder is held out. Channels are normalized, gray
+    values scaled and images turned (`value_range`, `exif`) as in training. Returns {k: (top-1,
+    top-5)} in percent; k larger than the training set are left out. Raises ValueError if none
+    remains.
     """
-    where = pick_device(device)
-    let_idle_threads_sleep()
     nb_knn = (nb_knn,) if isinstance(nb_knn, int) else tuple(nb_knn)
     if min(nb_knn) < 1:
         raise ValueError(f"`nb_knn` is {min(nb_knn)}: a number of neighbors is at least 1.")
     if not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` is {temperature}: it must be a number above 0.")
-    for name, value in (
-        ("`resize`", resize),
-        ("`crop`", crop),
-        ("`batch_size_per_gpu`", batch_size_per_gpu),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1.")
-    if num_workers < 0:
-        raise ValueError(f"`num_workers` is {num_workers}: it must not be negative.")
-    trained_with = arguments(pretrained_weights)
-    crop = crop or trained_with.get("global_crops_size", 224)
-    name = arch or trained_with.get("arch") or "backbone"
-    if backbone is not None:
-        name = type(backbone).__name__
-    with torch.random.fork_rng([]):  # where they are not trained
-        torch.manual_seed(0)
-        backbone = load_backbone(pretrained_weights, checkpoint_key, arch, patch_size, backbone)
-    # timm's is a pair
-    patch = backbone.patch_embed.patch_size if isinstance(backbone, VisionTransformer) else 1
-    if crop % patch:
-        raise ValueError(
-            f"`crop` {crop} is not a multiple of the patch size {patch}: take "
-            f"{max(crop // patch, 1) * patch}."
-        )
-    transform = EvalTransform(
-        resize or round(crop * 256 / 224),
-        crop,
-        tuple(trained_with.get("image_mean", IMAGENET_MEAN)),
-        tuple(trained_with.get("image_std", IMAGENET_STD)),
+    check_batches(batch_size_per_gpu, num_workers)
+    frozen = load_frozen(
+        pretrained_weights,
+        checkpoint_key=checkpoint_key,
+        arch=arch,
+        patch_size=patch_size,
+        resize=resize,
+        crop=crop,
+        device=device,
+        backbone=backbone,
     )
-    train, val, sentence = train_and_val(data_path, transform)
-    say(f"{sentence} Shorter side {transform.resize}, center crop {transform.crop}.")
-    for ignored in dict.fromkeys(filter(None, (train.ignored, val.ignored))):
-        say(printable(ignored))
-    low, high = trained_with.get("value_range", (0, 0))
-    as_trained = partial(
-        decode,
-        value_range=(low, high) if low < high else None,
-        exif=bool(trained_with.get("exif", False)),
-    )
-    train, val = (replace(images, decode=as_trained) for images in (train, val))
-    network = f"{name}{_patches(backbone)}"
-    if checkpoint_key == "untrained":
-        say(f"features of an untrained {network}, as in '{pretrained_weights}'")
-    else:
-        say(f"features of the {checkpoint_key}'s {network} in '{pretrained_weights}'")
+    train, val = labeled_halves(data_path, frozen)
+    where = frozen.device
     fitting = _fitting(nb_knn, len(train))
     (train_features, train_labels), (test_features, test_labels) = (
-        extract_features(backbone, images, where, batch_size_per_gpu, min(num_workers, cores()))
-        for images in (train, val)
+        frozen.features(images, batch_size_per_gpu, num_workers) for images in (train, val)
     )
     fitting = _fitting(fitting, len(train_labels))
     if left_out := [k for k in nb_knn if k not in fitting]:

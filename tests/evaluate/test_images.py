@@ -16,10 +16,11 @@ from PIL import Image
 
 from dinofast.data.dataset import scan
 from dinofast.data.decode import decode
+from dinofast.evaluate import frozen as frozen_module
 from dinofast.evaluate import images as images_module
-from dinofast.evaluate import knn as knn_module
+from dinofast.evaluate.frozen import extract_features
 from dinofast.evaluate.images import EvalTransform, labeled_folder, to_tensor, train_and_val
-from dinofast.evaluate.knn import extract_features, knn
+from dinofast.evaluate.knn import knn
 
 
 def picture(path: Path, color: tuple[int, int, int] = (200, 100, 50)) -> Path:
@@ -102,15 +103,15 @@ def test_k_nn_scales_and_turns_as_the_checkpoint_was_trained(tmp_path, monkeypat
     pictures(tmp_path, "a", "b", n=4)
     (tmp_path / "a" / "x.nef").touch()
     seen = []
-    monkeypatch.setattr(knn_module, "load_backbone", lambda *args: MeanPixel())
+    monkeypatch.setattr(frozen_module, "load_backbone", lambda *args: MeanPixel())
     trained_with = {"global_crops_size": 14, "exif": True, "value_range": (0.0, 4095.0)}
-    monkeypatch.setattr(knn_module, "arguments", lambda path: trained_with)
+    monkeypatch.setattr(frozen_module, "arguments", lambda path: trained_with)
 
     def watched(data, **how):
         seen.append(how)
         return decode(data, **how)
 
-    monkeypatch.setattr(knn_module, "decode", watched)
+    monkeypatch.setattr(frozen_module, "decode", watched)
     knn("none.pth", tmp_path, nb_knn=[1], num_workers=0, device="cpu")
     assert seen == [{"value_range": (0.0, 4095.0), "exif": True}] * 8
     assert capsys.readouterr().out.count("1 file ignored: 1 .nef\n") == 1

@@ -16,9 +16,11 @@ from torch import nn
 
 from dinofast import cli, vit_nano
 from dinofast.config import Config
+from dinofast.evaluate import frozen as frozen_module
 from dinofast.evaluate import knn as knn_module
+from dinofast.evaluate.frozen import extract_features
 from dinofast.evaluate.images import EvalTransform, labeled_folder, to_tensor, train_and_val
-from dinofast.evaluate.knn import extract_features, knn, knn_classify
+from dinofast.evaluate.knn import knn, knn_classify
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +165,8 @@ class MeanPixel(nn.Module):
 
 @pytest.fixture
 def mean_pixel(monkeypatch):
-    monkeypatch.setattr(knn_module, "load_backbone", lambda *args: MeanPixel())
-    monkeypatch.setattr(knn_module, "arguments", lambda path: {"global_crops_size": 14})
+    monkeypatch.setattr(frozen_module, "load_backbone", lambda *args: MeanPixel())
+    monkeypatch.setattr(frozen_module, "arguments", lambda path: {"global_crops_size": 14})
     return {"pretrained_weights": "none.pth", "num_workers": 0, "device": "cpu"}
 
 
