@@ -21,12 +21,15 @@ _MODULES = {
     "config": ("Config",),
     "checkpoint": ("load_backbone",),
     "train": ("train",),
+    "run_folder": ("RunFolder",),
+    "callbacks": ("Callback",),
     "evaluate.knn": ("knn",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_MODULE_OF, "__version__"]
 
 if TYPE_CHECKING:
+    from .callbacks import Callback as Callback
     from .checkpoint import load_backbone as load_backbone
     from .config import Config as Config
     from .evaluate.knn import knn as knn
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from .optim import SGDEMA as SGDEMA
     from .optim import AdamWEMA as AdamWEMA
     from .optim import param_groups as param_groups
+    from .run_folder import RunFolder as RunFolder
     from .train import train as train
 
 

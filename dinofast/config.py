@@ -8,10 +8,12 @@ in one place.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from . import validation
+from .presets import PRESETS, options_of
 from .runtime.suggestions import did_you_mean
 from .runtime.words import plain
 
@@ -45,10 +47,26 @@ def name_unknown(cls: _Class) -> _Class:
             if name not in names:
                 hint = did_you_mean(name, names)
                 raise TypeError(f"{cls.__name__} has no option `{name}`.{hint}")
+        if not args and len(options) < len(names):  # else all are given
+            options = {**_together(options), **options}
         init(self, *args, **options)
 
     cls.__init__ = checked  # type: ignore[misc]
     return cls
+
+
+def _together(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `preset` and `config` of these options say of others. Raises `ValueError`."""
+    from .config_file import read_options
+
+    preset, path = options.get("preset"), options.get("config")
+    if preset and path:
+        raise ValueError(
+            f"`preset` {preset} and `config` {path} both choose options: write `preset` into the "
+            "file, or leave one out."
+        )
+    found = read_options(path) if path else {}
+    return {**options_of(found.get("preset", preset)), **found}
 
 
 @name_unknown
@@ -56,6 +74,23 @@ def name_unknown(cls: _Class) -> _Class:
 class Config:
     """Options of `dinofast pretrain`. Names and defaults are those of facebookresearch/dino unless
     marked [dinofast]."""
+
+    preset: str | None = option(
+        None,
+        "[dinofast] Options that go together, by the number of images: tiny, up to 2,000; small, "
+        "up to 20,000; medium, up to 200,000; imagenet, the official defaults. Other flags "
+        "override them; see docs/training.md.",
+        choices=tuple(PRESETS),
+        shown="none",
+        topic="many options at once",
+    )
+    config: str | None = option(
+        None,
+        "[dinofast] A YAML file of options, such as config.yaml of an earlier run; flags override "
+        "it.",
+        metavar="FILE",
+        shown="none",
+    )
 
     arch: str = option(
         "vit_small",
@@ -222,6 +257,22 @@ class Config:
         "run exactly.",
     )
 
+    eval_data: str | None = option(
+        None,
+        "[dinofast] Labeled images to score the teacher on while it trains: a folder with train/ "
+        "and val/ holding class folders, or class folders alone. Without them held-out crops are "
+        "scored, which needs no labels.",
+        metavar="DIR",
+        shown="none",
+        topic="scores while training",
+    )
+    eval_every: int | None = option(
+        None,
+        "[dinofast] Epochs between two scores; 0: never. best.pth is the best of them. Default: as "
+        "often as takes at most 2 % of the run's work, and after the last epoch.",
+        type=int,
+    )
+
     output_dir: str = option(
         ".",
         "Folder of the checkpoints and of log.txt. A run found there is resumed.",
@@ -235,6 +286,16 @@ class Config:
     )
     log_steps: int = option(
         10, "[dinofast] Steps between two readings of the loss; the device is waited for only then."
+    )
+    tensorboard: bool = option(
+        False, "[dinofast] Also write the metrics for TensorBoard, into tensorboard/."
+    )
+    wandb: str | None = option(
+        None,
+        "[dinofast] Also send the metrics to this project of Weights & Biases; WANDB_MODE=offline "
+        "keeps them in wandb/.",
+        metavar="PROJECT",
+        shown="none",
     )
     seed: int = option(0, "Random seed of the weights, the order of images and the augmentation.")
     device: str | None = option(

@@ -30,6 +30,12 @@ from .runtime.words import one_line
 # Options that change neither the weights nor, but for rounding, the trajectory, so that another
 # value on resuming is nobody's concern.
 RESUME_MUTABLE_OPTIONS = {
+    "preset",
+    "config",
+    "eval_data",
+    "eval_every",
+    "tensorboard",
+    "wandb",
     "data_path",
     "output_dir",
     "saveckp_freq",

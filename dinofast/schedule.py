@@ -75,6 +75,7 @@ class Schedule:
         temps = teacher_temps(
             cfg.warmup_teacher_temp, cfg.teacher_temp, cfg.warmup_teacher_temp_epochs, cfg.epochs
         )
+        self._temps = temps.tolist()
         self.teacher_temp = torch.from_numpy(temps).float().to(device)
         self._tables = torch.from_numpy(np.stack((self.lr, self.weight_decay, self.momentum))).to(
             device
@@ -82,3 +83,9 @@ class Schedule:
 
     def at(self, step: int) -> StepValues:
         return StepValues(*self._tables[:, step].unbind(0))
+
+    def read(self, step: int) -> dict[str, float]:
+        """The values of a step by name, as numbers of the host."""
+        tables = ("lr", "weight_decay", "momentum")
+        temp = self._temps[step // self.steps_per_epoch]
+        return {name: float(getattr(self, name)[step]) for name in tables} | {"teacher_temp": temp}

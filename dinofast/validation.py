@@ -70,6 +70,8 @@ def check_ranges(options: Any) -> None:
             0 < low <= high <= 1,
             "must be two shares of the area, 0 < smallest <= largest <= 1",
         )
+    if options.eval_every is not None:
+        _need(options, "eval_every", options.eval_every >= 0, "must not be negative")
     low, high = options.value_range
     _need(options, "value_range", low < high or low == high == 0, "must be two values, low < high")
     low, high = options.blur_radius

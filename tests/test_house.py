@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dinofast"
-SERVICES = {"config", "schedule", "data"}
+SERVICES = {"config", "config_file", "presets", "schedule", "data"}
 LAYERS = [
     {"_C", "runtime"},
     {"reference", "kernels"},
@@ -19,10 +19,11 @@ LAYERS = [
     {"loss", "optim"},
     {"nn"},
     {"checkpoint"},
-    {"resume"},
+    {"resume", "run_folder"},
     {"evaluate"},
     {"step"},
-    {"introduce"},
+    {"introduce", "callbacks"},
+    {"records"},
     {"train"},
     {"bench"},
     {"commands"},
@@ -30,7 +31,7 @@ LAYERS = [
     {"__main__"},
 ]
 # the options, what checks them, and the version may be read from anywhere above
-FREE = {"config", "validation", "dinofast"}
+FREE = {"config", "config_file", "presets", "validation", "dinofast"}
 
 
 def files():
@@ -122,6 +123,8 @@ def test_only_the_named_files_read_the_configuration():
         "step",
         "introduce",
         "train",
+        "records",
+        "callbacks",
         "cli",
         "checkpoint",
         "resume",

@@ -215,6 +215,14 @@ class Saver:
             if error.may_pass:
                 self.log(f"warning: {error} Training goes on, and saving is tried again.")
 
+    def keep_best(self) -> None:
+        """What was just saved, under the name best.pth too."""
+        if self.failed is None and self.path.exists():
+            try:
+                link(self.path, self.path.with_name("best.pth"))
+            except OSError as error:
+                self.log(f"warning: 'best.pth' could not be kept ({error.strerror or error})")
+
     def adopt(self, found: Path | None) -> None:
         """Give a numbered checkpoint that a run goes on from the name that others look for, where
         there is room."""

@@ -103,7 +103,7 @@ def lock_output_dir(folder: Path) -> Iterator[None]:
             ) from error
         except OSError:
             pass  # a file system without locks: nothing can be known there
-        for leftover in folder.glob("checkpoint*.pth.tmp"):
+        for leftover in (*folder.glob("checkpoint*.pth.tmp"), folder / "best.pth.tmp"):
             remove(leftover)
         yield
 

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import __version__
-from ..checkpoint import load_backbone
 from ..config import Config, option
 from ..evaluate.attention_maps import (
     attention_maps,
@@ -88,11 +87,11 @@ def demo(
     cfg = settings(out, seed, epochs, device)
     resumed = (out / "checkpoint.pth").exists()
     train_start = time.perf_counter()
-    path = train(cfg)
+    run = train(cfg)
     train_s = time.perf_counter() - train_start
 
     untrained = Model.from_config(cfg).teacher.backbone.eval()
-    trained = load_backbone(path)
+    trained = run.teacher
     score = evaluate(out / "data", untrained, trained)
     sheet(picture_rows(seed, untrained, trained)).save(out / "attention_maps.png", optimize=True)
     result = score | {

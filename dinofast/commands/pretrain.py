@@ -38,9 +38,9 @@ def run(options: Config) -> None:
         check_output("output_dir", options.output_dir, is_folder=True)
     from ..train import train
 
-    path = train(options)
+    run = train(options)
     if is_main:
-        say(what_next(path, data, options.global_crops_size))
+        say(what_next(run.checkpoint, data, options.global_crops_size))
 
 
 def what_next(path: Path, data: Path, size: int) -> str:

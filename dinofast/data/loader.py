@@ -8,9 +8,10 @@ import os
 import signal
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -22,6 +23,7 @@ from dinofast.data.augmentation import Augmentation, View
 from dinofast.data.backend_pil import CropDataset
 from dinofast.data.bad_files import BadFileList, in_a_line
 from dinofast.data.decode import BadFiles
+from dinofast.data.held_out import held_out_crops
 from dinofast.data.reader import UNREAD_S, ImageReader, Met
 from dinofast.data.sampler import batch_indices
 from dinofast.runtime.backends import Selection, cores, select
@@ -240,7 +242,7 @@ class Loader:
         self._check_share()
         # torch keeps pinned memory until it is copied
         on_device = [c.to(self._device, non_blocking=True) for c in crops]
-        return [c if c.dtype == self.dtype else self._finished(c) for c in on_device]
+        return [c if c.dtype == self.dtype else self.finished(c) for c in on_device]
 
     def _start(self) -> None:
         self._unlink()
@@ -301,6 +303,12 @@ class Loader:
                 )
             )
 
+    def held_out_crops(
+        self, indices: Sequence[int], threads: int
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """See `held_out.held_out_crops`; as levels, for `finished`."""
+        return held_out_crops(self.reader, self.augmentation, indices, threads)
+
     def close(self) -> None:
         """End the worker processes. Only `seek` makes the loader usable again."""
         batches, self._batches = self._batches, iter(())
@@ -322,7 +330,7 @@ class Loader:
             .div_(self._std)
         )
 
-    def _finished(self, crops: torch.Tensor) -> torch.Tensor:
+    def finished(self, crops: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 3, S, S) as the model takes them; on a GPU in one pass over memory instead of
         five, to the same bits."""
         return (

@@ -52,6 +52,23 @@ class Process:
         dist.all_reduce(ends, op=dist.ReduceOp.MAX)
         return bool(ends.sum().item() == 0)
 
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows (n, ...) of all ranks, in the order of the ranks, on each of them; n may differ,
+        and what follows where n is 0. Waits for the others."""
+        if self.world == 1:
+            return rows
+        about = torch.zeros(self.world, 8, dtype=torch.long, device=self.device)
+        about[self.rank, : 1 + rows.ndim] = torch.tensor([rows.ndim, *rows.shape])
+        dist.all_reduce(about)
+        longest = int(about[:, 1].max())
+        shape = next((x[2 : 1 + x[0]] for x in about.tolist() if x[1]), list(rows.shape[1:]))
+        own = torch.zeros(longest, *shape, dtype=rows.dtype, device=self.device)
+        if len(rows):
+            own[: len(rows)] = rows
+        all_rows = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(all_rows, own)
+        return torch.cat([x[:n] for x, n in zip(all_rows, about[:, 1].tolist(), strict=True)])
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

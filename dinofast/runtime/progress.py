@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .epoch_log import EpochLog
+from .json_lines import JsonLines
 from .memory import peak_memory
 from .metrics import COUNTS, EpochSums, Trend
 from .terminal import StatusLine, is_terminal, printable, say
@@ -40,7 +41,8 @@ class Run:
         images_per_step: int,
         out_dim: int,
     ) -> None:
-        self._epochs = EpochLog(output_dir / "log.txt")
+        self._epochs = JsonLines(output_dir / "log.txt", "epoch")
+        self._steps = JsonLines(output_dir / "metrics.jsonl", "step")
         self.is_main = is_main
         self.steps_per_epoch = steps_per_epoch
         self.epochs = epochs
@@ -142,9 +144,12 @@ class Run:
                 "replaced"
             )
 
-    def show(self, step: int, sums: Mapping[str, float], lr: float, wait_s: float) -> None:
+    def show(
+        self, step: int, sums: Mapping[str, float], lr: float, wait_s: float
+    ) -> dict[str, float | None]:
         """Called at logging points with what was just read from the device; `step` steps are done.
-        Raises `Diverged`."""
+        Returns the metrics of the steps since the last time: their means, images/s, and the share
+        of the time that was spent waiting for data. Raises `Diverged`."""
         new_steps = step - self._last_step
         new = {name: value - self._last.get(name, 0.0) for name, value in sums.items()}
         good = new["good_steps"]
@@ -158,10 +163,10 @@ class Run:
             )
         now = time.perf_counter()
         elapsed = max(now - self._clock, 1e-9)
+        rate = new_steps * self.images_per_step / elapsed
+        waiting = min(max((wait_s - self._wait_s) / elapsed, 0.0), 1.0)
         numbers = {"loss": "not finite"}
         if good > 0:
-            rate = new_steps * self.images_per_step / elapsed
-            waiting = min(max((wait_s - self._wait_s) / elapsed, 0.0), 1.0)
             numbers = {
                 "loss": f"{new['loss'] / good:.4f}",
                 "entropy": self._share(new["teacher_entropy"] / good),
@@ -176,6 +181,12 @@ class Run:
             )
         self._tell(step, numbers, now)
         self._last, self._clock, self._wait_s, self._last_step = dict(sums), now, wait_s, step
+        means = {n: new[n] / good if good > 0 else None for n in new if n not in COUNTS}
+        return {**means, "skipped_steps": bad, "images_per_s": rate, "data_wait": waiting}
+
+    def pause(self, seconds: float) -> None:
+        """What was not training has taken so long: not to be counted in images/s."""
+        self._clock += seconds
 
     def estimate(self, step: int, compiles: bool, sums: EpochSums) -> None:
         """After the first step, or the second where the first has to compile: how long all of it
@@ -210,21 +221,38 @@ class Run:
         """Of log K, the entropy of a uniform output."""
         return f"{entropy / self._trend.log_k:.0%}" if self._trend.log_k else "0%"
 
-    # ---- log.txt
-    def drop_after(self, epoch: int) -> None:
-        """The log of a run that goes on at `epoch`: see `EpochLog`."""
+    # ---- log.txt and metrics.jsonl
+    def go_on(self, step: int) -> None:
+        """The logs of a run that goes on after this step: see `JsonLines.drop_from`."""
         if self.is_main:
-            self._epochs.drop_after(epoch)
+            self._epochs.drop_from(step // self.steps_per_epoch)
+            self._steps.drop_from(step + 1 if step else 0)
             self._trend.losses = self._epochs.values("train_loss")
 
+    def best_before(self, name: str) -> tuple[float, int]:
+        """The highest score of that name so far, and its epoch; -inf and -1 if there is none."""
+        lines = [line for line in self._epochs.read() if isinstance(line.get(name), float)]
+        found = max(lines, key=lambda line: (line[name], -line["epoch"]), default=None)
+        return (found[name], found["epoch"]) if found else (-math.inf, -1)
+
+    def record(self, line: Mapping[str, float | None]) -> None:
+        """A line of metrics.jsonl, on the main process."""
+        if self.is_main:
+            self._steps.append({**line, "time": round(time.time(), 3)})
+
     def end_epoch(
-        self, epoch: int, sums: Mapping[str, float], lr: float, weight_decay: float
-    ) -> None:
-        """Append the epoch's line (means over its steps) and say in words when training looks
-        collapsed."""
+        self,
+        epoch: int,
+        sums: Mapping[str, float],
+        lr: float,
+        weight_decay: float,
+        scores: Mapping[str, float],
+    ) -> dict[str, Any]:
+        """Append the epoch's line (means over its steps, and scores) and say in words when training
+        looks collapsed; returns the line, nothing where this is not the main process."""
         self._last = {}
         if not self.is_main:
-            return
+            return {}
         count, steps = (sums[name] for name in COUNTS)
         means = {
             name: value / count if count else None
@@ -238,6 +266,7 @@ class Run:
             "epoch": epoch,
             **{f"train_{name}": value for name, value in means.items()},
             "skipped_steps": round(steps - count),
+            **{f"eval_{name}": value for name, value in scores.items()},
         }
         if reason := self._epochs.append(line):
             self.log(f"'{self._epochs.path}' cannot be written ({reason}): kept for the next epoch")
@@ -245,12 +274,25 @@ class Run:
             entropy = self._share(sums["teacher_entropy"] / count)
             self.log(
                 f"end of {self._named(epoch)}: mean loss {sums['loss'] / count:.4f}, teacher "
-                f"entropy {entropy} of log K"
+                f"entropy {entropy} of log K{_in_words(scores)}"
             )
         if count and (
             warning := self._trend.warning(sums["loss"] / count, sums["teacher_entropy"] / count)
         ):
             self.log(f"warning, epoch {epoch}: {warning}")
+        return line
+
+
+def _in_words(scores: Mapping[str, float]) -> str:
+    """; k-NN 61.2 %, RankMe 38.1, ... or nothing."""
+    names = {
+        "knn": "k-NN {:.1f} %",
+        "rankme": "RankMe {:.1f}",
+        "lidar": "LiDAR {:.1f}",
+        "patch_matching": "patch matching {:.2f}",
+    }
+    said = [names[name].format(value) for name, value in scores.items()]
+    return f"; {', '.join(said)}" if said else ""
 
 
 def counting(what: str, is_main: bool) -> Callable[[int, int], None]:

@@ -1,0 +1,155 @@
+"""What `train` calls while it runs: hooks of your own, and writers for TensorBoard and Weights &
+Biases."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .config import Config
+from .runtime.words import a_kind
+
+
+class Callback:
+    """To be subclassed, or any object with some of these methods: `train(cfg, callbacks=[...])`.
+
+    Each is called in every process; `training.process.is_main` tells the one that writes.
+    `training` has `cfg`, `model` (`student`, `teacher`), `optimizer`, `schedule`, `process` and
+    `output_dir`. What one raises ends the run; what was last saved stands.
+    """
+
+    def on_start(self, training: Any) -> None:
+        """Before the first step."""
+
+    def on_step(self, training: Any, step: int, metrics: Mapping[str, Tensor]) -> None:
+        """After optimizer step `step`, the first is 0. metrics: `loss`, `teacher_entropy`, `kl`,
+        `center_norm`, `grad_norm`, each () on the device: reading one waits for the device."""
+
+    def on_log(self, training: Any, step: int, metrics: Mapping[str, Any]) -> None:
+        """Every `log_steps` steps, when `step` steps are done: the line of metrics.jsonl."""
+
+    def on_epoch(self, training: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+        """After an epoch that is logged and saved: the line of log.txt, empty but on the main
+        process."""
+
+    def on_end(self, training: Any) -> None:
+        """After the last step, or when the run is interrupted."""
+
+
+HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+
+
+class Callbacks:
+    """All that are told, each of what it has a method for."""
+
+    def __init__(self, callbacks: Iterable[Any], training: object) -> None:
+        self._training = training
+        self._hooks = {
+            name: [getattr(c, name) for c in callbacks if hasattr(c, name)] for name in HOOKS
+        }
+
+    def __call__(self, hook: str, *args: Any) -> None:
+        for call in self._hooks[hook]:
+            call(self._training, *args)
+
+
+def check_callbacks(cfg: Config, given: Iterable[Any]) -> list[Any]:
+    """Those that the options ask for, and those given. Raises `ValueError` for a package that is
+    missing, and for an object without any of the methods."""
+    asked = {"tensorboard": cfg.tensorboard, "wandb": bool(cfg.wandb)}
+    for name in (name for name, wanted in asked.items() if wanted):
+        if find_spec(name) is None:
+            raise ValueError(
+                f"`{name}` needs a package that is not installed: pip install {name}, or leave it "
+                "out."
+            )
+    callbacks = list(given) if isinstance(given, Iterable) else [given]
+    for callback in callbacks:
+        if isinstance(callback, type) or not any(hasattr(callback, name) for name in HOOKS):
+            is_class = isinstance(callback, type)
+            what = f"the class {callback.__name__}" if is_class else a_kind(callback)
+            raise ValueError(
+                f"one of `callbacks` is {what}: give objects with some of {', '.join(HOOKS)}."
+            )
+    board = [TensorBoard()] if cfg.tensorboard else []
+    return [*board, *([WeightsAndBiases(cfg.wandb)] if cfg.wandb else []), *callbacks]
+
+
+class TensorBoard(Callback):
+    """The metrics as scalars in output_dir/tensorboard, on the main process."""
+
+    def on_start(self, training: Any) -> None:
+        self._writer: Any = None
+        if training.process.is_main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = str(Path(training.output_dir) / "tensorboard")
+            self._writer = SummaryWriter(folder, purge_step=training.start + 1)
+
+    def on_log(self, training: Any, step: int, metrics: Mapping[str, Any]) -> None:
+        for name, value in _numbers(metrics).items() if self._writer else ():
+            self._writer.add_scalar(f"train/{name}", value, step)
+
+    def on_epoch(self, training: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+        step = (epoch + 1) * training.schedule.steps_per_epoch
+        for name, value in _numbers(metrics).items() if self._writer else ():
+            self._writer.add_scalar(f"epoch/{name}", value, step)
+
+    def on_end(self, training: Any) -> None:
+        if self._writer:
+            self._writer.close()
+
+
+class WeightsAndBiases(Callback):
+    """The metrics as a run of a project, on the main process; a run that is resumed goes on
+    there."""
+
+    def __init__(self, project: str) -> None:
+        self.project = project
+
+    def on_start(self, training: Any) -> None:
+        self._run: Any = None
+        if not training.process.is_main:
+            return
+        import wandb
+
+        name_file = Path(training.output_dir) / "wandb-run-id.txt"
+        known = name_file.read_text().strip() if training.start and name_file.exists() else ""
+        name = known or uuid.uuid4().hex[:12]
+        name_file.write_text(name + "\n")
+        self._run = wandb.init(
+            project=self.project,
+            id=name,
+            resume="allow",
+            dir=training.output_dir,
+            config=training.cfg.to_dict(),
+        )
+
+    def on_log(self, training: Any, step: int, metrics: Mapping[str, Any]) -> None:
+        if self._run:
+            found = {f"train/{name}": value for name, value in _numbers(metrics).items()}
+            self._run.log(found, step=step)
+
+    def on_epoch(self, training: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+        if self._run:
+            found = {f"epoch/{name}": value for name, value in _numbers(metrics).items()}
+            self._run.log(found, step=(epoch + 1) * training.schedule.steps_per_epoch)
+
+    def on_end(self, training: Any) -> None:
+        if self._run:
+            self._run.finish()
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What of a line can be drawn."""
+    left_out = ("step", "epoch", "time")
+    return {
+        name: value
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and name not in left_out
+    }

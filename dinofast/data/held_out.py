@@ -1,0 +1,53 @@
+"""Crops that a run never trains on, always the same: for scores that need no labels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from dinofast.data import backend_native, backend_pil
+from dinofast.data.augmentation import VIEW, Augmentation
+from dinofast.data.decode import UnreadableImage
+from dinofast.data.reader import ImageReader
+
+EPOCH = 2**32 - 1  # whose draws they have; no run lasts so long
+
+
+def evenly(n: int, most: int) -> list[int]:
+    """At most so many indices below n, from all over."""
+    return np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()
+
+
+def held_out_crops(
+    reader: ImageReader, augmentation: Augmentation, indices: Sequence[int], threads: int
+) -> tuple[torch.Tensor, np.ndarray]:
+    """The two global crops of each of n images: uint8 (n, 2, 3, G, G), and their plan, VIEW (n, 2).
+    Images that cannot be read are left out."""
+
+    def crops_of(index: int) -> tuple[torch.Tensor, np.ndarray] | None:
+        try:
+            image = reader.decode(index)
+        except UnreadableImage:
+            return None
+        draw = augmentation.draw(EPOCH, np.array([index]))
+        views = draw.plan(0, image.height, image.width)[:2]
+        side = int(views["size"][0])
+        out = torch.empty(2, 3, side, side, dtype=torch.uint8)
+        if backend_native.unavailable_reason() is None:
+            backend_native.render(backend_native.pixels(image), views, list(out))
+        else:
+            for crop, view in zip(out, views, strict=True):
+                crop.copy_(torch.tensor(backend_pil.render(image, view)).permute(2, 0, 1))
+        return out, views
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(max(threads, 1)) as pool:
+        warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
+        found = [pair for pair in pool.map(crops_of, indices) if pair]
+    if not found:
+        side = augmentation.views[0].size
+        return torch.empty(0, 2, 3, side, side, dtype=torch.uint8), np.empty((0, 2), VIEW)
+    return torch.stack([crops for crops, _ in found]), np.stack([views for _, views in found])

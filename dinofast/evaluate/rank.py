@@ -1,0 +1,49 @@
+"""How many directions features use: scores of a backbone that need no labels.
+
+Both are exponentials of an entropy, so that they count: D for features spread evenly over D
+directions, 1 for features on a line. A collapsed backbone has a low one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-7
+RIDGE = 1e-4  # of the covariance within an image, section 3.3 of LiDAR
+
+
+def rankme(features: Tensor) -> float:
+    """RankMe (arXiv 2210.02885, equation 1): the smooth rank of features (N, D), any float dtype.
+
+    exp of the entropy of the singular values, scaled to sum to 1. Between 1 and min(N, D).
+    """
+    return _smooth_count(torch.linalg.svdvals(features.double()))
+
+
+def lidar(features: Tensor, ridge: float = RIDGE) -> float:
+    """LiDAR (arXiv 2312.04000, equations 2 to 4): the smooth rank of what tells images apart.
+
+    features (n, q, D): q views, at least 2, of each of n images, at least 2. The covariance between
+    the images' means is whitened by that within the images, so that what differs between views of
+    one image does not count. Between 1 and min(n - 1, D).
+    """
+    n, q, dim = features.shape
+    if n < 2 or q < 2:
+        raise ValueError(
+            f"LiDAR takes two views or more of two images or more, not {q} of {n}: give more."
+        )
+    x = features.double()
+    means = x.mean(1)  # (n, D)
+    between = (means - means.mean(0)).t() @ (means - means.mean(0)) / (n - 1)
+    inside = (x - means[:, None]).flatten(0, 1)
+    within = inside.t() @ inside / (n * (q - 1)) + ridge * torch.eye(dim, dtype=x.dtype)
+    variance, directions = torch.linalg.eigh(within)
+    whiten = directions * variance.clamp(min=1e-300).rsqrt()  # (D, D)
+    return _smooth_count(torch.linalg.eigvalsh(whiten.t() @ between @ whiten).clamp(min=0))
+
+
+def _smooth_count(values: Tensor) -> float:
+    """exp of the entropy of values (n,) that are not negative; 1 where all are 0."""
+    share = values / values.sum().clamp(min=1e-300) + EPSILON
+    return max(1.0, float(torch.exp(-(share * share.log()).sum())))

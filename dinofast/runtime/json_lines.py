@@ -1,0 +1,67 @@
+"""Files of JSON lines that grow while a run goes on: log.txt with a line an epoch, metrics.jsonl
+with one a reading."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """Appends to the file; what cannot be written for the moment is kept and written with the next
+    line. counter: the key that says how far the run was, such as `epoch`."""
+
+    def __init__(self, path: Path, counter: str) -> None:
+        self.path, self.counter = path, counter
+        self._waiting = ""
+
+    def drop_from(self, count: float) -> None:
+        """On a resume: lines of this count and later ones are written again, so they must go; also
+        a torn last line. Of a new run, with count 0, the file of an earlier one is set aside."""
+        if not self.path.exists():
+            return
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        kept = [line for line in text.splitlines() if self._count_of(line) < count]
+        if not kept and count == 0 and text:
+            stem, end = self.path.stem, self.path.suffix
+            names = (self.path.with_name(f"{stem}.old{n or ''}{end}") for n in itertools.count())
+            self.path.replace(next(name for name in names if not name.exists()))
+            return
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def append(self, line: Mapping[str, object]) -> str | None:
+        """Why it could not be written yet; None if it was."""
+        self._waiting += json.dumps(line) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self._waiting)
+        except OSError as error:
+            return error.strerror or str(error)
+        self._waiting = ""
+        return None
+
+    def read(self) -> list[dict[str, Any]]:
+        """The lines so far that are whole."""
+        try:
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return []
+        return [json.loads(line) for line in lines if self._count_of(line) < math.inf]
+
+    def values(self, key: str) -> list[float]:
+        """What the lines so far say under this key, where it is a number."""
+        found = (line.get(key) for line in self.read())
+        return [value for value in found if isinstance(value, int | float)]
+
+    def _count_of(self, line: str) -> float:
+        try:
+            return float(json.loads(line)[self.counter])
+        except (ValueError, KeyError, TypeError):
+            return math.inf
