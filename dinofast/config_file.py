@@ -26,10 +26,10 @@ def read_options(path: str | Path) -> dict[str, Any]:
     """
     found = _read(Path(path))
     found.pop(_CHANGES, None)
-    known, options = {f.name: f for f in fields(Config)}, {}
+    known, options = {f.name: f for f in fields(Config) if f.name != "config"}, {}
     for key, value in found.items():
         name = str(key).replace("-", "_")
-        if name not in known or name == "config":
+        if name not in known:
             raise ValueError(
                 f"`config` '{path}' has `{key}`, which is no option."
                 f"{did_you_mean(name, list(known))}"
@@ -42,7 +42,7 @@ def record(folder: Path, cfg: Config, step: int) -> list[dict[str, Any]]:
     """Write the options of a run into its folder. Where it goes on after `step` steps, what has
     changed since is added to those changes that the file lists, and returned. Raises `OSError`."""
     path, changes, new = folder / NAME, [], []
-    now = {name: _plain(value) for name, value in cfg.to_dict().items()}
+    now = {name: _plain(value) for name, value in cfg.to_dict().items() if name != "config"}
     if step and path.exists():
         before = _read(path)
         changes = list(before.pop(_CHANGES, None) or [])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+_SOFT = {"teacher_temp": 0.02, "warmup_teacher_temp": 0.02}
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {},
-    "small": {},
-    "medium": {},
+    "tiny": {"out_dim": 1024, "momentum_teacher": 0.99, **_SOFT},
+    "small": {"out_dim": 4096, "momentum_teacher": 0.99, **_SOFT},
+    "medium": {"out_dim": 16384},
     "imagenet": {},
 }
 

@@ -31,6 +31,8 @@ class RunFolder(os.PathLike[str]):
     def __fspath__(self) -> str:
         return str(self.checkpoint)
 
+    __str__ = __fspath__
+
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
 

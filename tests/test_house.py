@@ -128,6 +128,7 @@ def test_only_the_named_files_read_the_configuration():
         "cli",
         "checkpoint",
         "resume",
+        "config_file",
         "commands",
         "evaluate",
         "bench",

@@ -70,7 +70,7 @@ def test_first_lines_fit_a_terminal(photographs, tmp_path):
     said = finish(photographs, tmp_path, "--epochs", "1", "--warmup_epochs", "0").splitlines()
     first = next(i for i, line in enumerate(said) if line.startswith("step 1 took"))
     assert [line.partition(":")[0] for line in said[:first]] == [
-        *("model", "device", "data", "network", "learning rate", "to do")
+        *("model", "device", "data", "network", "learning rate", "to do", "scores")
     ]
     assert all(len(line) <= 80 for line in said[: first + 1])
     assert any(line.startswith("epoch 0  step 12  loss") for line in said)

@@ -54,6 +54,7 @@ def official(monkeypatch):
     def show(self, step, sums, lr, wait_s):
         total = sum(seen.losses[-((step - 1) % 2) :]) if (step - 1) % 2 else 0.0
         seen.losses.append(sums["loss"] - total)
+        return {}
 
     monkeypatch.setattr(Model, "from_config", classmethod(from_config))
     monkeypatch.setattr(train_module, "make_loader", lambda cfg, **_: seen.loader)
@@ -63,7 +64,7 @@ def official(monkeypatch):
 
 
 def options(tmp_path, **changes):
-    return Config(**{**GOLDEN.to_dict(), "output_dir": str(tmp_path), **changes})
+    return Config(**{**GOLDEN.to_dict(), "output_dir": str(tmp_path), "eval_every": 0, **changes})
 
 
 def log_of(folder):
@@ -87,7 +88,7 @@ def assert_official_end(path):
 
 
 def test_official_trajectory(official, tmp_path):
-    path = train_module.train(options(tmp_path), backbone=golden_backbone)
+    path = train_module.train(options(tmp_path), backbone=golden_backbone).checkpoint
     data = golden.load("train.npz")
     assert official.losses == pytest.approx(
         [data[f"step{i}.loss"].item() for i in range(8)], rel=1e-5
@@ -154,7 +155,7 @@ def test_log_has_the_official_keys_and_more(official, tmp_path, monkeypatch):
 
 def test_a_poisoned_batch_is_skipped_and_counted(monkeypatch, tmp_path):
     monkeypatch.setattr(train_module, "make_loader", lambda cfg, **_: GoldenLoader(poison={3}))
-    path = train_module.train(options(tmp_path), backbone=golden_backbone)
+    path = train_module.train(options(tmp_path), backbone=golden_backbone).checkpoint
     state = checkpoint.read(path)
     assert all(
         torch.isfinite(v).all()
@@ -197,7 +198,7 @@ def test_fp16_finds_its_loss_scale(monkeypatch, tmp_path):
         and lines[-1]["skipped_steps"] == 0
         and lines[-1]["train_loss"] > 0
     )
-    assert checkpoint.read(path)["fp16_scaler"]["scale"] < 65536
+    assert checkpoint.read(path.checkpoint)["fp16_scaler"]["scale"] < 65536
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
@@ -206,7 +207,7 @@ def test_other_optimizers_train(optimizer, monkeypatch, tmp_path):
     path = train_module.train(
         options(tmp_path, optimizer=optimizer, epochs=2), backbone=golden_backbone
     )
-    moved = checkpoint.read(path)["student"]["module.backbone.blocks.0.attn.qkv.weight"]
+    moved = checkpoint.read(path.checkpoint)["student"]["module.backbone.blocks.0.attn.qkv.weight"]
     torch.manual_seed(0)
     assert not torch.equal(moved, golden_backbone().blocks[0].attn.qkv.weight)
 

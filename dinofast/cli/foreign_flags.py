@@ -14,8 +14,8 @@ _ONE_GPU = "gpu gpu_id gpu_ids device_id device_ids cuda_device cuda_visible_dev
 # of pretrain, and of what takes its flags: what to do, and how others call it
 _PRETRAIN = (
     (
-        "The options are flags, and there is no configuration file: give each as --name value.",
-        "config cfg config_file config_path yaml opts hparams",
+        "Options in a YAML file are given by `config` FILE.",
+        "cfg config_file config_path yaml opts hparams",
     ),
     (
         "The temperatures are `student_temp` and `teacher_temp`.",
@@ -40,8 +40,9 @@ _PRETRAIN = (
         "experiment experiment_name name run_name project",
     ),
     (
-        "The numbers of each epoch go to log.txt in `output_dir`, a line of JSON each.",
-        "wandb tensorboard tb logger log_file log report_to use_wandb mlflow csv",
+        "The numbers go to log.txt and metrics.jsonl in `output_dir`; with `tensorboard` true or "
+        "`wandb` PROJECT also there.",
+        "tb logger log_file log report_to use_wandb use_tensorboard mlflow csv",
     ),
     (
         "The learning rate follows the official schedule: `warmup_epochs`, then a cosine from `lr` "
@@ -56,9 +57,10 @@ _PRETRAIN = (
         "nesterov sgd_momentum",
     ),
     (
-        "Training takes no labels and no held-out images; dinofast knn measures afterwards.",
+        "Labeled images to score on while training are given by `eval_data` DIR; dinofast knn and "
+        "dinofast linear measure afterwards.",
         "val_path val val_dir val_split valid validation test test_only eval eval_only evaluate "
-        "num_classes n_classes nb_classes classes labels label_file num_labels knn eval_freq",
+        "num_classes n_classes nb_classes classes labels label_file num_labels knn",
     ),
     (
         "The augmentation is the official one: `global_crops_scale`, `local_crops_scale` and "

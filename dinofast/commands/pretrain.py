@@ -38,9 +38,9 @@ def run(options: Config) -> None:
         check_output("output_dir", options.output_dir, is_folder=True)
     from ..train import train
 
-    run = train(options)
+    train(options)
     if is_main:
-        say(what_next(run.checkpoint, data, options.global_crops_size))
+        say(what_next(Path(options.output_dir) / "checkpoint.pth", data, options.global_crops_size))
 
 
 def what_next(path: Path, data: Path, size: int) -> str:

@@ -34,7 +34,7 @@ K, BATCH = 20, 64  # neighbors; images at a time
 
 
 class Monitor:
-    """`monitor(backbone)` gives its scores by name, on the main process: `knn`, 20-NN accuracy in
+    """`monitor(backbone)` gives its scores by name, on the main process, those that are finite: `knn`, 20-NN accuracy in
     percent, with `eval_data`; `rankme`, `lidar`, and of our ViTs `patch_matching`, of crops held
     out. All processes must call it, each works on its share of the images.
 
@@ -75,19 +75,14 @@ class Monitor:
         if self._cfg.eval_every == 0:
             return ""
         if not self.every:
-            return (
-                "no scores while training: they would take more than 2 % of so short a run; "
-                "`eval_every` 1 takes them all the same"
-            )
-        n = min(N_IMAGES, self._loader.n_images)
-        what = [f"RankMe and LiDAR of {counted(n, 'image')}"]
+            return "scores: none in so short a run; `eval_every` 1 takes them all the same"
+        what = "RankMe, LiDAR"
         if self._labeled:
-            train, val = map(len, self._labeled)
-            what = [f"{K}-NN of {counted(val, 'image')} among {train:,}", *what]
+            what = f"{K}-NN of {counted(len(self._labeled[1]), 'image')}, {what}"
         times = math.ceil(self._cfg.epochs / self.every)
         often = "after each epoch" if self.every == 1 else f"every {self.every} epochs"
         often = "after the last epoch" if times == 1 else often
-        return f"scores {often}: {', '.join(what)}; {times * self._work():.1%} of the run's work"
+        return f"scores: {often}, {what}; {times * self._work():.1%} of the work"
 
     @torch.no_grad()
     def __call__(self, backbone: nn.Module) -> dict[str, float]:
@@ -97,7 +92,8 @@ class Monitor:
             if self._labeled:
                 scores = {"knn": self._of_labeled(backbone, *self._labeled), **scores}
         self.elapsed_s = time.perf_counter() - start
-        return scores if self._process.is_main else {}
+        finite = {name: value for name, value in scores.items() if math.isfinite(value)}
+        return finite if self._process.is_main else {}
 
     def _cast(self) -> AbstractContextManager:
         """On a GPU in the precision of the run, on a CPU in that of the weights."""
@@ -126,7 +122,7 @@ class Monitor:
         own = torch.cat(found) if found else torch.empty(0, 2, 1, device=process.device)
         everyones = process.gather(own).cpu()  # (n, 2, D)
         right, shown = process.gather(patches[None].to(process.device)).sum(0).tolist()
-        if not process.is_main or len(everyones) < 2:
+        if not process.is_main or len(everyones) < 2 or not everyones.isfinite().all():
             return {}
         scores = {"rankme": rankme(everyones.flatten(0, 1)), "lidar": lidar(everyones)}
         return scores | ({"patch_matching": right / shown} if is_vit and shown else {})
@@ -134,7 +130,8 @@ class Monitor:
     def _of_labeled(self, backbone: nn.Module, train: LabeledImages, val: LabeledImages) -> float:
         """Accuracy of the nearest neighbors in percent, nan where an image of each is missing."""
         (seen, labels), (unseen, truth) = (self._features(backbone, half) for half in (train, val))
-        if not self._process.is_main or not len(seen) or not len(unseen):
+        halves = seen, unseen
+        if not self._process.is_main or not all(len(x) and x.isfinite().all() for x in halves):
             return math.nan
         return knn_classify(seen, labels, unseen, truth, min(K, len(seen)))[0]
 

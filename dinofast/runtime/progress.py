@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -246,7 +247,7 @@ class Run:
         sums: Mapping[str, float],
         lr: float,
         weight_decay: float,
-        scores: Mapping[str, float],
+        scores: Mapping[str, float] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Append the epoch's line (means over its steps, and scores) and say in words when training
         looks collapsed; returns the line, nothing where this is not the main process."""

@@ -32,6 +32,8 @@ _MEANT = {
     "accumulate": "gradient_accumulation_steps accumulation_steps accum_iter grad_accum accum",
     "saveckp_freq": "save_freq save_every checkpoint_freq save_interval",
     "saveckp_steps": "save_steps checkpoint_steps",
+    "eval_every": "eval_freq eval_interval eval_epochs val_freq validate_every",
+    "eval_data": "eval_path eval_dir knn_data labeled_data",
     "log_steps": "log_every print_freq log_freq log_interval logging_steps",
     "nb_knn": "k n_neighbors neighbors",
     "warmup_epochs": "warmup warmup_steps lr_warmup",

@@ -91,19 +91,19 @@ def test_a_log_that_cannot_be_written_is_written_later(tmp_path, capsys):
 
 def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n{"epoch": 2}\n{"epo')
-    run(tmp_path).drop_after(2)
+    run(tmp_path).go_on(8)
     assert (tmp_path / "log.txt").read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
 
 
 def test_a_log_without_checkpoint_is_set_aside(tmp_path):
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n')
-    run(tmp_path).drop_after(0)
+    run(tmp_path).go_on(0)
     assert (
         not (tmp_path / "log.txt").exists()
         and (tmp_path / "log.old.txt").read_text() == '{"epoch": 0}\n'
     )
     (tmp_path / "log.txt").write_text('{"epoch": 1}\n')
-    run(tmp_path).drop_after(0)
+    run(tmp_path).go_on(0)
     assert (tmp_path / "log.old1.txt").exists() and (
         tmp_path / "log.old.txt"
     ).read_text() == '{"epoch": 0}\n'
@@ -253,7 +253,7 @@ def test_a_run_that_goes_on_remembers_its_best_loss(tmp_path):
         )
     )
     r = run(tmp_path, epochs=9)
-    r.drop_after(3)
+    r.go_on(12)
     assert r._trend.losses == pytest.approx([x * log_k for x in losses[:3]])
 
 

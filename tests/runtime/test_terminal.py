@@ -146,4 +146,4 @@ def test_a_thread_may_train(photographs, tmp_path):
         thread = threading.Thread(target=lambda one=one: paths.append(train(one)))
         thread.start()
         thread.join(120)
-    assert [path.parent.name for path in paths] == ["native", "pil"]
+    assert [run.path.name for run in paths] == ["native", "pil"]
