@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -17,6 +18,7 @@ from .runtime.words import one_line
 NAME = "config.yaml"
 _HEAD = "# The options of this run. Once more: dinofast pretrain --config FILE; flags override.\n"
 _CHANGES = "changes"  # of options on resuming, each with the steps that were done then
+_ENVIRONMENT = "environment"  # of the last start
 
 
 def read_options(path: str | Path) -> dict[str, Any]:
@@ -25,7 +27,8 @@ def read_options(path: str | Path) -> dict[str, Any]:
     Raises `ValueError` for a file that cannot be read, and for a name that is no option.
     """
     found = _read(Path(path))
-    found.pop(_CHANGES, None)
+    for beside in (_CHANGES, _ENVIRONMENT):
+        found.pop(beside, None)
     known, options = {f.name: f for f in fields(Config) if f.name != "config"}, {}
     for key, value in found.items():
         name = str(key).replace("-", "_")
@@ -38,9 +41,12 @@ def read_options(path: str | Path) -> dict[str, Any]:
     return options
 
 
-def record(folder: Path, cfg: Config, step: int) -> list[dict[str, Any]]:
-    """Write the options of a run into its folder. Where it goes on after `step` steps, what has
-    changed since is added to those changes that the file lists, and returned. Raises `OSError`."""
+def record(
+    folder: Path, cfg: Config, step: int, environment: Mapping[str, Any] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """Write the options of a run into its folder, and what it runs on. Where it goes on after
+    `step` steps, what has changed since is added to those changes that the file lists, and
+    returned. Raises `OSError`."""
     path, changes, new = folder / NAME, [], []
     now = {name: _plain(value) for name, value in cfg.to_dict().items() if name != "config"}
     if step and path.exists():
@@ -53,6 +59,8 @@ def record(folder: Path, cfg: Config, step: int) -> list[dict[str, Any]]:
         ]
         changes += new
     text = _HEAD + yaml.safe_dump(now, sort_keys=False, default_flow_style=None, width=1000)
+    if environment:
+        text += yaml.safe_dump({_ENVIRONMENT: dict(environment)}, sort_keys=False, width=1000)
     if changes:
         text += yaml.safe_dump({_CHANGES: changes}, sort_keys=False, width=1000)
     temporary = path.with_name(NAME + ".tmp")
@@ -65,6 +73,12 @@ def changes_in(folder: Path) -> list[dict[str, Any]]:
     """What `record` has listed, the oldest first; nothing where there is no such file."""
     path = folder / NAME
     return list(_read(path).get(_CHANGES) or []) if path.exists() else []
+
+
+def environment_in(folder: Path) -> dict[str, Any]:
+    """What the run last ran on; nothing where there is no such file."""
+    path = folder / NAME
+    return dict(_read(path).get(_ENVIRONMENT) or {}) if path.exists() else {}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,9 +3,15 @@ it will take at least, and which options do not go with so many images."""
 
 from __future__ import annotations
 
+import platform
+import time
 from pathlib import Path
 
-from . import ops
+import numpy
+import PIL
+import torch
+
+from . import __version__, ops
 from .config import Config
 from .data import Loader
 from .nn.flops import flops_of, peak_flops
@@ -44,6 +50,21 @@ def introduce(
         run.log(
             f"to do: {epochs}, {counted(steps, 'step')}; {_duration(cfg, process, step, steps)}"
         )
+
+
+def environment(process: Process) -> dict[str, str]:
+    """What a run runs on, for its record."""
+    processes = counted(process.world, "process", "processes")
+    return {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "device": f"{process.device_name}, {processes}",
+        "dinofast": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+        "system": platform.platform(),
+    }
 
 
 def _engine(process: Process, loader: Loader) -> str:

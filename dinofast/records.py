@@ -13,7 +13,7 @@ from .callbacks import Callbacks
 from .config import Config
 from .data import Loader
 from .evaluate.monitor import Monitor
-from .introduce import advice, introduce
+from .introduce import advice, environment, introduce
 from .resume import first_step, go_on
 from .runtime.distributed import Process
 from .runtime.metrics import EpochSums
@@ -73,7 +73,7 @@ class Records:
         self.best = run.best_before(f"eval_{monitor.best_by}")
         if self.process.is_main:
             try:
-                config_file.record(self.path.parent, cfg, self.start)
+                config_file.record(self.path.parent, cfg, self.start, environment(self.process))
             except OSError as error:
                 run.log(f"'{config_file.NAME}' cannot be written ({error.strerror or error})")
             if self.best[1] >= 0 and self.best[1] == self.start // loader.steps_per_epoch - 1:

@@ -65,6 +65,11 @@ class RunFolder(os.PathLike[str]):
         return config_file.changes_in(self.path)
 
     @cached_property
+    def environment(self) -> dict[str, Any]:
+        """What the run last ran on: versions, device, processes."""
+        return config_file.environment_in(self.path)
+
+    @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """A dict an epoch, from log.txt: `epoch`, `train_loss`, `train_teacher_entropy`,
         `eval_knn`, ..."""

@@ -21,7 +21,7 @@ LAYERS = [
     {"checkpoint"},
     {"resume", "run_folder"},
     {"evaluate"},
-    {"step"},
+    {"step", "report"},
     {"introduce", "callbacks"},
     {"records"},
     {"train"},

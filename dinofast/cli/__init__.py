@@ -31,6 +31,8 @@ from .foreign_flags import command_instead_of
 
 COMMANDS = {
     "pretrain": "train a backbone on a folder of images without labels",
+    "report": "a page about runs: curves, scores, pictures, options",
+    "compare": "a table of runs: what they came to, and how they differ",
     "knn": "k-NN accuracy of a checkpoint on labeled folders",
     "show-crops": "a picture of what the network sees",
     "check-data": "which images of a folder do not decode",
@@ -253,8 +255,9 @@ def add_argument(
     extra["help"] = shown.replace("%", "%%")
     if _is_inherited(field, options) or about.get("hidden"):
         extra["help"] = argparse.SUPPRESS
+    nargs = "*" if about.get("nargs") == "+" else "?"
     if _has_place(field, options):  # its flag is taken as well; see `options_of`
-        parser.add_argument(field.name, default=argparse.SUPPRESS, nargs="?", **extra)
+        parser.add_argument(field.name, default=argparse.SUPPRESS, nargs=nargs, **extra)
         extra["help"] = argparse.SUPPRESS
         parser.add_argument(
             f"--{field.name}", dest=f"--{field.name}", default=argparse.SUPPRESS, **extra
@@ -300,6 +303,8 @@ def options_of(make: type, given: dict[str, Any], usage: str = "") -> Any:
             given[field.name] = given.pop(flag)
         about = field.metadata
         name = about["metavar"] if about.get("positional") else f"`{field.name}`"
+        if given.get(field.name) == ():
+            del given[field.name]  # a place where several may stand, and none does
         if given.get(field.name) == "":
             raise ValueError(f"{name} is an empty word, as a variable that is not set gives one.")
         if field.default is MISSING and field.name not in given:

@@ -34,9 +34,9 @@ K, BATCH = 20, 64  # neighbors; images at a time
 
 
 class Monitor:
-    """`monitor(backbone)` gives its scores by name, on the main process, those that are finite: `knn`, 20-NN accuracy in
-    percent, with `eval_data`; `rankme`, `lidar`, and of our ViTs `patch_matching`, of crops held
-    out. All processes must call it, each works on its share of the images.
+    """`monitor(backbone)` gives its scores by name, on the main process, those that are finite:
+    `knn`, 20-NN accuracy in percent, with `eval_data`; `rankme`, `lidar`, and of our ViTs
+    `patch_matching`, of crops held out. All processes must call it, each works on its share.
 
     every: epochs between two times; 0: never. best_by: the score that tells which epoch was best.
     """

@@ -1,0 +1,1 @@
+"""What runs came to: a table, and a page with curves and pictures."""
