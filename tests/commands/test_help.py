@@ -60,11 +60,13 @@ def test_help_of_pretrain_is_by_topic(capsys):
     topics = dict(re.findall(r"^(\w[\w ]*):\n(.*?)(?=^\w|\Z)", options, flags=re.M | re.S))
     of = {name: re.findall(r"^  (?:--)?(\w+)", text, flags=re.M) for name, text in topics.items()}
     assert list(of) == [
+        "many options at once",
         "model",
         "crops",
         "loss and teacher",
         "optimizer",
         "data",
+        "scores while training",
         "run and checkpoints",
         "speed",
     ]
