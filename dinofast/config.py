@@ -7,66 +7,22 @@ in one place.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from . import validation
-from .presets import PRESETS, options_of
-from .runtime.suggestions import did_you_mean
+from .options import meant as meant
+from .options import name_unknown as name_unknown
+from .options import option as option
+from .presets import PRESETS
 from .runtime.words import plain
 
 VITS = ("vit_tiny", "vit_small", "vit_base", "vit_nano")
 # as the official code maps them
 OLD_NAMES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small", "deit_base": "vit_base"}
 PRECISIONS = ("bf16", "fp16", "fp32")
-_Class = TypeVar("_Class", bound=type[Any])
 CLIP_MODES = ("tensor", "global")
-
-
-def option(default: Any, advice: str = "", **metadata: Any) -> Any:
-    """A field of a command's options, from which `dinofast.cli` makes a flag.
-
-    metadata: `choices`; `aliases`, other words for a choice; `metavar`; `flags`, other names of the
-    flag; `positional`, also without a flag; `type`, where the default does not tell; `shown`, the
-    default in words; `auto`, what None means on cuda and cpu; `hidden`, not in the help; `topic`,
-    heading of this one and those after it.
-    """
-    return field(default=default, metadata={"help": advice, **metadata})
-
-
-def name_unknown(cls: _Class) -> _Class:
-    """A dataclass whose error for an option that it lacks names the one that was meant."""
-    init: Any = cls.__init__  # type: ignore[misc]
-    names = [f.name for f in fields(cls)]
-
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **options: Any) -> None:
-        for name in options:
-            if name not in names:
-                hint = did_you_mean(name, names)
-                raise TypeError(f"{cls.__name__} has no option `{name}`.{hint}")
-        if not args and len(options) < len(names):  # else all are given
-            options = {**_together(options), **options}
-        init(self, *args, **options)
-
-    cls.__init__ = checked  # type: ignore[misc]
-    return cls
-
-
-def _together(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `preset` and `config` of these options say of others. Raises `ValueError`."""
-    from .config_file import read_options
-
-    preset, path = options.get("preset"), options.get("config")
-    if preset and path:
-        raise ValueError(
-            f"`preset` {preset} and `config` {path} both choose options: write `preset` into the "
-            "file, or leave one out."
-        )
-    found = read_options(path) if path else {}
-    return {**options_of(found.get("preset", preset)), **found}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @name_unknown
@@ -143,11 +99,20 @@ class Config:
         "[dinofast] Smallest and largest radius of the Gaussian blur in "
         "pixels. Scale it down together with the crops.",
     )
-    image_mean: tuple[float, float, float] = option(
-        (0.485, 0.456, 0.406), "[dinofast] Mean of each channel in [0, 1]."
+    in_channels: int = option(
+        3,
+        "[dinofast] Channels of an image, 1 to 16. Other than 3: gray files with 1, or a data set "
+        "of arrays from Python; then without hue, saturation, gray and solarization.",
     )
-    image_std: tuple[float, float, float] = option(
-        (0.229, 0.224, 0.225), "[dinofast] Standard deviation of each channel."
+    image_mean: tuple[float, ...] = option(
+        IMAGENET_MEAN,
+        "[dinofast] Mean of each channel in [0, 1]; 0.5 each where there are not three.",
+        nargs="+",
+    )
+    image_std: tuple[float, ...] = option(
+        IMAGENET_STD,
+        "[dinofast] Standard deviation of each channel; 0.25 each where there are not three.",
+        nargs="+",
     )
 
     warmup_teacher_temp: float = option(
@@ -377,6 +342,10 @@ class Config:
             if "aliases" in f.metadata and isinstance(value, str | bool):
                 value = meant(f.metadata["aliases"], value)
             object.__setattr__(self, f.name, value)
+        usual = {"image_mean": (IMAGENET_MEAN, 0.5), "image_std": (IMAGENET_STD, 0.25)}
+        for name, (of_colors, of_others) in usual.items():
+            if self.in_channels in validation.OTHER_CHANNELS and getattr(self, name) == of_colors:
+                object.__setattr__(self, name, (of_others,) * self.in_channels)
 
     # ----------------------------------------------------------------------------------------------
     @property
@@ -425,9 +394,3 @@ class Config:
             validation.check_patches(self, "global_crops_size", needed=True)
             validation.check_patches(self, "local_crops_size", needed=self.local_crops_number > 0)
         return self
-
-
-def meant(aliases: dict[str, str], value: str | bool) -> str | bool:
-    """The choice that `value` is another word for; itself where it is none."""
-    lower = str(value).lower()
-    return aliases.get(lower, lower if lower in aliases.values() else value)

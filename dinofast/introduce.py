@@ -22,7 +22,14 @@ from .runtime.progress import Run, in_words
 from .runtime.words import counted
 from .step import Step
 
-_NAMES = {"cpp": "C++", "triton": "Triton", "native": "C++", "pil": "Pillow", "dali": "DALI"}
+_NAMES = {
+    "cpp": "C++",
+    "triton": "Triton",
+    "native": "C++",
+    "pil": "Pillow",
+    "dali": "DALI",
+    "own": "worker processes",
+}
 
 
 def introduce(

@@ -59,7 +59,7 @@ RESUME_MUTABLE_OPTIONS = {
 }
 # Options that decide which tensors there are, and of which shapes.
 _SHAPING_OPTIONS = (
-    *("arch", "patch_size", "global_crops_size", "optimizer"),
+    *("arch", "patch_size", "in_channels", "global_crops_size", "optimizer"),
     *("out_dim", "use_bn_in_head", "head_layers", "head_hidden_dim", "head_bottleneck_dim"),
     "norm_last_layer",
 )

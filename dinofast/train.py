@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,9 @@ from . import checkpoint, ops
 from .callbacks import check_callbacks
 from .config import Config
 from .data import Loader, make_loader
+from .data.backend_own import Augment
 from .data.backend_pil import explain_killed_workers
+from .data.items import MapStyle
 from .evaluate.monitor import Monitor
 from .nn.backbones import name_of
 from .nn.dino import Model
@@ -37,15 +39,19 @@ def train(
     cfg: Config,
     backbone: Callable[[], nn.Module] | None = None,
     callbacks: Iterable[Any] = (),
+    dataset: MapStyle | None = None,
+    augmentation: Augment | None = None,
 ) -> RunFolder:
     """Pretrain as `cfg` says, resuming what `cfg.output_dir` holds; returns its folder, with the
     teacher, the metrics and the paths.
 
     backbone: makes any module that maps images (B, 3, h, w) to features (B, D), or to what
-    `nn.features` pools to them. callbacks: see `dinofast.Callback`. Raises `ValueError` for
-    options, data, a backbone or a checkpoint that cannot be right (before anything is written),
-    `Interrupted` after SIGINT or SIGTERM with everything saved, `Diverged` when the loss stays
-    non-finite, `OSError` when too many images turn out bad.
+    `nn.features` pools to them. callbacks: see `dinofast.Callback`. dataset: images of your own
+    instead of `cfg.data_path`, see `data.items`. augmentation: `augmentation(image, view, rng)`
+    makes crop `view` of an image, see `data.backend_own`. Raises `ValueError` for options, data, a
+    backbone or a checkpoint that cannot be right (before anything is written), `Interrupted` after
+    SIGINT or SIGTERM with everything saved, `Diverged` when the loss stays non-finite, `OSError`
+    when too many images turn out bad.
     """
     if not isinstance(cfg, Config):
         raise TypeError(f"cfg is a {type(cfg).__name__}: give train(Config(data_path=..., ...)).")
@@ -58,11 +64,12 @@ def train(
         StopSignal() as stop,
         distributed.session(cfg.device, cfg.dist_url) as process,
     ):
-        _train(cfg, backbone, callbacks, process, stop)
+        own = {"items": dataset, "augment": augmentation}
+        _train(cfg, backbone, callbacks, own, process, stop)
         if backbone is not None and process.is_main:
-            own = f"{cfg.arch.replace(' ', '_')}()"
+            made = f"{cfg.arch.replace(' ', '_')}()"
             path = Path(cfg.output_dir) / "checkpoint.pth"
-            say(f"use it: dinofast.load_backbone('{path}', backbone={own})")
+            say(f"use it: dinofast.load_backbone('{path}', backbone={made})")
     return RunFolder(cfg.output_dir, backbone)
 
 
@@ -70,6 +77,7 @@ def _train(
     cfg: Config,
     backbone: Callable[[], nn.Module] | None,
     callbacks: Iterable[Any],
+    own: Mapping[str, Any],
     process: distributed.Process,
     stop: StopSignal,
 ) -> None:
@@ -83,6 +91,7 @@ def _train(
         world=process.world,
         device=process.device,
         on_progress=counting("scanning files", process.is_main),
+        **own,
     )
     loader.all_are_here(process.all_equal)
     monitor = Monitor(cfg, loader, process)

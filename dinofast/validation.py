@@ -10,6 +10,8 @@ import tempfile
 from dataclasses import MISSING, fields
 from typing import Any
 
+CHANNELS = range(1, 17)  # of an image
+OTHER_CHANNELS = [n for n in CHANNELS if n != 3]
 SOURCES = "give a folder of images or .tar shards, or a text file of their paths"
 # what the files that an option writes are, and how they begin; all others are text
 WRITTEN = {
@@ -23,7 +25,10 @@ def check_values(options: Any) -> None:
     """Each field of a dataclass is of its type, finite, and one of its choices."""
     for f in fields(options):
         value = getattr(options, f.name)
-        check_type(f.name, value, f.default, f.metadata.get("type", str))
+        default: Any = f.default
+        if f.metadata.get("nargs") == "+" and isinstance(value, tuple) and value and default:
+            default = default[:1] * len(value)
+        check_type(f.name, value, default, f.metadata.get("type", str))
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
             raise ValueError(f"`{f.name}` is {value}: give a finite number.")
@@ -85,9 +90,11 @@ def check_ranges(options: Any) -> None:
         0 <= low <= high < 1000,
         "must be two radii, 0 <= smallest <= largest < 1000",
     )
-    _need(
-        options, "image_std", all(s > 0 for s in options.image_std), "must be three numbers above 0"
-    )
+    _need(options, "in_channels", options.in_channels in CHANNELS, "must be 1 to 16")
+    for name in ("image_mean", "image_std"):
+        rule = f"must be {options.in_channels} numbers, one a channel (`in_channels`)"
+        _need(options, name, len(getattr(options, name)) == options.in_channels, rule)
+    _need(options, "image_std", all(s > 0 for s in options.image_std), "must be numbers above 0")
 
 
 def check_type(name: str, value: Any, default: Any, no_default: type = str) -> None:

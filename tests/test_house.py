@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dinofast"
-SERVICES = {"config", "config_file", "presets", "schedule", "data"}
+SERVICES = {"config", "config_file", "options", "presets", "schedule", "data"}
 LAYERS = [
     {"_C", "runtime"},
     {"reference", "kernels"},
@@ -31,7 +31,7 @@ LAYERS = [
     {"__main__"},
 ]
 # the options, what checks them, and the version may be read from anywhere above
-FREE = {"config", "config_file", "presets", "validation", "dinofast"}
+FREE = {"config", "config_file", "options", "presets", "validation", "dinofast"}
 
 
 def files():

@@ -81,7 +81,9 @@ def load_backbone(
             backbone = _vit_for(path, weights, told)
         elif told or isinstance(state.get("arch"), str):
             cfg = Config(
-                arch=told or state["arch"], patch_size=patch_size or saved.get("patch_size", 16)
+                arch=told or state["arch"],
+                patch_size=patch_size or saved.get("patch_size", 16),
+                in_channels=saved.get("in_channels", 3),
             )
             backbone = _by_name(path, cfg, weights)
         else:
@@ -346,14 +348,14 @@ def _is_vit(weights: Mapping[str, Any]) -> bool:
 def _vit_for(path: Path, weights: Mapping[str, Any], arch: str) -> nn.Module:
     """Our ViT of this width, patch and number of positions."""
     _name_foreign(path, weights)
-    width, _, patch, _ = weights[_PATCHES].shape
+    width, channels, patch, _ = weights[_PATCHES].shape
     arch = arch or _VIT_OF_WIDTH.get(width, "")
     if arch not in VITS:
         raise ValueError(
             f"'{path}' does not tell its architecture (width {width}): name it with `arch`."
         )
     side = math.isqrt(max(weights["pos_embed"].shape[1] - 1, 0))
-    return getattr(vit, arch)(patch_size=patch, img_size=(side * patch,))
+    return getattr(vit, arch)(patch_size=patch, img_size=(side * patch,), in_chans=channels)
 
 
 def _name_foreign(

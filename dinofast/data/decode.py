@@ -180,11 +180,12 @@ def decode(
     image = identify(data)
     with unreadable():
         turn = TURNS.get(_orientation(image)) if exif else None
-        image = _rgb(image, value_range)
+        image = rgb(image, value_range)
         return image if turn is None else image.transpose(turn)
 
 
-def _rgb(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
+def rgb(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
+    """As `decode`, of an image that is open."""
     if image.mode == "RGB":  # `convert` would copy it
         image.load()
         if image.mode == "RGB":  # as some plugins find out only now
@@ -197,6 +198,11 @@ def _rgb(image: Image.Image, value_range: tuple[float, float] | None) -> Image.I
     elif image.mode == "La":  # gray times alpha; nothing converts it to RGB at once
         image = image.convert("LA")
     return image.convert("RGB")
+
+
+def bits_of(image: Image.Image) -> int | None:
+    """Of a gray value of more than 8 bits, where the file says so."""
+    return _declared(image, getattr(image, "tag_v2", {}))[0]
 
 
 def _declared(image: Image.Image, tags: Mapping[int, Any]) -> tuple[int | None, bool]:

@@ -11,6 +11,7 @@ import torch
 
 from dinofast.data import backend_native, backend_pil
 from dinofast.data.augmentation import VIEW, Augmentation
+from dinofast.data.backend_own import OwnCrops
 from dinofast.data.decode import UnreadableImage
 from dinofast.data.reader import ImageReader
 
@@ -23,16 +24,26 @@ def evenly(n: int, most: int) -> list[int]:
 
 
 def held_out_crops(
-    reader: ImageReader, augmentation: Augmentation, indices: Sequence[int], threads: int
-) -> tuple[torch.Tensor, np.ndarray]:
-    """The two global crops of each of n images: uint8 (n, 2, 3, G, G), and their plan, VIEW (n, 2).
-    Images that cannot be read are left out."""
+    reader: ImageReader,
+    augmentation: Augmentation,
+    own: OwnCrops | None,
+    indices: Sequence[int],
+    threads: int,
+) -> tuple[torch.Tensor, np.ndarray | None]:
+    """The two global crops of each of n images: uint8, or normalized float32, (n, 2, C, G, G), and
+    their plan, VIEW (n, 2). own: what makes the crops of the run, where it is not our backends;
+    there is no plan of a caller's own augmentation. Images that cannot be read are left out."""
 
     def crops_of(index: int) -> tuple[torch.Tensor, np.ndarray] | None:
         try:
             image = reader.decode(index)
         except UnreadableImage:
             return None
+        if own and (own.augment or isinstance(image, np.ndarray)):
+            crops = torch.stack(own.crops(image, EPOCH, index)[:2])
+            height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+            draw = augmentation.draw(EPOCH, np.array([index]))
+            return crops, draw.plan(0, height, width)[:2]
         draw = augmentation.draw(EPOCH, np.array([index]))
         views = draw.plan(0, image.height, image.width)[:2]
         side = int(views["size"][0])
@@ -50,4 +61,5 @@ def held_out_crops(
     if not found:
         side = augmentation.views[0].size
         return torch.empty(0, 2, 3, side, side, dtype=torch.uint8), np.empty((0, 2), VIEW)
-    return torch.stack([crops for crops, _ in found]), np.stack([views for _, views in found])
+    plan = None if own and own.augment else np.stack([views for _, views in found])
+    return torch.stack([crops for crops, _ in found]), plan

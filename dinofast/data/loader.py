@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import math
 import os
 import signal
 import time
@@ -18,24 +17,23 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dinofast import ops
 from dinofast.config import Config
-from dinofast.data import backend_dali, backend_native, dataset, shared
-from dinofast.data.augmentation import Augmentation, View
+from dinofast.data import backend_dali, backend_native, backend_own, dataset, shared
+from dinofast.data.augmentation import Augmentation
 from dinofast.data.backend_pil import CropDataset
-from dinofast.data.bad_files import BadFileList, in_a_line
+from dinofast.data.bad_images import BadImages
+from dinofast.data.choices import select_backend, views
 from dinofast.data.decode import BadFiles
 from dinofast.data.held_out import held_out_crops
-from dinofast.data.reader import UNREAD_S, ImageReader, Met
+from dinofast.data.items import ItemDataset, ItemReader, MapStyle
+from dinofast.data.reader import ImageReader, Met
 from dinofast.data.sampler import batch_indices
-from dinofast.runtime.backends import Selection, cores, select
+from dinofast.runtime.backends import cores
 from dinofast.runtime.distributed import local_world
 from dinofast.runtime.memory import fewer_workers
 from dinofast.runtime.side_stream import SideStream
 from dinofast.runtime.words import counted
 
 PREFETCH = 2  # micro-batches that a worker process has ready
-ENOUGH_DRAWN = 100  # images, before the share of bad ones can end a run
-# standard deviations above the allowed share that are put down to which images happened to be drawn
-CHANCE = 3.0
 # crops, files that gave none, images that were replaced
 Batches = Iterator[tuple[list[torch.Tensor], list[Met], int]]
 
@@ -48,14 +46,18 @@ def make_loader(
     start_step: int = 0,
     device: str | torch.device = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
+    items: MapStyle | None = None,
+    augment: backend_own.Augment | None = None,
 ) -> Loader:
     """The crops of process `rank` of `world`, from optimizer step `start_step` on; see `Loader`.
+    items, augment: a data set and an augmentation of the caller's own.
 
     Lists the files first, calling `on_progress(done, total)` now and then (total 0: not known yet).
     Raises `ValueError` if the source is missing or has no images, if they do not fill one step, or
     if more than the share `cfg.max_bad_files` of its shards is damaged.
     """
-    return Loader(cfg, rank, world, start_step, torch.device(device), on_progress)
+    where = torch.device(device)
+    return Loader(cfg, rank, world, start_step, where, on_progress, items, augment)
 
 
 class Loader:
@@ -100,50 +102,64 @@ class Loader:
         start_step: int,
         device: torch.device,
         on_progress: Callable[[int, int], None] | None,
+        items: MapStyle | None = None,
+        augment: backend_own.Augment | None = None,
     ) -> None:
-        images, self._unlink = shared.between_ranks(dataset.scan(cfg.data_path, on_progress))
-        self.n_images, self._source = len(images), cfg.data_path
+        images: dataset.ImageDataset | ItemDataset
+        if items is None:
+            images, self._unlink = shared.between_ranks(dataset.scan(cfg.data_path, on_progress))
+        else:
+            images, self._unlink = ItemDataset(items), lambda: None
+        self.n_images = len(images)
+        self._source = f"`data_path` {cfg.data_path}" if items is None else "the data set"
         self.fingerprint = images.fingerprint
-        self._bad_files, self.ignored = list(images.bad_files), images.ignored
-        self._max_bad, self._known = cfg.max_bad_files, {path for path, _ in self._bad_files}
-        n_listed = self.n_images + len(self._bad_files)
-        if len(self._bad_files) > cfg.max_bad_files * n_listed:  # shards, and folders
-            raise ValueError(self._too_many(len(self._bad_files), n_listed))
+        self.ignored = images.ignored
+        self._bad = BadImages(
+            images.bad_files,
+            self.n_images,
+            cfg.max_bad_files,
+            os.path.join(cfg.output_dir, "bad_files.txt"),
+            self._source,
+            " of this process" if world > 1 else "",
+        )
         global_batch = cfg.batch_size_per_gpu * world * cfg.accumulate
         self.steps_per_epoch = self.n_images // global_batch
         if not self.steps_per_epoch:
             raise ValueError(
-                f"`data_path` {cfg.data_path} has {counted(self.n_images, 'image')} but one step "
+                f"{self._source} has {counted(self.n_images, 'image')} but one step "
                 f"takes {global_batch:,} (`batch_size_per_gpu` {cfg.batch_size_per_gpu} x "
                 f"{counted(world, 'process', 'processes')} x `accumulate` {cfg.accumulate}): lower "
                 "`batch_size_per_gpu`."
             )
-        self._n_drawn = self._n_replaced = self.n_unread = 0
-        self._n_own = self.steps_per_epoch * cfg.batch_size_per_gpu * cfg.accumulate
-        self.unread_reason = ""
-        self._whose = " of this process" if world > 1 else ""
-        self._bad_file_list = BadFileList(os.path.join(cfg.output_dir, "bad_files.txt"))
-        self._listed_before: frozenset[str] | None = None
+        self._bad.n_own = self.steps_per_epoch * cfg.batch_size_per_gpu * cfg.accumulate
         self._rank = rank
         self._device, self._step = device, start_step
         self._batches: Batches | None = None
         self._side, self._blocked_s = SideStream(device) if device.type == "cuda" else None, 0.0
         self._waits_since = 0.0
         self._mean, self._std = (
-            torch.tensor(c, device=device).view(3, 1, 1) for c in (cfg.image_mean, cfg.image_std)
+            torch.tensor(c, device=device).view(-1, 1, 1) for c in (cfg.image_mean, cfg.image_std)
         )
         self.backend, self.backend_note = select_backend(cfg.data_backend, device.type)
         self.dtype = (
             torch.bfloat16 if cfg.vit and cfg.precision_on(device.type) == "bf16" else torch.float32
         )
         self.batch_size, self._hw_decoder_load = cfg.batch_size_per_gpu, cfg.hw_decoder_load
-        self.reader = ImageReader(images, cfg.given_value_range, cfg.exif)
+        read_as = cfg.given_value_range, cfg.exif
+        if isinstance(images, ItemDataset) or cfg.in_channels != 3:
+            self.reader: ImageReader = ItemReader(images, cfg.in_channels, *read_as)
+        else:
+            self.reader = ImageReader(images, *read_as)
         self.augmentation, self._exif = Augmentation(cfg.seed, views(cfg)), cfg.exif
+        self._own: backend_own.OwnCrops | None = None
+        if augment or isinstance(self.reader, ItemReader):
+            self._use_own(cfg, augment)
         self.n_workers = min(cfg.num_workers, max(1, cores() // local_world()))
         self.workers_note = None
-        if self.backend == "pil":
+        if self.backend in ("pil", "own"):
             sides = [view.size for view in self.augmentation.views]
-            batch = self.batch_size * sum(3 * side * side for side in sides)
+            values = cfg.in_channels * (4 if self._own and not self._own.makes_levels else 1)
+            batch = self.batch_size * sum(values * side * side for side in sides)
             self.n_workers, self.workers_note = fewer_workers(self.n_workers, PREFETCH * batch)
         self._indices = partial(
             batch_indices,
@@ -155,6 +171,23 @@ class Loader:
             rank=rank,
             world=world,
         )
+
+    def _use_own(self, cfg: Config, augment: backend_own.Augment | None) -> None:
+        """Crops in worker processes, by whatever the caller gave. Tries it on the first image."""
+        if cfg.data_backend not in (None, "pil"):
+            raise ValueError(
+                f"`data_backend` {cfg.data_backend} is for files of three channels and our "
+                "augmentation: leave it out."
+            )
+        self._own = backend_own.OwnCrops(
+            self.augmentation, self.reader.decode_next, augment, cfg.image_mean, cfg.image_std
+        )
+        met: list[Met] = []
+        image, _ = self.reader.decode_next(0, met)
+        if image is None:
+            raise self._bad.nothing(met)
+        self._own.try_out(image)
+        self.backend, self.backend_note = "own", None
 
     def seek(self, step: int) -> None:
         """Go on from this optimizer step of the run. Costs nothing before the first batch, which
@@ -173,19 +206,19 @@ class Loader:
     def begin_run(self) -> None:
         """Of a new run: remove the `bad_files.txt` of an earlier one. By one process, before any
         takes a batch."""
-        self._bad_file_list.clear()
-        self._listed_before = None
+        self._bad.begin_run()
 
     @property
     def bad_files(self) -> BadFiles:
-        known = self._known_before()
-        return [bad for bad in self._bad_files if in_a_line(bad[0]) not in known]
+        return self._bad.new
 
-    def _known_before(self) -> frozenset[str]:
-        """What the list names before this run adds to it."""
-        if self._listed_before is None:
-            self._listed_before = self._bad_file_list.known()
-        return self._listed_before
+    @property
+    def n_unread(self) -> int:
+        return self._bad.n_unread
+
+    @property
+    def unread_reason(self) -> str:
+        return self._bad.unread_reason
 
     def all_are_here(self, all_equal: Callable[[int], bool]) -> None:
         """Every process of this machine has its loader: what they share needs no name in the file
@@ -195,9 +228,9 @@ class Loader:
         self._unlink()
         if not same:
             raise ValueError(
-                f"process {self._rank} finds {counted(self.n_images, 'image')} in `data_path` "
+                f"process {self._rank} finds {counted(self.n_images, 'image')} in "
                 f"{self._source}, others find different ones: all processes must see the same "
-                "files."
+                "images."
             )
 
     def __iter__(self) -> Loader:
@@ -233,22 +266,15 @@ class Loader:
             self._waits_since = 0.0
         self._blocked_s += time.perf_counter() - start
         if not crops:
-            self._record(met)
-            raise self._nothing(met)
-        self._n_drawn, self._n_replaced = (
-            self._n_drawn + self.batch_size,
-            self._n_replaced + n_replaced - self._record(met),
-        )
-        self._check_share()
+            raise self._bad.nothing(met)
+        self._bad.drawn(self.batch_size, n_replaced, met)
         # torch keeps pinned memory until it is copied
         on_device = [c.to(self._device, non_blocking=True) for c in crops]
-        return [c if c.dtype == self.dtype else self.finished(c) for c in on_device]
+        return [self.finished(c) for c in on_device]
 
     def _start(self) -> None:
         self._unlink()
-        self._known_before()
-        if self._rank == 0:
-            self._bad_file_list.append(self._bad_files)
+        self._bad.begin(self._rank == 0)
         _OPEN.add(self)
         atexit.unregister(_close_all)
         atexit.register(_close_all)  # once, and before what multiprocessing does at exit
@@ -256,8 +282,9 @@ class Loader:
         draw = self.augmentation.draw
         decode = self.reader.decode_next
         resolutions = self.augmentation.resolutions
-        levels = torch.arange(256, dtype=torch.uint8, device=self._device).expand(1, 3, 1, 256)
-        norm_lut = self._normalize(levels).view(3, 256)
+        n = len(self._mean)
+        levels = torch.arange(256, dtype=torch.uint8, device=self._device).expand(1, n, 1, 256)
+        norm_lut = self._normalize(levels).view(n, 256)
         self._norm_lut = norm_lut.to(self.dtype)
         if self.backend == "dali":
             self._batches = backend_dali.Batches(
@@ -286,7 +313,7 @@ class Loader:
                 self.n_workers,
             )
         else:
-            crops = CropDataset(self.augmentation, decode)
+            crops = self._own or CropDataset(self.augmentation, decode)
             # iter() takes a number from it: leave the global generator alone
             generator = torch.Generator()
             self._batches = iter(
@@ -305,9 +332,9 @@ class Loader:
 
     def held_out_crops(
         self, indices: Sequence[int], threads: int
-    ) -> tuple[torch.Tensor, np.ndarray]:
-        """See `held_out.held_out_crops`; as levels, for `finished`."""
-        return held_out_crops(self.reader, self.augmentation, indices, threads)
+    ) -> tuple[torch.Tensor, np.ndarray | None]:
+        """See `held_out.held_out_crops`; for `finished`."""
+        return held_out_crops(self.reader, self.augmentation, self._own, indices, threads)
 
     def close(self) -> None:
         """End the worker processes. Only `seek` makes the loader usable again."""
@@ -331,88 +358,15 @@ class Loader:
         )
 
     def finished(self, crops: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, 3, S, S) as the model takes them; on a GPU in one pass over memory instead of
-        five, to the same bits."""
+        """Levels, uint8 (N, 3, S, S), as the model takes them; on a GPU in one pass over memory
+        instead of five, to the same bits. What is normalized already only in its dtype."""
+        if crops.dtype != torch.uint8:
+            return crops.to(self.dtype)
         return (
             ops.normalize(crops, self._norm_lut)
-            if crops.is_cuda
+            if crops.is_cuda and crops.shape[1] == 3
             else self._normalize(crops).to(self.dtype)
         )
-
-    def _record(self, met: list[Met]) -> int:
-        """Count and list what was met; how many images were replaced for this time only."""
-        # each worker meets it
-        new = {
-            path: reason for path, reason, kind in met if kind == "bad" and path not in self._known
-        }
-        self._known |= new.keys()
-        self._bad_files += new.items()
-        self._bad_file_list.append(list(new.items()))
-        unread = [reason for _, reason, kind in met if kind == "unread"]
-        self.n_unread = self.n_unread + len(unread)
-        self.unread_reason = unread[-1] if unread else self.unread_reason
-        return len(unread)
-
-    def _check_share(self) -> None:
-        """Raise `OSError` if more of the images drawn are bad than the allowed share and chance
-        explain."""
-        if self._n_drawn < min(ENOUGH_DRAWN, self._n_own):
-            return
-        epochs, rest = divmod(self._n_drawn, self._n_own)  # each epoch draws without putting back
-        spread = epochs * self._n_own * (1 - self._n_own / self.n_images) + rest * (
-            1 - rest / self.n_images
-        )
-        allowed = self._max_bad * self._n_drawn + CHANCE * math.sqrt(
-            spread * self._max_bad * (1 - self._max_bad)
-        )
-        if self._n_replaced > allowed:
-            raise OSError(self._too_many(self._n_replaced, self._n_drawn, self._whose))
-
-    def _too_many(self, n_bad: int, n: int, whose: str = "") -> str:
-        return (
-            f"{n_bad:,} of {counted(n, 'image')}{whose} {'is' if n_bad == 1 else 'are'} bad "
-            f"and `max_bad_files` is {self._max_bad:g}: {dataset.examples(self._bad_files)}. "
-            "Mend or remove these files; `dinofast check-data` finds them all."
-        )
-
-    def _nothing(self, met: list[Met]) -> Exception:
-        """Why there is no batch."""
-        if lost := [(path, reason) for path, reason, kind in met if kind == "lost"]:
-            return OSError(
-                f"the storage of `data_path` fails, no file could be read for up to {UNREAD_S:g} "
-                f"s: {dataset.examples(lost[-1:])}."
-            )
-        n, kind = len(self._bad_files), OSError if self._n_drawn else ValueError
-        what = f"none of the first {n:,} images tried decodes" if n > 1 else "no image decodes"
-        if self._n_drawn:
-            what = "no image decodes any more"
-        return kind(
-            f"{what}: {dataset.examples(self._bad_files[-3:])}. `dinofast check-data` tries every "
-            "file."
-        )
-
-
-def select_backend(asked: str | None, device_type: str) -> Selection:
-    """Which backend executes the plan, and why not a faster one. Raises `ValueError` if what was
-    asked for cannot run here."""
-    reasons = {
-        "dali": backend_dali.unavailable_reason(device_type),
-        "native": backend_native.unavailable_reason(),
-        "pil": None,
-    }
-    # on a CPU DALI is for tests
-    by_speed = ["dali", "native", "pil"] if device_type == "cuda" else ["native", "pil"]
-    return select("data_backend", asked, reasons, by_speed)
-
-
-def views(cfg: Config) -> tuple[View, ...]:
-    """The official kinds of crop: two global ones, which differ in blur and solarization, and the
-    local ones."""
-    big, small, blur = cfg.global_crops_size, cfg.local_crops_size, cfg.blur_radius
-    first = View(big, cfg.global_crops_scale, blur_p=1.0, solarize_p=0.0, blur_radius=blur)
-    second = View(big, cfg.global_crops_scale, blur_p=0.1, solarize_p=0.2, blur_radius=blur)
-    local = View(small, cfg.local_crops_scale, blur_p=0.5, solarize_p=0.0, blur_radius=blur)
-    return first, second, *[local] * cfg.local_crops_number
 
 
 _OPEN: weakref.WeakSet[Loader] = weakref.WeakSet()  # loaders with workers

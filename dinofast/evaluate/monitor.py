@@ -45,7 +45,7 @@ class Monitor:
         self._cfg, self._loader, self._process = cfg, loader, process
         self._labeled = _labeled(cfg) if cfg.eval_data else None
         self.best_by = "knn" if self._labeled else "rankme"
-        self._crops: tuple[Tensor, np.ndarray] | None = None
+        self._crops: tuple[Tensor, np.ndarray | None] | None = None
         self._threads = max(1, min(cfg.num_workers, cores() // local_world()))
         self.every = self._how_often()
         self.elapsed_s = 0.0
@@ -116,7 +116,8 @@ class Monitor:
                 found.append(tokens[:, :, 0].float())
                 side = batch.shape[-1] // backbone.patch_embed.patch_size
                 of_patches = tokens[:, :, 1:].unflatten(2, (side, side))
-                patches += torch.tensor(matched(of_patches, views[i : i + BATCH]))
+                if views is not None:
+                    patches += torch.tensor(matched(of_patches, views[i : i + BATCH]))
             else:
                 found.append(features_of(backbone, batch).float().unflatten(0, (-1, 2)))
         own = torch.cat(found) if found else torch.empty(0, 2, 1, device=process.device)

@@ -67,7 +67,7 @@ def make_backbones(cfg: Config, make: Callable[[], nn.Module] | None) -> Backbon
         return Backbones(student, teacher, feature_width(student, cfg.global_crops_size))
     refusals: list[ValueError] = []
     unbuilt: list[ValueError] = []
-    for candidate in _candidates(cfg.arch):
+    for candidate in _candidates(cfg):
         torch.manual_seed(cfg.seed)
         what = f"`arch` {cfg.arch} of {candidate.package}"
         try:
@@ -99,10 +99,11 @@ def build_backbone(
             patch_size=cfg.patch_size,
             drop_path_rate=drop_path_rate,
             img_size=(cfg.global_crops_size,),
+            in_chans=cfg.in_channels,
         )
     first: nn.Module | None = None
     reason = Exception()
-    for candidate in _candidates(cfg.arch):
+    for candidate in _candidates(cfg):
         try:
             module = candidate.build()
         except Exception as error:  # an option that others of the package have, or anything else
@@ -116,10 +117,10 @@ def build_backbone(
     return first
 
 
-def _candidates(arch: str) -> Iterator[Candidate]:
+def _candidates(cfg: Config) -> Iterator[Candidate]:
     """Those of `packages.candidates`, at least one. Raises `ValueError` if there is none."""
-    missing: list[str] = []
-    found = candidates(arch, missing)
+    arch, missing = cfg.arch, list[str]()
+    found = candidates(arch, missing, cfg.in_channels)
     if (first := next(found, None)) is not None:
         yield first
         yield from found
@@ -146,11 +147,13 @@ def _of_ones_own(cfg: Config, make: Callable[[], nn.Module]) -> Backbones:
     student = _call(make)
     what = f"backbone {type(student).__name__}"
     if _lazy(student):
-        _initialize(student, what, cfg.global_crops_size)
+        _initialize(student, what, cfg.global_crops_size, cfg.in_channels)
     teacher = _copy(student, make)
     if isinstance(student, vit.VisionTransformer) and _is_as_built(student):
         for crops in crops_of(cfg):
-            student.patchify(torch.zeros(1, 3, crops.side, crops.side))  # refuses what is too small
+            student.patchify(
+                torch.zeros(1, crops.channels, crops.side, crops.side)
+            )  # refuses what is too small
         return Backbones(student, teacher, student.embed_dim)
     # a compiled module is tried as it was written
     tried = getattr(teacher, "_orig_mod", teacher)
@@ -210,12 +213,12 @@ def _call(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 @torch.no_grad()
-def _initialize(module: nn.Module, what: str, side: int) -> None:
+def _initialize(module: nn.Module, what: str, side: int, channels: int) -> None:
     """Give lazy layers their shapes."""
     training = module.training
     module.eval()
     try:
-        module(torch.zeros(1, 3, side, side))
+        module(torch.zeros(1, channels, side, side))
     except Exception as error:  # whatever a module of somebody else's may raise
         raise ValueError(
             f"{what} has lazy layers, and does not take an image of {side} x {side} "

@@ -26,25 +26,30 @@ class Candidate(NamedTuple):
     build: Callable[[], nn.Module]
 
 
-def candidates(arch: str, missing: list[str]) -> Iterator[Candidate]:
-    """All ways to build `arch`, the first that fits to be taken: timm is only asked, and imported,
-    where torchvision's does not fit. missing: gets the packages that cannot be imported, and
-    why."""
+def candidates(arch: str, missing: list[str], channels: int = 3) -> Iterator[Candidate]:
+    """All ways to build `arch` for images of so many channels, the first that fits to be taken:
+    timm is only asked, and imported, where torchvision's does not fit. missing: gets the packages
+    that cannot be imported, and why."""
     for package, find in {"torchvision.models": _from_torchvision, "timm": _from_timm}.items():
         try:
             library = importlib.import_module(package)
         except Exception as error:  # one that was built for another torch raises all kinds
             missing.append(f"{package} ({error})")
             continue
-        for build in find(library, arch):
+        for build in find(library, arch, channels):
             yield Candidate(package.partition(".")[0], build)
 
 
-def _from_torchvision(library: Any, arch: str) -> list[Callable[[], nn.Module]]:
+def _from_torchvision(library: Any, arch: str, channels: int) -> list[Callable[[], nn.Module]]:
     make = getattr(library, arch, None)
     # `get_model`, `list_models` and their like take no weights
     if not inspect.isfunction(make) or "weights" not in inspect.signature(make).parameters:
         return []
+    if channels != 3:
+        raise ValueError(
+            f"`in_channels` {channels}: torchvision's {arch} takes 3; choose a vit_* of ours or a "
+            "name of timm, or pass a backbone of your own."
+        )
     auxiliary = arch in ("googlenet", "inception_v3")  # classifiers that need larger crops
 
     def build() -> nn.Module:
@@ -84,11 +89,12 @@ def _remove_classifier(model: nn.Module, arch: str) -> None:
         model.dropout = nn.Identity()
 
 
-def _from_timm(library: Any, arch: str) -> list[Callable[[], nn.Module]]:
+def _from_timm(library: Any, arch: str, channels: int) -> list[Callable[[], nn.Module]]:
     if not library.is_model(arch):
         return []
 
     def builder(options: dict[str, Any]) -> Callable[[], nn.Module]:
-        return lambda: library.create_model(arch, pretrained=False, num_classes=0, **options)
+        given = {"num_classes": 0, "in_chans": channels, **options}
+        return lambda: library.create_model(arch, pretrained=False, **given)
 
     return [builder(options) for options in _TIMM_OPTIONS]

@@ -24,19 +24,23 @@ _TRAINABLE = (
 
 
 class Crops(NamedTuple):
-    """One size of crops: the option that sets it, pixels of a side, and how many a trial takes."""
+    """One size of crops: the option that sets it, pixels of a side, how many a trial takes, and
+    their channels."""
 
     option: str
     side: int
     number: int
+    channels: int = 3
 
 
 def crops_of(cfg: Config) -> list[Crops]:
     """What a run gives to a backbone, two images of each size where a batch has as many."""
-    sizes = [Crops("global_crops_size", cfg.global_crops_size, 2)]
+    channels = cfg.in_channels
+    sizes = [Crops("global_crops_size", cfg.global_crops_size, 2, channels)]
     if cfg.local_crops_number:
         n_local = cfg.batch_size_per_gpu * cfg.local_crops_number
-        sizes.append(Crops("local_crops_size", cfg.local_crops_size, min(2, n_local)))
+        number = min(2, n_local)
+        sizes.append(Crops("local_crops_size", cfg.local_crops_size, number, channels))
     return sizes
 
 
@@ -98,10 +102,10 @@ def _forward(
     widths: Sequence[int],
 ) -> Tensor:
     """Features (n, D) of crops that are noise, the same each time. widths: of sizes before."""
-    _, side, n = crops
+    _, side, n, channels = crops
     generator = torch.Generator().manual_seed(0)
     # from -2 to 2 as normalized ones: one without negative numbers a ReLU would leave as it is
-    images = (4 * torch.rand(n, 3, side, side, generator=generator) - 2).to(device)
+    images = (4 * torch.rand(n, channels, side, side, generator=generator) - 2).to(device)
     given = images.clone()
     try:
         output = backbone(images)
@@ -144,7 +148,8 @@ def _why(error: Exception, what: str, crops: Crops, sizes: Sequence[Crops]) -> s
     if isinstance(error, _OTHER_KINDS) or _OTHER_WORDS.search(said):
         return (
             f"{what}: its forward fails on images, float32 of shape "
-            f"{(crops.number, 3, side, side)} ({said}): it must take these and nothing else."
+            f"{(crops.number, crops.channels, side, side)} ({said}): it must take these and "
+            "nothing else."
         )
     way_out = (
         f"set `local_crops_size` to {sizes[0].side} or another that fits, or `local_crops_number` 0"

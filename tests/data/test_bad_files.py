@@ -378,14 +378,14 @@ def test_a_share_that_chance_explains_ends_no_run(photographs, tmp_path):
         (800, 50, 50, 30, False),
     ):
         loader.n_images = n_images
-        loader._n_own = n_own
-        loader._n_drawn = drawn
-        loader._n_replaced = bad
+        loader._bad.n_own = n_own
+        loader._bad.n_drawn = drawn
+        loader._bad.n_replaced = bad
         if ends:
             with pytest.raises(OSError, match=f"{bad} of {drawn} images are bad"):
-                loader._check_share()
+                loader._bad.check_share()
         else:
-            loader._check_share()
+            loader._bad.check_share()
 
 
 def test_a_list_that_cannot_be_written_is_written_later(tmp_path):

@@ -1,0 +1,133 @@
+"""Crops of a caller's own data set, or by a caller's own augmentation, made in worker processes.
+
+A data set of one's own need not be safe in threads, and an augmentation in Python would hold the
+GIL.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dinofast.data import array_crops, backend_native, backend_pil
+from dinofast.data.augmentation import Augmentation
+from dinofast.data.items import Pixels
+from dinofast.data.reader import Met
+from dinofast.data.sampler import BatchIndices
+from dinofast.runtime.memory import share
+from dinofast.runtime.words import a_kind, one_line
+
+# image, which crop of it, a generator of its own -> the crop
+Augment = Callable[[Pixels, int, np.random.Generator], Any]
+
+
+class OwnCrops(Dataset):
+    """Item (epoch, indices (B,)): as of `backend_pil.CropDataset`, crops (V_r B, C, S_r, S_r) per
+    resolution, what was met, how many were replaced.
+
+    decode: see `ImageReader.decode_next`. augment: the caller's, or None for the plan. mean, std:
+    of each channel; crops that are not levels of 8 bits come normalized.
+    """
+
+    def __init__(
+        self,
+        augmentation: Augmentation,
+        decode: Callable[[int, list[Met]], tuple[Any, int]],
+        augment: Augment | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self._augmentation, self._decode, self.augment = augmentation, decode, augment
+        self._mean, self._std = (torch.tensor(c).view(-1, 1, 1) for c in (mean, std))
+        self.makes_levels = True  # of 8 bits; known after `try_out`
+
+    def __getitem__(self, batch: BatchIndices) -> tuple[list[Tensor], list[Met], int]:
+        epoch, indices = batch
+        made: list[list[Tensor]] = [[] for _ in self._augmentation.views]
+        met: list[Met] = []
+        n_replaced = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
+            for index in indices.tolist():
+                image, used = self._decode(index, met)
+                if image is None:
+                    return [], met, n_replaced
+                n_replaced += used != index
+                for crops, crop in zip(made, self.crops(image, epoch, used), strict=True):
+                    crops.append(crop)
+        stacked = [torch.stack(crops) for crops in made]
+        groups, start = [], 0
+        for n, _ in self._augmentation.resolutions:
+            groups.append(torch.cat(stacked[start : start + n]))
+            start += n
+        share(groups)
+        return groups, met, n_replaced
+
+    def crops(self, image: Pixels, epoch: int, index: int) -> list[Tensor]:
+        """All of one image, (C, S, S) each: uint8, or normalized float32."""
+        if self.augment is not None:
+            return self._by_caller(image, epoch, index)
+        height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+        views = self._augmentation.draw(epoch, np.array([index])).plan(0, height, width)
+        if isinstance(image, np.ndarray):
+            return [self._normalized(array_crops.render(image, view)) for view in views]
+        if backend_native.unavailable_reason() is None:
+            out = [torch.empty(3, v, v, dtype=torch.uint8) for v in views["size"].tolist()]
+            backend_native.render(backend_native.pixels(image), views, out)
+            return out
+        rendered = (backend_pil.render(image, view) for view in views)
+        return [torch.tensor(crop).permute(2, 0, 1) for crop in rendered]
+
+    def _by_caller(self, image: Pixels, epoch: int, index: int) -> list[Tensor]:
+        """Raises `ValueError` for a crop of another kind or size than it has to be."""
+        crops = []
+        assert self.augment is not None
+        for v, view in enumerate(self._augmentation.views):
+            rng = np.random.default_rng([self._augmentation.seed, epoch, index, v])
+            crop = _tensor_of(self.augment(image, v, rng))
+            wanted = (len(self._mean), view.size, view.size)
+            if tuple(crop.shape) != wanted:
+                raise ValueError(
+                    f"`augmentation` gives a crop of shape {tuple(crop.shape)} for view {v}: it "
+                    f"must be {wanted}."
+                )
+            crops.append(crop)
+        return crops
+
+    def try_out(self, image: Pixels) -> None:
+        """Make the crops of one image, and keep of which kind they are. Raises `ValueError` if an
+        augmentation of the caller's does not work."""
+        try:
+            kinds = {crop.dtype for crop in self.crops(image, 0, 0)}
+        except ValueError:
+            raise
+        except Exception as error:  # whatever code of somebody else's may raise
+            raise ValueError(f"`augmentation` fails on an image: {one_line(error)}.") from error
+        if len(kinds) > 1:
+            raise ValueError("`augmentation` gives uint8 for some crops and floats for others.")
+        self.makes_levels = kinds == {torch.uint8}
+
+    def _normalized(self, crop: Tensor) -> Tensor:
+        return (crop - self._mean) / self._std
+
+
+def _tensor_of(crop: Any) -> Tensor:
+    """uint8 or float32 (C, S, S) of a PIL image, an array (S, S, C) or a tensor (C, S, S)."""
+    if isinstance(crop, Image.Image):
+        crop = np.asarray(crop)
+    if isinstance(crop, np.ndarray):
+        crop = torch.tensor(crop)
+        crop = crop[None] if crop.ndim == 2 else crop.permute(2, 0, 1)
+    if not isinstance(crop, Tensor):
+        raise ValueError(
+            f"`augmentation` returns {a_kind(crop)}: give a PIL image, an array (S, S, C), or a "
+            "tensor (C, S, S); uint8, or float32 that is normalized already."
+        )
+    return crop if crop.dtype == torch.uint8 else crop.float()
