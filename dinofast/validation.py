@@ -12,7 +12,11 @@ from typing import Any
 
 SOURCES = "give a folder of images or .tar shards, or a text file of their paths"
 # what the files that an option writes are, and how they begin; all others are text
-WRITTEN = {"json": ("JSON", (b"{", b"[")), "sheet": ("PNG", (b"\x89PNG\r\n\x1a\n",))}
+WRITTEN = {
+    "json": ("JSON", (b"{", b"[")),
+    "sheet": ("PNG", (b"\x89PNG\r\n\x1a\n",)),
+    "features": ("of features", (b"PK\3\4", b"PAR1")),
+}
 
 
 def check_values(options: Any) -> None:
