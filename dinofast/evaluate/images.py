@@ -31,6 +31,7 @@ HOLD_OUT_EVERY = 4
 # images that a worker passes on at a time: a batch of 128 is 73 MiB, more than all of /dev/shm in a
 # container, and as a list it is 128 open files
 SHARE, SHARES_AHEAD = 8, 2
+WORKER_ENDS_S = 5
 LONGEST = 64  # sides that are longer than so many short ones are not resized as a whole
 SPLITS = {"train", "val", "test", "valid", "validation"}
 
@@ -237,10 +238,11 @@ def classes_of(source: str | Path, listed: ImageDataset) -> tuple[tuple[str, ...
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the parent answers it, and ends its workers."""
+    """What reaches the whole process group, such as Ctrl-C, is answered by the parent, which ends
+    its workers; one that is told to end and is not ended does so by itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signum, lambda *_: signal.alarm(WORKER_ENDS_S) and None)
 
 
 def _all_of(loader: DataLoader) -> Iterator[tuple[Tensor, list[int], list[tuple[int, str]]]]:
