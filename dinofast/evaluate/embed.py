@@ -33,6 +33,7 @@ from .frozen import (
 )
 from .images import ListedImages, listed_images
 
+BATCH_S = 10.0
 DTYPES, PRECISIONS = ("float32", "float16"), ("fp32", "bf16")
 
 
@@ -97,12 +98,15 @@ def embed(
         f"{transform.crop}; features of {frozen.told}"
     )
     made_with = _made_with(frozen, images, data_path, dtype, precision)
-    with StopSignal(), FeatureParts(path.with_name(path.name + ".parts"), made_with) as parts:
+    folder = path.with_name(path.name + ".parts")
+    with StopSignal() as stop, FeatureParts(folder, made_with) as parts:
         if parts.done:
             say(f"{parts.done:,} of them are in '{parts.folder}' already")
         workers = min(num_workers, cores())
         try:
-            rate = _extract(frozen, images, parts, dtype, precision, batch_size_per_gpu, workers)
+            rate = _extract(
+                frozen, images, parts, dtype, precision, batch_size_per_gpu, workers, stop
+            )
             table, left_out = _table(images, parts, made_with)
             write_features(path, table)
         except Interrupted as error:
@@ -164,12 +168,15 @@ def _extract(
     precision: str,
     batch_size: int,
     workers: int,
+    stop: StopSignal,
 ) -> float:
     """Add what is missing to the parts; images/s. Whatever ends it, all finished batches are in the
-    parts then."""
+    parts then. A signal ends it after a batch, or at once where one takes longer than
+    BATCH_S."""
     frozen.module.eval()
     progress, n_bad = ImageProgress(len(images), parts.done), sum(len(p.bad) for p in parts.parts)
-    since = time.monotonic()
+    since = began = time.monotonic()
+    stop.begin(lambda: max(0.0, time.monotonic() - began - BATCH_S), several=False)
     try:
         for batch, rows, bad_files in images.batches(batch_size, workers, parts.done):
             tell_left_out(bad_files, progress)
@@ -185,6 +192,9 @@ def _extract(
             if parts.pending >= PART_IMAGES or time.monotonic() - since >= PART_S:
                 parts.flush()
                 since = time.monotonic()
+            if stop.signum:
+                raise Interrupted(stop.signum, "")
+            began = time.monotonic()
     finally:
         parts.flush()
         progress.end()

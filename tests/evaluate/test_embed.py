@@ -135,7 +135,7 @@ def test_a_run_that_was_ended_goes_on_and_ends_with_the_same_file(
     out = tmp_path / f"out.{ending}"
     line = ["embed", str(data), "--pretrained_weights", "none.pth", "-o", str(out)]
     line += ["--device", "cpu", "--batch_size_per_gpu", "2", "--num_workers", str(workers)]
-    for signum, at, done in ((signal.SIGINT, 3, 4), (signal.SIGTERM, 2, 6)):
+    for signum, at, done in ((signal.SIGINT, 2, 4), (signal.SIGTERM, 1, 6)):
         mean_pixel(MeanPixel(at, signum))
         assert cli.main(line) == 128 + signum
         said = capsys.readouterr()
@@ -180,7 +180,7 @@ def ended(tmp_path, mean_pixel, monkeypatch, **more) -> tuple[Path, Path]:
     monkeypatch.setattr(embed_module, "PART_IMAGES", 2)
     data, out = images(tmp_path / "data", "cat", "dog"), tmp_path / "out.npz"
     with pytest.raises(KeyboardInterrupt):
-        embed(data_path=data, features=out, **mean_pixel(MeanPixel(3, signal.SIGINT), **more))
+        embed(data_path=data, features=out, **mean_pixel(MeanPixel(2, signal.SIGINT), **more))
     return data, out
 
 
