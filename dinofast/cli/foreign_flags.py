@@ -96,6 +96,10 @@ _COMMANDS = (
         "export onnx convert load linear eval-linear eval_linear linear-probe finetune classify",
     ),
     (
+        "dinofast retrieve draws nearest neighbors.",
+        "retrieval search nearest neighbors nearest-neighbors nn image-retrieval similarity",
+    ),
+    (
         "dinofast embed writes the features of images into a file.",
         "extract extract-features extract_features features embedding embeddings infer inference "
         "predict dump-features dump_features",

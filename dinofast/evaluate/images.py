@@ -162,6 +162,7 @@ class LabeledImages(Batches):
     transform: Callable[[Image.Image], Tensor]
     ignored: str = ""
     decode: Callable[[bytes], Image.Image] = decode
+    probe: tuple[int, int] = (8, 8)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -199,6 +200,17 @@ class ListedImages(Batches):
 
     def read(self, i: int) -> bytes:
         return self.listed.read(i)
+
+
+def image_files(
+    paths: Sequence[Path],
+    transform: Callable[[Image.Image], Tensor],
+    decode: Callable[[bytes], Image.Image] = decode,
+    probe: tuple[int, int] = (8, 8),
+) -> LabeledImages:
+    """Files in this order, without labels."""
+    none = (-1,) * len(paths)
+    return LabeledImages(tuple(paths), none, (), transform, decode=decode, probe=probe)
 
 
 def listed_images(
