@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data.dataset import scan
+from ..data.dataset import ImageDataset, scan
 from ..runtime.backends import cores
 from ..runtime.terminal import say
 from ..runtime.words import counted
@@ -111,7 +111,7 @@ def copy_detection(
     blocks = _blocks(Path(data_path))
     wanted = {name: _originals(name, paths, blocks[ORIGINAL]) for name, paths in blocks.items()}
     more = {
-        name: scan(str(path))
+        name: _scan(name, path)
         for name, path in (("whitening", whitening_path), ("distractors", distractors_path))
         if path
     }
@@ -127,8 +127,8 @@ def copy_detection(
     shown = Square(imsize, frozen.transform.mean, frozen.transform.std)
     told = "".join(f", {len(images):,} for {name}" for name, images in more.items())
     say(
-        f"{counted(len(blocks[ORIGINAL]), 'original')}, {counted(len(blocks[STRONG]), 'copy')} in "
-        f"{STRONG}/{told}; squares of {imsize}, features of {frozen.told}"
+        f"{counted(len(blocks[ORIGINAL]), 'original')}, "
+        f"{counted(len(blocks[STRONG]), 'copy', 'copies')} in {STRONG}/{told}; squares of {imsize}, features of {frozen.told}"
     )
     extract = partial(_extract, frozen, batch_size_per_gpu, min(num_workers, cores()))
     features = {
@@ -147,6 +147,14 @@ def copy_detection(
         results[name] = copy_map(whiten(queries).to(where), gallery, wanted[name])
         say(f"eval on {name} mAP={results[name] / 100:.3f}")
     return results
+
+
+def _scan(name: str, path: str | Path) -> ImageDataset:
+    """The images of a source, of which messages speak by its own option."""
+    try:
+        return scan(str(path))
+    except ValueError as error:
+        raise ValueError(str(error).replace("`data_path`", f"`{name}_path`")) from error
 
 
 def _extract(
