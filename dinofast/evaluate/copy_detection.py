@@ -128,7 +128,8 @@ def copy_detection(
     told = "".join(f", {len(images):,} for {name}" for name, images in more.items())
     say(
         f"{counted(len(blocks[ORIGINAL]), 'original')}, "
-        f"{counted(len(blocks[STRONG]), 'copy', 'copies')} in {STRONG}/{told}; squares of {imsize}, features of {frozen.told}"
+        f"{counted(len(blocks[STRONG]), 'copy', 'copies')} in {STRONG}/{told}; "
+        f"squares of {imsize}, features of {frozen.told}"
     )
     extract = partial(_extract, frozen, batch_size_per_gpu, min(num_workers, cores()))
     features = {

@@ -24,7 +24,7 @@ class ImageProgress:
         self.status = StatusLine() if is_terminal() else None
         self.spoken = self.start
 
-    def show(self, done: int, n_bad: int) -> None:
+    def show(self, done: int, n_bad: int | None = None) -> None:
         from .progress import duration
 
         now, self.done = time.monotonic(), done
@@ -35,8 +35,8 @@ class ImageProgress:
         rate = self.rate()
         eta = duration((self.total - done) / rate) if rate else "unknown"
         (self.status.show if self.status else say)(
-            f"{done:,} of {counted(self.total, 'image')}, {rate:,.0f} images/s, ETA {eta}, "
-            f"{n_bad:,} bad"
+            f"{done:,} of {counted(self.total, 'image')}, {rate:,.0f} images/s, ETA {eta}"
+            + ("" if n_bad is None else f", {n_bad:,} bad")
         )
 
     def rate(self) -> float:

@@ -16,7 +16,7 @@ from dinofast import cli
 from dinofast.evaluate import frozen as frozen_module
 from dinofast.evaluate import retrieval as retrieval_module
 from dinofast.evaluate.contact_sheet import OTHER, SAME
-from dinofast.evaluate.retrieval import neighbors, retrieve, retrieve_classes
+from dinofast.evaluate.retrieval import neighbors, ranks_of, retrieve, retrieve_classes
 
 
 def labeled(n: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,6 +69,17 @@ def test_by_hand():
     for labels, average in (([0, 1, 1], 100), ([1, 0, 1], 50)):
         one = retrieve_classes(twins[:1], torch.tensor([0]), twins, torch.tensor(labels))
         assert one.mean_average_precision == pytest.approx(average)
+
+
+@pytest.mark.parametrize("values", [3, 10**6])  # of which most are equal, or none
+def test_ranks_of_twins(values):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        similarity = rng.integers(0, values, 50).astype(np.float32)
+        relevant = rng.random(50) < 0.3
+        order = sorted(range(50), key=lambda i: -similarity[i])  # noqa: B023
+        expected = [rank for rank, i in enumerate(order) if relevant[i]]
+        assert ranks_of(similarity, relevant).tolist() == expected
 
 
 def test_a_class_of_one_image_does_not_count():
