@@ -140,14 +140,28 @@ def copy_detection(
         name: extract(ListedImages(images, shown, frozen.decode))[0]
         for name, images in more.items()
     }
-    gallery = torch.cat([features[ORIGINAL], *(others[n] for n in others if n == "distractors")])
-    whiten = whitening(others["whitening"]) if "whitening" in others else lambda x: x
-    where, results = frozen.device, {}
-    gallery = whiten(gallery).to(where)
-    for name, queries in features.items():
-        results[name] = copy_map(whiten(queries).to(where), gallery, wanted[name])
-        say(f"eval on {name} mAP={results[name] / 100:.3f}")
+    results = _scores(features, others, wanted, frozen.device)
+    for name, value in results.items():
+        say(f"eval on {name} mAP={value / 100:.3f}")
     return results
+
+
+def _scores(
+    features: dict[str, Tensor],
+    others: dict[str, Tensor],
+    wanted: dict[str, list[list[int]]],
+    where: torch.device,
+) -> dict[str, float]:
+    """Of each block, from its features and those of other images."""
+    gallery = features[ORIGINAL]
+    if "distractors" in others:
+        gallery = torch.cat((gallery, others["distractors"]))
+    whiten = whitening(others["whitening"]) if "whitening" in others else lambda x: x
+    gallery = whiten(gallery).to(where)
+    return {
+        name: copy_map(whiten(queries).to(where), gallery, wanted[name])
+        for name, queries in features.items()
+    }
 
 
 def _scan(name: str, path: str | Path) -> ImageDataset:

@@ -75,12 +75,8 @@ def embed(
     made with anything else, `Interrupted` for a signal.
     """
     path = Path(features)
-    check_output("features", str(features), is_replaced=True)
-    check_features_file(str(features))
+    _check(str(features), dtype, precision)
     check_batches(batch_size_per_gpu, num_workers)
-    for name, value, known in (("dtype", dtype, DTYPES), ("precision", precision, PRECISIONS)):
-        if value not in known:
-            raise ValueError(f"`{name}` is '{value}': choose from {', '.join(known)}.")
     frozen = load_frozen(
         pretrained_weights,
         checkpoint_key=checkpoint_key,
@@ -110,18 +106,32 @@ def embed(
             table, left_out = _table(images, parts, made_with)
             write_features(path, table)
         except Interrupted as error:
-            raise Interrupted(
-                error.signum,
-                f"stopped after {parts.done:,} of {counted(len(images), 'image')}; the same "
-                "command goes on from there.",
-            ) from error
+            raise _stopped(error, parts, len(images)) from error
         parts.remove()
-    say(
-        f"{counted(table.n, 'feature')} of {table.width} numbers in '{path}'"
-        + (f", {counted(len(left_out), 'image')} left out" if left_out else "")
-        + (f"; {rate:,.1f} images/s" if rate else "")
-    )
-    return Embedded(path, table.n, table.width, left_out, rate)
+    found = Embedded(path, table.n, table.width, left_out, rate)
+    say(_told(found))
+    return found
+
+
+def _check(features: str, dtype: str, precision: str) -> None:
+    """Raise `ValueError` for what cannot be, before anything is read."""
+    check_output("features", features, is_replaced=True)
+    check_features_file(features)
+    for name, value, known in (("dtype", dtype, DTYPES), ("precision", precision, PRECISIONS)):
+        if value not in known:
+            raise ValueError(f"`{name}` is '{value}': choose from {', '.join(known)}.")
+
+
+def _stopped(error: Interrupted, parts: FeatureParts, n: int) -> Interrupted:
+    told = f"stopped after {parts.done:,} of {counted(n, 'image')}"
+    return Interrupted(error.signum, f"{told}; the same command goes on from there.")
+
+
+def _told(found: Embedded) -> str:
+    left_out = f", {counted(len(found.left_out), 'image')} left out" if found.left_out else ""
+    rate = f"; {found.images_per_s:,.1f} images/s" if found.images_per_s else ""
+    features = f"{counted(found.n, 'feature')} of {found.width} numbers"
+    return f"{features} in '{found.path}'{left_out}{rate}"
 
 
 def weights_fingerprint(module: nn.Module) -> str:

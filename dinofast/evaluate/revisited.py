@@ -176,38 +176,31 @@ def revisited(
         f"{len(truth.images):,} images, longer side at most {imsize}; features of {frozen.told}"
     )
     extract = partial(_multiscale if multiscale else features_of, frozen.module)
-    gallery, queries = (
-        complete(
-            *features_and_rows(
-                extract,
-                image_files(
-                    [folder / f"{name}.jpg" for name in names],
-                    shown,
-                    frozen.decode,
-                    (imsize, imsize),
-                ),
-                frozen.device,
-                1,
-                min(num_workers, cores()),
-            ),
-            len(names),
-        ).to(frozen.device)
-        for names in (truth.images, truth.queries)
-    )
-    similarity = F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).t()
-    order = similarity.argsort(dim=1, descending=True, stable=True).cpu().numpy()
-    both, easy_too = (
-        [np.concatenate(pair) for pair in zip(a, b, strict=True)]
-        for a, b in ((truth.easy, truth.hard), (truth.junk, truth.easy))
-    )
-    found = {
-        "medium": score(order, both, truth.junk),
-        "hard": score(order, truth.hard, easy_too),
-    }
+    workers = min(num_workers, cores())
+    features = []
+    for names in (truth.images, truth.queries):
+        paths = [folder / f"{name}.jpg" for name in names]
+        images = image_files(paths, shown, frozen.decode, (imsize, imsize))
+        made = features_and_rows(extract, images, frozen.device, 1, workers)
+        features.append(F.normalize(complete(*made, len(names)).to(frozen.device), dim=1))
+    order = (features[1] @ features[0].t()).argsort(dim=1, descending=True, stable=True)
+    found = _scores(truth, order.cpu().numpy())
     for name, (mean, at) in found.items():
         shares = ", ".join(f"{value:.2f} at {k}" for k, value in at.items())
         say(f"{name}: mean average precision {mean:.2f} %, mean precision {shares}")
     return found
+
+
+def _scores(truth: Truth, order: np.ndarray) -> dict[str, Score]:
+    """Of "medium" and "hard", for an order (Q, N) as `score` takes it."""
+    both, junk_or_easy = (
+        [np.concatenate(pair) for pair in zip(a, b, strict=True)]
+        for a, b in ((truth.easy, truth.hard), (truth.junk, truth.easy))
+    )
+    return {
+        "medium": score(order, both, truth.junk),
+        "hard": score(order, truth.hard, junk_or_easy),
+    }
 
 
 def complete(features: Tensor, rows: Tensor, n: int) -> Tensor:

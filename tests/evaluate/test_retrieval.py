@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import average_precision_score
 
 from dinofast import cli
 from dinofast.evaluate import frozen as frozen_module
 from dinofast.evaluate import retrieval as retrieval_module
 from dinofast.evaluate.contact_sheet import OTHER, SAME
 from dinofast.evaluate.retrieval import neighbors, ranks_of, retrieve, retrieve_classes
+
+
+def average_precision_score(relevant: torch.Tensor, similarity: torch.Tensor) -> float:
+    """Of scikit-learn, where no two similarities are equal."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    return metrics.average_precision_score(relevant, similarity)
 
 
 def labeled(n: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
