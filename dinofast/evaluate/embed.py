@@ -88,21 +88,16 @@ def embed(
         backbone=backbone,
     )
     images = listed_images(data_path, frozen.transform, frozen.decode)
-    transform = frozen.transform
-    say(
-        f"{counted(len(images), 'image')}, shorter side {transform.resize}, center crop "
-        f"{transform.crop}; features of {frozen.told}"
-    )
+    sizes = f"shorter side {frozen.transform.resize}, center crop {frozen.transform.crop}"
+    say(f"{counted(len(images), 'image')}, {sizes}; features of {frozen.told}")
     made_with = _made_with(frozen, images, data_path, dtype, precision)
     folder = path.with_name(path.name + ".parts")
     with StopSignal() as stop, FeatureParts(folder, made_with) as parts:
         if parts.done:
             say(f"{parts.done:,} of them are in '{parts.folder}' already")
-        workers = min(num_workers, cores())
+        how = dtype, precision, batch_size_per_gpu, min(num_workers, cores())
         try:
-            rate = _extract(
-                frozen, images, parts, dtype, precision, batch_size_per_gpu, workers, stop
-            )
+            rate = _extract(frozen, images, parts, stop, *how)
             table, left_out = _table(images, parts, made_with)
             write_features(path, table)
         except Interrupted as error:
@@ -174,11 +169,11 @@ def _extract(
     frozen: FrozenBackbone,
     images: ListedImages,
     parts: FeatureParts,
+    stop: StopSignal,
     dtype: str,
     precision: str,
     batch_size: int,
     workers: int,
-    stop: StopSignal,
 ) -> float:
     """Add what is missing to the parts; images/s. Whatever ends it, all finished batches are in the
     parts then. A signal ends it after a batch, or at once where one takes longer than
