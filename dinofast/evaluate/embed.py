@@ -98,7 +98,7 @@ def embed(
         how = dtype, precision, batch_size_per_gpu, min(num_workers, cores())
         try:
             rate = _extract(frozen, images, parts, stop, *how)
-            table, left_out = _table(images, parts, made_with)
+            table, left_out = _table(images, parts, {"features_of": frozen.told, **made_with})
             write_features(path, table)
         except Interrupted as error:
             raise _stopped(error, parts, len(images)) from error
@@ -222,17 +222,17 @@ def _as(dtype: str, made: Tensor) -> np.ndarray:
 
 
 def _table(
-    images: ListedImages, parts: FeatureParts, made_with: dict[str, str]
+    images: ListedImages, parts: FeatureParts, told: dict[str, str]
 ) -> tuple[FeatureTable, BadFiles]:
-    """All parts as the file takes them, and what is left out. Raises `ValueError` if that is
-    all."""
+    """All parts as the file takes them, with what is told of them, and what is left out. Raises
+    `ValueError` if that is all."""
     rows = np.concatenate([part.rows for part in parts.parts])
     if not len(rows):
         parts.remove()
         raise ValueError(none_readable(len(images)))
     left_out = [*images.listed.bad_files, *(one for part in parts.parts for one in part.bad)]
     first = next(parts.features())
-    metadata = {"dinofast": __version__, **made_with, "left_out": left_out}
+    metadata = {"dinofast": __version__, **told, "left_out": left_out}
     table = FeatureTable(
         len(rows),
         first.shape[1],

@@ -87,6 +87,7 @@ def test_the_arrays_of_an_npz(tmp_path, mean_pixel, capsys):
     assert arrays["label"].tolist() == [c for c, _ in expected]
     metadata = json.loads(str(arrays["metadata"]))
     assert metadata["left_out"] == [[str(data / "cat" / "001.png"), "empty file"]]
+    assert metadata["features_of"] == "the teacher's backbone in 'none.pth'"
     assert metadata["crop"] == "14" and metadata["weights"] == weights_fingerprint(MeanPixel())
     assert found[:3] == (out, 9, 3) and found.images_per_s > 0
     said = capsys.readouterr().out
