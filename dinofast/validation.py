@@ -18,6 +18,7 @@ WRITTEN = {
     "json": ("JSON", (b"{", b"[")),
     "sheet": ("PNG", (b"\x89PNG\r\n\x1a\n",)),
     "page": ("HTML", (b"<!doctype html>",)),
+    "features": ("of features", (b"PK\3\4", b"PAR1")),
 }
 
 

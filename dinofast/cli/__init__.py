@@ -34,6 +34,9 @@ COMMANDS = {
     "report": "a page about runs: curves, scores, pictures, options",
     "compare": "a table of runs: what they came to, and how they differ",
     "knn": "k-NN accuracy of a checkpoint on labeled folders",
+    "embed": "write the features of every image into a file",
+    "retrieve": "a picture of nearest neighbors, and the mean average precision of classes",
+    "copydetect": "copy detection on Copydays",
     "show-crops": "a picture of what the network sees",
     "check-data": "which images of a folder do not decode",
     "bench-data": "whether the data keeps up with a GPU",
@@ -238,7 +241,7 @@ def add_argument(
     """The flag of an option, or its place if it is positional. What is not given is absent from the
     result. A command that takes the flags of `pretrain` too does not list them."""
     about, default, extra = field.metadata, field.default, {}
-    example = default[0] if isinstance(default, tuple) else default
+    example = default[0] if isinstance(default, tuple) and default else default
     if about.get("choices"):
         extra["choices"], extra["type"] = about["choices"], partial(one_of, about["choices"])
         if "aliases" in about:

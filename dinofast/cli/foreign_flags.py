@@ -88,15 +88,23 @@ _CHECKED = (
         "model model_file checkpoint_dir run output_dir out_dir weights_path",
     ),
     (
-        "Features are computed anew each time, and are not kept.",
+        "Features are computed anew each time; dinofast embed writes them into a file.",
         "dump_features load_features features feature_dir",
     ),
 )
 _COMMANDS = (
     (
         "A trained backbone is used in Python: dinofast.load_backbone('checkpoint.pth').",
-        "export onnx convert extract features extract-features embed infer inference predict load "
-        "linear eval-linear eval_linear linear-probe finetune classify",
+        "export onnx convert load linear eval-linear eval_linear linear-probe finetune classify",
+    ),
+    (
+        "dinofast retrieve draws nearest neighbors.",
+        "retrieval search nearest neighbors nearest-neighbors nn image-retrieval similarity",
+    ),
+    (
+        "dinofast embed writes the features of images into a file.",
+        "extract extract-features extract_features features embedding embeddings infer inference "
+        "predict dump-features dump_features",
     ),
     (
         "dinofast demo draws such pictures; of your own images in Python: "
@@ -126,7 +134,8 @@ def instead_of(flag: str, value: str, command: str, flags: Sequence[str]) -> str
         number = value if re.fullmatch(r"\d+", value) and name in _ONE_GPU.split() else "0"
         return f" One GPU of several is chosen by CUDA_VISIBLE_DEVICES={number} before the command."
     if "-o" in flags and name in ("output", "out", "output_file", "out_file", "save", "file"):
-        return " The picture is written to -o FILE."
+        what = "picture" if "--sheet" in flags else "result"
+        return f" The {what} is written to -o FILE."
     table = _CHECKED if "--pretrained_weights" in flags else _PRETRAIN
     if "--arch" not in flags:
         return ""

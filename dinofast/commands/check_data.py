@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +19,8 @@ from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING
 
 from ..config import option
-from ..runtime.terminal import StatusLine, is_terminal, printable, say
+from ..runtime.image_progress import ImageProgress
+from ..runtime.terminal import printable, say
 from ..runtime.words import counted
 from ..validation import check_output
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 # By processes: 285 images/s and 1.5 ms of CPU an image; by threads, which share the GIL, 235 and
 # 1.85 (2 cores, photographs of 93 KB, 2026-11-27).
 CHUNK = 64  # images that a worker takes at a time
-SPEAK_S = {True: 0.5, False: 10.0}  # between lines of progress, on a terminal and elsewhere
 SHOWN = 10  # bad files of each reason
 
 
@@ -104,7 +103,7 @@ def run(options: Options) -> int:
         say(images.ignored)
     low, high = options.value_range
     reader = ImageReader(images, (low, high) if low < high else None)
-    progress, bad, shades = Progress(len(images)), [], Counter[str]()
+    progress, bad, shades = ImageProgress(len(images)), [], Counter[str]()
     for done, found, own_shades in decode_all(reader, options.num_workers or cores()):
         bad += found
         shades.update(own_shades)
@@ -187,34 +186,6 @@ def _can_be_read(i: int) -> bool:
     except UnreadableImage:
         return False
     return True
-
-
-class Progress:
-    """A line now and then, over the one before on a terminal: images done, their rate, what is
-    left, and bad files so far."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.start = total, time.monotonic()
-        self.status = StatusLine() if is_terminal() else None
-        self.spoken = self.start
-
-    def show(self, done: int, n_bad: int) -> None:
-        from ..runtime.progress import duration
-
-        now = time.monotonic()
-        if now - self.spoken < SPEAK_S[self.status is not None] and done < self.total:
-            return
-        self.spoken = now
-        rate = done / max(now - self.start, 1e-9)
-        eta = duration((self.total - done) / rate)
-        (self.status.show if self.status else say)(
-            f"{done:,} of {counted(self.total, 'image')}, {rate:,.0f} images/s, ETA {eta}, "
-            f"{n_bad:,} bad"
-        )
-
-    def end(self) -> None:
-        if self.status:
-            self.status.end()
 
 
 def report(bad: list[tuple[str, str]], total: int) -> str:

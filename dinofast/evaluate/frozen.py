@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -19,9 +20,17 @@ from ..nn.vit import VisionTransformer
 from ..runtime.backends import cores
 from ..runtime.distributed import pick_device
 from ..runtime.idle_threads import let_idle_threads_sleep
+from ..runtime.image_progress import ImageProgress
 from ..runtime.terminal import printable, say
 from ..runtime.words import counted
-from .images import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, LabeledImages, train_and_val
+from .images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Batches,
+    EvalTransform,
+    LabeledImages,
+    train_and_val,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class FrozenBackbone:
     told: str
 
     def features(
-        self, images: LabeledImages, batch_size: int = 128, num_workers: int = 0
+        self, images: Batches, batch_size: int = 128, num_workers: int = 0
     ) -> tuple[Tensor, Tensor]:
         """`extract_features`, with at most one worker a core."""
         workers = min(num_workers, cores())
@@ -132,27 +141,50 @@ def labeled_halves(
     return replace(train, decode=frozen.decode), replace(val, decode=frozen.decode)
 
 
-@torch.no_grad()
 def extract_features(
     backbone: nn.Module,
-    images: LabeledImages,
+    images: Batches,
     device: str | torch.device = "cpu",
     batch_size: int = 128,
     num_workers: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Features (N, D) fp32 and labels (N,) on the CPU, in the order of the files. Unreadable images
-    are named and left out."""
-    backbone = backbone.to(device).eval()
-    features, rows = [], []
+    """Features (N, D) fp32 and labels (N,), -1 where there are none, on the CPU, in the order of
+    the files. Unreadable images are named and left out."""
+    features, rows = features_and_rows(
+        partial(features_of, backbone.to(device).eval()), images, device, batch_size, num_workers
+    )
+    return features, torch.as_tensor(np.asarray(images.labels))[rows]
+
+
+@torch.no_grad()
+def features_and_rows(
+    features: Callable[[Tensor], Tensor],
+    images: Batches,
+    device: str | torch.device = "cpu",
+    batch_size: int = 128,
+    num_workers: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """What `features` makes (N, D) of batches on `device`, fp32, and the rows (N,) of those images
+    in `images`, on the CPU. Unreadable images are named and left out."""
+    found, rows = list[Tensor](), list[Tensor]()
+    progress, n_bad = ImageProgress(len(images), brief=True), 0
     for batch, index, bad_files in images.batches(batch_size, num_workers):
-        for path, reason in bad_files:
-            say(f"left out, cannot be read: {printable(str(path))} ({reason})")
+        tell_left_out(bad_files, progress)
         if len(index):
-            found = features_of(backbone, batch.to(device, non_blocking=True))
-            features.append(found.float().cpu())
+            found.append(features(batch.to(device, non_blocking=True)).float().cpu())
             rows.append(index)
-    if not features:
-        raise ValueError(
-            f"{counted(len(images), 'image')}, and none can be read: look at the reasons above."
-        )
-    return torch.cat(features), torch.tensor(images.labels)[torch.cat(rows)]
+        n_bad += len(bad_files)
+        progress.show(progress.done + len(index) + len(bad_files), n_bad)
+    progress.end()
+    if not found:
+        raise ValueError(none_readable(len(images)))
+    return torch.cat(found), torch.cat(rows)
+
+
+def tell_left_out(bad_files: list[tuple[str | Path, str]], progress: ImageProgress) -> None:
+    for path, reason in bad_files:
+        progress.log(f"left out, cannot be read: {printable(str(path))} ({reason})")
+
+
+def none_readable(n_images: int) -> str:
+    return f"{counted(n_images, 'image')}, and none can be read: look at the reasons above."

@@ -1,9 +1,10 @@
-"""Labeled folders of images and the official evaluation transform, with PIL alone but torchvision's
-rounding rules."""
+"""Images of any source and labeled folders, in batches, and the official evaluation transform, with
+PIL alone but torchvision's rounding rules."""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.dataset import walk
+from ..data.dataset import ImageDataset, scan, walk
 from ..data.decode import BadFiles, UnreadableImage, decode, read_file
 from ..data.names import Ignored, is_hidden
 from ..data.shards import is_shard
 from ..runtime.memory import fewer_workers, share, why_workers_ended
-from ..runtime.terminal import say
+from ..runtime.progress import counting
+from ..runtime.terminal import printable, say
 from ..runtime.words import counted
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -29,6 +31,7 @@ HOLD_OUT_EVERY = 4
 # images that a worker passes on at a time: a batch of 128 is 73 MiB, more than all of /dev/shm in a
 # container, and as a list it is 128 open files
 SHARE, SHARES_AHEAD = 8, 2
+WORKER_ENDS_S = 5
 LONGEST = 64  # sides that are longer than so many short ones are not resized as a whole
 SPLITS = {"train", "val", "test", "valid", "validation"}
 
@@ -80,50 +83,53 @@ def to_tensor(
     return pixels.sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))
 
 
-@dataclass(frozen=True)
-class LabeledImages(Dataset):
-    """Images with labels: item i is (i, tensor, None), or (i, None, reason) when the file cannot be
-    read. ignored: what else lies in the folder, in a sentence or "". decode: bytes -> RGB image."""
+class Batches(Dataset):
+    """Images by number, read by worker processes: item i is (i, tensor, None), or (i, None, reason)
+    when it cannot be read.
 
-    paths: tuple[Path, ...]
-    labels: tuple[int, ...]
-    classes: tuple[str, ...]
+    transform: RGB image -> tensor. decode: bytes -> RGB image. probe: width and height of an image
+    that says how much memory one takes, where the transform keeps its size.
+    """
+
     transform: Callable[[Image.Image], Tensor]
-    ignored: str = ""
-    decode: Callable[[bytes], Image.Image] = decode
+    decode: Callable[[bytes], Image.Image]
+    labels: Sequence[int] | np.ndarray  # -1: none
+    classes: tuple[str, ...]
+    probe: tuple[int, int] = (8, 8)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        raise NotImplementedError
+
+    def path(self, i: int) -> str | Path:
+        raise NotImplementedError
+
+    def read(self, i: int) -> bytes:
+        """The whole encoded image. Raises `UnreadableImage`."""
+        raise NotImplementedError
 
     def __getitem__(self, i: int) -> tuple[int, Tensor | None, str | None]:
         try:
-            return i, self.transform(self.decode(read_file(self.paths[i]))), None
+            return i, self.transform(self.decode(self.read(i))), None
         except (UnreadableImage, ValueError) as error:
             return i, None, str(error)
 
-    def pick(self, rows: Sequence[int]) -> LabeledImages:
-        return replace(
-            self,
-            paths=tuple(self.paths[i] for i in rows),
-            labels=tuple(self.labels[i] for i in rows),
-        )
-
     def batches(
-        self, batch_size: int, num_workers: int
-    ) -> Iterator[tuple[Tensor, Tensor, list[tuple[Path, str]]]]:
-        """In order: images (B, 3, h, w), their rows (B,), and what could not be read in this batch
-        as (path, reason). Workers pass on SHARE images at a time, stacked. Where shared memory is
-        too small for all workers fewer start, and a line says so."""
+        self, batch_size: int, num_workers: int, first: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor, list[tuple[str | Path, str]]]]:
+        """In order, from the image `first` on: images (B, 3, h, w), their rows (B,), and what could
+        not be read in this batch as (path, reason). Workers pass on SHARE images at a time,
+        stacked. Where shared memory is too small for all workers fewer start, and a line says
+        so."""
         share = min(batch_size, SHARE)
         if num_workers:
-            each = self.transform(Image.new("RGB", (8, 8))).nbytes
+            each = self.transform(Image.new("RGB", self.probe)).nbytes
             num_workers, remark = fewer_workers(num_workers, SHARES_AHEAD * share * each)
             if remark:
                 _tell_once(remark)
         n = len(self)
         shares = [
             range(start, min(start + share, begin + batch_size, n))
-            for begin in range(0, n, batch_size)
+            for begin in range(first, n, batch_size)
             for start in range(begin, min(begin + batch_size, n), share)
         ]
         loader = DataLoader(
@@ -132,17 +138,123 @@ class LabeledImages(Dataset):
             num_workers=num_workers,
             collate_fn=_stacked,
             prefetch_factor=SHARES_AHEAD if num_workers else None,
+            worker_init_fn=_leave_signals_to_the_parent,
         )
-        images, rows, bad_files = list[Tensor](), list[int](), list[tuple[Path, str]]()
+        images, rows, bad_files = list[Tensor](), list[int](), list[tuple[str | Path, str]]()
         for done, (own, own_rows, bad) in zip(shares, _all_of(loader), strict=True):
             # out of shared memory, which the next ones need
             images += [own.clone() if num_workers else own] if own_rows else []
             rows += own_rows
-            bad_files += [(self.paths[i], reason) for i, reason in bad]
-            if done.stop % batch_size == 0 or done.stop == n:
+            bad_files += [(self.path(i), reason) for i, reason in bad]
+            if (done.stop - first) % batch_size == 0 or done.stop == n:
                 batch = torch.cat(images) if images else torch.empty(0)
                 yield batch, torch.tensor(rows, dtype=torch.long), bad_files
                 images, rows, bad_files = [], [], []
+
+
+@dataclass(frozen=True)
+class LabeledImages(Batches):
+    """Image files with labels. ignored: what else lies in the folder, in a sentence or ""."""
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+    classes: tuple[str, ...]
+    transform: Callable[[Image.Image], Tensor]
+    ignored: str = ""
+    decode: Callable[[bytes], Image.Image] = decode
+    probe: tuple[int, int] = (8, 8)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, i: int) -> Path:
+        return self.paths[i]
+
+    def read(self, i: int) -> bytes:
+        return read_file(self.paths[i])
+
+    def pick(self, rows: Sequence[int]) -> LabeledImages:
+        return replace(
+            self,
+            paths=tuple(self.paths[i] for i in rows),
+            labels=tuple(self.labels[i] for i in rows),
+        )
+
+
+@dataclass(frozen=True)
+class ListedImages(Batches):
+    """The images of any source. labels: (N,) by `classes_of`, or all -1."""
+
+    listed: ImageDataset
+    transform: Callable[[Image.Image], Tensor]
+    decode: Callable[[bytes], Image.Image] = decode
+    labels: Sequence[int] | np.ndarray = ()
+    classes: tuple[str, ...] = ()
+    probe: tuple[int, int] = (8, 8)
+
+    def __len__(self) -> int:
+        return len(self.listed)
+
+    def path(self, i: int) -> str:
+        return self.listed.path(i)
+
+    def read(self, i: int) -> bytes:
+        return self.listed.read(i)
+
+
+def image_files(
+    paths: Sequence[Path],
+    transform: Callable[[Image.Image], Tensor],
+    decode: Callable[[bytes], Image.Image] = decode,
+    probe: tuple[int, int] = (8, 8),
+) -> LabeledImages:
+    """Files in this order, without labels."""
+    none = (-1,) * len(paths)
+    return LabeledImages(tuple(paths), none, (), transform, decode=decode, probe=probe)
+
+
+def listed_images(
+    source: str | Path,
+    transform: Callable[[Image.Image], Tensor],
+    decode: Callable[[bytes], Image.Image] = decode,
+    probe: tuple[int, int] = (8, 8),
+) -> ListedImages:
+    """The images of any source that pretraining takes, with labels where it is a folder of class
+    folders; says what of it is left out. Raises `ValueError` as `data.dataset.scan` does."""
+    listed = scan(os.fspath(source), counting("scanning files", True))
+    for told in filter(None, (listed.ignored, *_left_out(listed.bad_files))):
+        say(printable(told))
+    classes, labels = classes_of(source, listed)
+    return ListedImages(listed, transform, decode, labels, classes, probe)
+
+
+def _left_out(bad_files: BadFiles) -> list[str]:
+    return [f"left out, cannot be read: {path} ({reason})" for path, reason in bad_files]
+
+
+def classes_of(source: str | Path, listed: ImageDataset) -> tuple[tuple[str, ...], np.ndarray]:
+    """Classes and labels (N,) int64 of the images of a source, numbered as `labeled_folder` does:
+    those of a folder in which every image lies in one of two folders or more, and which are not
+    train/ and val/; else no classes, and -1 for each image."""
+    labels = np.full(len(listed), -1)
+    classes = _folders(Path(source)) if os.path.isdir(source) and listed.members is None else ()
+    if len(classes) < 2 or SPLITS.issuperset(classes):
+        return (), labels
+    number = {os.fsencode(name): label for label, name in enumerate(classes)}
+    for i, name in enumerate(listed.files):
+        own, slash, _ = name.partition(b"/")
+        if not slash or own not in number:
+            return (), np.full(len(listed), -1)
+        labels[i] = number[own]
+    return classes, labels
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """What reaches the whole process group, such as Ctrl-C, is answered by the parent, which ends
+    its workers; one that is told to end and is not ended does so by itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda *_: signal.alarm(WORKER_ENDS_S) and None)
 
 
 def _all_of(loader: DataLoader) -> Iterator[tuple[Tensor, list[int], list[tuple[int, str]]]]:
@@ -224,10 +336,9 @@ def train_and_val(
     folder of images called train or val among others is a class.
     """
     root = Path(data_path)
-    inside = _folders(root) if root.is_dir() else ()
-    halves = {name: _folders(root / name) for name in inside if name in ("train", "val")}
-    if len(halves) == 2 and all(halves.values()):
-        return _given_halves(root, transform)
+    if has_halves(root):
+        return given_halves(root, transform)
+    inside, halves = _halves(root)
     if halves and SPLITS.issuperset(inside):
         missing = next((name for name in ("train", "val") if name not in halves), None)
         if missing:
@@ -268,7 +379,19 @@ def train_and_val(
     )
 
 
-def _given_halves(
+def _halves(root: Path) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """The folders in a folder, and of train/ and val/ those in them."""
+    inside = _folders(root) if root.is_dir() else ()
+    return inside, {name: _folders(root / name) for name in inside if name in ("train", "val")}
+
+
+def has_halves(root: Path) -> bool:
+    """Whether train/ and val/ in it both hold class folders."""
+    halves = _halves(root)[1]
+    return len(halves) == 2 and all(halves.values())
+
+
+def given_halves(
     root: Path, transform: Callable[[Image.Image], Tensor]
 ) -> tuple[LabeledImages, LabeledImages, str]:
     """`train/` and `val/` of `root`, the labels of both those of `train/`."""

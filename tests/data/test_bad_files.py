@@ -253,7 +253,7 @@ def test_a_storage_that_fails_ends_the_run_soon(config, tmp_path, monkeypatch):
     start = time.monotonic()
     with pytest.raises(
         OSError,
-        match=r"the storage of `data_path` fails, .*png \(cannot be read: Stale file handle\)\.$",
+        match=r"the storage of `data_path` .* fails, .*png \(cannot be read: Stale file handle\)\.$",
     ):
         next(loader)
     assert time.monotonic() - start < 5  # 64 images one after the other would take half a minute
@@ -377,7 +377,7 @@ def test_a_share_that_chance_explains_ends_no_run(photographs, tmp_path):
         (800, 50, 50, 50, True),
         (800, 50, 50, 30, False),
     ):
-        loader.n_images = n_images
+        loader._bad.n_images = n_images
         loader._bad.n_own = n_own
         loader._bad.n_drawn = drawn
         loader._bad.n_replaced = bad

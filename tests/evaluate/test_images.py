@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,13 @@ from dinofast.data.decode import decode
 from dinofast.evaluate import frozen as frozen_module
 from dinofast.evaluate import images as images_module
 from dinofast.evaluate.frozen import extract_features
-from dinofast.evaluate.images import EvalTransform, labeled_folder, to_tensor, train_and_val
+from dinofast.evaluate.images import (
+    EvalTransform,
+    labeled_folder,
+    listed_images,
+    to_tensor,
+    train_and_val,
+)
 from dinofast.evaluate.knn import knn
 
 
@@ -153,6 +160,54 @@ def test_a_worker_passes_on_one_tensor_a_share_and_none_is_kept(tmp_path, monkey
         assert pixels.shape == (64, 3, 20, 20)
     assert [len(part) for part in parts] == [8] * 8  # 64 files were open when it was a list
     assert not any(part.is_shared() for part in parts)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_of_any_source_go_through_the_same_batches(tmp_path, num_workers):
+    """A folder, and a shard that holds the same files; from an image in the middle on."""
+    pictures(tmp_path / "data", "a", "bb", n=6)
+    (tmp_path / "data" / "a" / "3.png").write_bytes(b"")
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        tar.add(tmp_path / "data", ".", filter=lambda m: m if m.isfile() or m.isdir() else None)
+    for source, classes in ((tmp_path / "data", ("a", "bb")), (tmp_path / "s.tar", ())):
+        images = listed_images(source, to_tensor)
+        order = [images.path(i)[-8:] for i in range(12)]
+        assert images.classes == classes and len(images) == 12
+        assert list(images.labels) == ([0] * 6 + [1] * 6 if classes else [-1] * 12)
+        first = 2 if classes else 0
+        batches = list(images.batches(5, num_workers, first))
+        assert len(batches) == -(-(12 - first) // 5)
+        rows = torch.cat([own for _, own, _ in batches]).tolist()
+        left_out = [path for _, _, bad in batches for path, _ in bad]
+        assert len(left_out) == 1 and left_out[0].endswith("a/3.png")
+        assert rows == [i for i in range(first, 12) if not order[i].endswith("a/3.png")]
+        blue = torch.cat([pixels for pixels, *_ in batches])[:, 2, 0, 0] * 0.225 + 0.406
+        named = [int(order[i][-5]) / 255 for i in rows]
+        np.testing.assert_allclose(blue, named, atol=1e-6)
+        features, labels = extract_features(MeanPixel(), images, num_workers=num_workers)
+        bad = next(i for i in range(12) if order[i].endswith("a/3.png"))
+        assert len(features) == 11 and labels.tolist() == np.delete(images.labels, bad).tolist()
+
+
+@pytest.mark.parametrize(
+    ("files", "classes"),
+    [
+        (("a/0.png", "b/x/0.png"), ("a", "b")),
+        (("a/0.png", "b/0.png", "0.png"), ()),  # one outside
+        (("a/0.png",), ()),
+        (("train/0.png", "val/0.png"), ()),
+        (("0.png", "1.png"), ()),
+        (("train/0.png", "plane/0.png"), ("plane", "train")),
+    ],
+)
+def test_which_folders_are_classes(tmp_path, files, classes):
+    for name in files:
+        picture(tmp_path / name)
+    images = listed_images(tmp_path, to_tensor)
+    assert images.classes == classes
+    own = [Path(images.path(i)).relative_to(tmp_path).parts[0] for i in range(len(files))]
+    expected = [classes.index(name) if classes else -1 for name in own]
+    assert list(images.labels) == expected
 
 
 def dies(image: Image.Image) -> torch.Tensor:
