@@ -1,0 +1,398 @@
+"""What a ViT looks at and what its patches mean, in pictures, and where there are masks in numbers:
+of images of any size, folders of them and videos."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import nn
+
+from ..data.decode import UnreadableImage
+from ..runtime.progress import counting
+from ..runtime.terminal import printable, say
+from ..runtime.words import counted
+from ..validation import check_output, check_outside
+from .frames import Frames, frames_of
+from .frozen import FrozenBackbone, load_frozen
+from .object_masks import Objects, objects_of, read_mask, scores, voc
+from .patch_pictures import (
+    Column,
+    PatchColors,
+    cells,
+    contact_sheet,
+    cut_out,
+    fitted,
+    frame,
+    single,
+    unit,
+)
+from .whole_patches import Seen, WholePatches, see
+
+BASIS = 64  # images from which the components of all are taken, evenly spaced
+TILE, LARGE = 192, 320  # longer side of a picture, on a sheet and in a file of its own
+ANIMATION = "animation.webp"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A backbone, what it is called beside another, how it takes images, and the colors of its
+    patches, None where each image has its own."""
+
+    whose: str
+    frozen: FrozenBackbone
+    whole: WholePatches
+    colors: PatchColors | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """How it is shown, as in `segment`."""
+
+    threshold: float = 0.6
+    heads: bool = False
+    per_image: bool = False
+    tile: int = TILE
+
+
+@dataclass
+class Scores:
+    """Sums of `object_masks.scores` by backbone, over `n` images."""
+
+    n: int = 0
+    sums: dict[str, dict[str, float]] = field(default_factory=dict)
+    without: int = 0  # images without a mask
+    empty: int = 0  # images whose mask has no object
+
+    def add(self, found: dict[str, dict[str, float]]) -> None:
+        self.n += 1
+        for whose, own in found.items():
+            sums = self.sums.setdefault(whose, dict.fromkeys(own, 0.0))
+            for name, value in own.items():
+                sums[name] += value
+
+    def means(self) -> dict[str, dict[str, float]]:
+        return {
+            whose: {name: value / self.n for name, value in own.items()}
+            for whose, own in self.sums.items()
+        }
+
+
+def segment(
+    pretrained_weights: str | Path,
+    data_path: str | Path | Sequence[str | Path],
+    *,
+    sheet: str = "",
+    output_dir: str = "",
+    masks: str = "",
+    compare: str = "",
+    size: int | Sequence[int] | None = None,
+    threshold: float = 0.6,
+    heads: bool = False,
+    per_image: bool = False,
+    n_images: int = 12,
+    fps: float = 12,
+    checkpoint_key: str = "teacher",
+    arch: str | None = None,
+    patch_size: int | None = None,
+    device: str | None = None,
+    backbone: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Pictures and scores of a ViT on images of any size.
+
+    data_path: images, folders, lists, one video (see `frames.frames_of`), or a folder in PASCAL
+    VOC's layout, whose validation images and masks are taken. sheet: PNG of n_images evenly spaced
+    ones. output_dir: folder of one PNG an image; of a video numbered frames and an animation of
+    `fps` frames a second. masks: folder of PNGs under the images' names, for the scores. compare:
+    untrained, student, teacher, or another checkpoint, shown and scored as well. size: shorter
+    side, or height and width, in pixels; default twice the crops of training. threshold, heads: see
+    `patch_pictures.cells`. per_image: components of each image alone.
+
+    Returns {whose: {score: share of 1}} of `object_masks.scores`, with `n_images`; empty without
+    masks. Raises `ValueError` for what cannot be.
+    """
+    _check(threshold, size, n_images, fps)
+    sources = [data_path] if isinstance(data_path, str | Path) else list(data_path)
+    if found := voc(sources):
+        sources, masks = list(found[0]), masks or found[1]
+        say(f"PASCAL VOC: {counted(len(sources), 'validation image')}, masks in '{masks}'")
+    _check_outputs(sheet, output_dir, masks, sources)
+    options = {"arch": arch, "patch_size": patch_size, "device": device, "backbone": backbone}
+    networks = _networks(pretrained_weights, checkpoint_key, compare, size, options)
+    frames = frames_of(sources, networks[0].frozen.decode)
+    every = bool(masks or output_dir)
+    spaced = _spaced(len(frames), n_images)
+    look = Look(threshold, heads, per_image)
+    known: dict[int, list[Seen]] = {}
+    if (sheet or output_dir) and not per_image:
+        chosen = _spaced(len(frames), BASIS) if every else spaced
+        networks, known = _with_colors(networks, frames, chosen)
+    writer = _Writer(output_dir, frames, fps) if output_dir else None
+    columns, total, start = list[Column](), Scores(), time.perf_counter()
+    tell, done = counting("images", True), 0
+    for i, image in frames.read(None if every else spaced):
+        tell(i, len(frames))
+        try:
+            if isinstance(image, UnreadableImage):
+                raise image
+            seen = known.pop(i, None) or [see(n.frozen, image, n.whole) for n in networks]
+            objects = _objects(masks, frames.names[i], image, networks[0].whole, total)
+        except UnreadableImage as reason:
+            say(f"left out, cannot be read: {printable(frames.names[i])} ({reason})")
+            continue
+        done += 1
+        if objects is not None:
+            total.add(_scores(networks, seen, objects, threshold))
+        if sheet and i in spaced:
+            columns.append(_column(frames.names[i], image, networks, seen, objects, look, TILE))
+        if writer:
+            writer.add(i, _column(frames.names[i], image, networks, seen, objects, look, LARGE))
+    if not done:
+        raise ValueError(f"{counted(len(frames), 'image')}, and none can be read: see above.")
+    say(f"{counted(done, 'image')}, {done / (time.perf_counter() - start):.1f} images/s")
+    if sheet and columns:
+        contact_sheet(columns).save(sheet, "PNG", optimize=True)
+        say(f"{counted(len(columns), 'image')} of {len(frames):,} in '{sheet}'")
+    if writer:
+        writer.end()
+    return _report(total, threshold) if masks else {}
+
+
+def _check(threshold: float, size: int | Sequence[int] | None, n_images: int, fps: float) -> None:
+    sides = () if size is None else (size,) if isinstance(size, int) else tuple(size)
+    if size is not None and (len(sides) not in (1, 2) or min(sides) < 1):
+        given = " ".join(map(str, sides))
+        raise ValueError(f"`size` is {given}: give the shorter side, or height and width.")
+    if not 0 < threshold <= 1:
+        raise ValueError(
+            f"`threshold` is {threshold}: give a share of the attention above 0 and up to 1."
+        )
+    if n_images < 1:
+        raise ValueError(f"`n_images` is {n_images}: give 1 or more.")
+    if not 0 < fps <= 1000:
+        raise ValueError(f"`fps` is {fps}: give frames a second, above 0.")
+
+
+def _check_outputs(sheet: str, output_dir: str, masks: str, sources: Sequence[str | Path]) -> None:
+    if masks and not os.path.isdir(masks):
+        raise ValueError(f"`masks` is '{masks}', which is no folder: give the folder of PNGs.")
+    if sheet:
+        check_output("sheet", sheet)
+        for source in (*sources, *([masks] if masks else [])):
+            check_outside("sheet", sheet, str(source))
+            if os.path.exists(sheet) and os.path.samefile(sheet, source):
+                raise ValueError(f"`sheet` is '{sheet}', one of the images: name another file.")
+    if output_dir:
+        check_output("output_dir", output_dir, is_folder=True)
+        folders = [s if os.path.isdir(s) else os.path.dirname(s) or "." for s in sources]
+        for folder in (*folders, *([masks] if masks else [])):
+            if os.path.realpath(folder) == os.path.realpath(output_dir):
+                raise ValueError(
+                    f"`output_dir` is '{output_dir}', where the images or masks are: name another."
+                )
+
+
+def _networks(
+    weights: str | Path,
+    checkpoint_key: str,
+    compare: str,
+    size: int | Sequence[int] | None,
+    options: dict[str, Any],
+) -> list[Network]:
+    """The backbone, and after it the one to compare with."""
+    wanted = [(weights, checkpoint_key)]
+    if compare in ("untrained", "student", "teacher"):
+        wanted.append((weights, compare))
+    elif compare:
+        wanted.append((compare, checkpoint_key))
+    networks = list[Network]()
+    for path, key in wanted:
+        frozen = load_frozen(path, checkpoint_key=key, **options)
+        if not hasattr(frozen.module, "get_last_selfattention"):
+            raise ValueError(f"a {frozen.name} has no attention to show: choose a ViT.")
+        say(f"attention and patches of {frozen.told}")
+        size = size or 2 * frozen.transform.crop
+        sides = (size,) if isinstance(size, int) else tuple(size)
+        if min(sides) < frozen.patch_size:
+            raise ValueError(
+                f"`size` is {min(sides)}, less than a patch of {frozen.patch_size} pixels."
+            )
+        networks.append(
+            Network(_whose(path, key, wanted), frozen, WholePatches(sides, frozen.patch_size))
+        )
+    return networks
+
+
+def _whose(path: str | Path, key: str, wanted: Sequence[tuple[str | Path, str]]) -> str:
+    """What a backbone is called beside the others: "" alone, trained or untrained, teacher or
+    student, or the run's folder and file."""
+    if len(wanted) == 1:
+        return ""
+    if wanted[0][0] != wanted[1][0]:
+        name = Path(path)
+        return f"{name.parent.name}/{name.name}" if name.suffix else name.name
+    if "untrained" in (wanted[0][1], wanted[1][1]):
+        return "untrained" if key == "untrained" else "trained"
+    return key
+
+
+def _spaced(n: int, at_most: int) -> list[int]:
+    """Numbers from 0 to n - 1, evenly spaced."""
+    if n <= at_most:
+        return list(range(n))
+    return [(2 * i + 1) * n // (2 * at_most) for i in range(at_most)]
+
+
+def _with_colors(
+    networks: Sequence[Network], frames: Frames, chosen: Sequence[int]
+) -> tuple[list[Network], dict[int, list[Seen]]]:
+    """The backbones with the colors of their patches, from the chosen images, and what they have
+    seen of these. Images that cannot be read are told when they are shown."""
+    known: dict[int, list[Seen]] = {}
+    tell = counting("images for the components", True)
+    for i, image in frames.read(chosen):
+        tell(len(known), len(chosen))
+        if isinstance(image, UnreadableImage):
+            continue
+        try:
+            known[i] = [see(n.frozen, image, n.whole) for n in networks]
+        except UnreadableImage:
+            continue
+    if not known:
+        return list(networks), known
+    colors = [PatchColors.of([seen[k] for seen in known.values()]) for k in range(len(networks))]
+    with_colors = [
+        Network(n.whose, n.frozen, n.whole, c) for n, c in zip(networks, colors, strict=True)
+    ]
+    return with_colors, known
+
+
+def _objects(
+    masks: str, name: str, image: Image.Image, whole: WholePatches, total: Scores
+) -> Objects | None:
+    """The objects of an image's mask at the size of its whole patches; None if it has none. Raises
+    `UnreadableImage`."""
+    if not masks:
+        return None
+    mask = read_mask(masks, name)
+    if mask is None:
+        total.without += 1
+        return None
+    if mask.size != image.size:
+        raise UnreadableImage(
+            f"its mask has {mask.width} x {mask.height} pixels, it has {image.width} x "
+            f"{image.height}"
+        )
+    objects = objects_of(whole.mask(mask))
+    if not len(objects.masks):
+        total.empty += 1
+        return None
+    return objects
+
+
+def _scores(
+    networks: Sequence[Network], seen: Sequence[Seen], objects: Objects, threshold: float
+) -> dict[str, dict[str, float]]:
+    found = {}
+    for network, one in zip(networks, seen, strict=True):
+        patch = network.whole.patch
+        h, w = (side * patch for side in one.attention.shape[-2:])
+        # of another patch size: the part that both see
+        there = Objects(objects.masks[:, :h, :w], objects.void[:h, :w])
+        found[network.whose or "trained"] = scores(one.attention, there, patch, threshold)
+    return found
+
+
+def _column(
+    name: str,
+    image: Image.Image,
+    networks: Sequence[Network],
+    seen: Sequence[Seen],
+    objects: Objects | None,
+    look: Look,
+    longest: int,
+) -> Column:
+    whole = networks[0].whole
+    w, h = fitted(whole.sides(*image.size)[1], longest)
+    shown = unit(whole.shown(image, (w, h)))
+    given = cut_out(objects.masks.any(0), shown) if objects else None
+    rows = [
+        (n.whose, cells(one, shown, n.colors or PatchColors.of([one]), look.threshold, look.heads))
+        for n, one in zip(networks, seen, strict=True)
+    ]
+    return Column(name, shown, given, rows)
+
+
+class _Writer:
+    """A PNG an image in a folder; of a video numbered frames, and an animation of them."""
+
+    def __init__(self, folder: str, frames: Frames, fps: float) -> None:
+        self.folder, self.frames, self.fps = Path(folder), frames, fps
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.written: dict[Path, None] = {}
+
+    def add(self, i: int, column: Column) -> None:
+        if self.frames.is_video:
+            path, picture = self.folder / f"{len(self.written):05}.png", frame(column)
+        else:
+            flat = Path(self.frames.names[i].strip("/").replace("/", "_"))
+            path, picture = self.folder / f"{flat.stem}.png", single(column)
+            if path in self.written:  # a.jpg and a.png
+                path = self.folder / f"{flat.name}.png"
+        picture.save(path, "PNG")
+        self.written[path] = None
+
+    def end(self) -> None:
+        paths = list(self.written)
+        say(f"{counted(len(paths), 'picture')} in '{self.folder}'")
+        if not self.frames.is_video or not paths:
+            return
+        first, *rest = paths
+        Image.open(first).save(
+            self.folder / ANIMATION,
+            save_all=True,
+            append_images=(Image.open(path) for path in rest),
+            duration=max(1, round(1000 / self.fps)),
+            loop=0,
+            quality=80,
+        )
+        say(
+            f"they move in '{self.folder / ANIMATION}'; as a film: ffmpeg -framerate {self.fps:g} "
+            f"-i {self.folder}/%05d.png -pix_fmt yuv420p film.mp4"
+        )
+
+
+NAMES = {
+    "jaccard": "Jaccard, best head of each object",
+    "jaccard_foreground": "Jaccard, best head of all objects",
+    "attention_on_object": "attention on objects",
+    "attention_best_head": "attention on objects, best head",
+    "object_area": "area of objects",
+}
+
+
+def _report(total: Scores, threshold: float) -> dict[str, Any]:
+    for n, what in ((total.without, "without a mask"), (total.empty, "without an object")):
+        if n:
+            say(f"{counted(n, 'image')} {what}, not scored")
+    if not total.n:
+        raise ValueError(
+            "no image has a mask with an object: `masks` holds PNGs under the images' names."
+        )
+    means = total.means()
+    rows = [("percent", list(means))]
+    rows += [
+        (words, [f"{100 * own[name]:.1f}" for own in means.values()])
+        for name, words in NAMES.items()
+    ]
+    widths = [max(len(values[c]) for _, values in rows) for c in range(len(means))]
+    say(f"{counted(total.n, 'image')}, masks that hold {threshold:.0%} of the attention")
+    for words, values in rows:
+        numbers = (value.rjust(width) for value, width in zip(values, widths, strict=True))
+        say(f"{words:34}  {'  '.join(numbers)}")
+    return {"n_images": total.n, **means}
