@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ Read = Callable[[Collection[int] | None], Iterator[tuple[int, Image.Image | Unre
 
 @dataclass(frozen=True)
 class Frames:
-    """names: (N,) below their source, with ending. is_video: they follow each other in time. read:
-    RGB images by number, all or the chosen ones, in order; may be called again."""
+    """names: (N,) below their source, with ending. paths: (N,) as given. is_video: they follow each
+    other in time. read: RGB images by number, all or the chosen ones, in order; may be called
+    again."""
 
     names: tuple[str, ...]
+    paths: tuple[str, ...]
     is_video: bool
     read: Read
 
@@ -49,18 +52,21 @@ def frames_of(sources: Sequence[str | Path], decode: Callable[[bytes], Image.Ima
         if len(given) > 1:
             raise ValueError(f"'{films[0]}' is a video and stands among others: give it alone.")
         return _frames_of_file(films[0])
-    names, readers = list[str](), list[Callable[[], bytes]]()
+    names, paths, readers = list[str](), list[str](), list[Callable[[], bytes]]()
     for path in given:
         if os.path.isfile(path) and has_ending(os.fsencode(path)):
             names.append(os.path.basename(path))
-            readers.append(lambda path=path: read_file(path))  # type: ignore[misc]
+            paths.append(path)
+            readers.append(partial(read_file, path))
             continue
         images = dataset.scan(path)
         if images.ignored:
             say(printable(images.ignored))
         root = os.fsdecode(images.root)
-        names += [images.path(i).removeprefix(root) for i in range(len(images))]
-        readers += [lambda i=i, images=images: images.read(i) for i in range(len(images))]
+        own = [images.path(i) for i in range(len(images))]
+        paths += own
+        names += [path.removeprefix(root) for path in own]
+        readers += [partial(images.read, i) for i in range(len(images))]
 
     def read(
         chosen: Collection[int] | None = None,
@@ -72,7 +78,7 @@ def frames_of(sources: Sequence[str | Path], decode: Callable[[bytes], Image.Ima
                 yield i, error
 
     one_folder = len(given) == 1 and os.path.isdir(given[0])
-    return Frames(tuple(names), one_folder and are_numbered(names), read)
+    return Frames(tuple(names), tuple(paths), one_folder and are_numbered(names), read)
 
 
 def are_numbered(names: Sequence[str]) -> bool:
@@ -105,13 +111,14 @@ def _frames_of_file(path: str) -> Frames:
     ) -> Iterator[tuple[int, Image.Image | UnreadableImage]]:
         for i, image in enumerate(decoded()):
             if chosen is None or i in chosen:
-                yield i, image()
+                yield i, image().convert("RGB")
 
-    return Frames(tuple(f"{i:05}.png" for i in range(n)), True, read)
+    names = tuple(f"{i:05}.png" for i in range(n))
+    return Frames(names, names, True, read)
 
 
 def _reader(path: str) -> Callable[[], Iterator[Callable[[], Image.Image]]]:
-    """Iterates over a video's frames, which become RGB images when they are called."""
+    """Iterates over a video's frames, which become images when they are called."""
     for name in READERS:
         try:
             library: Any = importlib.import_module(name)
@@ -126,13 +133,13 @@ def _reader(path: str) -> Callable[[], Iterator[Callable[[], Image.Image]]]:
 def _by_av(av: Any, path: str) -> Iterator[Callable[[], Image.Image]]:
     with av.open(path) as container:
         for frame in container.decode(video=0):
-            yield lambda frame=frame: frame.to_image().convert("RGB")  # type: ignore[misc]
+            yield frame.to_image
 
 
 def _by_imageio(imageio: Any, path: str) -> Iterator[Callable[[], Image.Image]]:
     for array in imageio.imiter(path):
-        yield lambda array=array: Image.fromarray(array).convert("RGB")  # type: ignore[misc]
+        yield partial(Image.fromarray, array)
 
 
 def _by_ffmpeg(path: str) -> str:
-    return f"write its frames into a folder by ffmpeg -i '{path}' frames/%05d.png and give that folder."
+    return f"write its frames into a folder, ffmpeg -i '{path}' frames/%05d.png, and give that."

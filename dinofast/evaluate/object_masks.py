@@ -10,7 +10,6 @@ objects of an image, then over the images of VOC12's validation set.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,17 +55,15 @@ def objects_of(mask: Image.Image) -> Objects:
     """
     if mask.mode not in ("P", "L", "1"):
         mask = mask.convert("L") if mask.mode in ("LA", "I", "I;16") else mask.convert("RGB")
-    values = np.asarray(mask).astype(np.int64)
+    values: np.ndarray = np.asarray(mask).astype(np.int64)
     if values.ndim == 3:
         values = values @ (1 << 16, 1 << 8, 1)
-    numbers = np.unique(values)
+    gray, kinds = mask.mode == "L", set(np.unique(values).tolist())
     void = np.zeros(values.shape, bool)
-    if mask.mode == "1":
-        values = values != 0
-    elif mask.mode == "L" and set(numbers.tolist()) <= {0, VOID}:
-        values = values == VOID
-    elif mask.mode == "L" and len(numbers) > MOST_OBJECTS:
-        values = values >= 128
+    if gray and kinds <= {0, VOID}:
+        values = values // VOID
+    elif gray and len(kinds) > MOST_OBJECTS:
+        values = values // 128
     elif mask.mode in ("L", "P"):
         void = values == VOID
         values = np.where(void, 0, values)
@@ -107,12 +104,13 @@ def _repeated(maps: Tensor, patch: int) -> Tensor:
     return maps.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
 
 
-def read_mask(folder: str | Path, name: str) -> Image.Image | None:
-    """The PNG of an image's name, below a folder of masks or right in it; None if there is none.
-    Raises `UnreadableImage`."""
-    below = Path(folder, name).with_suffix(".png")
-    for path in (below, Path(folder, below.name)):
-        if path.is_file():
+def read_mask(folder: str | Path, image_path: str) -> Image.Image | None:
+    """The PNG that an image has below a folder of masks: under as much of its own path as there is,
+    val/cat/1.png before 1.png; None if there is none. Raises `UnreadableImage`."""
+    parts = [part for part in Path(image_path).with_suffix(".png").parts if part not in "/.."]
+    for start in range(len(parts)):
+        path = Path(folder, *parts[start:])
+        if path.is_file() and path.resolve() != Path(image_path).resolve():
             data = read_file(path)
             with unreadable():
                 mask = Image.open(io.BytesIO(data))
@@ -121,11 +119,11 @@ def read_mask(folder: str | Path, name: str) -> Image.Image | None:
     return None
 
 
-def voc(sources: Sequence[str | Path]) -> tuple[list[str], str] | None:
-    """The validation images and the masks of PASCAL VOC's layout, where the one source is its
-    folder: JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/val.txt."""
-    root = Path(sources[0])
-    if len(sources) != 1 or not all((root / part).exists() for part in VOC):
+def voc(source: str | Path) -> tuple[list[str], str] | None:
+    """The validation images and the folder of masks, where `source` has PASCAL VOC's layout:
+    JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/val.txt."""
+    root = Path(source)
+    if not all((root / part).exists() for part in VOC):
         return None
     images, masks, listed = VOC
     names = (root / listed).read_text().split()

@@ -138,17 +138,15 @@ class Column:
         ]
 
     def grid(self) -> tuple[list[str], list[tuple[str, Tensor]]]:
-        """Captions of the columns, and a row for each backbone: the image, or its mask, and its
-        cells (n, 3, h, w)."""
-        blank = torch.ones_like(self.image)
-        rows = []
-        for i, (whose, found) in enumerate(self.seen):
-            own = self.image if i == 0 else blank if self.given is None else self.given
-            rows.append((whose, torch.stack([own, *(picture for _, picture in found)])))
-        if self.given is not None and len(self.seen) == 1:
-            rows = [(rows[0][0], torch.cat((self.image[None], self.given[None], rows[0][1][1:])))]
-        above = ["image", *(["its mask"] if len(rows[0][1]) > len(self.seen[0][1]) + 1 else [])]
-        return above + [caption for caption, _ in self.seen[0][1]], rows
+        """Captions of the columns, and for each backbone a row (n, 3, h, w): the image, its mask if
+        there is one, and the cells."""
+        own = [("image", self.image)]
+        own += [("its mask", self.given)] if self.given is not None else []
+        rows = [
+            (whose, torch.stack([picture for _, picture in own + found]))
+            for whose, found in self.seen
+        ]
+        return [caption for caption, _ in own + self.seen[0][1]], rows
 
 
 def contact_sheet(columns: Sequence[Column], across: int = 6) -> Image.Image:
@@ -192,21 +190,11 @@ def _short(name: str, most: int = 28) -> str:
 
 
 def single(column: Column) -> Image.Image:
-    """A captioned sheet of one image, a row for each backbone."""
+    """A captioned sheet of one image, a row for each backbone; its sides are even, as encoders of
+    videos want them."""
     above, rows = column.grid()
-    return sheet(rows, heads=above, caption_width=80 if len(rows) > 1 else 1)
-
-
-def frame(column: Column, gap: int = 4) -> Image.Image:
-    """The pictures of one frame of a video beside each other, without captions; its sides are even,
-    as encoders of videos want them."""
-    rows = [cells for _, cells in column.grid()[1]]
-    (h, w), n = _size(column.image), len(rows[0])
-    height, width = len(rows) * (h + gap) - gap, n * (w + gap) - gap
-    canvas = torch.ones(3, height + height % 2, width + width % 2)
-    for r, cells in enumerate(rows):
-        for c, cell in enumerate(cells):
-            top, left = r * (h + gap), c * (w + gap)
-            canvas[:, top : top + h, left : left + w] = cell
-    pixels = (canvas.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    narrow = max(len(whose) for whose, _ in rows) * 9
+    picture = sheet(rows, heads=above, caption_width=max(1, min(120, narrow)))
+    even = Image.new("RGB", [side + side % 2 for side in picture.size], "white")
+    even.paste(picture)
+    return even

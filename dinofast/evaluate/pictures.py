@@ -108,8 +108,8 @@ def sheet(
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
     for c, (text, font) in enumerate(above):
-        middle = head + c * (w + gap) + w / 2
-        draw.multiline_text((middle, gap), text, "black", font, "ma", align="center", spacing=2)
+        place = head + c * (w + gap) + w / 2, gap
+        draw.multiline_text(place, text, "black", font, "ma", align="center", spacing=2)
     for r, ((text, font), (_, cells)) in enumerate(zip(fitted, rows, strict=True)):
         top = first + r * (height + gap)
         middle = head - gap, top + height / 2

@@ -28,7 +28,6 @@ from .patch_pictures import (
     contact_sheet,
     cut_out,
     fitted,
-    frame,
     single,
     unit,
 )
@@ -56,8 +55,6 @@ class Look:
 
     threshold: float = 0.6
     heads: bool = False
-    per_image: bool = False
-    tile: int = TILE
 
 
 @dataclass
@@ -117,50 +114,76 @@ def segment(
     masks. Raises `ValueError` for what cannot be.
     """
     _check(threshold, size, n_images, fps)
-    sources = [data_path] if isinstance(data_path, str | Path) else list(data_path)
-    if found := voc(sources):
-        sources, masks = list(found[0]), masks or found[1]
-        say(f"PASCAL VOC: {counted(len(sources), 'validation image')}, masks in '{masks}'")
+    sources, masks = _sources(data_path, masks)
     _check_outputs(sheet, output_dir, masks, sources)
     options = {"arch": arch, "patch_size": patch_size, "device": device, "backbone": backbone}
     networks = _networks(pretrained_weights, checkpoint_key, compare, size, options)
     frames = frames_of(sources, networks[0].frozen.decode)
-    every = bool(masks or output_dir)
-    spaced = _spaced(len(frames), n_images)
-    look = Look(threshold, heads, per_image)
-    known: dict[int, list[Seen]] = {}
+    spaced = _spaced(len(frames), n_images) if sheet else []
+    shown, known = None if masks or output_dir else spaced, dict[int, list[Seen]]()
     if (sheet or output_dir) and not per_image:
-        chosen = _spaced(len(frames), BASIS) if every else spaced
-        networks, known = _with_colors(networks, frames, chosen)
+        basis = _spaced(len(frames), BASIS) if shown is None else spaced
+        networks, known = _with_colors(networks, frames, basis)
     writer = _Writer(output_dir, frames, fps) if output_dir else None
+    look = Look(threshold, heads)
+    columns, total = _looked_at(frames, networks, look, shown, known, masks, spaced, writer)
+    if columns:
+        contact_sheet(columns).save(sheet, "PNG", optimize=True)
+        say(f"{len(columns):,} of {counted(len(frames), 'image')} in '{sheet}'")
+    if writer:
+        writer.end()
+    return _report(total, threshold) if masks else {}
+
+
+def _looked_at(
+    frames: Frames,
+    networks: Sequence[Network],
+    look: Look,
+    shown: Sequence[int] | None,
+    known: dict[int, list[Seen]],
+    masks: str,
+    spaced: Sequence[int],
+    writer: _Writer | None,
+) -> tuple[list[Column], Scores]:
+    """The pass over the images, all or those `shown`: columns of the `spaced` ones, and the scores.
+    known: what the backbones have seen already."""
     columns, total, start = list[Column](), Scores(), time.perf_counter()
     tell, done = counting("images", True), 0
-    for i, image in frames.read(None if every else spaced):
+    for i, image in frames.read(shown):
         tell(i, len(frames))
+        name = frames.names[i]
         try:
             if isinstance(image, UnreadableImage):
                 raise image
             seen = known.pop(i, None) or [see(n.frozen, image, n.whole) for n in networks]
-            objects = _objects(masks, frames.names[i], image, networks[0].whole, total)
+            objects = _objects(masks, frames.paths[i], image, networks[0].whole, total)
         except UnreadableImage as reason:
-            say(f"left out, cannot be read: {printable(frames.names[i])} ({reason})")
+            say(f"left out, cannot be read: {printable(name)} ({reason})")
             continue
         done += 1
         if objects is not None:
-            total.add(_scores(networks, seen, objects, threshold))
-        if sheet and i in spaced:
-            columns.append(_column(frames.names[i], image, networks, seen, objects, look, TILE))
+            total.add(_scores(networks, seen, objects, look.threshold))
+        if i in spaced:
+            columns.append(_column(name, image, networks, seen, objects, look, TILE))
         if writer:
-            writer.add(i, _column(frames.names[i], image, networks, seen, objects, look, LARGE))
+            writer.add(i, _column(name, image, networks, seen, objects, look, LARGE))
     if not done:
-        raise ValueError(f"{counted(len(frames), 'image')}, and none can be read: see above.")
+        raise ValueError(
+            f"{counted(len(frames), 'image')}, and none can be read: look at the reasons above."
+        )
     say(f"{counted(done, 'image')}, {done / (time.perf_counter() - start):.1f} images/s")
-    if sheet and columns:
-        contact_sheet(columns).save(sheet, "PNG", optimize=True)
-        say(f"{counted(len(columns), 'image')} of {len(frames):,} in '{sheet}'")
-    if writer:
-        writer.end()
-    return _report(total, threshold) if masks else {}
+    return columns, total
+
+
+def _sources(
+    data_path: str | Path | Sequence[str | Path], masks: str
+) -> tuple[list[str | Path], str]:
+    """What to look at and the masks to score by; those of VOC where its folder is given."""
+    sources = [data_path] if isinstance(data_path, str | Path) else list(data_path)
+    if len(sources) == 1 and (found := voc(sources[0])):
+        sources, masks = list(found[0]), masks or found[1]
+        say(f"PASCAL VOC: {counted(len(sources), 'validation image')}, masks in '{masks}'")
+    return sources, masks
 
 
 def _check(threshold: float, size: int | Sequence[int] | None, n_images: int, fps: float) -> None:
@@ -222,9 +245,8 @@ def _networks(
             raise ValueError(
                 f"`size` is {min(sides)}, less than a patch of {frozen.patch_size} pixels."
             )
-        networks.append(
-            Network(_whose(path, key, wanted), frozen, WholePatches(sides, frozen.patch_size))
-        )
+        whole = WholePatches(sides, frozen.patch_size)
+        networks.append(Network(_whose(path, key, wanted), frozen, whole))
     return networks
 
 
@@ -273,13 +295,13 @@ def _with_colors(
 
 
 def _objects(
-    masks: str, name: str, image: Image.Image, whole: WholePatches, total: Scores
+    masks: str, path: str, image: Image.Image, whole: WholePatches, total: Scores
 ) -> Objects | None:
     """The objects of an image's mask at the size of its whole patches; None if it has none. Raises
     `UnreadableImage`."""
     if not masks:
         return None
-    mask = read_mask(masks, name)
+    mask = read_mask(masks, path)
     if mask is None:
         total.without += 1
         return None
@@ -338,13 +360,13 @@ class _Writer:
 
     def add(self, i: int, column: Column) -> None:
         if self.frames.is_video:
-            path, picture = self.folder / f"{len(self.written):05}.png", frame(column)
+            path = self.folder / f"{len(self.written):05}.png"
         else:
             flat = Path(self.frames.names[i].strip("/").replace("/", "_"))
-            path, picture = self.folder / f"{flat.stem}.png", single(column)
+            path = self.folder / f"{flat.stem}.png"
             if path in self.written:  # a.jpg and a.png
                 path = self.folder / f"{flat.name}.png"
-        picture.save(path, "PNG")
+        single(column).save(path, "PNG", compress_level=1)  # of 6: most of the time went into it
         self.written[path] = None
 
     def end(self) -> None:
@@ -382,7 +404,8 @@ def _report(total: Scores, threshold: float) -> dict[str, Any]:
             say(f"{counted(n, 'image')} {what}, not scored")
     if not total.n:
         raise ValueError(
-            "no image has a mask with an object: `masks` holds PNGs under the images' names."
+            "no image has a mask with an object: `masks` is a folder of PNGs under the images' own "
+            "names, such as cat/1.png for cat/1.jpg."
         )
     means = total.means()
     rows = [("percent", list(means))]

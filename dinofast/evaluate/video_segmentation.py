@@ -138,17 +138,13 @@ def videos(root: str | Path, split: str = "val") -> list[Video]:
         raise ValueError(f"'{listed}' does not exist: give DAVIS's folder, with {LAYOUT}.")
     found = []
     for name in listed.read_text().split():
-        frames = tuple(sorted((root / "JPEGImages" / "480p" / name).glob("*.jpg")))
-        masks = {p.stem: p for p in sorted((root / "Annotations" / "480p" / name).glob("*.png"))}
+        own, annotated = (root / part / "480p" / name for part in ("JPEGImages", "Annotations"))
+        frames = tuple(sorted(own.glob("*.jpg")))
+        masks = {path.stem: path for path in annotated.glob("*.png")}
         if not frames:
-            raise ValueError(
-                f"'{root / 'JPEGImages' / '480p' / name}' holds no .jpg: see '{listed}'."
-            )
+            raise ValueError(f"'{own}' holds no .jpg, and '{listed}' names it.")
         if frames[0].stem not in masks:
-            raise ValueError(
-                f"'{root / 'Annotations' / '480p' / name}' lacks {frames[0].stem}.png, the masks of "
-                "the first frame."
-            )
+            raise ValueError(f"'{annotated}' lacks {frames[0].stem}.png, the first frame's masks.")
         found.append(Video(name, frames, masks))
     if not found:
         raise ValueError(f"'{listed}' names no video.")

@@ -71,7 +71,5 @@ def see(frozen: FrozenBackbone, image: Image.Image, whole: WholePatches) -> Seen
     """What a backbone makes of an RGB image. Raises `UnreadableImage` for too many patches."""
     transform = frozen.transform
     pixels = to_tensor(whole.image(image), transform.mean, transform.std)[None].to(frozen.device)
-    return Seen(
-        cls_attention(frozen.module, pixels)[0].cpu(),
-        patch_features(frozen.module, pixels)[0].cpu(),
-    )
+    attention = cls_attention(frozen.module, pixels)[0]
+    return Seen(attention.cpu(), patch_features(frozen.module, pixels)[0].cpu())
