@@ -21,7 +21,9 @@ class Options(BackboneOptions):
         metavar="DIR",
         positional=True,
     )
-    output_dir: str = option("davis", "Folder of the masks, one folder a video.", metavar="DIR")
+    output_dir: str = option(
+        "runs/davis", "Folder of the masks, one folder a video.", metavar="DIR"
+    )
     json: str = option("", "Write the measures into FILE.", metavar="FILE", shown="none")
     split: str = option("val", "Which videos: those of ImageSets/2017/NAME.txt.")
     n_last_frames: int = option(7, "Frames before this one to look at, beside the first.")

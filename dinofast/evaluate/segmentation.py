@@ -40,7 +40,7 @@ ANIMATION = "animation.webp"
 
 @dataclass(frozen=True)
 class Network:
-    """A backbone, what it is called beside another, how it takes images, and the colors of its
+    """A backbone, what it is called, how it takes images, and the colors of its
     patches, None where each image has its own."""
 
     whose: str
@@ -59,8 +59,9 @@ class Look:
 
 @dataclass
 class Scores:
-    """Sums of `object_masks.scores` by backbone, over `n` images."""
+    """Sums of `object_masks.scores` by backbone, over `n` of `looked_at` images."""
 
+    looked_at: int = 0
     n: int = 0
     sums: dict[str, dict[str, float]] = field(default_factory=dict)
     without: int = 0  # images without a mask
@@ -120,6 +121,7 @@ def segment(
     networks = _networks(pretrained_weights, checkpoint_key, compare, size, options)
     frames = frames_of(sources, networks[0].frozen.decode)
     spaced = _spaced(len(frames), n_images) if sheet else []
+    start = time.perf_counter()
     shown, known = None if masks or output_dir else spaced, dict[int, list[Seen]]()
     if (sheet or output_dir) and not per_image:
         basis = _spaced(len(frames), BASIS) if shown is None else spaced
@@ -127,6 +129,8 @@ def segment(
     writer = _Writer(output_dir, frames, fps) if output_dir else None
     look = Look(threshold, heads)
     columns, total = _looked_at(frames, networks, look, shown, known, masks, spaced, writer)
+    rate = total.looked_at / (time.perf_counter() - start)
+    say(f"{counted(total.looked_at, 'image')}, {rate:.1f} images/s")
     if columns:
         contact_sheet(columns).save(sheet, "PNG", optimize=True)
         say(f"{len(columns):,} of {counted(len(frames), 'image')} in '{sheet}'")
@@ -147,8 +151,7 @@ def _looked_at(
 ) -> tuple[list[Column], Scores]:
     """The pass over the images, all or those `shown`: columns of the `spaced` ones, and the scores.
     known: what the backbones have seen already."""
-    columns, total, start = list[Column](), Scores(), time.perf_counter()
-    tell, done = counting("images", True), 0
+    columns, total, tell = list[Column](), Scores(), counting("images", True)
     for i, image in frames.read(shown):
         tell(i, len(frames))
         name = frames.names[i]
@@ -160,18 +163,17 @@ def _looked_at(
         except UnreadableImage as reason:
             say(f"left out, cannot be read: {printable(name)} ({reason})")
             continue
-        done += 1
+        total.looked_at += 1
         if objects is not None:
             total.add(_scores(networks, seen, objects, look.threshold))
         if i in spaced:
             columns.append(_column(name, image, networks, seen, objects, look, TILE))
         if writer:
             writer.add(i, _column(name, image, networks, seen, objects, look, LARGE))
-    if not done:
+    if not total.looked_at:
         raise ValueError(
             f"{counted(len(frames), 'image')}, and none can be read: look at the reasons above."
         )
-    say(f"{counted(done, 'image')}, {done / (time.perf_counter() - start):.1f} images/s")
     return columns, total
 
 
@@ -228,11 +230,13 @@ def _networks(
     options: dict[str, Any],
 ) -> list[Network]:
     """The backbone, and after it the one to compare with."""
-    wanted = [(weights, checkpoint_key)]
+    wanted = [(str(weights), checkpoint_key)]
     if compare in ("untrained", "student", "teacher"):
-        wanted.append((weights, compare))
+        wanted.append((str(weights), compare))
     elif compare:
         wanted.append((compare, checkpoint_key))
+    if len(wanted) > len(set(wanted)):
+        raise ValueError(f"`compare` is {compare}, which is what it would be compared with.")
     networks = list[Network]()
     for path, key in wanted:
         frozen = load_frozen(path, checkpoint_key=key, **options)
@@ -250,15 +254,15 @@ def _networks(
     return networks
 
 
-def _whose(path: str | Path, key: str, wanted: Sequence[tuple[str | Path, str]]) -> str:
-    """What a backbone is called beside the others: "" alone, trained or untrained, teacher or
-    student, or the run's folder and file."""
-    if len(wanted) == 1:
-        return ""
-    if wanted[0][0] != wanted[1][0]:
-        name = Path(path)
-        return f"{name.parent.name}/{name.name}" if name.suffix else name.name
-    if "untrained" in (wanted[0][1], wanted[1][1]):
+def _whose(path: str, key: str, wanted: Sequence[tuple[str, str]]) -> str:
+    """What a backbone is called: trained or untrained, teacher or student, or the end of its path
+    by which it differs from the other."""
+    paths, keys = [path for path, _ in wanted], [key for _, key in wanted]
+    if len(set(paths)) == 2:
+        parts = [Path(name).parts for name in paths]
+        n = next(n for n in range(1, 99) if parts[0][-n:] != parts[1][-n:])
+        return str(Path(*Path(path).parts[-n:]))
+    if len(wanted) == 1 or "untrained" in keys:
         return "untrained" if key == "untrained" else "trained"
     return key
 
@@ -326,7 +330,7 @@ def _scores(
         h, w = (side * patch for side in one.attention.shape[-2:])
         # of another patch size: the part that both see
         there = Objects(objects.masks[:, :h, :w], objects.void[:h, :w])
-        found[network.whose or "trained"] = scores(one.attention, there, patch, threshold)
+        found[network.whose] = scores(one.attention, there, patch, threshold)
     return found
 
 
@@ -343,10 +347,11 @@ def _column(
     w, h = fitted(whole.sides(*image.size)[1], longest)
     shown = unit(whole.shown(image, (w, h)))
     given = cut_out(objects.masks.any(0), shown) if objects else None
-    rows = [
-        (n.whose, cells(one, shown, n.colors or PatchColors.of([one]), look.threshold, look.heads))
-        for n, one in zip(networks, seen, strict=True)
-    ]
+    rows = []
+    for network, one in zip(networks, seen, strict=True):
+        colors = network.colors or PatchColors.of([one])
+        whose = network.whose if len(networks) > 1 else ""
+        rows.append((whose, cells(one, shown, colors, look.threshold, look.heads)))
     return Column(name, shown, given, rows)
 
 

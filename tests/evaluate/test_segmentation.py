@@ -131,11 +131,14 @@ def test_evenly_spaced():
 
 def test_what_backbones_are_called():
     run, key = "runs/a/checkpoint.pth", "teacher"
-    assert _whose(run, key, [(run, key)]) == ""
+    assert _whose(run, key, [(run, key)]) == "trained"
+    assert _whose(run, "untrained", [(run, "untrained")]) == "untrained"
     both = [(run, "teacher"), (run, "untrained")]
     assert [_whose(*one, both) for one in both] == ["trained", "untrained"]
     both = [(run, "teacher"), ("runs/b", "teacher")]
-    assert [_whose(*one, both) for one in both] == ["a/checkpoint.pth", "b"]
+    assert [_whose(*one, both) for one in both] == ["checkpoint.pth", "b"]
+    both = [("x/a/checkpoint.pth", "teacher"), ("y/a/checkpoint.pth", "teacher")]
+    assert [_whose(*one, both) for one in both] == ["x/a/checkpoint.pth", "y/a/checkpoint.pth"]
     both = [(run, "teacher"), (run, "student")]
     assert [_whose(*one, both) for one in both] == ["teacher", "student"]
 
@@ -195,9 +198,9 @@ def test_a_picture_for_each_image(segmented, data, tmp_path):
 
 
 def test_scores_of_both(segmented, data, tmp_path, weights):
-    code, said = segmented(
-        data / "val", "--masks", data / "masks", "--compare", "untrained", "--json", "found.json"
-    )
+    words = ("--masks", data / "masks", "--compare", "untrained", "--json", "found.json")
+    code, said = segmented(data / "val", *words, "-o", "two.png", "--n_images", "2")
+    assert Image.open(tmp_path / "two.png").width == 8 + 120 + 8 + 2 * (192 + 8)
     found = json.loads((tmp_path / "found.json").read_text())
     scores = found["scores"]
     assert code == 0 and scores["n_images"] == 10 and found["threshold"] == 0.6
@@ -292,6 +295,7 @@ def test_bad_images_are_named_and_left_out(segmented, data, tmp_path):
         ("D -o D/blobs_blob/blobs_blob_0004.jpg", "a file that is not PNG and would be lost"),
         ("D none.jpg", "none.jpg' does not exist"),
         ("D --compare none.pth", "none.pth"),
+        ("D --compare teacher", "--compare is teacher, which is what it would be compared with."),
         ("", "SOURCE is missing: what to look at. Usage: dinofast segment SOURCE"),
     ],
 )
