@@ -130,7 +130,7 @@ def segment(
     look = Look(threshold, heads)
     columns, total = _looked_at(frames, networks, look, shown, known, masks, spaced, writer)
     rate = total.looked_at / (time.perf_counter() - start)
-    say(f"{counted(total.looked_at, 'image')}, {rate:.1f} images/s")
+    say(f"{counted(total.looked_at, 'image')}, {rate:.3g} images/s")
     if columns:
         contact_sheet(columns).save(sheet, "PNG", optimize=True)
         say(f"{len(columns):,} of {counted(len(frames), 'image')} in '{sheet}'")

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from .images import IMAGENET_MEAN, IMAGENET_STD
 MULTIPLE = 64  # of the longer side, in pixels
 # of the official script, whose first number is not ImageNet's 0.229
 OFFICIAL_STD = (0.228, 0.224, 0.225)
-CHUNK_ELEMENTS = 2**27  # of the affinities held at a time: 512 MiB in fp32
+CHUNK_ELEMENTS = 2**25  # of the affinities held at a time: 128 MiB in fp32
 LAYOUT = "JPEGImages/480p, Annotations/480p and ImageSets/2017"
 
 
@@ -67,23 +68,51 @@ def propagate(
     device. Returns (C, rows, columns) fp32.
     """
     rows, columns, _ = target.shape
-    n = rows * columns
-    keys = torch.cat([F.normalize(s.flatten(0, 1).float(), dim=1) for s in sources])  # (S n, D)
-    values = torch.cat([own.flatten(1) for own in labels], dim=1).t()  # (S n, C)
-    queries = F.normalize(target.flatten(0, 1).float(), dim=1)  # (n, D)
-    place = torch.arange(n, device=target.device)
-    y, x = place // columns, place % columns
-    k, reach = min(how.topk, len(keys)), how.size_mask_neighborhood
-    found = []
-    for chosen in place.split(max(1, CHUNK_ELEMENTS // len(keys))):
-        affinity = ((queries[chosen] @ keys.t()) / how.temperature).exp()  # (chunk, S n)
+    queries = F.normalize(target.float(), dim=-1)
+    keys = F.normalize(torch.stack(list(sources)).float(), dim=-1)  # (S, rows, columns, D)
+    values = torch.stack(list(labels), dim=-1)  # (C, rows, columns, S)
+    out = torch.empty(values.shape[:-1], device=target.device)
+    reach = how.size_mask_neighborhood
+    side = _tile(rows, columns, len(sources), reach)
+    # a tile of queries at a time, and the keys that some of them reach: of 60 x 104 patches (patch
+    # size 8) and 8 sources a fifth of all pairs
+    for y, x in product(range(0, rows, side), range(0, columns, side)):
+        ys, xs = (_reached(*given, reach) for given in ((y, side, rows), (x, side, columns)))
+        tile = queries[y : y + side, x : x + side]  # (h, w, D)
+        affinity = torch.einsum("hwd,syxd->hwyxs", tile, keys[:, ys, xs])
+        affinity = affinity.div_(how.temperature).exp_()
         if reach:
-            near = (y[chosen, None] - y).abs().le(reach) & (x[chosen, None] - x).abs().le(reach)
-            affinity = affinity.unflatten(1, (len(sources), n)).mul_(near[:, None]).flatten(1)
-        least = affinity.topk(k, dim=1).values[:, -1:]
-        weights = affinity.masked_fill_(affinity < least, 0)
-        found.append((weights @ values) / weights.sum(1, keepdim=True))
-    return torch.cat(found).t().unflatten(1, (rows, columns))
+            near_y, near_x = (
+                (torch.arange(start, min(start + side, n))[:, None] - torch.arange(n)[window]).abs()
+                <= reach
+                for n, start, window in ((rows, y, ys), (columns, x, xs))
+            )
+            near = near_y[:, None, :, None] & near_x[None, :, None, :]  # (h, w, ys, xs)
+            affinity *= near[..., None].to(affinity.device)
+        weights = affinity.flatten(2)  # (h, w, ys xs S)
+        least = weights.topk(min(how.topk, weights.shape[-1]), dim=-1).values[..., -1:]
+        weights = weights.masked_fill(weights < least, 0)
+        votes = weights @ values[:, ys, xs].flatten(1).t()  # (h, w, C)
+        out[:, y : y + side, x : x + side] = (votes / weights.sum(-1, keepdim=True)).movedim(-1, 0)
+    return out
+
+
+def _tile(rows: int, columns: int, n_sources: int, reach: int) -> int:
+    """Side of a tile of queries whose affinities are at most CHUNK_ELEMENTS."""
+    side = reach or max(rows, columns)
+
+    def elements(side: int) -> int:
+        h, w = (min(side + 2 * reach, n) if reach else n for n in (rows, columns))
+        return side * side * h * w * n_sources
+
+    while side > 1 and elements(side) > CHUNK_ELEMENTS:
+        side //= 2
+    return side
+
+
+def _reached(start: int, side: int, n: int, reach: int) -> slice:
+    """Of n rows or columns those that a tile's reach."""
+    return slice(max(0, start - reach), start + side + reach) if reach else slice(0, n)
 
 
 def segment_video(features: Iterator[Tensor], first: Tensor, how: Propagation) -> Iterator[Tensor]:
@@ -204,7 +233,7 @@ def davis(
         rate = n_frames / (time.perf_counter() - start)
         own = _measured(video, masks)
         measured |= own
-        say(f"{video.name}: {counted(len(masks), 'frame')}{_told(own)}; {rate:.1f} frames/s so far")
+        say(f"{video.name}: {counted(len(masks), 'frame')}{_told(own)}; {rate:.3g} frames/s so far")
     say(f"masks in '{output_dir}'")
     return _report(measured)
 
