@@ -37,6 +37,8 @@ COMMANDS = {
     "embed": "write the features of every image into a file",
     "retrieve": "a picture of nearest neighbors, and the mean average precision of classes",
     "copydetect": "copy detection on Copydays",
+    "segment": "pictures of what a ViT looks at, and how well that segments objects",
+    "davis": "video object segmentation on DAVIS 2017 by a checkpoint's patches",
     "show-crops": "a picture of what the network sees",
     "check-data": "which images of a folder do not decode",
     "bench-data": "whether the data keeps up with a GPU",
@@ -254,13 +256,14 @@ def add_argument(
         extra["metavar"] = about.get("metavar", "DIR" if field.name.endswith("_dir") else metavar)
     if isinstance(default, tuple):
         extra["nargs"] = about.get("nargs", len(default))
+    elif "nargs" in about:
+        extra["nargs"] = about["nargs"]
     shown = with_flags(f"{about['help']}{_default(field, device)}".strip(), options)
     extra["help"] = shown.replace("%", "%%")
     if _is_inherited(field, options) or about.get("hidden"):
         extra["help"] = argparse.SUPPRESS
-    nargs = "*" if about.get("nargs") == "+" else "?"
     if _has_place(field, options):  # its flag is taken as well; see `options_of`
-        parser.add_argument(field.name, default=argparse.SUPPRESS, nargs=nargs, **extra)
+        parser.add_argument(field.name, default=argparse.SUPPRESS, **{"nargs": "?", **extra})
         extra["help"] = argparse.SUPPRESS
         parser.add_argument(
             f"--{field.name}", dest=f"--{field.name}", default=argparse.SUPPRESS, **extra

@@ -107,9 +107,13 @@ _COMMANDS = (
         "predict dump-features dump_features",
     ),
     (
-        "dinofast demo draws such pictures; of your own images in Python: "
-        "dinofast.evaluate.attention_maps.cls_attention(backbone, images).",
-        "attention attention-maps attention_maps visualize visualize-attention visualize_attention",
+        "dinofast segment draws attention and patches of images and videos.",
+        "attention attention-maps attention_maps visualize visualize-attention visualize_attention "
+        "video_generation video-generation heatmap pca",
+    ),
+    (
+        "dinofast davis segments the videos of DAVIS 2017.",
+        "eval_video_segmentation video_segmentation video-segmentation vos",
     ),
     (
         "The same pretrain command goes on with the run in its `output_dir`.",

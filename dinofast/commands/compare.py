@@ -15,7 +15,7 @@ class Options:
         "Folders of runs, as `output_dir` of pretrain named them.",
         metavar="RUN",
         positional=True,
-        nargs="+",
+        nargs="*",
     )
 
 

@@ -9,7 +9,9 @@ from ..config import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenOptions:
+class BackboneOptions:
+    """Of commands that take images at any size."""
+
     pretrained_weights: str = option(
         MISSING, "A checkpoint of dinofast or of the official code.", metavar="FILE"
     )
@@ -29,6 +31,15 @@ class FrozenOptions:
         type=int,
         shown="from the checkpoint",
     )
+    device: str | None = option(
+        None, "Where features are computed.", choices=("cuda", "cpu"), shown="a GPU if there is one"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenOptions(BackboneOptions):
+    """Of commands that take center crops in batches."""
+
     resize: int | None = option(
         None, "Shorter side before the center crop, in pixels.", type=int, shown="8/7 of `crop`"
     )
@@ -40,13 +51,10 @@ class FrozenOptions:
     )
     batch_size_per_gpu: int = option(128, "Images at a time.")
     num_workers: int = option(10, "Processes that read images.", shown="10, at most one per core")
-    device: str | None = option(
-        None, "Where features are computed.", choices=("cuda", "cpu"), shown="a GPU if there is one"
-    )
 
 
-def of_backbone(options: FrozenOptions) -> dict[str, Any]:
+def of_backbone(options: BackboneOptions) -> dict[str, Any]:
     """What `evaluate.frozen.load_frozen` takes of them."""
     batches = ("batch_size_per_gpu", "num_workers")
     names = [f.name for f in fields(FrozenOptions) if f.name not in batches]
-    return {name: getattr(options, name) for name in names}
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}

@@ -122,13 +122,21 @@ def principal_components(features: Tensor, k: int = 3) -> Tensor:
     A component's sign is arbitrary in itself; here its direction's largest entry is positive, so
     that pictures repeat. Components past the rank are 0.
     """
-    centered = features.double() - features.double().mean(0)
+    mean, directions = principal_directions(features, k)
+    return ((features.double() - mean) @ directions).float()
+
+
+def principal_directions(features: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and the first k principal directions (D, k) of the rows (N, D), fp64; signs and
+    those past the rank as in `principal_components`."""
+    mean = features.double().mean(0)
+    centered = features.double() - mean
     variance, directions = torch.linalg.eigh(centered.t() @ centered)  # ascending
     directions = directions.flip(1)[:, :k] * (
         variance.flip(0)[:k] > 1e-10 * variance[-1].clamp(min=1e-300)
     )
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-    return (centered @ (directions * largest.sign())).float()
+    return mean, directions * largest.sign()
 
 
 def pca_colors(

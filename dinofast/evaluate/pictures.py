@@ -82,9 +82,14 @@ def overlay(images: Tensor, heat: Tensor, strength: float = 0.85) -> Tensor:
 
 
 def sheet(
-    rows: Sequence[tuple[str, Tensor]], gap: int = 8, font_size: int = 15, caption_width: int = 100
+    rows: Sequence[tuple[str, Tensor]],
+    gap: int = 8,
+    font_size: int = 15,
+    caption_width: int = 100,
+    heads: Sequence[str] = (),
 ) -> Image.Image:
     """A table of pictures: each row is a caption and its cells, RGB (B, 3, H, W) in [0, 1].
+    heads: B captions above the columns, if any.
 
     A caption stands left of its row, in a column of `caption_width` pixels. It is broken into lines
     at spaces until it fits, and set smaller if a word does not. All rows are as high as the cells
@@ -96,11 +101,17 @@ def sheet(
     boxes = [measure((0, 0), *caption, anchor="rm", spacing=2) for caption in fitted]
     height = max(h, *(2 * math.ceil(max(-above, below)) for _, above, _, below in boxes))
     head = gap + caption_width + gap
-    size = head + n_columns * (w + gap), gap + len(rows) * (height + gap)
+    above = [fit_caption(caption, w, font_size) for caption in heads]
+    boxes = [measure((0, 0), *caption, anchor="ma", spacing=2) for caption in above]
+    first = gap + max((math.ceil(bottom) + gap for _, _, _, bottom in boxes), default=0)
+    size = head + n_columns * (w + gap), first + len(rows) * (height + gap)
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
+    for c, (text, font) in enumerate(above):
+        place = head + c * (w + gap) + w / 2, gap
+        draw.multiline_text(place, text, "black", font, "ma", align="center", spacing=2)
     for r, ((text, font), (_, cells)) in enumerate(zip(fitted, rows, strict=True)):
-        top = gap + r * (height + gap)
+        top = first + r * (height + gap)
         middle = head - gap, top + height / 2
         draw.multiline_text(middle, text, "black", font, anchor="rm", align="right", spacing=2)
         pixels = (cells.float().cpu().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
