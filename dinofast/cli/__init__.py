@@ -32,6 +32,7 @@ from .foreign_flags import command_instead_of
 COMMANDS = {
     "pretrain": "train a backbone on a folder of images without labels",
     "knn": "k-NN accuracy of a checkpoint on labeled folders",
+    "linear": "accuracy of a linear classifier on the features of a checkpoint",
     "show-crops": "a picture of what the network sees",
     "check-data": "which images of a folder do not decode",
     "bench-data": "whether the data keeps up with a GPU",
@@ -241,14 +242,15 @@ def add_argument(
         extra["choices"], extra["type"] = about["choices"], partial(one_of, about["choices"])
         if "aliases" in about:
             extra["type"] = partial(meant, about["aliases"])
-    elif isinstance(example, bool):
+    elif isinstance(example, bool) or about.get("type") is bool:
         extra["type"], extra["metavar"] = truth, "BOOL"
     else:
         kind = about.get("type", type(example) if isinstance(example, int | float) else str)
         extra["type"], metavar = _KINDS[kind]
         extra["metavar"] = about.get("metavar", "DIR" if field.name.endswith("_dir") else metavar)
-    if isinstance(default, tuple):
-        extra["nargs"] = about.get("nargs", len(default))
+    if isinstance(default, tuple) or "nargs" in about:
+        extra["nargs"] = about.get("nargs", len(default) if isinstance(default, tuple) else None)
+        extra["const"] = True if extra["nargs"] == "?" else None  # the flag alone
     shown = with_flags(f"{about['help']}{_default(field, device)}".strip(), options)
     extra["help"] = shown.replace("%", "%%")
     if _is_inherited(field, options) or about.get("hidden"):

@@ -56,7 +56,8 @@ _PRETRAIN = (
         "nesterov sgd_momentum",
     ),
     (
-        "Training takes no labels and no held-out images; dinofast knn measures afterwards.",
+        "Training takes no labels and no held-out images; dinofast knn and dinofast linear measure "
+        "afterwards.",
         "val_path val val_dir val_split valid validation test test_only eval eval_only evaluate "
         "num_classes n_classes nb_classes classes labels label_file num_labels knn eval_freq",
     ),
@@ -94,7 +95,12 @@ _COMMANDS = (
     (
         "A trained backbone is used in Python: dinofast.load_backbone('checkpoint.pth').",
         "export onnx convert extract features extract-features embed infer inference predict load "
-        "linear eval-linear eval_linear linear-probe finetune classify",
+        "finetune",
+    ),
+    (
+        "A linear classifier on its features: dinofast linear DIR --pretrained_weights FILE.",
+        "eval-linear eval_linear linear-probe linear_probe linear-eval linear_eval lincls probe "
+        "classify log-regression log_regression logistic",
     ),
     (
         "dinofast demo draws such pictures; of your own images in Python: "
