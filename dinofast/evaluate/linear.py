@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..runtime.progress import counting, in_words
 from ..runtime.terminal import say
-from ..runtime.words import counted
+from ..runtime.words import counted, spelled
 from . import linear_logistic as logistic
 from . import linear_official as official
 from . import linear_sweep as sweep
@@ -253,6 +253,8 @@ def _sweep(
         f"({chosen['features']}, learning rate {chosen['learning_rate']:g}; chosen on "
         f"{counted(n_held, 'held-out training image')}, trained on all)"
     )
+    if best[1] == len(rates) - 1 and len(rates) > 1:
+        say(spelled("the largest learning rate was best: larger `learning_rates` may do more"))
     say(
         f"best on val: {in_percent(percent(final[on_val], n_val, f.classes))} "
         f"({lucky['features']}, learning rate {lucky['learning_rate']:g}; DINOv2 reports this one, "

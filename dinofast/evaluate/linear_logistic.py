@@ -16,6 +16,9 @@ from ..runtime.words import first_line
 # decade, as each fit is of minutes on a CPU where the data is large
 STRENGTHS = tuple(10.0**power for power in range(-6, 6))
 MOST_ITERATIONS = 1000
+# elements of x below which BLAS gets one thread: on 2 busy cores two took 62 s, one 1.0 s for 3,000
+# images of width 64, as they wait for each other in each of its 560 iterations (2026-11-27)
+SMALL = 2**24
 
 
 def unavailable_reason() -> str | None:
@@ -31,9 +34,11 @@ def fit(x: Tensor, y: Tensor, strength: float) -> Any:
     """The regression on x (N, D) and y (N,); `n_iter_` tells whether it has come to its end."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits  # scikit-learn needs it itself
 
     model = LogisticRegression(C=strength, max_iter=MOST_ITERATIONS)
-    with warnings.catch_warnings():
+    threads = 1 if x.numel() < SMALL else None
+    with warnings.catch_warnings(), threadpool_limits(threads):
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(x.double().numpy(), y.numpy())
 
