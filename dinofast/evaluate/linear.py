@@ -73,7 +73,21 @@ def linear(
     Returns "top1" and, of five classes and more, "top5" on val in percent, and what the protocol
     has beside. Raises ValueError for what cannot be.
     """
-    _check(**{name: value for name, value in locals().items() if name in _OF or name in _POSITIVE})
+    _check(
+        protocol,
+        per_class,
+        seed,
+        epochs=epochs,
+        learning_rates=learning_rates,
+        lr=lr,
+        n_last_blocks=n_last_blocks,
+        avgpool_patchtokens=avgpool_patchtokens,
+        num_labels=num_labels,
+        val_freq=val_freq,
+        output_dir=output_dir,
+        evaluate=evaluate,
+        pretrained_linear=pretrained_linear,
+    )
     check_batches(batch_size_per_gpu, num_workers)
     frozen = load_frozen(
         pretrained_weights,
@@ -92,27 +106,9 @@ def linear(
             return _logistic(features, seed)
         rates = tuple(learning_rates or LEARNING_RATES)
         return _sweep(features, rates, epochs, batch_size_per_gpu, seed)
-    inputs = official.inputs_of(frozen.module, n_last_blocks, avgpool_patchtokens)
-    folder = Path(output_dir or ".")
-    file = Path(pretrained_linear or folder / official.NAME)
-    if evaluate and not file.is_file():
-        raise ValueError(
-            f"there is no classifier at '{file}' to evaluate: give one as `pretrained_linear`."
-        )
-    val_alone = evaluate and not (Path(data_path) / "train").is_dir()
-    if val_alone and (Path(data_path) / "val").is_dir():
-        val = labeled_folder(Path(data_path) / "val", frozen.transform)
-        train = val = replace(val, decode=frozen.decode)
-    else:
-        train, val = _images(data_path, frozen, per_class, seed)
-    n_classes = len(train.classes)
-    if num_labels is not None and num_labels < n_classes:
-        raise ValueError(
-            f"`num_labels` is {num_labels}, but there are {n_classes} classes: give that or more."
-        )
     how = official.Official(
-        inputs,
-        num_labels or n_classes,
+        official.inputs_of(frozen.module, n_last_blocks, avgpool_patchtokens),
+        num_labels or 0,
         epochs or official.EPOCHS,
         official.LR if lr is None else lr,
         val_freq or 1,
@@ -120,7 +116,10 @@ def linear(
         num_workers,
         seed,
     )
-    return _official(frozen, train, val, how, folder, file if evaluate else None)
+    folder = Path(output_dir or ".")
+    if evaluate:
+        return _evaluate(frozen, data_path, how, Path(pretrained_linear or folder / official.NAME))
+    return _official(frozen, *_images(data_path, frozen, per_class, seed), how, folder)
 
 
 # ---- options
@@ -131,7 +130,6 @@ _OF = {
     **dict.fromkeys(("num_labels", "val_freq", "output_dir"), ("official",)),
     **dict.fromkeys(("evaluate", "pretrained_linear"), ("official",)),
 }
-_POSITIVE = ("protocol", "per_class", "seed")
 
 
 def _check(protocol: str, per_class: int | None, seed: int, **given: Any) -> None:
@@ -210,20 +208,19 @@ class _Features:
 def _sweep(
     f: _Features, rates: Sequence[float], epochs: int | None, batch_size: int, seed: int
 ) -> dict[str, Any]:
+    """Twice: without the held-out images, which choose, and with them."""
     chooses = held_out(f.y, seed)
-    columns = [choice.columns for choice in f.choices]
-    count = len(columns) * len(rates)
-    scaled = [rate * batch_size / 256 for rate in rates]
+    count = len(f.choices) * len(rates)
 
     def trained(x: Tensor, y: Tensor, what: str) -> sweep.Classifiers:
+        columns = [choice.columns for choice in f.choices]
+        made = sweep.start(columns, len(rates), f.classes, seed).to(f.device)
         x = sweep.place(x, f.device)
-        made = sweep.start(columns, len(rates), f.classes, seed)
-        made = replace(made, weight=made.weight.to(f.device), bias=made.bias.to(f.device))
         sweep.train(
             x,
             y.to(x.device),
             made,
-            scaled,
+            [rate * batch_size / 256 for rate in rates],
             epochs=epochs or sweep.default_epochs(len(x), batch_size),
             batch_size=batch_size,
             seed=seed,
@@ -234,43 +231,43 @@ def _sweep(
     start = time.perf_counter()
     judged = trained(f.x[~chooses], f.y[~chooses], "to choose").hits(f.x[chooses], f.y[chooses])
     final = trained(f.x, f.y, "on all training images").hits(f.val_x, f.val_y)
-    elapsed_s = time.perf_counter() - start
-    n_held, n_val = int(chooses.sum()), len(f.val_y)
-    best = divmod(int(judged[..., 0].argmax()), len(rates))  # of equals the first
-    on_val = divmod(int(final[..., 0].argmax()), len(rates))
-    say(f"trained {count} classifiers twice in {in_words(elapsed_s)}")
-    _table(f.choices, rates, judged, final, n_held, n_val)
-    chosen, lucky = (
+    say(f"trained {count} classifiers twice in {in_words(time.perf_counter() - start)}")
+    return {**_report(f, rates, judged, final, int(chooses.sum())), "knn": f.knn()}
+
+
+def _report(
+    f: _Features, rates: Sequence[float], judged: Tensor, final: Tensor, n_held: int
+) -> dict[str, Any]:
+    """judged, final (G, R, 2): hits among the held-out images and, of those trained on all, among
+    val."""
+    n_val, places = len(f.val_y), [(g, r) for g in range(len(judged)) for r in range(len(rates))]
+    grid: list[dict[str, Any]] = [
         {
             "features": f.choices[g].name,
             "learning_rate": rates[r],
-            **percent(final[g, r], n_val, f.classes),
-        }
-        for g, r in (best, on_val)
-    )
-    say(
-        f"linear classifier result: {in_percent(percent(final[best], n_val, f.classes))} "
-        f"({chosen['features']}, learning rate {chosen['learning_rate']:g}; chosen on "
-        f"{counted(n_held, 'held-out training image')}, trained on all)"
-    )
-    if best[1] == len(rates) - 1 and len(rates) > 1:
-        say(spelled("the largest learning rate was best: larger `learning_rates` may do more"))
-    say(
-        f"best on val: {in_percent(percent(final[on_val], n_val, f.classes))} "
-        f"({lucky['features']}, learning rate {lucky['learning_rate']:g}; DINOv2 reports this one, "
-        "chosen on the images that it is measured on)"
-    )
-    grid = [
-        {
-            "features": choice.name,
-            "learning_rate": rate,
             "held_out_top1": percent(judged[g, r], n_held, 1)["top1"],
             "val": percent(final[g, r], n_val, f.classes),
         }
-        for g, choice in enumerate(f.choices)
-        for r, rate in enumerate(rates)
+        for g, r in places
     ]
-    return {**chosen, "best_on_val": lucky, "knn": f.knn(), "grid": grid}
+    _table(f.choices, rates, judged, final, n_held, n_val)
+    found, words = list[dict[str, Any]](), list[str]()
+    for counts in (judged, final):
+        one = grid[int(counts[..., 0].argmax())]  # of equals the first
+        rate, accuracy = one["learning_rate"], one["val"]
+        found.append({"features": one["features"], "learning_rate": rate, **accuracy})
+        words.append(f"{in_percent(accuracy)} ({one['features']}, learning rate {rate:g}; ")
+    say(
+        f"linear classifier result: {words[0]}chosen on "
+        f"{counted(n_held, 'held-out training image')}, trained on all)"
+    )
+    if len(rates) > 1 and found[0]["learning_rate"] == max(rates):
+        say(spelled("the largest learning rate was best: larger `learning_rates` may do more"))
+    say(
+        f"best on val: {words[1]}DINOv2 reports this one, chosen on the images that it is measured "
+        "on)"
+    )
+    return {**found[0], "best_on_val": found[1], "grid": grid}
 
 
 def _table(
@@ -318,28 +315,53 @@ def _logistic(f: _Features, seed: int) -> dict[str, Any]:
     }
 
 
+# ---- the official protocol
 def _official(
     frozen: FrozenBackbone,
     train: LabeledImages,
     val: LabeledImages,
     how: official.Official,
     folder: Path,
-    file: Path | None,
 ) -> dict[str, Any]:
-    told = {"features": str(how.inputs)}
-    if file is not None:
-        found = official.evaluate(frozen, val, how, file)
-        say(f"linear classifier result: {in_percent(found)} ({how.inputs}, layer of '{file}')")
-        return {**told, **found}
+    how = _with_labels(how, len(train.classes))
     say(
         f"one layer for {how.num_labels} classes on {how.inputs}: {counted(how.epochs, 'epoch')}, "
         f"learning rate {how.lr * how.batch_size / 256:g} ({how.lr:g} x {how.batch_size} / 256)"
     )
     found = official.train(frozen, train, val, how, folder)
-    best = found["best_top1"]
     last = {name: value for name, value in found.items() if name != "best_top1"}
     say(
-        f"linear classifier result: {in_percent(last)} after the last epoch; best Top1: {best:.1f},"
-        " which the official code reports"
+        f"linear classifier result: {in_percent(last)} after the last epoch; best Top1: "
+        f"{found['best_top1']:.1f}, which the official code reports"
     )
-    return {**told, **found}
+    return {"features": str(how.inputs), **found}
+
+
+def _evaluate(
+    frozen: FrozenBackbone, data_path: str | Path, how: official.Official, file: Path
+) -> dict[str, Any]:
+    """Of a layer in a file, on val/; train/ need not be there."""
+    if not file.is_file():
+        raise ValueError(
+            f"there is no classifier at '{file}' to evaluate: give one as `pretrained_linear`."
+        )
+    root = Path(data_path)
+    if (root / "val").is_dir() and not (root / "train").is_dir():
+        val = replace(labeled_folder(root / "val", frozen.transform), decode=frozen.decode)
+        say(f"{counted(len(val), 'image')} to classify (val/); features of {frozen.told}")
+    else:
+        _, val = labeled_halves(data_path, frozen)
+    how = _with_labels(how, len(val.classes))
+    found = official.evaluate(frozen, val, how, file)
+    say(f"linear classifier result: {in_percent(found)} ({how.inputs}, layer of '{file}')")
+    return {"features": str(how.inputs), **found}
+
+
+def _with_labels(how: official.Official, n_classes: int) -> official.Official:
+    """num_labels, where it is not given (0): the classes that are there."""
+    if 0 < how.num_labels < n_classes:
+        raise ValueError(
+            f"`num_labels` is {how.num_labels}, but there are {n_classes} classes: give that or "
+            "more."
+        )
+    return replace(how, num_labels=how.num_labels or n_classes)

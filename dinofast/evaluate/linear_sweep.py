@@ -46,6 +46,9 @@ class Classifiers:
             ends.append(ends[-1] + columns.stop - columns.start)
         return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
 
+    def to(self, device: torch.device) -> Classifiers:
+        return Classifiers(self.columns, self.weight.to(device), self.bias.to(device))
+
     def scores(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x (B, K) -> (G, B, R, C)."""
         n_choices, n_rates, n_classes = self.bias.shape

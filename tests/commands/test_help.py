@@ -38,7 +38,17 @@ def test_help_says_a_default_once(capsys):
 
 @pytest.mark.parametrize(
     "command",
-    ["pretrain", "knn", "sample-data", "demo", "doctor", "show-crops", "bench-data", "bench-step"],
+    [
+        "pretrain",
+        "knn",
+        "linear",
+        "sample-data",
+        "demo",
+        "doctor",
+        "show-crops",
+        "bench-data",
+        "bench-step",
+    ],
 )
 def test_help_of_every_command(command, capsys):
     with pytest.raises(SystemExit) as end:

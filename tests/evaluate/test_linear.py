@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from PIL import Image
 from dinofast import cli, linear, vit_nano
 from dinofast.config import Config
 from dinofast.evaluate import linear_logistic as logistic
+from dinofast.evaluate.linear import _report
+from dinofast.evaluate.linear_data import Choice
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,31 @@ def test_sweep(line, data, tmp_path, capsys):
     again = linear(
         data / "run", data / "data", epochs=30, learning_rates=(1e-6, 0.5, 1), num_workers=0
     )
-    assert [g["val"] for g in again["grid"]] == pytest.approx([g["val"] for g in accuracy["grid"]])
+    top1 = [g["val"]["top1"] for g in accuracy["grid"]]
+    assert [g["val"]["top1"] for g in again["grid"]] == pytest.approx(top1, abs=0.01)
+
+
+def test_held_out_images_choose_and_val_does_not(capsys):
+    """Of two choices and two rates; of equals the first."""
+    found = types.SimpleNamespace(
+        choices=[Choice("CLS", slice(0, 2)), Choice("all", slice(0, 4))],
+        val_y=torch.zeros(10),
+        classes=5,
+    )
+    judged = torch.tensor([[[1, 4], [2, 4]], [[3, 4], [3, 4]]])
+    final = torch.tensor([[[2, 9], [8, 10]], [[5, 9], [6, 9]]])
+    result = _report(found, (0.1, 0.2), judged, final, 4)
+    assert (result["features"], result["learning_rate"]) == ("all", 0.1)
+    assert (result["top1"], result["top5"]) == (50, 90)
+    lucky = {"features": "CLS", "learning_rate": 0.2, "top1": 80, "top5": 100}
+    assert result["best_on_val"] == lucky
+    assert [g["held_out_top1"] for g in result["grid"]] == [25, 50, 75, 75]
+    said = capsys.readouterr().out
+    assert "linear classifier result: Top1: 50.0, Top5: 90.0 (all, learning rate 0.1" in said
+    assert "best on val: Top1: 80.0, Top5: 100.0 (CLS, learning rate 0.2; DINOv2 reports" in said
+    assert "largest" not in said
+    _report(found, (0.1, 0.2), judged.flip(1) * torch.tensor([[1], [2]]), final, 8)
+    assert "larger `learning_rates` may do more" in capsys.readouterr().out
 
 
 def test_sweep_of_few_images_and_of_an_untrained_backbone(line, capsys):
