@@ -3,6 +3,7 @@ features (DINOv2's), the official eval_linear.py, and logistic regression."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -210,7 +211,14 @@ def _sweep(
 ) -> dict[str, Any]:
     """Twice: without the held-out images, which choose, and with them."""
     chooses = held_out(f.y, seed)
-    count = len(f.choices) * len(rates)
+    count, n = len(f.choices) * len(rates), len(f.y)
+    shown = epochs or sweep.default_epochs(n, batch_size)
+    say(
+        spelled(
+            f"training {count} classifiers together, twice: to choose, and on all training images; "
+            f"{shown * math.ceil(n / batch_size):,} steps each (`epochs` {shown})"
+        )
+    )
 
     def trained(x: Tensor, y: Tensor, what: str) -> sweep.Classifiers:
         columns = [choice.columns for choice in f.choices]

@@ -49,7 +49,7 @@ def test_sweep(line, data, tmp_path, capsys):
     words = ["--epochs", "30", "--learning_rates", "1e-6", "0.5", "1"]
     assert cli.main([*line, *words, "--json", str(out)]) == 0
     said, found = capsys.readouterr().out, json.loads(out.read_text())
-    assert "trained 12 classifiers twice" in said
+    assert "12 classifiers together, twice" in said and "30 steps each (--epochs 30)" in said
     assert "linear classifier result: Top1: 100.0 (CLS" in said
     assert "3 held-out training images, trained on all)" in said
     assert "best on val: Top1: 100.0" in said and "20-NN classifier result: Top1: 100.0" in said
@@ -96,7 +96,9 @@ def test_sweep_of_few_images_and_of_an_untrained_backbone(line, capsys):
     assert cli.main([*line, *words]) == 0
     said = capsys.readouterr().out
     assert "few-shot: 6 training images, 2 of each class" in said
-    assert "trained 52 classifiers twice" in said and "features of an untrained vit_nano" in said
+    assert (
+        "training 52 classifiers together" in said and "features of an untrained vit_nano" in said
+    )
     assert cli.main([*line, "--per_class", "1"]) == 2
     assert "no class has two training images" in capsys.readouterr().err
 
