@@ -3,6 +3,7 @@ others."""
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from dinofast import vit_base, vit_nano, vit_small
-from dinofast.checkpoint import read
+from dinofast.checkpoint import SaveFailed, read
 from dinofast.data.augmentation import View, boxes, draw
 from dinofast.data.decode import decode
 from dinofast.evaluate import linear_official as official
@@ -234,6 +235,21 @@ def test_files_that_are_not_a_run(folder, frozen, tmp_path):
     torch.save({"state_dict": layer}, tmp_path / "checkpoint.pth.tar")
     with pytest.raises(ValueError, match="cannot be gone on with"):
         official.train(frozen, images, images, how(), tmp_path)
+
+
+def test_a_full_disk_leaves_the_epoch_before(folder, frozen, tmp_path, monkeypatch):
+    images, real = labeled_folder(folder, TRANSFORM), torch.save
+
+    def full(state, file):
+        if state["epoch"] == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SaveFailed, match="No space left on device.*the epoch before is as it was"):
+        official.train(frozen, images, images, how(), tmp_path)
+    assert read(tmp_path / "checkpoint.pth.tar")["epoch"] == 1
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 # ---- layers of others
