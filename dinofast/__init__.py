@@ -24,6 +24,7 @@ _MODULES = {
     "run_folder": ("RunFolder",),
     "callbacks": ("Callback",),
     "evaluate.knn": ("knn",),
+    "evaluate.linear": ("linear",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_MODULE_OF, "__version__"]
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .checkpoint import load_backbone as load_backbone
     from .config import Config as Config
     from .evaluate.knn import knn as knn
+    from .evaluate.linear import linear as linear
     from .loss import DINOLoss as DINOLoss
     from .nn.dino import Model as Model
     from .nn.dino import MultiCropWrapper as MultiCropWrapper

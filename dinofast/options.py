@@ -19,7 +19,8 @@ def option(default: Any, advice: str = "", **metadata: Any) -> Any:
     metadata: `choices`; `aliases`, other words for a choice; `metavar`; `flags`, other names of the
     flag; `positional`, also without a flag; `type`, where the default does not tell; `shown`, the
     default in words; `auto`, what None means on cuda and cpu; `hidden`, not in the help; `topic`,
-    heading of this one and those after it.
+    heading of this one and those after it; `nargs`, "+" for any number of values, "*" for any
+    number without a flag, "?" where the flag alone means true.
     """
     return field(default=default, metadata={"help": advice, **metadata})
 

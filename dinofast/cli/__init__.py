@@ -34,6 +34,7 @@ COMMANDS = {
     "report": "a page about runs: curves, scores, pictures, options",
     "compare": "a table of runs: what they came to, and how they differ",
     "knn": "k-NN accuracy of a checkpoint on labeled folders",
+    "linear": "accuracy of a linear classifier on the features of a checkpoint",
     "embed": "write the features of every image into a file",
     "retrieve": "a picture of nearest neighbors, and the mean average precision of classes",
     "copydetect": "copy detection on Copydays",
@@ -248,16 +249,15 @@ def add_argument(
         extra["choices"], extra["type"] = about["choices"], partial(one_of, about["choices"])
         if "aliases" in about:
             extra["type"] = partial(meant, about["aliases"])
-    elif isinstance(example, bool):
+    elif isinstance(example, bool) or about.get("type") is bool:
         extra["type"], extra["metavar"] = truth, "BOOL"
     else:
         kind = about.get("type", type(example) if isinstance(example, int | float) else str)
         extra["type"], metavar = _KINDS[kind]
         extra["metavar"] = about.get("metavar", "DIR" if field.name.endswith("_dir") else metavar)
-    if isinstance(default, tuple):
-        extra["nargs"] = about.get("nargs", len(default))
-    elif "nargs" in about:
-        extra["nargs"] = about["nargs"]
+    if isinstance(default, tuple) or "nargs" in about:
+        extra["nargs"] = about.get("nargs", len(default) if isinstance(default, tuple) else None)
+        extra["const"] = True if extra["nargs"] == "?" else None  # the flag alone
     shown = with_flags(f"{about['help']}{_default(field, device)}".strip(), options)
     extra["help"] = shown.replace("%", "%%")
     if _is_inherited(field, options) or about.get("hidden"):

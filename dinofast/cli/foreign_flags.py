@@ -95,7 +95,12 @@ _CHECKED = (
 _COMMANDS = (
     (
         "A trained backbone is used in Python: dinofast.load_backbone('checkpoint.pth').",
-        "export onnx convert load linear eval-linear eval_linear linear-probe finetune classify",
+        "export onnx convert load finetune",
+    ),
+    (
+        "A linear classifier on its features: dinofast linear DIR --pretrained_weights FILE.",
+        "eval-linear eval_linear linear-probe linear_probe linear-eval linear_eval lincls probe "
+        "classify log-regression log_regression logistic",
     ),
     (
         "dinofast retrieve draws nearest neighbors.",

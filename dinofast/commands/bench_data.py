@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 
-from ..config import Config, option
+from ..config import Config, name_unknown, option
 from ..runtime.terminal import say
 
 
+@name_unknown
 @dataclass(frozen=True, kw_only=True)
 class Options(Config):
     data_path: str = option(MISSING, "images, as for pretrain", metavar="DIR", positional=True)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import Config, option
+from ..config import Config, name_unknown, option
 from ..runtime.terminal import say
 
 
+@name_unknown
 @dataclass(frozen=True, kw_only=True)
 class Options(Config):
     data_path: str = option(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..config import Config, option
+from ..config import Config, name_unknown, option
 from ..data import dataset
 from ..data.augmentation import Augmentation
 from ..data.backend_pil import render
@@ -31,6 +31,7 @@ LINE = 12
 NAMES = ("brightness", "contrast", "saturation", "hue")
 
 
+@name_unknown
 @dataclass(frozen=True, kw_only=True)
 class Options(Config):
     data_path: str = option(MISSING, "images, as for pretrain", metavar="DIR", positional=True)

@@ -253,7 +253,7 @@ def test_a_storage_that_fails_ends_the_run_soon(config, tmp_path, monkeypatch):
     start = time.monotonic()
     with pytest.raises(
         OSError,
-        match=r"the storage of `data_path` .* fails, .*png \(cannot be read: Stale file handle\)\.$",
+        match=r"storage of `data_path` .* fails, .*png \(cannot be read: Stale file handle\)\.$",
     ):
         next(loader)
     assert time.monotonic() - start < 5  # 64 images one after the other would take half a minute
