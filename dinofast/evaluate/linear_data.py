@@ -65,7 +65,7 @@ def batches(
     batch_size: int,
     num_workers: int,
     what: str,
-    told: set[Path],
+    told: set[str | Path],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (B, 3, h, w) and labels (B,), both on the backbone's device, in order, without those
     that cannot be read; these are named unless `told` holds them. what: of the line of progress.

@@ -18,7 +18,7 @@ from ..checkpoint import SaveFailed, is_linear, lock_output_dir, read
 from ..checkpoint.storage import reason, write
 from ..nn.features import features
 from ..nn.vit import VisionTransformer
-from ..runtime.epoch_log import EpochLog
+from ..runtime.json_lines import JsonLines
 from ..runtime.terminal import say
 from ..runtime.words import counted, one_line
 from .frozen import FrozenBackbone
@@ -119,7 +119,7 @@ def validate(
     classifier: LinearClassifier,
     val: LabeledImages,
     how: Official,
-    told: set[Path],
+    told: set[str | Path],
 ) -> dict[str, float]:
     """Official keys: loss (mean over batches), acc1 and, of five classes and more, acc5, in
     percent."""
@@ -165,10 +165,11 @@ def _train(
     lr = how.lr * how.batch_size / 256
     optimizer = torch.optim.SGD(classifier.parameters(), lr, momentum=MOMENTUM, weight_decay=0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.epochs, eta_min=0)
-    path, log, told = output_dir / NAME, EpochLog(output_dir / "log.txt"), set[Path]()
+    path, told = output_dir / NAME, set[str | Path]()
+    log = JsonLines(output_dir / "log.txt", "epoch")
     settings = _settings(frozen, how, len(train_images))
     start, best = _resume(path, classifier, optimizer, scheduler, settings)
-    log.drop_after(start)
+    log.drop_from(start)
     last: dict[str, float] = {}
     if start >= how.epochs:
         say(f"training already complete ({counted(start, 'epoch')}), in '{path}': evaluates it")
