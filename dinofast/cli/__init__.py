@@ -6,7 +6,6 @@ options, and nowhere else is a flag spelled: the rest of the code names an optio
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import re
 import select
@@ -16,10 +15,10 @@ import sys
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 from .. import __version__
+from ..commands import COMMANDS, module_of
 from ..config import Config, meant
 from ..runtime.backends import CPU_TORCH
 from ..runtime.suggestions import did_you_mean
@@ -29,25 +28,6 @@ from ..validation import in_words
 from .arguments import Parser, check_dashes, number, one_of, truth, whole_number
 from .foreign_flags import command_instead_of
 
-COMMANDS = {
-    "pretrain": "train a backbone on a folder of images without labels",
-    "report": "a page about runs: curves, scores, pictures, options",
-    "compare": "a table of runs: what they came to, and how they differ",
-    "knn": "k-NN accuracy of a checkpoint on labeled folders",
-    "linear": "accuracy of a linear classifier on the features of a checkpoint",
-    "embed": "write the features of every image into a file",
-    "retrieve": "a picture of nearest neighbors, and the mean average precision of classes",
-    "copydetect": "copy detection on Copydays",
-    "segment": "pictures of what a ViT looks at, and how well that segments objects",
-    "davis": "video object segmentation on DAVIS 2017 by a checkpoint's patches",
-    "show-crops": "a picture of what the network sees",
-    "check-data": "which images of a folder do not decode",
-    "bench-data": "whether the data keeps up with a GPU",
-    "bench-step": "images/s of a training step here, and the official loop beside it",
-    "sample-data": "write a small labeled data set to try things on",
-    "demo": "pretrain a small ViT on the sample data and show what it learned",
-    "doctor": "what is installed, and which path each part takes",
-}
 _NEEDED = {
     "torch": "pip install torch, or on a machine without a GPU, where the CPU build is smaller, "
     + CPU_TORCH,
@@ -172,11 +152,6 @@ def _device() -> str:
         return pick_device(None).type
     except ImportError:
         return "cpu"
-
-
-def module_of(command: str) -> ModuleType:
-    """Its file in `dinofast.commands`: the description, `Options` and `run(options)`."""
-    return importlib.import_module(f"dinofast.commands.{command.replace('-', '_')}")
 
 
 def parser(command: str | None = None, device: str = "cpu") -> Parser:
