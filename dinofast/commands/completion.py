@@ -68,7 +68,8 @@ def _bash() -> str:
 
 
 def _zsh() -> str:
-    return f"autoload -U +X bashcompinit && bashcompinit\n{_bash()}"
+    there = "(( $+functions[compdef] )) || { autoload -U compinit && compinit -u }"
+    return f"{there}\nautoload -U +X bashcompinit && bashcompinit\n{_bash()}"
 
 
 def _fish() -> str:
