@@ -20,7 +20,7 @@ LAYERS = [
     {"nn"},
     {"checkpoint"},
     {"resume"},
-    {"evaluate"},
+    {"evaluate", "export"},
     {"step"},
     {"introduce"},
     {"train"},
@@ -127,6 +127,7 @@ def test_only_the_named_files_read_the_configuration():
         "resume",
         "commands",
         "evaluate",
+        "export",
         "bench",
     }
 

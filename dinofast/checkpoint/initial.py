@@ -71,6 +71,7 @@ def _for_backbone(
     is_vit = isinstance(backbone, VisionTransformer)
     if is_vit:
         weights = from_hugging_face(weights)
+    whole = weights
     if not is_backbone:
         weights = below(path, weights, tuple(wanted), key)
     changes = []
@@ -85,7 +86,7 @@ def _for_backbone(
     if isinstance(backbone, VisionTransformer):
         changes += _resample(weights, backbone)
     if weights.keys() != wanted.keys():
-        name_foreign(path, weights, wanted, _WAY_OUT)
+        name_foreign(path, whole if is_vit else weights, wanted, _WAY_OUT)
     _check_shapes(path, weights, wanted, is_vit)
     if isinstance(backbone, VisionTransformer):
         changes += check_config(path, backbone)

@@ -32,6 +32,7 @@ from .foreign_flags import command_instead_of
 COMMANDS = {
     "pretrain": "train a backbone on a folder of images without labels",
     "knn": "k-NN accuracy of a checkpoint on labeled folders",
+    "export": "a checkpoint for timm, transformers, ONNX, safetensors, TorchScript",
     "show-crops": "a picture of what the network sees",
     "check-data": "which images of a folder do not decode",
     "bench-data": "whether the data keeps up with a GPU",

@@ -93,8 +93,12 @@ _CHECKED = (
 _COMMANDS = (
     (
         "A trained backbone is used in Python: dinofast.load_backbone('checkpoint.pth').",
-        "export onnx convert extract features extract-features embed infer inference predict load "
+        "extract features extract-features embed infer inference predict load "
         "linear eval-linear eval_linear linear-probe finetune classify",
+    ),
+    (
+        "dinofast export RUN writes a trained backbone for other programs, by its `format`.",
+        "onnx convert to-onnx to_onnx export-onnx export_onnx torchscript timm hf huggingface save",
     ),
     (
         "dinofast demo draws such pictures; of your own images in Python: "
@@ -124,7 +128,7 @@ def instead_of(flag: str, value: str, command: str, flags: Sequence[str]) -> str
         number = value if re.fullmatch(r"\d+", value) and name in _ONE_GPU.split() else "0"
         return f" One GPU of several is chosen by CUDA_VISIBLE_DEVICES={number} before the command."
     if "-o" in flags and name in ("output", "out", "output_file", "out_file", "save", "file"):
-        return " The picture is written to -o FILE."
+        return f" {'The picture' if '--sheet' in flags else 'It'} is written to -o FILE."
     table = _CHECKED if "--pretrained_weights" in flags else _PRETRAIN
     if "--arch" not in flags:
         return ""

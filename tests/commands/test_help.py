@@ -36,10 +36,7 @@ def test_help_says_a_default_once(capsys):
     assert "on a CPU it gains little. Here: off. --cuda_graph" in text or torch.cuda.is_available()
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["pretrain", "knn", "sample-data", "demo", "doctor", "show-crops", "bench-data", "bench-step"],
-)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_of_every_command(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
