@@ -108,7 +108,8 @@ def without_layer_scale(weights: Weights) -> tuple[Weights, bool]:
 def check_config(path: Path, vit: VisionTransformer) -> list[str]:
     """Raise `ValueError` where weights would compute something else in our ViT, by the config.json
     of Hugging Face beside them; sentences about what hardly differs."""
-    config = _config_beside(path)
+    config = _json_beside(path, "config.json")
+    config = config if "model_type" in config else {}
     heads = vit.embed_dim // vit.head_width
     theirs = config.get("num_attention_heads", heads)
     if theirs != heads:
@@ -126,10 +127,26 @@ def check_config(path: Path, vit: VisionTransformer) -> list[str]:
     return [] if eps == 1e-6 else [f"its layer norms add {eps:g} to the variance, ours 1e-06"]
 
 
-def _config_beside(path: Path) -> dict[str, Any]:
-    """The config.json of transformers in a file's folder; empty where there is none."""
+def preparation_beside(path: Path) -> dict[str, Any]:
+    """How images are prepared for a file of transformers or timm, by the JSON in its folder, in the
+    words of `Config`; empty where nothing tells."""
+    config = _json_beside(path, "config.json")
+    told = _json_beside(path, "preprocessor_config.json") if "model_type" in config else {}
+    size = told.get("crop_size") or told.get("size") or {}
+    side = size.get("height") if isinstance(size, dict) else size
+    mean, std = told.get("image_mean"), told.get("image_std")
+    if isinstance(of_timm := config.get("pretrained_cfg"), dict):
+        mean, std = of_timm.get("mean"), of_timm.get("std")
+        side = (of_timm.get("input_size") or [None])[-1]
+    found = {"global_crops_size": side or config.get("image_size")}
+    found |= {"image_mean": mean and tuple(mean), "image_std": std and tuple(std)}
+    return {name: value for name, value in found.items() if value}
+
+
+def _json_beside(path: Path, name: str) -> dict[str, Any]:
+    """A file in the same folder; empty where it is not there, or something else."""
     try:
-        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        found = json.loads((path.parent / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return config if isinstance(config, dict) and "model_type" in config else {}
+    return found if isinstance(found, dict) else {}

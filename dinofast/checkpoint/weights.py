@@ -21,8 +21,13 @@ from ..config import OLD_NAMES, VITS, Config
 from ..nn import vit
 from ..nn.backbones import UnknownArch, build_backbone
 from ..runtime.words import a_kind
-from .foreign import check_config, from_hugging_face, without_layer_scale
-from .reading import arguments_in, read
+from .foreign import (
+    check_config,
+    from_hugging_face,
+    preparation_beside,
+    without_layer_scale,
+)
+from .reading import arguments_in, read, with_attributes
 
 VIT_OF_WIDTH = {64: "vit_nano", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 # where others keep the weights, and what they set before the names
@@ -139,8 +144,9 @@ def _by_name(path: Path, cfg: Config, weights: Mapping[str, Any]) -> nn.Module:
 
 def arguments(path: str | Path) -> dict[str, Any]:
     """The options that a checkpoint was trained with, which answer `["arch"]` and `.arch`; empty
-    when it does not tell."""
-    return arguments_in(read(in_folder(Path(path)), mmap=True))
+    when it does not tell. Of a folder of transformers or timm what it says of the images."""
+    path = in_folder(Path(path))
+    return arguments_in(read(path, mmap=True)) or with_attributes(preparation_beside(path))
 
 
 def numbered(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint import read
 from ..checkpoint.weights import in_folder
 from ..runtime.terminal import printable, say
 from ..runtime.words import one_line
@@ -33,7 +34,7 @@ TARGETS = {
 }
 # of the largest feature: fp32 in another order of sums differs by 1e-6, a wrong weight by 0.1
 TOLERANCE = 1e-4
-IMAGES = 2  # to compare with
+IMAGES = 3  # to compare with, another number than exporters see
 
 
 def export(
@@ -58,6 +59,8 @@ def export(
     target = importlib.import_module(f".{TARGETS[format][0]}", __package__)
     _check_packages(format, target.NEEDS)
     checkpoint = in_folder(Path(path))
+    if not checkpoint.is_file():
+        read(checkpoint)  # tells why
     out = Path(output) if output else _beside(checkpoint, format, target, checkpoint_key)
     _check_place(out, checkpoint, format, target)
     source = load_source(path, checkpoint_key, arch, patch_size, image_size)

@@ -3,12 +3,13 @@
 import json
 import re
 
+import golden
 import pytest
 import torch
 from foreign_layouts import dinov2, hugging_face, random_scales
 from tiny import TINY, parts
 
-from dinofast import load_backbone, vit_nano
+from dinofast import VisionTransformer, load_backbone, vit_nano
 from dinofast.checkpoint import initialize
 from dinofast.checkpoint.saving import TrainState, save
 from dinofast.nn.dino import Model
@@ -118,6 +119,26 @@ def test_the_parts_of_a_run_come_along(tmp_path):
     told = initialize(narrow, tmp_path)[-1]
     assert "'last_layer.weight_g' is (32, 1) in the file and (16, 1) here" in told
     assert "the head begins at random" in told
+
+
+def test_an_official_run_comes_along():
+    """Of which the backbone is 48 wide, by its own weights."""
+    path = golden.DATA / "official_checkpoint.pth"
+    state = torch.load(path, weights_only=False)["teacher"]
+    sizes = {n: state[f"head.{n}"].shape for n in ("last_layer.weight_v", "mlp.0.weight")}
+    (k, bottleneck), (hidden, width) = sizes["last_layer.weight_v"], sizes["mlp.0.weight"]
+    depth = 1 + max(int(n.split(".")[2]) for n in state if n.startswith("backbone.blocks."))
+    patch = state["backbone.patch_embed.proj.weight"].shape[-1]
+    side = patch * round((state["backbone.pos_embed"].shape[1] - 1) ** 0.5)
+    options = {"out_dim": k, "head_hidden_dim": hidden, "head_bottleneck_dim": bottleneck}
+    options["norm_last_layer"] = False
+    model = Model.from_config(
+        type(TINY)(**{**TINY.to_dict(), **options}),
+        lambda: VisionTransformer((side,), patch, embed_dim=width, depth=depth, num_heads=2),
+    )
+    assert initialize(model, path)[-1] == "its projection head and center are loaded, too"
+    for name, value in model.teacher.state_dict().items():
+        assert torch.equal(value, state[name]), name
 
 
 def test_held_norms_stay_held(tmp_path):

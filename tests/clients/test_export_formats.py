@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dinofast import Config, Model, VisionTransformer, load_backbone, vit_base, vit_small, vit_tiny
+from dinofast.checkpoint import arguments
 from dinofast.evaluate.images import EvalTransform
 from dinofast.export import export
 from dinofast.nn.vit import vit_nano
@@ -19,9 +20,9 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 BACKBONES = {
     "nano": (vit_nano, 4, 32),
     "tiny 16": (vit_tiny, 16, 64),
-    "small 16": (vit_small, 16, 224),
+    "small 16": (vit_small, 16, 96),
     "small 8": (vit_small, 8, 48),
-    "small 14": (vit_small, 14, 56),
+    "tiny 14": (vit_tiny, 14, 56),
     "base 32": (vit_base, 32, 64),
 }
 
@@ -71,6 +72,10 @@ def same(given, backbone, side, atol=1e-5, spread=0.1):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=atol)
 
 
+def told_of(size):
+    return {"global_crops_size": size, "image_mean": MEAN, "image_std": STD}
+
+
 def sizes(side, patch):
     """`image_size` options, and the sizes they stand for."""
     return ((None, side), (side + 2 * patch, side + 2 * patch))
@@ -83,6 +88,7 @@ def test_timm(name):
         export("c.pth", "timm", "out", image_size=option)
         model = timm().create_model("local-dir:out", pretrained=True).eval()
         same(model, vit, size)
+        assert arguments("out") == told_of(size)
         config = json.load(open("out/config.json"))
         by_name = timm().create_model(
             config["architecture"],
@@ -96,6 +102,7 @@ def test_timm(name):
         assert tuple(data["input_size"]) == (3, size, size) and data["crop_pct"] == 0.875
     if name == "small 16":
         assert config["architecture"] == "vit_small_patch16_224"
+        assert config["model_args"] == {"img_size": 128}
         tuned = timm().create_model("local-dir:out", pretrained=True, num_classes=5)
         assert tuned.head.out_features == 5
 
@@ -127,7 +134,7 @@ def test_timm_lacks_what_torchvision_has():
     same(torch.jit.load(script), model.teacher.backbone.eval(), 64, spread=0)
 
 
-@pytest.mark.parametrize("name", ["nano", "tiny 16", "small 14"])
+@pytest.mark.parametrize("name", ["nano", "small 16", "tiny 14"])
 def test_transformers(name):
     vit, side, patch = checkpoint(name)
     library = transformers()
@@ -141,6 +148,7 @@ def test_transformers(name):
         same(lambda x, m=model: m(x).last_hidden_state[:, 0], vit, size)
         auto = library.AutoModel.from_pretrained("out", add_pooling_layer=False)
         assert type(auto) is library.ViTModel
+        assert arguments("out") == told_of(size)
         assert load_backbone("out").grid == size // patch
         same(load_backbone("out"), vit, size)
 
@@ -183,7 +191,7 @@ def test_images_are_prepared_as_in_evaluation(format):
         assert (given - wanted).abs().max() < 3 / 255 / min(STD)
 
 
-@pytest.mark.parametrize("name", ["nano", "small 14"])
+@pytest.mark.parametrize("name", ["nano", "tiny 14"])
 def test_onnx(name):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

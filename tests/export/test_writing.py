@@ -179,6 +179,11 @@ def test_what_cannot_be(options, words):
     assert os.listdir("run") == ["checkpoint.pth"]
 
 
+def test_a_missing_source_is_what_is_told():
+    with pytest.raises(ValueError, match="there is no checkpoint at 'none/x.pth'"):
+        export("none/x.pth", "torchscript")
+
+
 def test_positions_of_another_size_are_those_of_training():
     images = torch.randn(2, 3, 28, 28)
     source = load_source("run", image_size=28)
