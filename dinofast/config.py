@@ -60,6 +60,14 @@ class Config:
         "Side of a square patch in pixels (ViT only). Smaller patches learn better features and "
         "cost more memory and time. Below 16, fp32 (`precision` fp32) is the safe choice.",
     )
+    init: str | None = option(
+        None,
+        "[dinofast] Weights to begin with instead of random ones: a checkpoint of ours or of the "
+        "official code, or of timm, torchvision, Hugging Face or DINOv2 where the architecture "
+        "fits. A run that goes on does not read it.",
+        metavar="FILE",
+        shown="none",
+    )
     drop_path_rate: float = option(
         0.1, "Stochastic depth rate of the student's last block (ViT only)."
     )

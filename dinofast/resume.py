@@ -32,6 +32,7 @@ from .runtime.words import one_line
 RESUME_MUTABLE_OPTIONS = {
     "preset",
     "config",
+    "init",
     "eval_data",
     "eval_every",
     "tensorboard",
@@ -63,6 +64,11 @@ _SHAPING_OPTIONS = (
     *("out_dim", "use_bn_in_head", "head_layers", "head_hidden_dim", "head_bottleneck_dim"),
     "norm_last_layer",
 )
+
+
+def is_begun(path: Path) -> bool:
+    """Whether `go_on` finds something that a run which saves to `path` has left."""
+    return path.exists() or path.is_symlink() or bool(numbered(path.parent))
 
 
 def go_on(

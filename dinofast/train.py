@@ -22,6 +22,7 @@ from .evaluate.monitor import Monitor
 from .nn.backbones import name_of
 from .nn.dino import Model
 from .records import Records
+from .resume import is_begun
 from .run_folder import RunFolder
 from .runtime import distributed
 from .runtime.callable_module import make_callable
@@ -85,6 +86,8 @@ def _train(
     let_idle_threads_sleep()
     # what cannot train is told before a million files are listed
     model = Model.from_config(cfg, backbone)
+    if cfg.init and not is_begun(Path(cfg.output_dir) / "checkpoint.pth"):
+        model.notes += checkpoint.initialize(model, cfg.init)
     loader = make_loader(
         cfg,
         rank=process.rank,

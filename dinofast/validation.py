@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -176,13 +177,20 @@ def _some_names(folder: str) -> list[str]:
         return []
 
 
-def check_output(name: str, path: str, is_folder: bool = False, is_replaced: bool = False) -> None:
+def check_output(
+    name: str,
+    path: str,
+    is_folder: bool = False,
+    is_replaced: bool = False,
+    kind: tuple[str, Callable[[], bool]] | None = None,
+) -> None:
     """Raise ValueError if the file of that path could not be written, or the folder not be made,
     so that hours of work do not end with that; or if the file holds something of another kind than
     this option writes, which would be lost. Leaves nothing behind.
 
     A file's folder must be there, a folder is made together with those above it. is_replaced: a
-    file that is there is not written into, another one takes its name.
+    file that is there is not written into, another one takes its name. kind: what the option
+    writes, and whether what is there is that, where its first bytes do not tell.
     """
     given = f"`{name}` is '{path}'"
     folder = path if is_folder else os.path.dirname(path)
@@ -209,9 +217,14 @@ def check_output(name: str, path: str, is_folder: bool = False, is_replaced: boo
         raise ValueError(
             f"{given}, which cannot be written ({error.strerror or error}): name another place."
         ) from error
-    kind, starts = WRITTEN.get(name, ("text", ()))
-    if head.strip() and (not head.lstrip().startswith(starts) if starts else b"\0" in head):
-        raise ValueError(f"{given}, a file that is not {kind} and would be lost: name another.")
+    what, starts = WRITTEN.get(name, ("text", ()))
+    lost = not head.lstrip().startswith(starts) if starts else b"\0" in head
+    if kind is not None:
+        what, lost = kind[0], os.path.exists(path) and not kind[1]()
+        head = b"there"
+    if head.strip() and lost:
+        a_file = "a folder" if os.path.isdir(path) else "a file"
+        raise ValueError(f"{given}, {a_file} that is not {what} and would be lost: name another.")
 
 
 def check_outside(name: str, path: str, folder: str) -> None:

@@ -20,7 +20,7 @@ LAYERS = [
     {"nn"},
     {"checkpoint"},
     {"resume", "run_folder"},
-    {"evaluate"},
+    {"evaluate", "export"},
     {"step", "report"},
     {"introduce", "callbacks"},
     {"records"},
@@ -131,6 +131,7 @@ def test_only_the_named_files_read_the_configuration():
         "config_file",
         "commands",
         "evaluate",
+        "export",
         "bench",
     }
 

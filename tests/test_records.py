@@ -291,3 +291,18 @@ def test_writers_are_not_imported_unless_asked_for(labeled, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "log.txt").read_text())["epoch"] == 0
+
+
+def test_a_run_may_begin_with_other_weights_and_goes_on_without_them(labeled, run, tmp_path):
+    start = tmp_path / "start.pth"
+    shutil.copy(run.checkpoint, start)
+    cfg = replace(options(labeled, tmp_path / "run"), init=str(start), epochs=1, lr=0.0, min_lr=0.0)
+    cfg = replace(cfg, weight_decay=0.0, weight_decay_end=0.0)
+    begun = train(cfg)
+    images = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(begun.teacher(images), run.teacher(images), rtol=1e-5, atol=1e-6)
+    start.unlink()
+    assert len(train(replace(cfg, epochs=2)).metrics) == 2
+    with pytest.raises(ValueError, match="start.pth"):
+        train(replace(cfg, output_dir=str(tmp_path / "other")))
+    assert not (tmp_path / "other").exists()

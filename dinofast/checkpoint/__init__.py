@@ -1,6 +1,7 @@
 """Checkpoints in the official layout: written atomically, read without running anything that is
 inside."""
 
+from .initial import initialize as initialize
 from .reading import _SAFE as _SAFE
 from .reading import arguments_in as arguments_in
 from .reading import read as read

@@ -16,7 +16,6 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy._core import multiarray
-from torch import Tensor
 
 from ..runtime.words import a_kind, plain
 from .kinds import is_safetensors, reason, unknown_names
@@ -54,6 +53,7 @@ _SAFE = [
 ]
 # where others keep what they trained with
 _OPTIONS = ("args", "hyper_parameters", "config", "cfg", "opt", "options", "meta")
+METADATA = "dinofast"  # under which our .safetensors files hold the options, in JSON
 _SAFETENSORS = {
     "BOOL": torch.bool,
     "BF16": torch.bfloat16,
@@ -284,20 +284,22 @@ def load(file: Path | IO[bytes], mmap: bool = False) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
     """The length of the header (8 bytes), the header (JSON: dtype, shape, place of each tensor),
-    and the data."""
+    and the data; `args` of a file of ours."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
             raise ValueError("the header does not end")
         header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        about_file = header.pop("__metadata__", None)
         size = max((about["data_offsets"][1] for about in header.values()), default=0)
         data = bytearray(size)
         if file.readinto(data) != size:
             raise ValueError("the data does not end")
-    weights = {}
+    weights: dict[str, Any] = {}
+    if isinstance(about_file, dict) and METADATA in about_file:
+        weights["args"] = with_attributes(_as_mapping(json.loads(about_file[METADATA])))
     for name, about in header.items():
         dtype, (begin, end) = _SAFETENSORS[about["dtype"]], about["data_offsets"]
         flat = torch.empty(0, dtype=dtype)

@@ -21,27 +21,35 @@ from ..config import OLD_NAMES, VITS, Config
 from ..nn import vit
 from ..nn.backbones import UnknownArch, build_backbone
 from ..runtime.words import a_kind
-from .reading import arguments_in, read
+from .foreign import (
+    check_config,
+    from_hugging_face,
+    preparation_beside,
+    without_layer_scale,
+)
+from .reading import arguments_in, read, with_attributes
 
-_VIT_OF_WIDTH = {64: "vit_nano", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
+VIT_OF_WIDTH = {64: "vit_nano", 192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 # where others keep the weights, and what they set before the names
 _CONTAINERS = (
     *("state_dict", "state_dict_ema", "model_state_dict"),
     *("model", "model_ema", "net", "module", "ema"),
 )
 _WRAPPERS = ("module.", "_orig_mod.")
-# beside a backbone: what makes class scores, and MAE's decoder
+# beside a backbone: what makes class scores, MAE's decoder, what stands for a masked patch
 _NOT_BACKBONE = re.compile(
-    r"(head|heads|head_dist|fc|classifier|last_linear|decoder\w*)\.|decoder_"
+    r"(head|heads|head_dist|fc|classifier|last_linear|pooler|decoder\w*)\.|decoder_"
+    r"|(mask_token|masked_embed)$"
 )
 Weights = OrderedDict[str, Any]  # by name; with `_metadata` where it is known
-_PATCHES = "patch_embed.proj.weight"
+PATCHES = "patch_embed.proj.weight"
 # names that tell whose weights do not fit our ViTs
 _FOREIGN = {
     r"(^|\.)(dist_token|head_dist\.)": "a distilled ViT (DeiT, with a second class token)",
-    r"(^|\.)(reg_token|registers?)$": "a ViT with registers",
-    r"rope_embed\.|storage_tokens": "DINOv3",
-    r"ls1\.gamma|register_tokens|mlp\.w12\.": "DINOv2",
+    r"rope_embed\.|storage_tokens|embeddings\.patch_embeddings\.weight$": "DINOv3",
+    r"(^|\.)(reg_token|register_tokens|registers?)$": "a ViT with registers",
+    r"mlp\.(w12|weights_in)\.": "DINOv2 with SwiGLU",
+    r"ls1\.gamma": "a ViT with layer scale",
     r"embeddings\.patch_embeddings\.|encoder\.layers?\.0\.attention\.": "a Hugging Face model",
     r"^visual\.|vision_model\.": "CLIP",
     r"relative_position_bias": "a transformer with relative positions (Swin, BEiT)",
@@ -59,8 +67,9 @@ def load_backbone(
     D).
 
     path: a training checkpoint of ours or of the official code, the folder of a run, a bare state
-    dict of a backbone, also one under `state_dict` or `model` or in a .safetensors file; a
-    classifier beside it is left out with a warning. key: "teacher" or "student", or another name
+    dict of a backbone, also one under `state_dict` or `model` or in a .safetensors file, one of
+    DINOv2 without registers, or the folder of a Hugging Face ViT; a classifier beside it is left
+    out with a warning. key: "teacher" or "student", or another name
     under which the file holds weights. arch, patch_size: only needed when the file does not tell.
     "untrained" gives the same network with random weights, to compare with. backbone: a module of
     your own that takes the weights, and returns what it returns:
@@ -71,14 +80,18 @@ def load_backbone(
     saved = arguments_in(state)
     untrained = key == "untrained" and key not in state
     key = "teacher" if untrained else key
-    weights, is_backbone = _weights_in(path, state, key)
+    weights, is_backbone = weights_in(path, state, key)
     told = arch or saved.get("arch") or ""
     told = OLD_NAMES.get(told, told) if isinstance(told, str) else ""
     if backbone is None:
+        if told in (*VITS, ""):
+            weights = from_hugging_face(weights)
         if not is_backbone:
-            weights = _below(path, weights, (_PATCHES,), key)
+            weights = below(path, weights, (PATCHES,), key)
         if _is_vit(weights) and told in (*VITS, ""):
+            weights, _ = without_layer_scale(weights)
             backbone = _vit_for(path, weights, told)
+            check_config(path, backbone)
         elif told or isinstance(state.get("arch"), str):
             cfg = Config(
                 arch=told or state["arch"],
@@ -87,16 +100,21 @@ def load_backbone(
             )
             backbone = _by_name(path, cfg, weights)
         else:
-            _name_foreign(path, weights)
+            name_foreign(path, weights)
             raise ValueError(f"'{path}' does not tell its architecture: name it with `arch`.")
     if untrained:
         return backbone.eval()
     wanted = backbone.state_dict()
     if not is_backbone:
-        weights = _below(path, weights, tuple(wanted), key)
-    weights = _without_head(path, weights, wanted)
+        weights = below(path, weights, tuple(wanted), key)
+    weights, beside = without_head(weights, wanted)
+    if beside:
+        warnings.warn(
+            f"'{path}' holds more than a backbone ({', '.join(beside[:2])}): that is left out.",
+            stacklevel=2,
+        )
     if weights.keys() != wanted.keys():
-        _name_foreign(path, weights, wanted)
+        name_foreign(path, weights, wanted)
     for name in check_fit(path, backbone, weights, "backbone", _way_out(saved, arch, patch_size)):
         if name.endswith(("running_mean", "running_var")):  # the features would be, too
             raise ValueError(_not_finite(path, name, "backbone"))
@@ -128,8 +146,9 @@ def _by_name(path: Path, cfg: Config, weights: Mapping[str, Any]) -> nn.Module:
 
 def arguments(path: str | Path) -> dict[str, Any]:
     """The options that a checkpoint was trained with, which answer `["arch"]` and `.arch`; empty
-    when it does not tell."""
-    return arguments_in(read(in_folder(Path(path)), mmap=True))
+    when it does not tell. Of a folder of transformers or timm what it says of the images."""
+    path = in_folder(Path(path))
+    return arguments_in(read(path, mmap=True)) or with_attributes(preparation_beside(path))
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -164,7 +183,7 @@ def check_fit(
     """
     fresh, given = module.state_dict(), mapping_of(weights)
     for name in [*fresh, *given]:
-        here, there = _shape(fresh, name), _shape(given, name)
+        here, there = shape_in(fresh, name), shape_in(given, name)
         if here != there and here != "not made yet":
             raise ValueError(
                 f"'{path}' does not fit this {what}: '{name}' is {there} in the file and {here} "
@@ -216,7 +235,7 @@ def mapping_of(state: Mapping[str, Any], prefix: str = "") -> Weights:
     return named
 
 
-def _shape(weights: Mapping[str, Any], name: str) -> Any:
+def shape_in(weights: Mapping[str, Any], name: str) -> Any:
     """As it is told to a person: a shape, or what stands there instead."""
     if name not in weights:
         return "absent"
@@ -235,13 +254,13 @@ def _not_finite(path: Path, name: str, what: str) -> str:
     )
 
 
-def _weights_in(path: Path, state: Mapping[str, Any], key: str) -> tuple[Weights, bool]:
+def weights_in(path: Path, state: Mapping[str, Any], key: str) -> tuple[Weights, bool]:
     """The weights of a file: under `key`, under the one name that others use, or all there is; and
     whether they are of a backbone alone, as in DINO's own files."""
     if key in state:
-        weights = _unwrapped(weights_under(path, state, key))
+        weights = unwrapped(weights_under(path, state, key))
         is_backbone = any(name.startswith("backbone.") for name in weights)
-        return _inside(weights, "backbone.") if is_backbone else weights, is_backbone
+        return inside(weights, "backbone.") if is_backbone else weights, is_backbone
     if "teacher" in state or "student" in state:
         raise ValueError(
             f"'{path}' has no '{key}': choose from "
@@ -250,7 +269,7 @@ def _weights_in(path: Path, state: Mapping[str, Any], key: str) -> tuple[Weights
     holders = {k: v for k, v in state.items() if isinstance(v, Mapping) and _is_weights(v)}
     usual = [name for name in holders if name in _CONTAINERS]
     if len(usual) == 1 or len(holders) == 1:
-        return _unwrapped(mapping_of(holders[[*usual, *holders][0]])), False
+        return unwrapped(mapping_of(holders[[*usual, *holders][0]])), False
     if holders:
         first = next(iter(holders))
         raise ValueError(
@@ -270,7 +289,7 @@ def _weights_in(path: Path, state: Mapping[str, Any], key: str) -> tuple[Weights
             )
         names = f", only {', '.join(map(str, list(state)[:5]))}" if state else ""
         raise ValueError(f"'{path}' holds no weights{names}: name another file.")
-    return _unwrapped(mapping_of(state)), False
+    return unwrapped(mapping_of({k: v for k, v in state.items() if k != "args"})), False
 
 
 def _is_weights(state: Mapping[str, Any]) -> bool:
@@ -278,7 +297,7 @@ def _is_weights(state: Mapping[str, Any]) -> bool:
     return any(isinstance(value, Tensor) for value in state.values())
 
 
-def _unwrapped(weights: Weights) -> Weights:
+def unwrapped(weights: Weights) -> Weights:
     """Without what data parallelism and `torch.compile` set before every name."""
     for wrapper in _WRAPPERS * 2:
         if weights and all(name.startswith(wrapper) for name in weights):
@@ -286,7 +305,7 @@ def _unwrapped(weights: Weights) -> Weights:
     return weights
 
 
-def _below(path: Path, weights: Weights, wanted: Sequence[str], key: str) -> Weights:
+def below(path: Path, weights: Weights, wanted: Sequence[str], key: str) -> Weights:
     """The weights below the prefix (`backbone.`, `model.`, `teacher.backbone.`) under which most of
     the wanted names stand; all where there is none. Of several as good the one that `key` tells."""
     prefixes = {
@@ -305,10 +324,10 @@ def _below(path: Path, weights: Weights, wanted: Sequence[str], key: str) -> Wei
                 f"load_backbone(path, key={best[0].rstrip('.')!r})."
             )
         best = chosen
-    return _inside(weights, best[0] if best else "")
+    return inside(weights, best[0] if best else "")
 
 
-def _inside(weights: Weights, prefix: str) -> Weights:
+def inside(weights: Weights, prefix: str) -> Weights:
     """Those with a prefix, without it."""
     kept = mapping_of(weights)
     for name in weights:
@@ -317,8 +336,9 @@ def _inside(weights: Weights, prefix: str) -> Weights:
     return mapping_of(kept, prefix)
 
 
-def _without_head(path: Path, weights: Weights, wanted: Mapping[str, Any]) -> Weights:
-    """Without the layers for class scores, or the decoder, that the backbone does not have."""
+def without_head(weights: Weights, wanted: Mapping[str, Any]) -> tuple[Weights, list[str]]:
+    """Without what a backbone does not have, the layers for class scores, or a decoder; and the
+    names of that."""
     beside = [
         name
         for name in weights
@@ -326,30 +346,22 @@ def _without_head(path: Path, weights: Weights, wanted: Mapping[str, Any]) -> We
         and not any(other.startswith(name.rpartition(".")[0] + ".") for other in wanted)
         and name not in wanted
     ]
-    if not beside:
-        return weights
-    warnings.warn(
-        f"'{path}' holds more than a backbone ({', '.join(beside[:2])}): that is left out.",
-        stacklevel=3,
-    )
-    if any(name.startswith("decoder_") for name in beside) and "mask_token" in weights:
-        beside.append("mask_token")
     kept = mapping_of(weights)
     for name in beside:
         del kept[name]
-    return kept
+    return kept, beside
 
 
 def _is_vit(weights: Mapping[str, Any]) -> bool:
-    dims = [getattr(weights.get(name), "ndim", 0) for name in (_PATCHES, "pos_embed")]
+    dims = [getattr(weights.get(name), "ndim", 0) for name in (PATCHES, "pos_embed")]
     return dims == [4, 3]
 
 
-def _vit_for(path: Path, weights: Mapping[str, Any], arch: str) -> nn.Module:
+def _vit_for(path: Path, weights: Mapping[str, Any], arch: str) -> vit.VisionTransformer:
     """Our ViT of this width, patch and number of positions."""
-    _name_foreign(path, weights)
-    width, channels, patch, _ = weights[_PATCHES].shape
-    arch = arch or _VIT_OF_WIDTH.get(width, "")
+    name_foreign(path, weights)
+    width, channels, patch, _ = weights[PATCHES].shape
+    arch = arch or VIT_OF_WIDTH.get(width, "")
     if arch not in VITS:
         raise ValueError(
             f"'{path}' does not tell its architecture (width {width}): name it with `arch`."
@@ -358,8 +370,12 @@ def _vit_for(path: Path, weights: Mapping[str, Any], arch: str) -> nn.Module:
     return getattr(vit, arch)(patch_size=patch, img_size=(side * patch,), in_chans=channels)
 
 
-def _name_foreign(
-    path: Path, weights: Mapping[str, Any], wanted: Mapping[str, Any] = MappingProxyType({})
+def name_foreign(
+    path: Path,
+    weights: Mapping[str, Any],
+    wanted: Mapping[str, Any] = MappingProxyType({}),
+    way_out: str = "build that model with its own library and pass it as load_backbone(..., "
+    "backbone=model), or name timm's with `arch`",
 ) -> None:
     """Raise `ValueError` for weights that are known to be of something else."""
     if is_linear(weights):
@@ -377,8 +393,7 @@ def _name_foreign(
         if name is not None:
             raise ValueError(
                 f"'{path}' holds weights of {whose} ('{name}'), which dinofast's ViTs have no "
-                "place for: build that model with its own library and pass it as "
-                "load_backbone(..., backbone=model), or name timm's with `arch`."
+                f"place for: {way_out}."
             )
 
 

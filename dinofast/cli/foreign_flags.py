@@ -22,7 +22,7 @@ _PRETRAIN = (
         "temperature temp tau temperatures",
     ),
     (
-        "Training starts at random, or goes on with the run in `output_dir`.",
+        "Weights to begin with are given by `init` FILE; a run in `output_dir` is gone on with.",
         "pretrained pretrained_weights pretrained_path weights init_weights init_from load_from "
         "finetune checkpoint checkpoint_path ckpt ckpt_path from_pretrained load model_path",
     ),
@@ -95,7 +95,11 @@ _CHECKED = (
 _COMMANDS = (
     (
         "A trained backbone is used in Python: dinofast.load_backbone('checkpoint.pth').",
-        "export onnx convert load finetune",
+        "load finetune",
+    ),
+    (
+        "dinofast export RUN writes a trained backbone for other programs, by its `format`.",
+        "onnx convert to-onnx to_onnx export-onnx export_onnx torchscript timm hf huggingface save",
     ),
     (
         "A linear classifier on its features: dinofast linear DIR --pretrained_weights FILE.",

@@ -12,6 +12,7 @@ COMMANDS = {
     "embed": "write the features of every image into a file",
     "retrieve": "a picture of nearest neighbors, and the mean average precision of classes",
     "segment": "pictures of what a ViT looks at, and how well that segments objects",
+    "export": "a checkpoint for timm, transformers, ONNX, safetensors, TorchScript",
     "report": "a page about runs: curves, scores, pictures, options",
     "compare": "a table of runs: what they came to, and how they differ",
     "davis": "video object segmentation on DAVIS 2017 by a checkpoint's patches",

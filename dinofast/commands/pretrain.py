@@ -40,20 +40,20 @@ def run(options: Config) -> None:
 
     train(options)
     if is_main:
-        say(what_next(Path(options.output_dir) / "checkpoint.pth", data, options.global_crops_size))
+        say(what_next(Path(options.output_dir) / "checkpoint.pth", data))
 
 
-def what_next(path: Path, data: Path, size: int) -> str:
+def what_next(path: Path, data: Path) -> str:
     """What a checkpoint is good for, in commands. data: the images that it was trained on, which
-    may have labels too; size: the side of a crop."""
+    may have labels too."""
     if data.name == "train" and os.path.isdir(data.parent / "val"):
         data = data.parent
     folder = shlex.quote(str(data)) if _is_labeled(data) else "LABELED_DIR"
+    file = shlex.quote(str(path))
     return (
-        f"measure it: dinofast knn {folder} --pretrained_weights {shlex.quote(str(path))}\n"
+        f"measure it: dinofast knn {folder} --pretrained_weights {file}\n"
         f"use it: backbone = dinofast.load_backbone({str(path)!r})\n"
-        f"export it: torch.onnx.export(backbone, (torch.rand(2, 3, {size}, {size}),), "
-        "'backbone.onnx', dynamic_shapes=({0: 'batch'},), dynamo=True)"
+        f"export it: dinofast export {file} --format onnx"
     )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 # where torchvision keeps the layers that make class scores
 _CLASSIFIERS = ("fc", "head", "heads", "classifier")
 # transformers of timm take crops of two sizes by one of these, where they do
-_TIMM_OPTIONS: tuple[dict[str, Any], ...] = (
+TIMM_OPTIONS: tuple[dict[str, Any], ...] = (
     {"dynamic_img_size": True},
     {"strict_img_size": False},
     {},
@@ -97,4 +97,4 @@ def _from_timm(library: Any, arch: str, channels: int) -> list[Callable[[], nn.M
         given = {"num_classes": 0, "in_chans": channels, **options}
         return lambda: library.create_model(arch, pretrained=False, **given)
 
-    return [builder(options) for options in _TIMM_OPTIONS]
+    return [builder(options) for options in TIMM_OPTIONS]

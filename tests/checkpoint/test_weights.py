@@ -63,10 +63,13 @@ def test_what_is_no_backbone_is_left_out_and_told(beside, tmp_path):
     "state, words",
     [
         ({"epoch": 1, "state_dict": PROBE, "best_acc": 3.0}, "linear classifier alone"),
-        (DINOV2, "weights of DINOv2 ('blocks.0.ls1.gamma')"),
-        ({"teacher": below("backbone.", DINOV2)}, "weights of DINOv2"),
+        ({**DINOV2, "blocks.0.mlp.w12.bias": torch.zeros(1)}, "weights of DINOv2 with SwiGLU"),
+        ({"teacher": below("backbone.", {**VIT, "rope_embed.periods": torch.zeros(1)})}, "DINOv3"),
         ({**VIT, "reg_token": torch.zeros(1, 4, 192)}, "a ViT with registers ('reg_token')"),
-        ({**VIT, "register_tokens": torch.zeros(1, 4, 192)}, "DINOv2 ('register_tokens')"),
+        (
+            {**VIT, "register_tokens": torch.zeros(1, 4, 192)},
+            "a ViT with registers ('register_tokens')",
+        ),
         ({"model": DISTILLED}, "a distilled ViT (DeiT, with a second class token) ('dist_token')"),
         ({f"vit.{name}": torch.zeros(1) for name in HF}, "weights of a Hugging Face model"),
         ({"visual.conv1.weight": torch.zeros(1)}, "weights of CLIP"),

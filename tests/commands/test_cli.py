@@ -174,7 +174,7 @@ def test_labels_are_looked_for_in_few_files(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "LOOKED_AT", 10)
     asked = []
     monkeypatch.setattr(os, "stat", lambda *args, **_: asked.append(args))
-    said = pretrain.what_next(Path("x.pth"), tmp_path, 32)
+    said = pretrain.what_next(Path("x.pth"), tmp_path)
     monkeypatch.undo()
     assert " LABELED_DIR " in said and len(asked) <= 10
 
@@ -182,7 +182,7 @@ def test_labels_are_looked_for_in_few_files(tmp_path, monkeypatch):
         raise OSError(116, "Stale file handle")
 
     monkeypatch.setattr(os, "scandir", gone)
-    assert " LABELED_DIR " in pretrain.what_next(Path("x.pth"), tmp_path, 32)
+    assert " LABELED_DIR " in pretrain.what_next(Path("x.pth"), tmp_path)
 
 
 def test_one_process_tries_the_output(tmp_path, monkeypatch):
@@ -210,19 +210,20 @@ def test_what_can_be_done_with_a_checkpoint(tmp_path):
         f"backbone.{k}": v for k, v in vit_nano(patch_size=8, img_size=(16,)).state_dict().items()
     }
     torch.save({"teacher": state}, path)
-    measure, use, export = what_next(path, tmp_path / "my data" / "train", 32).splitlines()
+    measure, use, export = what_next(path, tmp_path / "my data" / "train").splitlines()
     given = shlex.split(measure.partition(": ")[2])
     assert given == ["dinofast", "knn", f"{tmp_path}/my data", "--pretrained_weights", str(path)]
-    assert " LABELED_DIR " in what_next(path, tmp_path / "my data" / "flat", 32)
-    assert " LABELED_DIR " in what_next(path, path, 32) and " LABELED_DIR " in what_next(
-        path, tmp_path / "gone", 32
+    assert " LABELED_DIR " in what_next(path, tmp_path / "my data" / "flat")
+    assert " LABELED_DIR " in what_next(path, path) and " LABELED_DIR " in what_next(
+        path, tmp_path / "gone"
     )
     import dinofast
 
     names = {"dinofast": dinofast}
     exec(use.partition(": ")[2], names)
     assert names["backbone"](torch.zeros(1, 3, 16, 16)).shape == (1, 64)
-    assert "torch.onnx.export(backbone, (torch.rand(2, 3, 32, 32),), " in export
+    given = shlex.split(export.partition(": ")[2])
+    assert given == ["dinofast", "export", str(path), "--format", "onnx"]
 
 
 def test_missing_paths(tmp_path, capsys):
