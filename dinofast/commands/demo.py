@@ -31,6 +31,7 @@ from ..evaluate.images import EvalTransform, LabeledImages, labeled_folder, to_t
 from ..evaluate.knn import knn_classify
 from ..evaluate.pictures import enlarge, overlay, sheet, stretch
 from ..nn.dino import Model
+from ..report.page import page
 from ..runtime.terminal import say
 from ..runtime.words import counted
 from ..train import train
@@ -69,8 +70,8 @@ def demo(
     device: str | None = None,
     n_images: int = 4000,
 ) -> dict:
-    """Run the demo, print its table, and write `attention_maps.png` and `result.json` into
-    `output_dir`; returns the result.
+    """Run the demo, print its table, and write `attention_maps.png`, `report.html` and
+    `result.json` into `output_dir`; returns the result.
 
     output_dir is runs/demo, or runs/demo-seedN for another seed than 0. The data set goes to
     `output_dir/data`. What an interrupted demo has left is used and continued. device: default a
@@ -94,6 +95,7 @@ def demo(
     trained = run.teacher
     score = evaluate(out / "data", untrained, trained)
     sheet(picture_rows(seed, untrained, trained)).save(out / "attention_maps.png", optimize=True)
+    (out / "report.html").write_text(page([run], device=device), encoding="utf-8")
     result = score | {
         "date": time.strftime("%Y-%m-%d"),
         "command": f"dinofast demo --seed {seed}",
@@ -120,7 +122,8 @@ def demo(
     say(
         "\n"
         f"{_meaning(result)}\n"
-        f"Picture: {out / 'attention_maps.png'}   All numbers: {out / 'result.json'}"
+        f"Picture: {out / 'attention_maps.png'}   All numbers: {out / 'result.json'}\n"
+        f"The whole run as a page for a browser: {out / 'report.html'}"
     )
     return result
 
@@ -161,6 +164,7 @@ def settings(out: Path, seed: int, epochs: int, device: str | None) -> Config:
         weight_decay_end=0.04,
         clip_grad=3.0,
         data_path=str(out / "data" / "train"),
+        eval_data=str(out / "data"),
         output_dir=str(out),
         saveckp_freq=0,
         num_workers=2,
