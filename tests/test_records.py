@@ -307,3 +307,12 @@ def test_a_run_may_begin_with_other_weights_and_goes_on_without_them(labeled, ru
     with pytest.raises(ValueError, match="start.pth"):
         train(replace(cfg, output_dir=str(tmp_path / "other")))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_scores_on_a_gpu_are_those_of_a_cpu(gpu, labeled, tmp_path, precision):
+    cfg = replace(options(labeled, tmp_path), eval_data=str(labeled), epochs=2, device="cuda")
+    run = train(replace(cfg, precision=precision, compile="off"))
+    found = knn(run, labeled, nb_knn=(20,), num_workers=0, device="cpu")
+    assert run.metrics[-1]["eval_knn"] == pytest.approx(found[20][0], abs=10)
+    assert run.metrics[-1].keys() >= SCORES
