@@ -37,7 +37,7 @@ SHELL = ("", "bash", "sh")
 PLACEHOLDERS = {"N": "1", "X": "1", "DIR": ".", "FILE": "file", "CHECKOUT": "."}
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_endpoint"}
 # flags of programs that are not ours
-OTHERS = TORCHRUN | {"--shm-size", "--save-results", "--runs", "--rehearse"}
+OTHERS = TORCHRUN | {"--shm-size", "--save-results", "--runs", "--rehearse", "--dump_features"}
 BRITISH = re.compile(
     r"\w*(?:centre|colour|grey|optimis|normalis|initialis|synchronis|solaris|behaviour|licence|labell|"
     r"materialis|neighbour|recognis|serialis|favour|learnt)\w*",
