@@ -9,16 +9,26 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import test_house
 import torch
+from PIL import Image
+from tiny import TINY
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dinofast import DINOHead, cli, vit_nano
+import dinofast
+from dinofast import Config, DINOHead, RunFolder, cli, vit_nano
+from dinofast.callbacks import HOOKS
+from dinofast.commands import linear
+from dinofast.commands.export import FORMATS
+from dinofast.data.items import KEYS
+from dinofast.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -27,7 +37,7 @@ SHELL = ("", "bash", "sh")
 PLACEHOLDERS = {"N": "1", "X": "1", "DIR": ".", "FILE": "file", "CHECKOUT": "."}
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_endpoint"}
 # flags of programs that are not ours
-OTHERS = TORCHRUN | {"--shm-size", "--save-results", "--runs", "--rehearse"}
+OTHERS = TORCHRUN | {"--shm-size", "--save-results", "--runs", "--rehearse", "--dump_features"}
 BRITISH = re.compile(
     r"\w*(?:centre|colour|grey|optimis|normalis|initialis|synchronis|solaris|behaviour|licence|labell|"
     r"materialis|neighbour|recognis|serialis|favour|learnt)\w*",
@@ -197,6 +207,87 @@ def test_the_accelerate_loop_of_the_page_runs():
     exec(migrating("Accelerator()"), names)  # noqa: S102 - our own page
     assert not torch.equal(student[0].cls_token, before) and names["dino_loss"].center.any()
     assert not torch.equal(names["teacher"][0].cls_token, before)
+
+
+class MyBackbone(nn.Module):
+    """As docs/own_data.md names one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, stride=4)
+
+    def forward(self, images):
+        return self.conv(images).mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with what the page has: images, labeled images and an array; each of its runs is a
+    small one."""
+    folder, rng = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
+    for name in [f"{place}/{kind}" for place in ("images", "labeled") for kind in ("a", "b")]:
+        (folder / name).mkdir(parents=True)
+        for i in range(16):
+            pixels = rng.integers(0, 256, (40, 44, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.jpg")
+    np.save(folder / "slide.npy", rng.integers(0, 256, (300, 280, 3), dtype=np.uint8))
+    few = {"epochs": 1, "warmup_epochs": 0, "batch_size_per_gpu": 8, "num_workers": 1}
+    tiny = TINY.to_dict() | few | {"device": "cpu", "log_steps": 1, "eval_every": 1}
+    for name in ("image_mean", "image_std", "preset", "config"):
+        tiny.pop(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(dinofast, "Config", lambda **options: Config(**(tiny | options)))
+        yield {"MyBackbone": MyBackbone}
+
+
+OWN = blocks(ROOT / "docs" / "own_data.md", "python")
+
+
+@pytest.mark.parametrize("block", OWN, ids=range(len(OWN)))
+def test_code_of_the_page_on_data_of_one_s_own_runs(block, here, tmp_path):
+    """Block by block in one namespace, into folders that are new."""
+    if "from datasets" in block:
+        pytest.importorskip("datasets", reason="datasets of Hugging Face is not installed")
+    here.pop("features", None)
+    exec(re.sub(r"runs/(?=\w)", f"{tmp_path}/", block), here)  # noqa: S102 - our own page
+    assert here["run"].metrics and here["run"].metrics[-1]["train_loss"] > 0
+    if "features = " in block:
+        assert here["features"].shape == (100, 64)
+    if "knn(" in block:
+        assert set(here["accuracies"]) == {10, 20}
+    if "trained = " in block:
+        assert torch.equal(here["trained"].conv.weight, here["run"].teacher.conv.weight)
+
+
+def test_names_of_the_page_on_data_of_one_s_own_are_those_of_the_code():
+    text = prose(ROOT / "docs" / "own_data.md")
+    assert set(re.findall(r"^\| `(on_\w+)\(", text, flags=re.M)) == set(HOOKS)
+    assert ", ".join(f"`{key}`" for key in KEYS[:-1]) + f" or `{KEYS[-1]}`" in text
+    for name in re.findall(r"`run\.(\w+)`", text):
+        assert hasattr(RunFolder, name) or name == "path", name
+
+
+def test_presets_of_the_page_are_those_of_the_code():
+    page = (ROOT / "docs" / "training.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \|$", page, flags=re.M))
+    for name, options in PRESETS.items():
+        given = re.findall(r"--(\w+) ([\d.]+)", rows[name])
+        assert {key: float(value) for key, value in given} == options, name
+
+
+def test_formats_and_protocols_of_the_pages_are_those_of_the_code():
+    exporting = (ROOT / "docs" / "exporting.md").read_text()
+    assert re.findall(r"^dinofast export .*--format (\S+)", exporting, flags=re.M) == [*FORMATS]
+    evaluating = (ROOT / "docs" / "evaluating.md").read_text()
+    (protocol,) = (f for f in fields(linear.Options) if f.name == "protocol")
+    for name in protocol.metadata["choices"]:
+        assert re.search(rf"^\| `{name}`", evaluating, flags=re.M), name
+
+
+def test_no_page_is_long():
+    for page in DOCS:
+        assert len(page.read_text().splitlines()) <= 370, page.name
 
 
 def test_excerpts_of_the_kernel_page_are_those_of_the_code():
