@@ -51,8 +51,8 @@ def _together(options: Mapping[str, Any]) -> dict[str, Any]:
     preset, path = options.get("preset"), options.get("config")
     if preset and path:
         raise ValueError(
-            f"`preset` {preset} and `config` {path} both choose options: write `preset` into the "
-            "file, or leave one out."
+            f"`preset` {preset} and `config` {path} both choose options: write `preset: "
+            f"{preset}` into the file, or leave one out."
         )
     found = read_options(path) if path else {}
     return {**options_of(found.get("preset", preset)), **found}

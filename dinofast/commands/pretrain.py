@@ -53,7 +53,8 @@ def what_next(path: Path, data: Path) -> str:
     return (
         f"measure it: dinofast knn {folder} --pretrained_weights {file}\n"
         f"use it: backbone = dinofast.load_backbone({str(path)!r})\n"
-        f"export it: dinofast export {file} --format onnx"
+        f"export it: dinofast export {file} --format onnx\n"
+        f"see how it went: dinofast report {shlex.quote(str(path.parent))}"
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..config import Config
 from ..data.dataset import scan
 from ..data.decode import UnreadableImage
 from ..data.held_out import evenly
@@ -55,6 +56,8 @@ def figures(run: RunFolder, device: str | None = None) -> list[Figure]:
     source = run.options.get("data_path")
     if not source:
         raise ValueError(f"'{run.path}' does not tell its images: config.yaml is missing.")
+    if source == Config.data_path:
+        raise ValueError("the images came from a data set in Python.")
     trained = load_frozen(run.checkpoint, device=device)
     before = load_frozen(run.checkpoint, checkpoint_key="untrained", device=device)
     shown, images = _images(source, trained)

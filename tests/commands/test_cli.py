@@ -210,7 +210,7 @@ def test_what_can_be_done_with_a_checkpoint(tmp_path):
         f"backbone.{k}": v for k, v in vit_nano(patch_size=8, img_size=(16,)).state_dict().items()
     }
     torch.save({"teacher": state}, path)
-    measure, use, export = what_next(path, tmp_path / "my data" / "train").splitlines()
+    measure, use, export, report = what_next(path, tmp_path / "my data" / "train").splitlines()
     given = shlex.split(measure.partition(": ")[2])
     assert given == ["dinofast", "knn", f"{tmp_path}/my data", "--pretrained_weights", str(path)]
     assert " LABELED_DIR " in what_next(path, tmp_path / "my data" / "flat")
