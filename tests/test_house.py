@@ -129,6 +129,7 @@ def test_only_the_named_files_read_the_configuration():
         "checkpoint",
         "resume",
         "config_file",
+        "report",
         "commands",
         "evaluate",
         "export",
