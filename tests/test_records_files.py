@@ -114,3 +114,14 @@ def test_a_writer_that_cannot_begin_says_why(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="`tensorboard` cannot begin .*: repair the package"):
         go(tmp_path, epochs=1, tensorboard=True)
+
+
+def test_metrics_of_epochs_before_stay_where_the_batch_has_changed(tmp_path):
+    """Then an epoch has half as many steps: the count goes back."""
+    first = go(tmp_path, stop=5, log_steps=1).steps
+    assert [line["step"] for line in first] == [1, 2, 3, 4, 5]
+    again = go(tmp_path, batch_size_per_gpu=20, log_steps=1).steps
+    assert [(line["epoch"], line["step"]) for line in again] == [
+        *((0, 1), (0, 2), (0, 3), (0, 4)),
+        *((1, 3), (1, 4)),
+    ]

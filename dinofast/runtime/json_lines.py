@@ -37,13 +37,16 @@ class JsonLines:
         self.path, self.counter = path, counter
         self._waiting = ""
 
-    def drop_from(self, count: float) -> None:
+    def drop_from(self, count: float, epoch: int | None = None) -> None:
         """On a resume: lines of this count and later ones are written again, so they must go; also
-        a torn last line. Of a new run, with count 0, the file of an earlier one is set aside."""
+        a torn last line. Of a new run, with count 0, the file of an earlier one is set aside.
+
+        epoch: lines of those before it stay whatever their count is, and those of later ones go: an
+        epoch had another number of steps where batch or images have changed since."""
         if not self.path.exists():
             return
         text = self.path.read_text(encoding="utf-8", errors="replace")
-        kept = [line for line in text.splitlines() if self._count_of(line) < count]
+        kept = [line for line in text.splitlines() if self._is_before(line, count, epoch)]
         if not kept and count == 0 and text:
             set_aside(self.path)
             return
@@ -80,8 +83,14 @@ class JsonLines:
         found = (line.get(key) for line in self.read())
         return [value for value in found if isinstance(value, int | float)]
 
-    def _count_of(self, line: str) -> float:
+    def _is_before(self, line: str, count: float, epoch: int | None) -> bool:
+        of_line = self._count_of(line, "epoch")
+        if epoch is None or of_line in (epoch, math.inf):
+            return self._count_of(line) < count
+        return of_line < epoch and self._count_of(line) < math.inf
+
+    def _count_of(self, line: str, counter: str = "") -> float:
         try:
-            return float(json.loads(line)[self.counter])
+            return float(json.loads(line)[counter or self.counter])
         except (ValueError, KeyError, TypeError):
             return math.inf
