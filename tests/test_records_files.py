@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from tiny import TINY
 
 from dinofast import Callback, RunFolder, checkpoint, train
@@ -125,3 +126,27 @@ def test_metrics_of_epochs_before_stay_where_the_batch_has_changed(tmp_path):
         *((0, 1), (0, 2), (0, 3), (0, 4)),
         *((1, 3), (1, 4)),
     ]
+
+
+@pytest.mark.parametrize(
+    "halves, changes, words",
+    [
+        ({}, {}, "`eval_data`: '.*' holds no labeled images"),
+        ({"train": "a", "val": "a"}, {}, "images of one class only in train/"),
+        ({"train": "ab", "val": "ab"}, {"in_channels": 1}, "for images of three channels"),
+    ],
+)
+def test_labeled_images_that_cannot_be_are_told_before_anything_is_written(
+    halves, changes, words, tmp_path
+):
+    labeled = tmp_path / "labeled"
+    labeled.mkdir()
+    for half, classes in halves.items():
+        for name in classes:
+            (labeled / half / name).mkdir(parents=True)
+            Image.new("RGB", (20, 20)).save(labeled / half / name / "x.png")
+    with pytest.raises(ValueError, match=words):
+        images = IMAGES[:, : changes.get("in_channels", 3)]
+        cfg = replace(RUN, output_dir=str(tmp_path / "run"), eval_data=str(labeled), **changes)
+        train(cfg, dataset=images)
+    assert not (tmp_path / "run").exists()
