@@ -4,7 +4,8 @@ Biases."""
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .config import Config
-from .runtime.words import a_kind
+from .runtime.words import a_kind, one_line
 
 
 class Callback:
@@ -63,7 +64,8 @@ def check_callbacks(cfg: Config, given: Iterable[Any]) -> list[Any]:
     missing, and for an object without any of the methods."""
     asked = {"tensorboard": cfg.tensorboard, "wandb": bool(cfg.wandb)}
     for name in (name for name, wanted in asked.items() if wanted):
-        if find_spec(name) is None:
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:  # a mere folder of that name, such as our output
             raise ValueError(
                 f"`{name}` needs a package that is not installed: pip install {name}, or leave it "
                 "out."
@@ -86,10 +88,11 @@ class TensorBoard(Callback):
     def on_start(self, training: Any) -> None:
         self._writer: Any = None
         if training.process.is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
             folder = str(Path(training.output_dir) / "tensorboard")
-            self._writer = SummaryWriter(folder, purge_step=training.start + 1)
+            with _explained("tensorboard", "repair the package, or leave it out"):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(folder, purge_step=training.start + 1)
 
     def on_log(self, training: Any, step: int, metrics: Mapping[str, Any]) -> None:
         for name, value in _numbers(metrics).items() if self._writer else ():
@@ -116,19 +119,20 @@ class WeightsAndBiases(Callback):
         self._run: Any = None
         if not training.process.is_main:
             return
-        import wandb
-
         name_file = Path(training.output_dir) / "wandb-run-id.txt"
         known = name_file.read_text().strip() if training.start and name_file.exists() else ""
         name = known or uuid.uuid4().hex[:12]
         name_file.write_text(name + "\n")
-        self._run = wandb.init(
-            project=self.project,
-            id=name,
-            resume="allow",
-            dir=training.output_dir,
-            config=training.cfg.to_dict(),
-        )
+        with _explained("wandb", "log in by `wandb login`, or set WANDB_MODE=offline"):
+            import wandb
+
+            self._run = wandb.init(
+                project=self.project,
+                id=name,
+                resume="allow",
+                dir=training.output_dir,
+                config=training.cfg.to_dict(),
+            )
 
     def on_log(self, training: Any, step: int, metrics: Mapping[str, Any]) -> None:
         if self._run:
@@ -143,6 +147,15 @@ class WeightsAndBiases(Callback):
     def on_end(self, training: Any) -> None:
         if self._run:
             self._run.finish()
+
+
+@contextmanager
+def _explained(name: str, way_out: str) -> Iterator[None]:
+    """Turns what a writer's package raises at its start into `ValueError`."""
+    try:
+        yield
+    except Exception as error:  # packages of others raise what they like
+        raise ValueError(f"`{name}` cannot begin ({one_line(error)}): {way_out}.") from error
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

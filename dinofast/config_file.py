@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from .config import Config
+from .runtime.json_lines import set_aside
 from .runtime.suggestions import did_you_mean
 from .runtime.words import one_line
 
@@ -50,8 +52,8 @@ def record(
     path, changes, new = folder / NAME, [], []
     now = {name: _plain(value) for name, value in cfg.to_dict().items() if name != "config"}
     if step and path.exists():
-        before = _read(path)
-        changes = list(before.pop(_CHANGES, None) or [])
+        before = _known(path)
+        changes = _changes_of(before)
         new = [
             {"step": step, "option": name, "from": before[name], "to": value}
             for name, value in now.items()
@@ -64,15 +66,32 @@ def record(
     if changes:
         text += yaml.safe_dump({_CHANGES: changes}, sort_keys=False, width=1000)
     temporary = path.with_name(NAME + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
     return new
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """What a run has recorded; nothing where the file was damaged, which is set aside."""
+    try:
+        return _read(path)
+    except ValueError:
+        set_aside(path)
+        return {}
+
+
+def _changes_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    changes = found.get(_CHANGES)
+    return list(changes) if isinstance(changes, list) else []
 
 
 def changes_in(folder: Path) -> list[dict[str, Any]]:
     """What `record` has listed, the oldest first; nothing where there is no such file."""
     path = folder / NAME
-    return list(_read(path).get(_CHANGES) or []) if path.exists() else []
+    return _changes_of(_read(path)) if path.exists() else []
 
 
 def environment_in(folder: Path) -> dict[str, Any]:
@@ -111,10 +130,10 @@ def _of_kind(field: Field, value: Any) -> Any:
 def _number(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(value)
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -44,4 +44,4 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def options_of(preset: Any) -> dict[str, Any]:
     """Of a preset by name, those that it sets; of another word or None nothing."""
-    return PRESETS.get(preset, {})
+    return PRESETS.get(preset, {}) if isinstance(preset, str) else {}

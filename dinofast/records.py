@@ -16,6 +16,7 @@ from .evaluate.monitor import Monitor
 from .introduce import advice, environment, introduce
 from .resume import first_step, go_on
 from .runtime.distributed import Process
+from .runtime.json_lines import set_aside
 from .runtime.metrics import EpochSums
 from .runtime.progress import Run
 from .schedule import Schedule
@@ -40,6 +41,7 @@ class Records:
         found, position, notes = go_on(self.path, *state, cfg)
         if found is None and process.is_main:
             loader.begin_run()
+            set_aside(self.path.with_name("best.pth"))
         process.barrier()  # nobody writes here before everybody has read
         if process.is_main:
             self.saver.adopt(found)
@@ -57,6 +59,8 @@ class Records:
         )
         self.run.go_on(self.start)
         self._found, self._notes = found, [*notes, *inexact]
+        # at whose end what was found was saved
+        self._last_epoch = None if position.images_in_epoch else position.epoch - 1
 
     def begin(self, monitor: Monitor, callbacks: Iterable[Any], training: object) -> None:
         """Say what the run does and where it goes on. callbacks: whom to tell of `training`."""
@@ -76,7 +80,7 @@ class Records:
                 config_file.record(self.path.parent, cfg, self.start, environment(self.process))
             except OSError as error:
                 run.log(f"'{config_file.NAME}' cannot be written ({error.strerror or error})")
-            if self.best[1] >= 0 and self.best[1] == self.start // loader.steps_per_epoch - 1:
+            if self._last_epoch == self.best[1]:
                 self.saver.keep_best()  # a run killed before it was
         self._tell("on_start")
 

@@ -87,3 +87,15 @@ def test_presets_are_options_that_can_be(name):
 def test_an_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="`preset` is 'large': choose from"):
         Config(preset="large").check()
+
+
+@pytest.mark.parametrize("preset", [["tiny"], {"tiny": 1}, 3])
+def test_a_preset_is_a_word(preset):
+    with pytest.raises(ValueError, match="`preset` is .*: give a word"):
+        Config(preset=preset).check()
+
+
+def test_numbers_in_quotes_are_numbers(tmp_path):
+    (tmp_path / "c.yaml").write_text('epochs: "10"\nlr: "1e-3"\neval_every: "3"\n')
+    cfg = Config(config=str(tmp_path / "c.yaml")).check()
+    assert (cfg.epochs, cfg.lr, cfg.eval_every) == (10, 1e-3, 3)

@@ -6,6 +6,8 @@ GIL.
 
 from __future__ import annotations
 
+import pickle
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from dinofast.data import array_crops, backend_native, backend_pil
 from dinofast.data.augmentation import Augmentation
@@ -46,7 +48,7 @@ class OwnCrops(Dataset):
     ) -> None:
         self._augmentation, self._decode, self.augment = augmentation, decode, augment
         self._mean, self._std = (torch.tensor(c).view(-1, 1, 1) for c in (mean, std))
-        self.makes_levels = True  # of 8 bits; known after `try_out`
+        self.makes_levels = True  # of 8 bits; the loader sets it after `try_out`
 
     def __getitem__(self, batch: BatchIndices) -> tuple[list[Tensor], list[Met], int]:
         epoch, indices = batch
@@ -62,7 +64,9 @@ class OwnCrops(Dataset):
                 n_replaced += used != index
                 for crops, crop in zip(made, self.crops(image, epoch, used), strict=True):
                     crops.append(crop)
-        stacked = [torch.stack(crops) for crops in made]
+        n = len(indices)
+        flat = self.alike([crop for crops in made for crop in crops])
+        stacked = [torch.stack(flat[v : v + n]) for v in range(0, len(flat), n)]
         groups, start = [], 0
         for n, _ in self._augmentation.resolutions:
             groups.append(torch.cat(stacked[start : start + n]))
@@ -91,7 +95,14 @@ class OwnCrops(Dataset):
         assert self.augment is not None
         for v, view in enumerate(self._augmentation.views):
             rng = np.random.default_rng([self._augmentation.seed, epoch, index, v])
-            crop = _tensor_of(self.augment(image, v, rng))
+            try:
+                made = self.augment(image, v, rng)
+            except Exception as error:  # whatever code of somebody else's may raise
+                raise ValueError(
+                    f"`augmentation` fails on image {index}, view {v}: {type(error).__name__}: "
+                    f"{one_line(error)}."
+                ) from error
+            crop = _tensor_of(made)
             wanted = (len(self._mean), view.size, view.size)
             if tuple(crop.shape) != wanted:
                 raise ValueError(
@@ -101,21 +112,74 @@ class OwnCrops(Dataset):
             crops.append(crop)
         return crops
 
-    def try_out(self, image: Pixels) -> None:
-        """Make the crops of one image, and keep of which kind they are. Raises `ValueError` if an
-        augmentation of the caller's does not work."""
+    def try_out(self, index: int) -> tuple[bool, str, list[Met]]:
+        """Make the crops of an image: whether they are levels of 8 bits; why they cannot be
+        made, or ""; and what was met, where there is no image."""
+        met: list[Met] = []
+        image, index = self._decode(index, met)
+        if image is None:
+            return True, "", met
         try:
-            kinds = {crop.dtype for crop in self.crops(image, 0, 0)}
-        except ValueError:
-            raise
-        except Exception as error:  # whatever code of somebody else's may raise
-            raise ValueError(f"`augmentation` fails on an image: {one_line(error)}.") from error
-        if len(kinds) > 1:
-            raise ValueError("`augmentation` gives uint8 for some crops and floats for others.")
-        self.makes_levels = kinds == {torch.uint8}
+            kinds = {crop.dtype for crop in self.crops(image, 0, index)}
+        except ValueError as error:
+            return True, str(error), []
+        mixed = "`augmentation` gives uint8 for some crops and floats for others."
+        return kinds == {torch.uint8}, mixed if len(kinds) > 1 else "", []
+
+    def alike(self, crops: list[Tensor]) -> list[Tensor]:
+        """Levels (..., C, S, S) normalized where others are floats, so that all can be joined."""
+        if len({crop.dtype for crop in crops}) < 2:
+            return crops
+        return [self._normalized(c / 255) if c.dtype == torch.uint8 else c for c in crops]
 
     def _normalized(self, crop: Tensor) -> Tensor:
         return (crop - self._mean) / self._std
+
+
+class _Made(Dataset):
+    """Item i: what `make` makes of it."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self._make = make
+
+    def __getitem__(self, index: int) -> Any:
+        return self._make(index)
+
+
+def in_processes(make: Callable[[int], Any], indices: Sequence[int], n_workers: int) -> list[Any]:
+    """What `make` makes of each index, in worker processes that end with it; with 0 in this thread.
+
+    What a data set opens when it is first asked (a file, a database) must not be open before the
+    workers of a run begin, which would share its position, nor be used by another thread. Raises
+    `ValueError` where it cannot be sent to a process.
+    """
+    loader = DataLoader(
+        _Made(make),
+        batch_size=None,
+        sampler=indices,
+        num_workers=min(n_workers, len(indices)),
+        collate_fn=_as_it_is,
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),  # leave the global one alone
+    )
+    try:
+        made = iter(loader)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"the data set or the augmentation cannot be sent to worker processes "
+            f"({one_line(error)}): define its class and functions at the top level of a module, "
+            "or take `num_workers` 0."
+        ) from error
+    return list(made)
+
+
+def _as_it_is(item: object) -> object:
+    return item
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the parent answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _tensor_of(crop: Any) -> Tensor:

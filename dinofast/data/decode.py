@@ -184,6 +184,15 @@ def decode(
         return image if turn is None else image.transpose(turn)
 
 
+def upright(data: bytes, exif: bool) -> Image.Image:
+    """The encoded image as it is, turned as its EXIF orientation says where that is to be followed.
+    Raises `UnreadableImage`."""
+    image = identify(data)
+    with unreadable():
+        turn = TURNS.get(_orientation(image)) if exif else None
+        return image if turn is None else image.transpose(turn)
+
+
 def rgb(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
     """As `decode`, of an image that is open."""
     if image.mode == "RGB":  # `convert` would copy it

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
 
 from dinofast.data import backend_native, backend_pil
 from dinofast.data.augmentation import VIEW, Augmentation
-from dinofast.data.backend_own import OwnCrops
+from dinofast.data.backend_own import OwnCrops, in_processes
 from dinofast.data.decode import UnreadableImage
 from dinofast.data.reader import ImageReader
 
@@ -34,32 +35,41 @@ def held_out_crops(
     their plan, VIEW (n, 2). own: what makes the crops of the run, where it is not our backends;
     there is no plan of a caller's own augmentation. Images that cannot be read are left out."""
 
-    def crops_of(index: int) -> tuple[torch.Tensor, np.ndarray] | None:
-        try:
-            image = reader.decode(index)
-        except UnreadableImage:
-            return None
-        if own and (own.augment or isinstance(image, np.ndarray)):
-            crops = torch.stack(own.crops(image, EPOCH, index)[:2])
-            height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
-            draw = augmentation.draw(EPOCH, np.array([index]))
-            return crops, draw.plan(0, height, width)[:2]
-        draw = augmentation.draw(EPOCH, np.array([index]))
-        views = draw.plan(0, image.height, image.width)[:2]
-        side = int(views["size"][0])
-        out = torch.empty(2, 3, side, side, dtype=torch.uint8)
-        if backend_native.unavailable_reason() is None:
-            backend_native.render(backend_native.pixels(image), views, list(out))
-        else:
-            for crop, view in zip(out, views, strict=True):
-                crop.copy_(torch.tensor(backend_pil.render(image, view)).permute(2, 0, 1))
-        return out, views
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(max(threads, 1)) as pool:
+    made = partial(_crops_of, reader, augmentation, own)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's remarks on odd but readable files
-        found = [pair for pair in pool.map(crops_of, indices) if pair]
+        if own:
+            found = in_processes(made, indices, threads)
+        else:
+            with ThreadPoolExecutor(max(threads, 1)) as pool:
+                found = list(pool.map(made, indices))
+    found = [pair for pair in found if pair]
     if not found:
         side = augmentation.views[0].size
         return torch.empty(0, 2, 3, side, side, dtype=torch.uint8), np.empty((0, 2), VIEW)
+    crops = [torch.from_numpy(crops) for crops, _ in found]
     plan = None if own and own.augment else np.stack([views for _, views in found])
-    return torch.stack([crops for crops, _ in found]), plan
+    return torch.stack(own.alike(crops) if own else crops), plan
+
+
+def _crops_of(
+    reader: ImageReader, augmentation: Augmentation, own: OwnCrops | None, index: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Of one image, (2, C, G, G) and VIEW (2,); as arrays, which come from another process without
+    shared memory."""
+    try:
+        image = reader.decode(index)
+    except UnreadableImage:
+        return None
+    height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+    views = augmentation.draw(EPOCH, np.array([index])).plan(0, height, width)[:2]
+    if own and (own.augment or isinstance(image, np.ndarray)):
+        return torch.stack(own.crops(image, EPOCH, index)[:2]).numpy(), views
+    side = int(views["size"][0])
+    out = torch.empty(2, 3, side, side, dtype=torch.uint8)
+    if backend_native.unavailable_reason() is None:
+        backend_native.render(backend_native.pixels(image), views, list(out))
+    else:
+        for crop, view in zip(out, views, strict=True):
+            crop.copy_(torch.tensor(backend_pil.render(image, view)).permute(2, 0, 1))
+    return out.numpy(), views

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import IterableDataset
 
 from dinofast.data.dataset import ImageDataset
 from dinofast.data.decode import (
@@ -18,10 +19,10 @@ from dinofast.data.decode import (
     UnreadableImage,
     bits_of,
     decode,
-    identify,
     read_file,
     rgb,
     unreadable,
+    upright,
 )
 from dinofast.data.reader import ImageReader
 from dinofast.runtime.words import a_kind
@@ -52,10 +53,18 @@ class ItemDataset:
 
     def __post_init__(self) -> None:
         kind = type(self.items)
-        if not hasattr(kind, "__len__") or not hasattr(kind, "__getitem__"):
+        # torch's has a __getitem__ that only raises
+        is_stream = isinstance(self.items, IterableDataset)
+        if is_stream or not hasattr(kind, "__len__") or not hasattr(kind, "__getitem__"):
             raise ValueError(
                 f"the data set is {a_kind(self.items)}: give one with __len__ and __getitem__, "
                 "such as a torch.utils.data.Dataset, a list, or a datasets.Dataset."
+            )
+        if isinstance(self.items, Mapping | str):
+            names = ", ".join(map(str, self.items)) if isinstance(self.items, Mapping) else ""
+            raise ValueError(
+                f"the data set is {a_kind(self.items)}{f' with {names}' if names else ''}: give "
+                "one data set, whose items are images."
             )
         if not len(self.items):
             raise ValueError("the data set is empty: give one with images.")
@@ -106,10 +115,12 @@ def image_in(item: Any) -> Any:
     """Of a tuple the first, of a dict the value under one of KEYS, or its only one."""
     if isinstance(item, tuple | list) and item:
         return image_in(item[0])
-    if isinstance(item, Mapping) and not {"bytes", "path"} & item.keys():
+    if isinstance(item, Mapping):
         for key in KEYS:
             if key in item:
                 return image_in(item[key])
+        if {"bytes", "path"} & item.keys():  # of Hugging Face, not decoded
+            return item
         if len(item) == 1:
             return image_in(next(iter(item.values())))
         raise UnreadableImage(
@@ -136,11 +147,12 @@ def pixels_of(
     if isinstance(image, Mapping):
         image = image["bytes"] if image.get("bytes") else read_file(image["path"])
     if isinstance(image, bytes):
-        image = decode(image, value_range, exif) if channels == 3 else identify(image)
+        image = decode(image, value_range, exif) if channels == 3 else upright(image, exif)
     if isinstance(image, Image.Image):
         if channels == 3:
             return rgb(image, value_range)
-        image = _bands(image, channels)
+        image, value_range = _bands(image, channels, value_range)
+    shape = tuple(getattr(image, "shape", ()))
     if isinstance(image, torch.Tensor):
         image = image.numpy(force=True)
         image = (
@@ -157,25 +169,27 @@ def pixels_of(
     if image.shape[2] == 1 and channels == 3:
         image = image.repeat(3, 2)
     if image.shape[2] != channels:
-        raise UnreadableImage(
-            f"an image of {image.shape[2]} channels, where `in_channels` is {channels}"
-        )
+        raise UnreadableImage(f"an image of shape {shape}, where `in_channels` is {channels}")
     if channels == 3 and image.dtype == np.uint8 and value_range is None:
         return Image.fromarray(np.ascontiguousarray(image))
     return _scaled(image, value_range)
 
 
-def _bands(image: Image.Image, channels: int) -> np.ndarray:
-    """The values of a PIL image, (H, W) or (H, W, C); color as gray where one channel is wanted."""
+def _bands(
+    image: Image.Image, channels: int, value_range: tuple[float, float] | None
+) -> tuple[np.ndarray, tuple[float, float] | None]:
+    """The values of a PIL image, (H, W) or (H, W, C), and the range of those of more than 8 bits,
+    where the file or value_range tells; color as gray where one channel is wanted."""
     if image.mode == "P":
         image = image.convert("RGBA" if channels == 4 else "RGB")
     if channels == 1 and len(image.getbands()) > 1:
         image = image.convert("L")
-    values = np.asarray(image)
-    bits = bits_of(image) if image.mode == "I" or image.mode.startswith("I;16") else None
-    if bits is None:
-        return values
-    return values.astype(np.float32) / (2**bits - 1)
+    if image.mode != "F" and image.mode[0] != "I":
+        return np.asarray(image), None
+    bits = bits_of(image)
+    if value_range is None and bits is not None:
+        value_range = 0.0, float(2**bits - 1)
+    return np.asarray(image), value_range
 
 
 def _is_first(image: np.ndarray, channels: int) -> bool:
@@ -188,7 +202,7 @@ def _scaled(image: np.ndarray, value_range: tuple[float, float] | None) -> np.nd
     kind = image.dtype.kind
     if value_range is not None:
         low, high = value_range
-    elif kind in "uib" and image.dtype.itemsize <= 2:
+    elif kind in "uib" and image.dtype.itemsize <= 2 and image.min() >= 0:
         low, high = 0.0, 1.0 if kind == "b" else float(np.iinfo(image.dtype).max)
     elif kind == "f":
         low, high = 0.0, 1.0
@@ -199,6 +213,7 @@ def _scaled(image: np.ndarray, value_range: tuple[float, float] | None) -> np.nd
                 "`value_range`"
             )
     else:
-        raise UnreadableImage(f"values of {image.dtype}: give `value_range`")
+        least, most = image.min(), image.max()
+        raise UnreadableImage(f"values of {image.dtype} from {least} to {most}: give `value_range`")
     scaled = (image.astype(np.float32) - np.float32(low)) / np.float32(high - low)
     return np.nan_to_num(scaled, nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1)

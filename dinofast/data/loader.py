@@ -182,11 +182,13 @@ class Loader:
         self._own = backend_own.OwnCrops(
             self.augmentation, self.reader.decode_next, augment, cfg.image_mean, cfg.image_std
         )
-        met: list[Met] = []
-        image, _ = self.reader.decode_next(0, met)
-        if image is None:
+        own, workers = self._own, min(cfg.num_workers, 1)
+        ((own.makes_levels, fault, met),) = backend_own.in_processes(own.try_out, [0], workers)
+        if met:
             raise self._bad.nothing(met)
-        self._own.try_out(image)
+        if fault:
+            raise ValueError(fault)
+        self.reader.forget()
         self.backend, self.backend_note = "own", None
 
     def seek(self, step: int) -> None:

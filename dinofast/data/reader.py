@@ -106,6 +106,10 @@ class ImageReader:
             met.append(unread)
         return None, index
 
+    def forget(self) -> None:
+        """What was found bad is met again."""
+        self._bad.clear()
+
     def remark(self) -> str:
         """A sentence if of SAMPLE images from all over the dataset nearly all are black or white,
         else "". Says nothing of files that cannot be read."""

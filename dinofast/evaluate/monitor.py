@@ -100,10 +100,10 @@ class Monitor:
         return finite if self._process.is_main else {}
 
     def _cast(self) -> AbstractContextManager:
-        """On a GPU in the precision of the run, on a CPU in that of the weights."""
+        """The precision of the run."""
         device = self._process.device.type
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._cfg.precision_on(device))
-        return torch.autocast(device, half) if half and device == "cuda" else nullcontext()
+        return torch.autocast(device, half) if half else nullcontext()
 
     def _of_crops(self, backbone: nn.Module) -> dict[str, float]:
         process, loader = self._process, self._loader
@@ -161,10 +161,23 @@ class Monitor:
 
 def _labeled(cfg: Config) -> tuple[LabeledImages, LabeledImages]:
     """To compare with and to classify, prepared as `dinofast knn` does for this run's
-    checkpoints."""
+    checkpoints. Raises `ValueError` that names `eval_data`."""
+    if cfg.in_channels != 3:
+        raise ValueError(
+            f"`eval_data` is for images of three channels and `in_channels` is {cfg.in_channels}: "
+            "leave it out; held-out crops are scored all the same."
+        )
     crop = cfg.global_crops_size
     transform = EvalTransform(round(crop * 256 / 224), crop, cfg.image_mean, cfg.image_std)
-    train, val, _ = train_and_val(str(cfg.eval_data), transform)
+    try:
+        train, val, _ = train_and_val(str(cfg.eval_data), transform)
+    except ValueError as error:
+        raise ValueError(f"`eval_data`: {error}") from error
+    if len(set(train.labels)) < 2:
+        raise ValueError(
+            f"`eval_data` '{cfg.eval_data}' has images of one class only in train/: give a folder "
+            "for each of two or more."
+        )
     as_trained = partial(decode, value_range=cfg.given_value_range, exif=cfg.exif)
     return replace(train, decode=as_trained), replace(val, decode=as_trained)
 

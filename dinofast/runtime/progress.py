@@ -226,8 +226,9 @@ class Run:
     def go_on(self, step: int) -> None:
         """The logs of a run that goes on after this step: see `JsonLines.drop_from`."""
         if self.is_main:
-            self._epochs.drop_from(step // self.steps_per_epoch)
-            self._steps.drop_from(step + 1 if step else 0)
+            epoch = step // self.steps_per_epoch
+            self._epochs.drop_from(epoch)
+            self._steps.drop_from(step + 1 if step else 0, epoch)
             self._trend.losses = self._epochs.values("train_loss")
 
     def best_before(self, name: str) -> tuple[float, int]:

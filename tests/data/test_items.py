@@ -84,7 +84,10 @@ def test_files_of_gray_have_one_channel(mode):
 
 @pytest.mark.parametrize(
     "item",
-    [COLOR, (COLOR, 3), [COLOR], {"image": COLOR, "label": 1}, {"img": COLOR}, {"anything": COLOR}],
+    [
+        *(COLOR, (COLOR, 3), [COLOR], {"image": COLOR, "label": 1}, {"img": COLOR}),
+        *({"anything": COLOR}, {"image": COLOR, "path": "cat.jpg"}),
+    ],
 )
 def test_the_image_of_an_item_is_found(item):
     assert image_in(item) is COLOR
@@ -97,9 +100,11 @@ def test_the_image_of_an_item_is_found(item):
         (None, 3, "None, where an image should be"),
         (np.zeros((2, 2, 2, 2)), 3, "an array of shape (2, 2, 2, 2)"),
         (np.zeros((0, 4, 3), np.uint8), 3, "an array of shape (0, 4, 3)"),
-        (np.zeros((4, 4, 2), np.uint8), 3, "an image of 2 channels, where `in_channels` is 3"),
+        (np.zeros((4, 4, 2), np.uint8), 3, "an image of shape (4, 4, 2), where `in_channels` is 3"),
+        (torch.zeros(4, 8, 8), 3, "an image of shape (4, 8, 8), where `in_channels` is 3"),
+        (np.full((4, 4), -1000, np.int16), 1, "values of int16 from -1000 to -1000: give"),
         (np.full((4, 4, 5), 7.0), 5, "floats from 7 to 7: scale them to [0, 1]"),
-        (np.zeros((4, 4, 5), np.int64), 5, "values of int64: give `value_range`"),
+        (np.zeros((4, 4, 5), np.int64), 5, "values of int64 from 0 to 0: give `value_range`"),
         (b"no image", 3, "text, not an image"),
     ],
 )
@@ -127,7 +132,26 @@ def test_what_an_item_raises_is_the_reason():
         dataset.read(1)
 
 
-@pytest.mark.parametrize("items, words", [(iter([1]), "__len__ and __getitem__"), ([], "is empty")])
+class Stream(torch.utils.data.IterableDataset):
+    """With a length, and a __getitem__ of torch's that only raises."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    "items, words",
+    [
+        (iter([1]), "__len__ and __getitem__"),
+        (Stream(), "Stream: give one with __len__ and __getitem__"),
+        ([], "is empty"),
+        ({"train": [COLOR], "test": [COLOR]}, "is a dict with train, test: give one data set"),
+        ("cifar10", "is a str: give one data set"),
+    ],
+)
 def test_what_is_no_data_set_is_refused(items, words):
     with pytest.raises(ValueError, match=words):
         ItemDataset(items)
@@ -139,3 +163,19 @@ def test_fingerprints_tell_data_sets_apart():
 
     found = {ItemDataset(items).fingerprint for items in ([1, 2], [1, 2, 3], Other([1, 2]))}
     assert len(found) == 3
+
+
+def test_a_value_range_is_of_gray_of_more_than_8_bits():
+    """In files of one channel as in those of three."""
+    deep = Image.fromarray(np.full((4, 4), 2048, np.uint16))
+    assert pixels_of(file_of(deep), 1, (0, 4096)).max() == 0.5
+    assert pixels_of(file_of(Image.fromarray(GRAY)), 1, (0, 4096)).max() == GRAY.max() / 255
+
+
+def test_files_of_one_channel_are_turned_as_exif_says():
+    image, out = Image.fromarray(GRAY), io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = 6
+    image.save(out, "PNG", exif=exif)
+    assert pixels_of(out.getvalue(), 1).shape == (6, 9, 1)
+    assert pixels_of(out.getvalue(), 1, exif=True).shape == (9, 6, 1)

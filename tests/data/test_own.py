@@ -1,5 +1,8 @@
 """Training on a caller's own data set and augmentation: the same loop, resumed exactly."""
 
+import multiprocessing
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -104,6 +107,66 @@ def test_a_data_set_of_hugging_face(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+class OneFile(Colors):
+    """Opens its file when first needed, as those over HDF5, zip or LMDB do: processes that inherit
+    it open would move each other's position. In one thread of a process."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.file = path, None
+        path.write_bytes(b"".join(bytes([i]) * 900 for i in range(self.n)))
+
+    def __getitem__(self, i):
+        if self.file is None:
+            self.file, self.thread = open(self.path, "rb", buffering=0), threading.get_ident()  # noqa: SIM115
+        assert self.thread == threading.get_ident()
+        self.file.seek(900 * i)
+        time.sleep(0.0005)
+        pixels = np.frombuffer(self.file.read(900), np.uint8).reshape(30, 30)
+        assert (pixels == i).all()
+        return pixels
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_set_is_opened_by_the_processes_that_read_it(workers, tmp_path):
+    cfg = replace(RUN, output_dir=str(tmp_path / "run"), num_workers=workers, eval_every=1)
+    run = train(cfg, dataset=OneFile(tmp_path / "all"))
+    assert not (tmp_path / "run" / "bad_files.txt").exists()
+    assert all("eval_rankme" in line for line in run.metrics)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_first_item_is_listed_too(workers, tmp_path):
+    cfg = replace(RUN, output_dir=str(tmp_path), num_workers=workers)
+    train(cfg, dataset=Colors(broken=(0,)))
+    assert (tmp_path / "bad_files.txt").read_text() == "item 0\ta page is missing\n"
+
+
+def test_images_of_8_bits_and_deeper_ones_may_be_mixed():
+    class Mixed(Colors):
+        def __getitem__(self, i):
+            pixels = np.full((20, 20, 3), 100, np.uint8)
+            return pixels if i % 2 else pixels.astype(np.uint16) * 257
+
+    crops = first_crops(RUN, Mixed(), n=2)[0]
+    plain = first_crops(RUN, [np.full((20, 20, 3), 100, np.uint8)] * 26, n=2)[0]
+    assert 0.5 < crops.std() / plain.std() < 2 and (crops.amax() - plain.amax()).abs() < 0.5
+    loader = make_loader(RUN, items=Mixed())
+    held_out, _ = loader.held_out_crops(range(26), 2)
+    assert held_out.dtype == torch.float32 and held_out.abs().max() < 3
+    loader.close()
+
+
+def test_what_cannot_be_sent_to_a_process_is_told():
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        with pytest.raises(ValueError, match="cannot be sent to worker processes"):
+            make_loader(RUN, items=Colors(), augment=lambda image, view, rng: image)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
 def corner(image, view, rng):
     side = 16 if view < 2 else 8
     y, x = rng.integers(0, 10, 2)
@@ -135,13 +198,14 @@ def test_an_augmentation_for_files_and_in_floats(photographs):
     [
         (lambda image, view, rng: image, "gives a crop of shape (3, 33, 40) for view 0"),
         (lambda image, view, rng: None, "returns None: give a PIL image"),
-        (lambda image, view: image, "fails on an image: "),
+        (lambda image, view: image, "fails on image 0, view 0: TypeError: "),
         (
             lambda image, view, rng: (
                 np.zeros((16, 16, 3), np.uint8) if view < 2 else np.zeros((8, 8, 3), np.float32)
             ),
             "uint8 for some crops and floats for others",
         ),
+        (lambda image, view, rng: int("x"), "fails on image 0, view 0: ValueError: invalid"),
     ],
 )
 def test_an_augmentation_that_does_not_fit_is_told_before_training(augment, words):

@@ -63,6 +63,23 @@ def test_lidar_by_the_formula():
     assert lidar(x) == pytest.approx(math.exp(-(p * p.log()).sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("n, dim", [(6, 40), (40, 6)])
+def test_lidar_of_few_images_in_many_directions_and_the_other_way_round(n, dim):
+    x = torch.randn(n, 2, dim, generator=torch.Generator().manual_seed(2)).double()
+    means = x.mean(1)
+    inside = (x - means[:, None]).flatten(0, 1)
+    within = inside.t() @ inside / n + 1e-4 * torch.eye(dim)
+    values = torch.linalg.eigvals(torch.linalg.solve(within, means.t().cov())).real.clamp(min=0)
+    p = values / values.sum() + 1e-7
+    assert lidar(x) == pytest.approx(math.exp(-(p * p.log()).sum()), rel=1e-6)
+
+
+def test_lidar_of_what_has_no_inverse_is_no_number():
+    """Rather than an error that ends a run."""
+    x = torch.randn(3, 2, 50, generator=torch.Generator().manual_seed(3))
+    assert math.isnan(lidar(1e20 * x)) and math.isnan(lidar(torch.full((3, 2, 4), math.nan)))
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 4), (5, 1, 4)])
 def test_lidar_needs_two_of_each(shape):
     with pytest.raises(ValueError, match="two views or more of two images or more"):
