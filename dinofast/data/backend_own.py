@@ -7,9 +7,11 @@ GIL.
 from __future__ import annotations
 
 import pickle
+import random
 import signal
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -96,7 +98,8 @@ class OwnCrops(Dataset):
         for v, view in enumerate(self._augmentation.views):
             rng = np.random.default_rng([self._augmentation.seed, epoch, index, v])
             try:
-                made = self.augment(image, v, rng)
+                with _global_generators(rng):
+                    made = self.augment(image, v, rng)
             except Exception as error:  # whatever code of somebody else's may raise
                 raise ValueError(
                     f"`augmentation` fails on image {index}, view {v}: {type(error).__name__}: "
@@ -180,6 +183,23 @@ def _as_it_is(item: object) -> object:
 def _ignore_interrupts(worker: int) -> None:
     """Ctrl-C reaches the whole process group; the parent answers it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _global_generators(rng: np.random.Generator) -> Iterator[None]:
+    """While this lasts, what torch's, NumPy's and Python's own generators give is a function of
+    `rng` too: torchvision's transforms draw from them."""
+    seeds = rng.spawn(1)[0].integers(2**32, size=3)
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(int(seeds[0]))
+    np.random.seed(int(seeds[1]))
+    random.seed(int(seeds[2]))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
 
 
 def _tensor_of(crop: Any) -> Tensor:

@@ -183,6 +183,24 @@ def test_an_augmentation_of_one_s_own_makes_the_crops():
     assert (levels - levels.round()).abs().max() < 1e-3
 
 
+def test_transforms_that_draw_from_global_generators_repeat():
+    """As torchvision's do; and the generators of the program are left as they were."""
+    import random
+
+    def draws(image, view, rng):
+        side = 16 if view < 2 else 8
+        shift = torch.rand(()).item() + random.random() + np.random.random()
+        return np.full((side, side, 3), shift / 3, np.float32)
+
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    alone = first_crops(replace(RUN, num_workers=0), Colors(), draws, n=3)
+    assert torch.equal(before, torch.get_rng_state())
+    again = first_crops(RUN, Colors(), draws, n=3)
+    assert all(torch.equal(a, b) for a, b in zip(alone, again, strict=True))
+    assert len(alone[0][:, 0, 0, 0].unique()) == len(alone[0])
+
+
 def test_an_augmentation_for_files_and_in_floats(photographs):
     def noise(image, view, rng):
         side = 16 if view < 2 else 8
