@@ -35,12 +35,12 @@ def write_json(options: Any, **found: Any) -> None:
 def write_text(path: str, text: str) -> None:
     """A file, atomically; into what is no file, such as /dev/stdout, just so. Raises `OSError` that
     names it."""
-    data, place = text.encode(), os.path.realpath(path)
+    data = text.encode()
     try:
-        if os.path.exists(place) and not os.path.isfile(place):
-            Path(place).write_bytes(data)
+        if os.path.exists(path) and not os.path.isfile(path):
+            Path(path).write_bytes(data)
         else:
-            write(Path(place), partial(_fill, data), lambda written: None)
+            write(Path(os.path.realpath(path)), partial(_fill, data), lambda written: None)
     except OSError as error:
         raise OSError(f"'{path}' could not be written ({error.strerror or error}).") from error
 

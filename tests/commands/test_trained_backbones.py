@@ -1,6 +1,7 @@
 """Commands that take a trained backbone: what one of them refuses all refuse, in one sentence."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -125,3 +126,11 @@ def test_json_is_written_in_one_piece_and_is_json(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"found.json' could not be written \(No space left"):
         results.write_json(options, measures={})
     assert json.loads(path.read_text()) == found and list(tmp_path.iterdir()) == [path]
+
+
+def test_json_into_a_pipe():
+    reads, writes = os.pipe()
+    results.write_text(f"/dev/fd/{writes}", "{}")
+    assert os.read(reads, 9) == b"{}"
+    os.close(reads)
+    os.close(writes)
