@@ -28,11 +28,8 @@ def read_options(path: str | Path) -> dict[str, Any]:
 
     Raises `ValueError` for a file that cannot be read, and for a name that is no option.
     """
-    found = _read(Path(path))
-    for beside in (_CHANGES, _ENVIRONMENT):
-        found.pop(beside, None)
     known, options = {f.name: f for f in fields(Config) if f.name != "config"}, {}
-    for key, value in found.items():
+    for key, value in _read_options(Path(path)).items():
         name = str(key).replace("-", "_")
         if name not in known:
             raise ValueError(
@@ -41,6 +38,14 @@ def read_options(path: str | Path) -> dict[str, Any]:
             )
         options[name] = _of_kind(known[name], value)
     return options
+
+
+def options_in(folder: Path) -> dict[str, Any]:
+    """The same of a run's folder, with the options of other versions as they stand there; nothing
+    where there is no such file."""
+    path, known = folder / NAME, {f.name: f for f in fields(Config)}
+    found = _read_options(path) if path.exists() else {}
+    return {n: _of_kind(known[n], v) if n in known else v for n, v in found.items()}
 
 
 def record(
@@ -98,6 +103,11 @@ def environment_in(folder: Path) -> dict[str, Any]:
     """What the run last ran on; nothing where there is no such file."""
     path = folder / NAME
     return dict(_read(path).get(_ENVIRONMENT) or {}) if path.exists() else {}
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    beside = (_CHANGES, _ENVIRONMENT)
+    return {name: value for name, value in _read(path).items() if name not in beside}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from . import config_file
 from .checkpoint import load_backbone
 from .runtime.json_lines import JsonLines
 
+_FILES = (config_file.NAME, "checkpoint.pth", "log.txt")  # of a run, at least one of them
+
 
 class RunFolder(os.PathLike[str]):
     """What `train` returns; of an earlier run `RunFolder("runs/mine")`. Files are read when they
@@ -25,7 +27,7 @@ class RunFolder(os.PathLike[str]):
 
     def __init__(self, path: str | Path, backbone: Callable[[], nn.Module] | None = None) -> None:
         self.path, self._make = Path(path), backbone
-        if not self.path.is_dir():
+        if not any((self.path / name).exists() for name in _FILES):
             raise ValueError(f"there is no run in '{path}': name the `output_dir` of one.")
 
     def __fspath__(self) -> str:
@@ -55,9 +57,8 @@ class RunFolder(os.PathLike[str]):
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """Of the run, by name; empty where config.yaml is missing."""
-        path = self.path / config_file.NAME
-        return config_file.read_options(path) if path.exists() else {}
+        """Of the run, by name, also those of other versions; empty where config.yaml is missing."""
+        return config_file.options_in(self.path)
 
     @cached_property
     def changes(self) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import importlib
 import json
 import pathlib
 import pickle
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -269,7 +270,12 @@ def load(file: Path | IO[bytes], mmap: bool = False) -> Any:
     if isinstance(file, Path) and file.suffix == ".safetensors":
         with open(file, "rb") as opened:  # torch would go by the name
             return load(opened)
-    with torch.serialization.safe_globals(_SAFE):  # type: ignore[arg-type]
+    with (
+        torch.serialization.safe_globals(_SAFE),  # type: ignore[arg-type]
+        warnings.catch_warnings(),
+    ):
+        # the error behind it says the same
+        warnings.filterwarnings("ignore", "'torch.load' received a zip file that looks like")
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from ..config import OLD_NAMES, VITS, Config
 from ..nn import vit
 from ..nn.backbones import UnknownArch, build_backbone
-from ..runtime.words import a_kind
+from ..runtime.words import a_kind, counted
 from .foreign import (
     check_config,
     from_hugging_face,
@@ -149,6 +149,19 @@ def arguments(path: str | Path) -> dict[str, Any]:
     when it does not tell. Of a folder of transformers or timm what it says of the images."""
     path = in_folder(Path(path))
     return arguments_in(read(path, mmap=True)) or with_attributes(preparation_beside(path))
+
+
+def check_rgb(path: str | Path, backbone: nn.Module, trained_with: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a backbone of images that are not RGB, as its `arguments` or our ViT's
+    own weights tell."""
+    channels = trained_with.get("in_channels", 3)
+    if isinstance(backbone, vit.VisionTransformer):
+        channels = backbone.patch_embed.proj.weight.shape[1]
+    if channels != 3:
+        raise ValueError(
+            f"'{path}' takes images of {counted(channels, 'channel')}, and here they are RGB: load "
+            "it in Python, dinofast.load_backbone(path), and give it its images there."
+        )
 
 
 def numbered(folder: Path) -> list[Path]:

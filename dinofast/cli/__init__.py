@@ -12,7 +12,9 @@ import select
 import shlex
 import signal
 import sys
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, fields
 from functools import partial
 from typing import Any
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         shows_defaults = command and {"-h", "--help"} & set(argv)
         given = vars(parser(command, _device() if shows_defaults else "cpu").parse_args(argv))
         run = module_of(given.pop("command")).run
-        with spelling(partial(with_flags, options=options)):
+        with spelling(partial(with_flags, options=options)), _warnings_as_lines():
             code = run(options_of(options, given, _usage(command or "", options)))
     except ValueError as error:
         return _say(f"dinofast: {with_flags(str(error), options)}", USAGE)
@@ -78,6 +80,22 @@ def main(argv: list[str] | None = None) -> int:
             INTERRUPTED + getattr(error, "signum", signal.SIGINT),
         )
     return code or 0
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Warnings of ours without the file and the line of code that they come from."""
+    with warnings.catch_warnings():
+        show, ours = warnings.showwarning, os.path.dirname(os.path.dirname(__file__))
+
+        def tell(message: Any, category: Any, filename: str, *more: Any) -> None:
+            if filename.startswith(ours):
+                say(f"warning: {message}", error=True)
+            else:
+                show(message, category, filename, *more)
+
+        warnings.showwarning = tell  # type: ignore[assignment]  # a file, a line number, a line
+        yield
 
 
 def _as_flags(argv: list[str]) -> list[str]:
@@ -238,6 +256,7 @@ def add_argument(
     if _is_inherited(field, options) or about.get("hidden"):
         extra["help"] = argparse.SUPPRESS
     if _has_place(field, options):  # its flag is taken as well; see `options_of`
+        extra.pop("choices", None)  # its type checks them; argparse would check what is absent
         parser.add_argument(field.name, default=argparse.SUPPRESS, **{"nargs": "?", **extra})
         extra["help"] = argparse.SUPPRESS
         parser.add_argument(

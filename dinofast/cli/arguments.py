@@ -163,6 +163,8 @@ def _numbers_apart(args: list[str], actions: Sequence[argparse.Action]) -> list[
 def one_of(choices: Sequence[str], text: str) -> str:
     """One of the choices, in whatever case."""
     lower = text.lower()
+    if text == argparse.SUPPRESS:  # a place where nothing stands
+        return text
     if lower in choices:
         return lower
     if "cuda" in choices and re.fullmatch(r"((cuda|gpu):?)?\d+", lower):

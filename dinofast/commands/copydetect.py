@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 
 from ..config import option
-from ..validation import check_output
 from .frozen_options import FrozenOptions, of_backbone
 
 
@@ -42,9 +41,9 @@ class Options(FrozenOptions):
 
 def run(options: Options) -> None:
     from ..evaluate.copy_detection import copy_detection
+    from .results import check_json, write_json
 
-    if options.json:
-        check_output("json", options.json)
+    check_json(options.json)
     given = of_backbone(options)
     for name in ("resize", "crop"):
         if given.pop(name) is not None:
@@ -57,10 +56,4 @@ def run(options: Options) -> None:
         "num_workers": options.num_workers,
     }
     found = copy_detection(data_path=options.data_path, **given)
-    if options.json:
-        import json
-
-        settings = {name: value for name, value in given.items() if value is not None}
-        content = {"data_path": options.data_path, **settings, "mean_average_precision": found}
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
+    write_json(options, mean_average_precision=found)

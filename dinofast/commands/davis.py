@@ -5,11 +5,9 @@ DAVIS's own evaluation takes, and measures J and F.
 
 from __future__ import annotations
 
-import json
 from dataclasses import MISSING, asdict, dataclass
 
 from ..config import option
-from ..validation import check_output
 from .frozen_options import BackboneOptions
 
 
@@ -37,13 +35,9 @@ class Options(BackboneOptions):
 
 def run(options: Options) -> None:
     from ..evaluate.video_segmentation import davis
+    from .results import check_json, write_json
 
+    check_json(options.json)
     given = asdict(options)
-    path = given.pop("json")
-    if path:
-        check_output("json", path)
-    found = davis(**given)
-    if path:
-        settings = {name: value for name, value in given.items() if value is not None}
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({**settings, "measures": found}, file, indent=1)
+    given.pop("json")
+    write_json(options, measures=davis(**given))

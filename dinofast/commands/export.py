@@ -9,8 +9,8 @@ formats:
   safetensors  a file: dinofast.load_backbone("OUT")
   torchscript  a file: torch.jit.load("OUT")
 
-dinofast's ViTs go into all of them, timm's models into all but hf, torchvision's into onnx,
-safetensors and torchscript.
+dinofast's ViTs go into all of them, timm's models into all but hf and hf-dinov2, torchvision's into
+onnx, safetensors and torchscript.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import MISSING, asdict, dataclass
 
 from ..config import option
+from .frozen_options import WEIGHTS
 
 FORMATS = ("timm", "hf", "hf-dinov2", "onnx", "safetensors", "torchscript")
 
@@ -26,7 +27,7 @@ FORMATS = ("timm", "hf", "hf-dinov2", "onnx", "safetensors", "torchscript")
 class Options:
     pretrained_weights: str = option(
         MISSING,
-        "A run's folder, or a checkpoint of dinofast or of the official code.",
+        WEIGHTS,
         metavar="RUN",
         positional=True,
     )

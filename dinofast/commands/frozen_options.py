@@ -7,14 +7,17 @@ from typing import Any
 
 from ..config import option
 
+WEIGHTS = (
+    "A run's folder, or weights: of dinofast, the official code, timm, torchvision, or a ViT of "
+    "Hugging Face or DINOv2."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions:
     """Of commands that take images at any size."""
 
-    pretrained_weights: str = option(
-        MISSING, "A checkpoint of dinofast or of the official code.", metavar="FILE"
-    )
+    pretrained_weights: str = option(MISSING, WEIGHTS, metavar="FILE")
     checkpoint_key: str = option(
         "teacher",
         "Whose weights; untrained: the same network at random, to compare with.",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import MISSING, asdict, dataclass
 
 from ..config import option
-from ..validation import check_output
 from .frozen_options import FrozenOptions
 
 
@@ -27,15 +25,12 @@ class Options(FrozenOptions):
 
 def run(options: Options) -> None:
     from ..evaluate.knn import knn
+    from .results import check_json, write_json
 
+    check_json(options.json)
     given = asdict(options)
-    given.pop("use_cuda")
-    path = given.pop("json")
-    if path:
-        check_output("json", path)
+    for name in ("json", "use_cuda"):
+        given.pop(name)
     found = knn(**given)
-    if path:
-        rounded = {k: {"top1": round(a, 2), "top5": round(b, 2)} for k, (a, b) in found.items()}
-        settings = {name: value for name, value in given.items() if value is not None}
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({**settings, "accuracy_percent": rounded}, file, indent=1)
+    rounded = {k: {"top1": round(a, 2), "top5": round(b, 2)} for k, (a, b) in found.items()}
+    write_json(options, accuracy_percent=rounded)

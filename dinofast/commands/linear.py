@@ -7,7 +7,6 @@ official eval_linear.py. logistic: L2 logistic regression (scikit-learn).
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import MISSING, asdict, dataclass
 
@@ -86,25 +85,21 @@ class Options(FrozenOptions):
 
 def run(options: Options) -> None:
     from ..evaluate.linear import linear
+    from .results import check_json, write_json
 
     given = asdict(options)
-    for name in ("dist_url", "local_rank"):
+    for name in ("json", "dist_url", "local_rank"):
         given.pop(name)
-    path = given.pop("json")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ValueError(
             "linear runs in one process: start it as dinofast linear ..., without torchrun; raise "
             "`lr` or `batch_size_per_gpu` for a run that was of several."
         )
-    if path:
-        check_output("json", path)
+    check_json(options.json)
     if options.protocol == "official" and not options.evaluate:
         check_output("output_dir", options.output_dir or ".", is_folder=True)
     found = linear(**given)
-    if path:
-        settings = {name: value for name, value in given.items() if value is not None}
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({**settings, "accuracy_percent": _rounded(found)}, file, indent=1)
+    write_json(options, accuracy_percent=_rounded(found))
 
 
 def _rounded(value: object) -> object:

@@ -4,7 +4,6 @@ for alike before and after, options, bad files. One HTML file that needs nothing
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 
 from ..config import option
 from ..runtime.terminal import say
@@ -38,10 +37,11 @@ class Options:
 def run(options: Options) -> None:
     from ..report.page import page as page_of
     from ..run_folder import RunFolder
+    from .results import write_text
 
     runs = [RunFolder(path) for path in options.runs]
     path = options.page or str(runs[0].path / "report.html")
     check_output("page", path)
     text = page_of(runs, options.pictures, options.device, log=say)
-    Path(path).write_text(text, encoding="utf-8")
+    write_text(path, text)
     say(f"wrote '{path}' ({len(text) / 1e6:.1f} MB): open it in a browser")

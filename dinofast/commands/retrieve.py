@@ -8,11 +8,10 @@ the official numbers of Paris are of --imsize 512 --multiscale true.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from ..config import option
-from ..validation import check_output
 from .frozen_options import FrozenOptions, of_backbone
 
 
@@ -50,16 +49,25 @@ class Options(FrozenOptions):
     multiscale: bool = option(False, "Of `protocol`: the mean of features at three sizes.")
 
 
-def run(options: Options) -> None:
-    if options.json:
-        check_output("json", options.json)
-    settings = {name: value for name, value in asdict(options).items() if value is not None}
-    found = _revisited(options) if options.protocol else _neighbors(options)
-    if options.json:
-        import json
+# what has no part without `protocol`, and with it
+_OF_PROTOCOL = ("imsize", "multiscale")
+_OF_PICTURE = (
+    *("sheet", "queries", "n_queries", "n_neighbors"),
+    *("batch_size_per_gpu", "resize", "crop"),
+)
 
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({**settings, **found}, file, indent=1)
+
+def run(options: Options) -> None:
+    from .results import check_json, write_json
+
+    check_json(options.json)
+    defaults = {field.name: field.default for field in fields(options)}
+    for name in _OF_PICTURE if options.protocol else _OF_PROTOCOL:
+        if getattr(options, name) != defaults[name]:
+            what = "has no part in `protocol`" if options.protocol else "is of `protocol` alone"
+            hint = ": give `imsize`" if name in ("resize", "crop") else ": leave it out"
+            raise ValueError(f"`{name}` {what}{hint}.")
+    write_json(options, **(_revisited(options) if options.protocol else _neighbors(options)))
 
 
 def _neighbors(options: Options) -> dict[str, Any]:
@@ -82,8 +90,7 @@ def _revisited(options: Options) -> dict[str, Any]:
 
     given = of_backbone(options)
     for name in ("resize", "crop"):
-        if given.pop(name) is not None:
-            raise ValueError(f"`{name}` has no part in `protocol`: give `imsize`.")
+        given.pop(name)
     found = revisited(
         data_path=options.data_path,
         protocol=str(options.protocol),

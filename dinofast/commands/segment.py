@@ -8,11 +8,9 @@ folder in PASCAL VOC's layout, whose masks are taken, too.
 
 from __future__ import annotations
 
-import json
 from dataclasses import MISSING, asdict, dataclass
 
 from ..config import option
-from ..validation import check_output
 from .frozen_options import BackboneOptions
 
 SHEET = "segment.png"
@@ -68,17 +66,15 @@ class Options(BackboneOptions):
 
 
 def run(options: Options) -> None:
+    from ..evaluate.object_masks import voc
     from ..evaluate.segmentation import segment
+    from .results import check_json, write_json
 
+    check_json(options.json)
+    if options.json and not options.masks and not any(map(voc, options.data_path)):
+        raise ValueError("`json` takes the scores, and these need `masks`: give them, too.")
     given = asdict(options)
-    path = given.pop("json")
-    if path:
-        check_output("json", path)
+    given.pop("json")
     if not (options.sheet or options.output_dir or options.masks):
         given["sheet"] = SHEET
-    found = segment(**given)
-    if path:
-        settings = {name: value for name, value in asdict(options).items() if value}
-        settings.pop("json")
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({**settings, "scores": found}, file, indent=1)
+    write_json(options, scores=segment(**given))

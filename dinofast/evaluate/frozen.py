@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..checkpoint import arguments, load_backbone
+from ..checkpoint.weights import VIT_OF_WIDTH, check_rgb
 from ..data.decode import decode
 from ..nn.features import features as features_of
 from ..nn.vit import VisionTransformer
@@ -88,9 +89,10 @@ def load_frozen(
         torch.manual_seed(0)
         module = load_backbone(pretrained_weights, checkpoint_key, arch, patch_size, backbone)
     patch = 1
+    check_rgb(pretrained_weights, module, trained_with)
     if isinstance(module, VisionTransformer):
         patch = module.patch_embed.patch_size
-        name = f"{name} with patches of {patch} x {patch}"
+        name = f"{VIT_OF_WIDTH.get(module.embed_dim, name)} with patches of {patch} x {patch}"
     if crop % patch:
         raise ValueError(
             f"`crop` {crop} is not a multiple of the patch size {patch}: take "
@@ -171,7 +173,7 @@ def features_and_rows(
     for batch, index, bad_files in images.batches(batch_size, num_workers):
         tell_left_out(bad_files, progress)
         if len(index):
-            found.append(features(batch.to(device, non_blocking=True)).float().cpu())
+            found.append(finite(features(batch.to(device, non_blocking=True)).float().cpu()))
             rows.append(index)
         n_bad += len(bad_files)
         progress.show(progress.done + len(index) + len(bad_files), n_bad)
@@ -181,9 +183,24 @@ def features_and_rows(
     return torch.cat(found), torch.cat(rows)
 
 
+def finite(features: Tensor) -> Tensor:
+    """Features as they are. Raises `ValueError` where some are not finite, from which neighbors and
+    classifiers would be made all the same."""
+    if not features.isfinite().all():
+        raise ValueError(
+            "features are not finite, as of weights that went astray in training: take an earlier "
+            "checkpoint."
+        )
+    return features
+
+
 def tell_left_out(bad_files: list[tuple[str | Path, str]], progress: ImageProgress) -> None:
     for path, reason in bad_files:
-        progress.log(f"left out, cannot be read: {printable(str(path))} ({reason})")
+        progress.log(left_out(path, reason))
+
+
+def left_out(path: str | Path, reason: object) -> str:
+    return f"left out, cannot be read: {printable(str(path))} ({reason})"
 
 
 def none_readable(n_images: int) -> str:

@@ -183,8 +183,8 @@ class _Features:
         num_workers: int,
     ) -> None:
         start = time.perf_counter()
-        self.x, self.y = extract(frozen, train, batch_size, num_workers, "features of train")
-        self.val_x, self.val_y = extract(frozen, val, batch_size, num_workers, "features of val")
+        self.x, self.y = extract(frozen, train, batch_size, num_workers)
+        self.val_x, self.val_y = extract(frozen, val, batch_size, num_workers)
         elapsed_s = time.perf_counter() - start
         n = len(self.y) + len(self.val_y)
         say(f"features of {counted(n, 'image')} in {in_words(elapsed_s)}, {n / elapsed_s:,.1f}/s")

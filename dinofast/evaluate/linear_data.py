@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,9 @@ from ..nn.features import features
 from ..nn.vit import VisionTransformer
 from ..runtime.backends import cores
 from ..runtime.progress import counting
-from ..runtime.terminal import printable, say
+from ..runtime.terminal import say
 from ..runtime.words import counted
-from .frozen import FrozenBackbone
+from .frozen import FrozenBackbone, features_and_rows, left_out, none_readable
 from .images import LabeledImages
 
 BLOCKS = 4  # of ViTs, at most: as many as the official and DINOv2's evaluation look at
@@ -74,7 +75,7 @@ def batches(
     for batch, rows, bad_files in images.batches(batch_size, min(num_workers, cores())):
         for path, reason in bad_files:
             if path not in told:
-                say(f"left out, cannot be read: {printable(str(path))} ({reason})")
+                say(left_out(path, reason))
                 told.add(path)
         if len(rows):
             seen += len(rows)
@@ -82,21 +83,16 @@ def batches(
             yield batch.to(device, non_blocking=True), labels[rows].to(device)
             tell(seen, len(images))
     if not seen:
-        raise ValueError(
-            f"{counted(len(images), 'image')}, and none can be read: look at the reasons above."
-        )
+        raise ValueError(none_readable(len(images)))
 
 
-@torch.no_grad()
 def extract(
-    frozen: FrozenBackbone, images: LabeledImages, batch_size: int, num_workers: int, what: str
+    frozen: FrozenBackbone, images: LabeledImages, batch_size: int, num_workers: int
 ) -> tuple[Tensor, Tensor]:
     """`block_features` (N, K) fp32 and labels (N,) of all images, on the CPU."""
-    found, labels = list[Tensor](), list[Tensor]()
-    for x, y in batches(frozen, images, batch_size, num_workers, what, set()):
-        found.append(block_features(frozen.module, x).float().cpu())
-        labels.append(y.cpu())
-    return torch.cat(found), torch.cat(labels)
+    take, workers = partial(block_features, frozen.module.eval()), min(num_workers, cores())
+    found, rows = features_and_rows(take, images, frozen.device, batch_size, workers)
+    return found, torch.tensor(images.labels)[rows]
 
 
 def few_of_each(images: LabeledImages, per_class: int, seed: int) -> LabeledImages:

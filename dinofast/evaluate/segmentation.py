@@ -15,11 +15,11 @@ from torch import nn
 
 from ..data.decode import UnreadableImage
 from ..runtime.progress import counting
-from ..runtime.terminal import printable, say
+from ..runtime.terminal import say
 from ..runtime.words import counted
-from ..validation import check_output, check_outside
+from ..validation import check_output, check_outside, check_source
 from .frames import Frames, frames_of
-from .frozen import FrozenBackbone, load_frozen
+from .frozen import FrozenBackbone, left_out, load_frozen, none_readable
 from .object_masks import Objects, objects_of, read_mask, scores, voc
 from .patch_pictures import (
     Column,
@@ -36,6 +36,7 @@ from .whole_patches import Seen, WholePatches, see
 BASIS = 64  # images from which the components of all are taken, evenly spaced
 TILE, LARGE = 192, 320  # longer side of a picture, on a sheet and in a file of its own
 ANIMATION = "animation.webp"
+MASKS = "give a folder of PNGs under the images' own names, such as cat/1.png for cat/1.jpg"
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def _looked_at(
             seen = known.pop(i, None) or [see(n.frozen, image, n.whole) for n in networks]
             objects = _objects(masks, frames.paths[i], image, networks[0].whole, total)
         except UnreadableImage as reason:
-            say(f"left out, cannot be read: {printable(name)} ({reason})")
+            say(left_out(frames.paths[i], reason))
             continue
         total.looked_at += 1
         if objects is not None:
@@ -171,9 +172,7 @@ def _looked_at(
         if writer:
             writer.add(i, _column(name, image, networks, seen, objects, look, LARGE))
     if not total.looked_at:
-        raise ValueError(
-            f"{counted(len(frames), 'image')}, and none can be read: look at the reasons above."
-        )
+        raise ValueError(none_readable(len(frames)))
     return columns, total
 
 
@@ -204,8 +203,12 @@ def _check(threshold: float, size: int | Sequence[int] | None, n_images: int, fp
 
 
 def _check_outputs(sheet: str, output_dir: str, masks: str, sources: Sequence[str | Path]) -> None:
+    for source in sources:
+        check_source(str(source))
     if masks and not os.path.isdir(masks):
         raise ValueError(f"`masks` is '{masks}', which is no folder: give the folder of PNGs.")
+    if masks and not any(Path(masks).rglob("*.png")):
+        raise ValueError(f"`masks` '{masks}' holds no .png: {MASKS}.")
     if sheet:
         check_output("sheet", sheet)
         for source in (*sources, *([masks] if masks else [])):
@@ -408,10 +411,7 @@ def _report(total: Scores, threshold: float) -> dict[str, Any]:
         if n:
             say(f"{counted(n, 'image')} {what}, not scored")
     if not total.n:
-        raise ValueError(
-            "no image has a mask with an object: `masks` is a folder of PNGs under the images' own "
-            "names, such as cat/1.png for cat/1.jpg."
-        )
+        raise ValueError(f"no image has a mask with an object: {MASKS}.")
     means = total.means()
     rows = [("percent", list(means))]
     rows += [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import arguments, load_backbone
-from ..checkpoint.weights import VIT_OF_WIDTH
+from ..checkpoint.weights import VIT_OF_WIDTH, check_rgb
 from ..config import Config
 from ..nn.features import features
 from ..nn.vit import VisionTransformer
@@ -91,6 +91,7 @@ def load_source(
         raise ValueError(f"`image_size` is {image_size}: it must be at least 1.")
     trained_with = arguments(path)
     module = load_backbone(path, key, arch, patch_size)
+    check_rgb(path, module, trained_with)
     name = arch or trained_with.get("arch") or "backbone"
     side = image_size or trained_with.get("global_crops_size") or 224
     if isinstance(module, VisionTransformer):

@@ -64,8 +64,8 @@ def results(runs: Sequence[RunFolder]) -> Table:
         cells = tuple(_score(run, key, form) for run in runs)
         if any(cells):
             rows.append((name, cells))
-    rates = tuple(_told(_middle([s["images_per_s"] for s in run.steps]), "{:,.0f}") for run in runs)
-    waits = tuple(_told(_middle([s["data_wait"] for s in run.steps]), "{:.0%}") for run in runs)
+    rates = tuple(_told(_middle(run.steps, "images_per_s"), "{:,.0f}") for run in runs)
+    waits = tuple(_told(_middle(run.steps, "data_wait"), "{:.0%}") for run in runs)
     rows += [("images/s, median", rates), ("data wait, median", waits)]
     return Table(names_of(runs), tuple(rows))
 
@@ -106,7 +106,8 @@ def _last(lines: Sequence[dict[str, Any]], key: str) -> Any:
     return next((line[key] for line in reversed(lines) if line.get(key) is not None), None)
 
 
-def _middle(values: Sequence[float]) -> float | None:
+def _middle(lines: Sequence[dict[str, Any]], key: str) -> float | None:
+    values = [line[key] for line in lines if line.get(key) is not None]
     return sorted(values)[len(values) // 2] if values else None
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from .. import __version__
 from ..run_folder import RunFolder
-from ..runtime.words import counted, one_line
+from ..runtime.distributed import pick_device
+from ..runtime.words import counted, one_line, spelled
 from . import compare
 from .curves import COLORS, Line, chart
 from .pictures import figures
@@ -69,6 +70,7 @@ def page(
 ) -> str:
     """The HTML. with_pictures: also of the runs' own images, where they are. log: told of what
     cannot be shown."""
+    pick_device(device)  # tells at once where there is none such
     names = compare.names_of(runs)
     title = ", ".join(names)
     body = [
@@ -80,7 +82,8 @@ def page(
     ]
     if with_pictures:
         body += [
-            _pictures(run, name, len(runs) > 1, log) for run, name in zip(runs, names, strict=True)
+            _pictures(run, name, device, len(runs) > 1, log)
+            for run, name in zip(runs, names, strict=True)
         ]
     if len(runs) > 1:
         other = compare.differences(runs)
@@ -147,13 +150,16 @@ def _dot(i: int) -> str:
     return f'<span class="dot" style="background:{COLORS[i % len(COLORS)]}"></span>'
 
 
-def _pictures(run: RunFolder, name: str, several: bool, log: Callable[[str], None]) -> str:
+def _pictures(
+    run: RunFolder, name: str, device: str | None, several: bool, log: Callable[[str], None]
+) -> str:
     title = f"What it learned{f': {name}' if several else ''}"
     try:
-        return _section(title, "".join(figure.as_html() for figure in figures(run)))
+        return _section(title, "".join(figure.as_html() for figure in figures(run, device)))
     except (ValueError, OSError) as error:  # the images may be on another machine
-        log(f"no pictures of '{run.path}': {one_line(error)}")
-        return _section(title, f"<p>No pictures: {escape(one_line(error))}</p>")
+        reason = spelled(one_line(error))
+        log(f"no pictures of '{run.path}': {reason}")
+        return _section(title, f"<p>No pictures: {escape(reason)}</p>")
 
 
 def _options(run: RunFolder) -> str:

@@ -106,7 +106,7 @@ def test_what_cannot_be_right_is_said_in_one_sentence(line, words, tmp_path, cap
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("knn D", "--pretrained_weights is missing: a checkpoint of dinofast or of the official "),
+        ("knn D", "--pretrained_weights is missing: a run's folder, or weights: of dinofast"),
         ("knn D", "Usage: dinofast knn DIR --pretrained_weights FILE [flags]\n"),
         ("knn D D/list.txt", "write --pretrained_weights "),
         ("knn D D/run", "write --pretrained_weights /"),

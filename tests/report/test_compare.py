@@ -46,6 +46,7 @@ def test_only_options_that_differ_are_listed(tmp_path):
     assert differences(runs).rows == (("seed", ("0", "1")),)
     assert differences(runs[:1]).rows == ()
     (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "log.txt").touch()
     table = differences([*runs, RunFolder(tmp_path / "old")])
     assert table.rows == (("seed", ("0", "1", "?")),)
 

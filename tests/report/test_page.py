@@ -114,10 +114,13 @@ def test_a_file_of_another_kind_is_not_replaced(run, tmp_path, capsys):
     assert "would be lost" in capsys.readouterr().err and path.read_text() == "mine"
 
 
-def test_an_empty_folder_has_a_page(tmp_path):
-    (tmp_path / "run").mkdir()
-    assert cli.main(["report", str(tmp_path / "run"), "--pictures", "no"]) == 0
-    assert RunFolder(tmp_path / "run").metrics == []
+def test_a_run_that_has_just_begun_has_a_page_and_a_folder_without_one_is_refused(run, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert cli.main(["report", str(folder)]) == 2 and not list(folder.iterdir())
+    shutil.copy(run.path / "config.yaml", folder)
+    assert cli.main(["report", str(folder), "--pictures", "no"]) == 0
+    assert (folder / "report.html").exists() and RunFolder(folder).metrics == []
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt install chromium)")
