@@ -31,23 +31,6 @@ class Config:
     """Options of `dinofast pretrain`. Names and defaults are those of facebookresearch/dino unless
     marked [dinofast]."""
 
-    preset: str | None = option(
-        None,
-        "[dinofast] Options that go together, by the number of images: tiny, up to 2,000; small, "
-        "up to 20,000; medium, up to 200,000; imagenet, the official defaults. Other flags "
-        "override them; see docs/training.md.",
-        choices=tuple(PRESETS),
-        shown="none",
-        topic="many options at once",
-    )
-    config: str | None = option(
-        None,
-        "[dinofast] A YAML file of options, such as config.yaml of an earlier run; flags override "
-        "it.",
-        metavar="FILE",
-        shown="none",
-    )
-
     arch: str = option(
         "vit_small",
         "Backbone: vit_tiny, vit_small or vit_base (deit_tiny and deit_small are the same); any "
@@ -342,6 +325,23 @@ class Config:
         "[dinofast] bf16: the sum that each branch of our ViTs adds to is kept in "
         "bf16, not fp32: fewer bytes to move, less exact. Goes with `precision` bf16.",
         choices=("fp32", "bf16"),
+    )
+
+    preset: str | None = option(
+        None,
+        "[dinofast] Options that go together, by the number of images: tiny, up to 2,000; small, "
+        "up to 20,000; medium, up to 200,000; imagenet, the official defaults. Other flags "
+        "override them; see docs/training.md.",
+        choices=tuple(PRESETS),
+        shown="none",
+        topic="many options at once",
+    )
+    config: str | None = option(
+        None,
+        "[dinofast] A YAML file of options, such as config.yaml of an earlier run; flags override "
+        "it.",
+        metavar="FILE",
+        shown="none",
     )
 
     def __post_init__(self) -> None:

@@ -36,8 +36,10 @@ def name_unknown(cls: _Class) -> _Class:
             if name not in names:
                 hint = did_you_mean(name, names)
                 raise TypeError(f"{cls.__name__} has no option `{name}`.{hint}")
-        if not args and len(options) < len(names):  # else all are given
-            options = {**_together(options), **options}
+        given = dict(zip(names, args, strict=False)) | options
+        if len(given) < len(names):  # else all are given
+            options = {**_together(given), **given}
+            args = ()
         init(self, *args, **options)
 
     cls.__init__ = checked  # type: ignore[misc]

@@ -37,3 +37,4 @@ def test_it_is_still_a_dataclass():
     assert (cfg.arch, cfg.epochs) == ("vit_tiny", 3)
     assert pickle.loads(pickle.dumps(cfg)) == copy.deepcopy(cfg) == replace(cfg) == cfg
     assert list(inspect.signature(Config).parameters) == list(cfg.to_dict())
+    assert Config("vit_tiny", preset="tiny") == Config(arch="vit_tiny", preset="tiny")

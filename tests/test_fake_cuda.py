@@ -23,6 +23,7 @@ NOT_OF_A_STEP = set(
     global_crops_scale local_crops_scale blur_radius image_mean image_std data_path output_dir
     saveckp_freq saveckp_steps log_steps max_bad_files seed num_workers data_backend
     hw_decoder_load device dist_url local_rank value_range exif
+    preset config init eval_data eval_every tensorboard wandb in_channels
     """.split()
 )
 # Tested elsewhere: compiling is the other half of these tests, oneDNN is for a CPU, and a graph

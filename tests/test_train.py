@@ -120,7 +120,7 @@ def test_official_checkpoint_resumes(official, tmp_path):
     )
     ends = [
         checkpoint.read(
-            train_module.train(options(tmp_path / name, **longer), backbone=golden_backbone)
+            train_module.train(options(tmp_path / name, **longer), golden_backbone).checkpoint
         )
         for name in ("ours", "theirs")
     ]

@@ -57,7 +57,6 @@ def test_help_of_pretrain_is_by_topic(capsys):
     topics = dict(re.findall(r"^(\w[\w ]*):\n(.*?)(?=^\w|\Z)", options, flags=re.M | re.S))
     of = {name: re.findall(r"^  (?:--)?(\w+)", text, flags=re.M) for name, text in topics.items()}
     assert list(of) == [
-        "many options at once",
         "model",
         "crops",
         "loss and teacher",
@@ -66,6 +65,7 @@ def test_help_of_pretrain_is_by_topic(capsys):
         "scores while training",
         "run and checkpoints",
         "speed",
+        "many options at once",
     ]
     shown = [name for names in of.values() for name in names]
     assert shown == [f.name.replace("data_path", "DIR") for f in fields(Config)]
