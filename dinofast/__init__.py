@@ -24,10 +24,10 @@ _MODULES = {
     "run_folder": ("RunFolder",),
     "callbacks": ("Callback",),
     "evaluate.knn": ("knn",),
-    "evaluate.linear": ("linear",),
-    "evaluate.embed": ("embed",),
-    "evaluate.retrieval": ("retrieve",),
-    "evaluate.segmentation": ("segment",),
+    "evaluate.linear.protocols": ("linear",),
+    "evaluate.embedding.embed": ("embed",),
+    "evaluate.retrieval.neighbors": ("retrieve",),
+    "evaluate.segmentation.images": ("segment",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_MODULE_OF, "__version__"]
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from .callbacks import Callback as Callback
     from .checkpoint import load_backbone as load_backbone
     from .config import Config as Config
-    from .evaluate.embed import embed as embed
+    from .evaluate.embedding.embed import embed as embed
     from .evaluate.knn import knn as knn
-    from .evaluate.linear import linear as linear
-    from .evaluate.retrieval import retrieve as retrieve
-    from .evaluate.segmentation import segment as segment
+    from .evaluate.linear.protocols import linear as linear
+    from .evaluate.retrieval.neighbors import retrieve as retrieve
+    from .evaluate.segmentation.images import segment as segment
     from .loss import DINOLoss as DINOLoss
     from .nn.dino import Model as Model
     from .nn.dino import MultiCropWrapper as MultiCropWrapper

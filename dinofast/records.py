@@ -12,7 +12,7 @@ from . import checkpoint, config_file
 from .callbacks import Callbacks
 from .config import Config
 from .data import Loader
-from .evaluate.monitor import Monitor
+from .evaluate.while_training.monitor import Monitor
 from .introduce import advice, environment, introduce
 from .resume import first_step, go_on
 from .runtime.distributed import Process

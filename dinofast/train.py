@@ -18,7 +18,7 @@ from .data import Loader, make_loader
 from .data.backend_own import Augment
 from .data.backend_pil import explain_killed_workers
 from .data.items import MapStyle
-from .evaluate.monitor import Monitor
+from .evaluate.while_training.monitor import Monitor
 from .nn.backbones import name_of
 from .nn.dino import Model
 from .records import Records

@@ -16,7 +16,7 @@ from tiny import TINY
 from dinofast import Callback, RunFolder, checkpoint, cli, knn, train
 from dinofast.callbacks import check_callbacks
 from dinofast.data import make_loader
-from dinofast.evaluate.monitor import Monitor
+from dinofast.evaluate.while_training.monitor import Monitor
 from dinofast.runtime.distributed import Process
 
 SCORES = {"eval_knn", "eval_rankme", "eval_lidar", "eval_patch_matching"}

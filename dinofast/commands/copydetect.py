@@ -40,7 +40,7 @@ class Options(FrozenOptions):
 
 
 def run(options: Options) -> None:
-    from ..evaluate.copy_detection import copy_detection
+    from ..evaluate.retrieval.copy_detection import copy_detection
     from .results import check_json, write_json
 
     check_json(options.json)

@@ -34,7 +34,7 @@ class Options(BackboneOptions):
 
 
 def run(options: Options) -> None:
-    from ..evaluate.video_segmentation import davis
+    from ..evaluate.segmentation.davis import davis
     from .results import check_json, write_json
 
     check_json(options.json)

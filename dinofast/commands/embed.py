@@ -36,6 +36,6 @@ class Options(FrozenOptions):
 
 
 def run(options: Options) -> None:
-    from ..evaluate.embed import embed
+    from ..evaluate.embedding.embed import embed
 
     embed(**asdict(options))

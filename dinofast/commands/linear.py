@@ -84,7 +84,7 @@ class Options(FrozenOptions):
 
 
 def run(options: Options) -> None:
-    from ..evaluate.linear import linear
+    from ..evaluate.linear.protocols import linear
     from .results import check_json, write_json
 
     given = asdict(options)

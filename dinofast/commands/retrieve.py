@@ -71,7 +71,7 @@ def run(options: Options) -> None:
 
 
 def _neighbors(options: Options) -> dict[str, Any]:
-    from ..evaluate.retrieval import retrieve
+    from ..evaluate.retrieval.neighbors import retrieve
 
     return retrieve(
         data_path=options.data_path,
@@ -86,7 +86,7 @@ def _neighbors(options: Options) -> dict[str, Any]:
 
 
 def _revisited(options: Options) -> dict[str, Any]:
-    from ..evaluate.revisited import revisited
+    from ..evaluate.retrieval.revisited import revisited
 
     given = of_backbone(options)
     for name in ("resize", "crop"):

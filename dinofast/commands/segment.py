@@ -66,8 +66,8 @@ class Options(BackboneOptions):
 
 
 def run(options: Options) -> None:
-    from ..evaluate.object_masks import voc
-    from ..evaluate.segmentation import segment
+    from ..evaluate.segmentation.images import segment
+    from ..evaluate.segmentation.object_masks import voc
     from .results import check_json, write_json
 
     check_json(options.json)

@@ -1,0 +1,1 @@
+"""Nearest neighbors: pictures, and the official protocols of retrieval and copy detection."""

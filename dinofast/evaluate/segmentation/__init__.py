@@ -1,0 +1,1 @@
+"""What attention and patches say of objects, in images and videos."""

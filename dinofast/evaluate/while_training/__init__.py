@@ -1,0 +1,1 @@
+"""Scores of the teacher while it trains."""
