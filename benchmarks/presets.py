@@ -9,9 +9,7 @@ photographs.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +17,6 @@ from pathlib import Path
 
 import small_data
 import torch
-
-from dinofast.bench import record
 
 PRESET, SEEDS, K = "tiny", (0, 1, 2), 10
 # what the images ask for, whatever the preset: 32 pixels on a CPU, in a fifth of its epochs
@@ -88,13 +84,7 @@ def measure(folder: Path, data: str, seed: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the data and the runs")
-    parser.add_argument("--save-results", action="store_true")
-    args = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    args.runs.mkdir(parents=True, exist_ok=True)
-    small_data.write_data(args.runs)
+    args = small_data.arguments(__doc__.split("\n")[0])
     jobs = [(data, seed) for data in small_data.DATA for seed in SEEDS]
     with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
         rows = list(pool.map(lambda job: measure(args.runs, *job), jobs))
@@ -102,9 +92,7 @@ def main() -> None:
     cases = [{"name": PRESET, "raw_pixels": pixels, "rows": rows}]
     print(json.dumps(cases, indent=1))
     if args.save_results:
-        command = "python benchmarks/presets.py --runs DIR --save-results"
-        result = record.environment("presets", torch.device("cpu"), command)
-        record.save(result | {"cases": cases}, record.RESULTS)
+        small_data.save("presets", cases)
 
 
 if __name__ == "__main__":

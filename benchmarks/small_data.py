@@ -146,22 +146,33 @@ def untrained(folder: Path, data: str) -> dict[str, object]:
     return {"data": data, "knn": knn(path, folder / data)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def arguments(description: str) -> argparse.Namespace:
+    """`runs`, a folder in which the data sets are now, and `save_results`; a thread for each run
+    from here on."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--runs", type=Path, required=True, help="folder of the data and the runs")
     parser.add_argument("--save-results", action="store_true")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     args.runs.mkdir(parents=True, exist_ok=True)
     write_data(args.runs)
+    return args
+
+
+def save(benchmark: str, cases: list[dict[str, object]]) -> None:
+    command = f"python benchmarks/{benchmark}.py --runs DIR --save-results"
+    result = record.environment(benchmark, torch.device("cpu"), command)
+    record.save(result | {"cases": cases}, record.RESULTS)
+
+
+def main() -> None:
+    args = arguments(__doc__.split("\n")[0])
     cases = [{"name": "before training", "rows": [untrained(args.runs, data) for data in DATA]}]
     for name in SETTINGS:
         cases.append({"name": name, "rows": [measure(args.runs, name, data) for data in DATA]})
         print(json.dumps(cases[-1]), flush=True)
     if args.save_results:
-        command = "python benchmarks/small_data.py --runs DIR --save-results"
-        result = record.environment("small_data", torch.device("cpu"), command)
-        record.save(result | {"cases": cases}, record.RESULTS)
+        save("small_data", cases)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Biases."""
 from __future__ import annotations
 
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -82,43 +83,67 @@ def check_callbacks(cfg: Config, given: Iterable[Any]) -> list[Any]:
     return [*board, *([WeightsAndBiases(cfg.wandb)] if cfg.wandb else []), *callbacks]
 
 
-class TensorBoard(Callback):
-    """The metrics as scalars in output_dir/tensorboard, on the main process."""
+class Writer(Callback, ABC):
+    """Passes numbers on, on the main process."""
 
     def on_start(self, training: Any) -> None:
-        self._writer: Any = None
+        self._is_open = False
         if training.process.is_main:
-            folder = str(Path(training.output_dir) / "tensorboard")
-            with _explained("tensorboard", "repair the package, or leave it out"):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writer = SummaryWriter(folder, purge_step=training.start + 1)
+            self.begin(training)
+            self._is_open = True
 
     def on_log(self, training: Any, step: int, metrics: Mapping[str, Any]) -> None:
-        for name, value in _numbers(metrics).items() if self._writer else ():
-            self._writer.add_scalar(f"train/{name}", value, step)
+        self._pass_on("train", step, metrics)
 
     def on_epoch(self, training: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
-        step = (epoch + 1) * training.schedule.steps_per_epoch
-        for name, value in _numbers(metrics).items() if self._writer else ():
-            self._writer.add_scalar(f"epoch/{name}", value, step)
+        self._pass_on("epoch", (epoch + 1) * training.schedule.steps_per_epoch, metrics)
 
     def on_end(self, training: Any) -> None:
-        if self._writer:
-            self._writer.close()
+        if self._is_open:
+            self.close()
+
+    def _pass_on(self, group: str, step: int, metrics: Mapping[str, Any]) -> None:
+        if self._is_open:
+            self.write({f"{group}/{name}": x for name, x in _numbers(metrics).items()}, step)
+
+    @abstractmethod
+    def begin(self, training: Any) -> None:
+        """Open what the others use."""
+
+    @abstractmethod
+    def write(self, numbers: Mapping[str, float], step: int) -> None:
+        """Numbers by name, such as `train/loss`, when `step` steps are done."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Nothing follows."""
 
 
-class WeightsAndBiases(Callback):
-    """The metrics as a run of a project, on the main process; a run that is resumed goes on
-    there."""
+class TensorBoard(Writer):
+    """The metrics as scalars in output_dir/tensorboard."""
+
+    def begin(self, training: Any) -> None:
+        folder = str(Path(training.output_dir) / "tensorboard")
+        with _explained("tensorboard", "repair the package, or leave it out"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(folder, purge_step=training.start + 1)
+
+    def write(self, numbers: Mapping[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases(Writer):
+    """The metrics as a run of a project; a run that is resumed goes on there."""
 
     def __init__(self, project: str) -> None:
         self.project = project
 
-    def on_start(self, training: Any) -> None:
-        self._run: Any = None
-        if not training.process.is_main:
-            return
+    def begin(self, training: Any) -> None:
         name_file = Path(training.output_dir) / "wandb-run-id.txt"
         known = name_file.read_text().strip() if training.start and name_file.exists() else ""
         name = known or uuid.uuid4().hex[:12]
@@ -134,19 +159,11 @@ class WeightsAndBiases(Callback):
                 config=training.cfg.to_dict(),
             )
 
-    def on_log(self, training: Any, step: int, metrics: Mapping[str, Any]) -> None:
-        if self._run:
-            found = {f"train/{name}": value for name, value in _numbers(metrics).items()}
-            self._run.log(found, step=step)
+    def write(self, numbers: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(numbers), step=step)
 
-    def on_epoch(self, training: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
-        if self._run:
-            found = {f"epoch/{name}": value for name, value in _numbers(metrics).items()}
-            self._run.log(found, step=(epoch + 1) * training.schedule.steps_per_epoch)
-
-    def on_end(self, training: Any) -> None:
-        if self._run:
-            self._run.finish()
+    def close(self) -> None:
+        self._run.finish()
 
 
 @contextmanager
