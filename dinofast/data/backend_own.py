@@ -84,12 +84,7 @@ class OwnCrops(Dataset):
         views = self._augmentation.draw(epoch, np.array([index])).plan(0, height, width)
         if isinstance(image, np.ndarray):
             return [self._normalized(array_crops.render(image, view)) for view in views]
-        if backend_native.unavailable_reason() is None:
-            out = [torch.empty(3, v, v, dtype=torch.uint8) for v in views["size"].tolist()]
-            backend_native.render(backend_native.pixels(image), views, out)
-            return out
-        rendered = (backend_pil.render(image, view) for view in views)
-        return [torch.tensor(crop).permute(2, 0, 1) for crop in rendered]
+        return levels_of(image, views)
 
     def _by_caller(self, image: Pixels, epoch: int, index: int) -> list[Tensor]:
         """Raises `ValueError` for a crop of another kind or size than it has to be."""
@@ -139,6 +134,16 @@ class OwnCrops(Dataset):
         return (crop - self._mean) / self._std
 
 
+def levels_of(image: Image.Image, views: np.ndarray) -> list[Tensor]:
+    """The crops of an RGB image by a plan, VIEW (n,): uint8 (3, S, S) each."""
+    if backend_native.unavailable_reason() is None:
+        out = [torch.empty(3, v, v, dtype=torch.uint8) for v in views["size"].tolist()]
+        backend_native.render(backend_native.pixels(image), views, out)
+        return out
+    rendered = (backend_pil.render(image, view) for view in views)
+    return [torch.tensor(crop).permute(2, 0, 1) for crop in rendered]
+
+
 class _Made(Dataset):
     """Item i: what `make` makes of it."""
 
@@ -161,7 +166,7 @@ def in_processes(make: Callable[[int], Any], indices: Sequence[int], n_workers: 
         batch_size=None,
         sampler=indices,
         num_workers=min(n_workers, len(indices)),
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # leave the global one alone
     )
@@ -176,7 +181,7 @@ def in_processes(make: Callable[[int], Any], indices: Sequence[int], n_workers: 
     return list(made)
 
 
-def _as_it_is(item: object) -> object:
+def as_it_is(item: object) -> object:
     return item
 
 

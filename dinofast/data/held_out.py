@@ -10,9 +10,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from dinofast.data import backend_native, backend_pil
 from dinofast.data.augmentation import VIEW, Augmentation
-from dinofast.data.backend_own import OwnCrops, in_processes
+from dinofast.data.backend_own import OwnCrops, in_processes, levels_of
 from dinofast.data.decode import UnreadableImage
 from dinofast.data.reader import ImageReader
 
@@ -65,11 +64,4 @@ def _crops_of(
     views = augmentation.draw(EPOCH, np.array([index])).plan(0, height, width)[:2]
     if own and (own.augment or isinstance(image, np.ndarray)):
         return torch.stack(own.crops(image, EPOCH, index)[:2]).numpy(), views
-    side = int(views["size"][0])
-    out = torch.empty(2, 3, side, side, dtype=torch.uint8)
-    if backend_native.unavailable_reason() is None:
-        backend_native.render(backend_native.pixels(image), views, list(out))
-    else:
-        for crop, view in zip(out, views, strict=True):
-            crop.copy_(torch.tensor(backend_pil.render(image, view)).permute(2, 0, 1))
-    return out.numpy(), views
+    return torch.stack(levels_of(image, views)).numpy(), views

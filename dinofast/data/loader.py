@@ -325,7 +325,7 @@ class Loader:
                     sampler=indices,
                     num_workers=self.n_workers,
                     prefetch_factor=PREFETCH if self.n_workers else None,
-                    collate_fn=_as_it_is,
+                    collate_fn=backend_own.as_it_is,
                     worker_init_fn=_ignore_signals,
                     pin_memory=pinned,
                     generator=generator,
@@ -379,10 +379,6 @@ def _close_all() -> None:
     them."""
     for loader in list(_OPEN):
         loader.close()
-
-
-def _as_it_is(batch: object) -> object:
-    return batch
 
 
 def _ignore_signals(worker: int) -> None:
